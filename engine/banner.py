@@ -1,0 +1,58 @@
+"""What is about to run, before it does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from engine.trainer import Trainer
+
+
+INDENT = 12
+
+
+def banner(trainer: Trainer) -> str:
+    """Return the lines that are printed on process 0 before a run."""
+    model, strategy, settings = trainer.model, trainer.strategy, trainer.settings
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in trainable}))
+    count = sum(p.numel() for p in trainable)
+    frozen = sum(p.numel() for p in model.parameters()) - count
+    lines = {
+        "task": f"{type(trainer.task).__module__}.{type(trainer.task).__qualname__}",
+        "model": f"{type(model).__name__}, {count:,} parameters" + (f" and {frozen:,} frozen" if frozen else ""),
+        "strategy": strategy.describe(),
+        "precision": settings["precision"] or dtypes,
+        "window": _windows(trainer),
+        "updates": _updates(trainer),
+        "run folder": str(trainer.run.path) if trainer.run is not None else "none: nothing is written",
+    }
+    normalises = [name for name, m in model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    if normalises:
+        lines["batch norm"] = (
+            f"{len(normalises)} layers normalise over a micro-batch on one process, not over the window"
+        )
+    return "\n".join(f"{name + ':':<{INDENT}}{text}" for name, text in lines.items())
+
+
+def _windows(trainer: Trainer) -> str:
+    P, N, schedule = trainer.strategy.data_parallel_size, trainer.micro_batch_size, trainer.schedule
+    lines = []
+    for stage in schedule.stages:
+        since = f"from {schedule.unit} {stage.first}: " if len(schedule.stages) > 1 else ""
+        lines.append(
+            f"{since}P {P} x N {N} x K {stage.accumulate_grad_batches} = effective batch {stage.effective_batch}"
+        )
+    return ("\n" + " " * INDENT).join(lines)
+
+
+def _updates(trainer: Trainer) -> str:
+    if trainer.plan is None:
+        return "until the stream ends" if trainer.total_updates is None else str(trainer.total_updates)
+    total, schedule = trainer.plan.updates, trainer.schedule
+    if schedule.unit != "epoch":
+        return str(total)
+    an_epoch = ", ".join(str(trainer.plan.updates_in_epoch(stage.first)) for stage in schedule.stages)
+    return f"{total}, {an_epoch} an epoch of {trainer.plan.samples:,} samples"

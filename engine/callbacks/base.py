@@ -1,0 +1,44 @@
+"""Hooks into a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.trainer import Trainer
+
+
+class Callback:
+    """Called with the trainer at the events of a run, on every process; override what you need.
+
+    A hook may read anything of the trainer and ask it to `stop()`. Collectives in a hook must be called on all
+    processes alike. Its state, if it has any, must be the same on all processes: JSON values and tensors only.
+    """
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Everything is built; no micro-batch has run."""
+
+    def on_epoch_start(self, trainer: Trainer) -> None:
+        """`trainer.epoch` begins."""
+
+    def on_update_end(self, trainer: Trainer) -> None:
+        """An update was made (or skipped) and the gradients are cleared; `trainer.record` tells of it."""
+
+    def on_validation_end(self, trainer: Trainer) -> None:
+        """`trainer.metrics` holds new means."""
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """`trainer.epoch` is over, its validation included."""
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """The run is over; the process group still stands."""
+
+    def on_exception(self, trainer: Trainer, exception: BaseException) -> None:
+        """The run ends by `exception`, which is raised again afterwards. Call no collective here."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""

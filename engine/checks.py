@@ -1,0 +1,80 @@
+"""Checks that come before anything is paid for; each message names the value, the choices and the way out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from engine.precision import check_precision
+from engine.schedule import check_accumulation
+from strategies import Strategy
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise ValueError unless `value` is a whole number (no bool) of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: give a whole number of at least {least}.")
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Check the trainer's arguments one by one. Raises ValueError."""
+    check_accumulation(settings["accumulate_grad_batches"])
+    check_count("micro_batch_size", settings["micro_batch_size"])
+    check_count("seed", settings["seed"], least=0)
+    check_count("num_workers", settings["num_workers"], least=0)
+    for name in (
+        "effective_batch_size",
+        "max_epochs",
+        "max_updates",
+        "validate_every_n_epochs",
+        "validate_every_n_updates",
+        "max_validation_samples",
+    ):
+        if settings[name] is not None:
+            check_count(name, settings[name])
+    if settings["max_epochs"] is None and settings["max_updates"] is None:
+        raise ValueError("neither max_epochs nor max_updates is given: say where the run ends.")
+    for name in ("max_time", "gradient_clip_norm"):
+        value = settings[name]
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf
+        ):
+            raise ValueError(f"{name}={value!r}: give a positive number, or None.")
+    check_precision(settings["precision"])
+
+
+def check_dataset(samples: int, micro_batch_size: int, epoch_samples: int) -> None:
+    """Check the sizes of a map-style dataset and of its order. Raises ValueError."""
+    if samples == 0 or epoch_samples == 0:
+        raise ValueError("train_data() has no samples: there is nothing to train on.")
+    if micro_batch_size > epoch_samples:
+        raise ValueError(
+            f"micro_batch_size={micro_batch_size} is more than the {epoch_samples} samples of an epoch: "
+            f"use {epoch_samples} or less."
+        )
+
+
+def check_model(model: object) -> None:
+    """Refuse what cannot be trained: no module, nothing that requires grad, sparse gradients. Raises ValueError."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"configure_model() returned {type(model).__name__}: return a torch.nn.Module.")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("the model has no parameter that requires grad: there is nothing to train.")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise ValueError(f"{name or 'the model'} has sparse gradients, which are not supported: use sparse=False.")
+
+
+def check_configurations_agree(strategy: Strategy, configuration: Mapping[str, Any]) -> None:
+    """Compare the configurations of all processes. Raises ValueError on all of them, naming what differs and where."""
+    everyone = strategy.gather({name: str(value) for name, value in configuration.items()})
+    differences = [
+        f"{name} is " + ", ".join(f"{row.get(name)} on process {rank}" for rank, row in enumerate(everyone))
+        for name in everyone[0]
+        if len({row.get(name) for row in everyone}) > 1
+    ]
+    if differences:
+        raise ValueError(f"processes were started with different configurations: {'; '.join(differences)}.")

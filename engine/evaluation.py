@@ -1,0 +1,80 @@
+"""Validation: weighted means over data that is shared between the processes, each sample counted once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.data import LoaderOptions, MapSource, is_map_style
+from engine.order import sequential
+from engine.plan import Plan
+from engine.precision import autocast
+from engine.schedule import Schedule, Stage
+from engine.task import Task
+from strategies import Strategy
+
+
+class Evaluation:
+    """Evaluates a task on its validation data, `max_samples` of it if given (map-style data only)."""
+
+    def __init__(
+        self,
+        data: Any,
+        task: Task,
+        strategy: Strategy,
+        N: int,
+        options: LoaderOptions,
+        precision: str | None = None,
+        max_samples: int | None = None,
+    ) -> None:
+        self._task = task
+        self._strategy = strategy
+        self._evaluate = autocast(task.evaluate, precision, strategy.device.type)
+        self._stream: Iterable[Any] | None = None
+        if not is_map_style(data):
+            self._stream = data
+            return
+        samples = len(data) if max_samples is None else min(len(data), max_samples)
+        plan = Plan(samples, Schedule((Stage(0, 1, max(samples, 1)),)))
+        self._source = MapSource(data, sequential(samples), plan, N, task, strategy, 0, options)
+
+    def run(self, model: nn.Module) -> dict[str, float]:
+        """Return each metric's mean over all processes; `model` is the unwrapped one: its forward has no collective.
+
+        A metric's mean is (sum of its sums) / (sum of its weights); NaN where the weights sum to 0.
+        """
+        self._strategy.synchronize_buffers()
+        totals: dict[str, Tensor] = {}
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        with torch.no_grad():
+            for batch, size in self._batches():
+                for name, metric in self._evaluate(model, batch).items():
+                    total, weight = (metric * size, size) if isinstance(metric, Tensor) else metric
+                    pair = torch.stack(
+                        [torch.as_tensor(v, device=self._strategy.device).double() for v in (total, weight)]
+                    )
+                    totals[name] = totals[name] + pair if name in totals else pair
+        for module, was_training in modes.items():
+            module.training = was_training
+        everyone = self._strategy.gather({name: pair.tolist() for name, pair in totals.items()})
+        names = dict.fromkeys(name for row in everyone for name in row)
+        means = {}
+        for name in names:
+            total, weight = (
+                sum(column) for column in zip(*(row[name] for row in everyone if name in row), strict=True)
+            )
+            means[name] = total / weight if weight else float("nan")
+        return means
+
+    def _batches(self) -> Iterator[tuple[Any, int]]:
+        if self._stream is not None:
+            for batch in self._stream:
+                yield self._strategy.to_device(batch), self._task.batch_size(batch)
+        else:
+            for window in self._source.windows(0, 0):
+                for micro in window:
+                    yield micro.batch, micro.size

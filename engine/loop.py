@@ -1,0 +1,221 @@
+"""One update: the window's micro-batches, one message between the processes, and the boundary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from engine.data import Micro, Window
+from engine.precision import LossScale, autocast
+from engine.randomness import ModelRandomness
+from engine.task import Task
+from strategies import Strategy
+
+
+class ProcessFailureError(RuntimeError):
+    """Another process failed; the message names it and what it said."""
+
+
+class Facts(NamedTuple):
+    """What one process tells the others of its part in a window: one message of six doubles an update."""
+
+    weight: float
+    loss: float
+    samples: float
+    more: float
+    stop: float
+    failed: float
+
+
+class Outcome(NamedTuple):
+    """What an update was, over all processes. `loss` is the mean; NaN where it is not measured or the weight is 0."""
+
+    weight: float
+    loss: float
+    samples: int
+    grad_norm: float
+    skipped: bool
+    stop: bool
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """How updates are made: see `Trainer`."""
+
+    gradient_clip_norm: float | None = None
+    skip_nonfinite_updates: bool = True
+    precision: str | None = None
+    seed: int = 0
+    measures: bool = True
+
+
+class Loop:
+    """Runs windows and makes their updates.
+
+    A gradient is (sum of losses) / (sum of weights). The sum of weights is known when the window is over, so backward
+    scales by a `unit` that all processes share, and the boundary corrects by unit / weight. For losses weighted by
+    samples the unit is that very weight, and there is nothing to correct.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        task: Task,
+        model: nn.Module,
+        optimizer: Optimizer,
+        lr_scheduler: LRScheduler | None,
+        options: LoopOptions,
+    ) -> None:
+        self.strategy = strategy
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self._model = model
+        self._options = options
+        self._compute = autocast(task.loss, options.precision, strategy.device.type)
+        self._loss_scale = LossScale(2.0**16 if options.precision == "fp16" else 1.0)
+        self._randomness = ModelRandomness(options.seed, model, strategy)
+        self._late_weight = 0.0  # the weight of the update before, where it was not what was expected
+        self._total = torch.zeros((), dtype=torch.float64, device=strategy.device)
+
+    def run_update(self, window: Window, epoch: int, update: int, wants_stop: bool = False) -> Outcome:
+        """Run one window and make its update, the same on all processes.
+
+        Raises ValueError for a loss or weight that is none, what a task or its data raised, and ProcessFailureError on
+        the other processes in that case.
+        """
+        self._start(window, epoch, wants_stop)
+        try:
+            if window.is_empty:
+                self._send()
+            self.strategy.run_window(window, self._forward)
+        except Exception as error:
+            self._fail(window, error)
+            raise
+        return self._boundary(window, epoch, update)
+
+    def _start(self, window: Window, epoch: int, wants_stop: bool) -> None:
+        self._expected = float(window.samples or window.stage.effective_batch)
+        self._unit = 2.0 ** round(math.log2(self._late_weight)) if self._late_weight else self._expected
+        self._scale = self._loss_scale.value / self._unit
+        self._window, self._stop = window, wants_stop
+        self._receive: Callable[[], list[list[float]]] | None = None
+        self._weight: float | Tensor = 0.0
+        self._least_weight: Tensor | None = None
+        self._samples = 0
+        self._total.zero_()
+        self._randomness.start_window(epoch)
+
+    def _forward(self, micro: Micro) -> tuple[Tensor, float]:
+        """Return a micro-batch's loss and the scale of its gradient."""
+        self._randomness.seed(micro.place)
+        loss = self._compute(self._model, micro.batch)
+        if isinstance(loss, Tensor):  # the mean over the samples
+            value, weight, share = loss, micro.size, micro.size
+        else:
+            value, weight, share = loss.sum, loss.weight, 1
+        if value.ndim or not value.requires_grad or value.dtype.itemsize < 4:
+            raise ValueError(_loss_message(value))
+        self._samples += micro.size
+        if isinstance(weight, Tensor):
+            self._check_later(weight)
+        elif not 0 <= weight < math.inf:
+            raise ValueError(f"a micro-batch's loss has weight {weight}: weights are finite and not negative.")
+        self._weight = self._weight + weight
+        if self._options.measures:
+            self._total.add_(value.detach(), alpha=share)
+        if micro.is_last:
+            self._send()
+        return value, share * self._scale
+
+    def _boundary(self, window: Window, epoch: int, update: int) -> Outcome:
+        """Correct, clip, step: once per window, the same on all processes."""
+        rows = self._receive() if self._receive else [self._facts()]
+        facts = Facts(*(math.fsum(column) for column in zip(*rows, strict=True)))
+        if facts.failed:
+            raise self._other_failure(update)
+        window.more, window.samples = facts.more > 0, int(facts.samples)
+        correction = self._unit / facts.weight if facts.weight else 1.0
+        factor = correction / self._loss_scale.value
+        norm = math.nan
+        if self._measures_norm or factor != 1.0:
+            norm_tensor = self.strategy.clip(self._options.gradient_clip_norm, factor)
+            if self._measures_norm:
+                norm = norm_tensor.item()
+        overflowed = self._options.skip_nonfinite_updates and not math.isfinite(norm)
+        skipped = overflowed or facts.weight == 0
+        if not skipped:
+            self.optimizer.step()
+        if self._options.precision == "fp16":
+            self._loss_scale.update(overflowed)
+        self._lr = float(self.optimizer.param_groups[0]["lr"])
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        if facts.weight:
+            self._late_weight = facts.weight if facts.weight != self._expected else 0.0
+        self._randomness.end_window()
+        mean = facts.loss / facts.weight if self._options.measures and facts.weight else math.nan
+        return Outcome(facts.weight, mean, int(facts.samples), norm, skipped, facts.stop > 0)
+
+    @property
+    def measures(self) -> bool:
+        """Whether losses and norms are measured for somebody who listens."""
+        return self._options.measures
+
+    @property
+    def lr(self) -> float:
+        """The learning rate that the last update was made with (of the first parameter group)."""
+        return self._lr
+
+    @property
+    def _measures_norm(self) -> bool:
+        options = self._options
+        return options.skip_nonfinite_updates or options.gradient_clip_norm is not None or options.measures
+
+    def _check_later(self, weight: Tensor) -> None:
+        """Keep the least weight (NaN, if there was one) on the device, to be looked at when the window is over."""
+        least = self._least_weight
+        self._least_weight = weight.detach() if least is None else torch.minimum(least, weight.detach())
+
+    def _facts(self, failed: bool = False) -> Facts:
+        """Read what the device has summed: the one place in a window where the host waits for it."""
+        if failed:
+            return Facts(0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+        if self._least_weight is not None and not 0 <= (least := self._least_weight.item()) < math.inf:
+            raise ValueError(f"a micro-batch's loss has weight {least}: weights are finite and not negative.")
+        loss = self._total.item() if self._options.measures else math.nan
+        return Facts(float(self._weight), loss, self._samples, self._window.more, self._stop, 0.0)
+
+    def _send(self, failed: bool = False) -> None:
+        """Start the update's message, to travel while the last backward runs."""
+        if self.strategy.data_parallel_size > 1:
+            self._receive = self.strategy.exchange(self._facts(failed))
+
+    def _fail(self, window: Window, error: Exception) -> None:
+        """Let the other processes finish the window, so that they hear of the error instead of waiting for this one."""
+        if self.strategy.data_parallel_size == 1 or self._receive is not None:
+            return
+        self._send(failed=True)
+        self.strategy.join(window)
+        self.strategy.gather(f"{type(error).__name__}: {error}")
+
+    def _other_failure(self, update: int) -> ProcessFailureError:
+        failures = [(rank, text) for rank, text in enumerate(self.strategy.gather(None)) if text]
+        return ProcessFailureError(
+            "; ".join(f"process {rank} failed in update {update}: {text}" for rank, text in failures)
+        )
+
+
+def _loss_message(value: Tensor) -> str:
+    if value.ndim:
+        return f"the loss has shape {tuple(value.shape)}: return a 0-dim tensor (a mean), or Loss(sum, weight)."
+    if not value.requires_grad:
+        return "the loss does not require grad: compute it from the model's output, without detach() or no_grad()."
+    return f"the loss is {value.dtype}: sum losses in float32 or wider, as in `loss.float()`."

@@ -1,0 +1,90 @@
+"""Which samples each update sees, on which process: arithmetic on one sample offset, known before the run starts.
+
+An epoch is `samples` positions of the global order. An update takes the next `effective_batch` of them (the last one
+what is left); they are cut into pieces of N from the update's first sample, and piece j goes to process j mod P. The
+cut never asks for P, so one effective batch gives the same micro-batches on any number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from engine.schedule import Schedule, Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The samples [start, stop) of an epoch's order that one update sees, over all processes."""
+
+    start: int
+    stop: int
+    stage: Stage
+
+    @property
+    def samples(self) -> int:
+        """The effective batch that this update really has."""
+        return self.stop - self.start
+
+    def micro_batches(self, N: int, rank: int = 0, P: int = 1) -> range:
+        """Return where the micro-batches of process `rank` among P start; empty where the samples ran out before it.
+
+        Each has N samples; the window's last one what is left before `stop`.
+        """
+        return range(self.start + rank * N, self.stop, P * N)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All windows of a run over `samples` samples an epoch, cut by a schedule of effective batches.
+
+    At least one of `max_epochs` and `max_updates` bounds the run; with both, whichever comes first.
+    """
+
+    samples: int
+    schedule: Schedule
+    max_epochs: int | None = None
+    max_updates: int | None = None
+
+    def windows(self, epoch: int, update: int, offset: int = 0) -> Iterator[Window]:
+        """Yield the windows of `epoch` from sample `offset` on, where `update` updates came before in the run."""
+        while offset < self.samples and (self.max_updates is None or update < self.max_updates):
+            stage = self.schedule.at(self._place(epoch, update, offset))
+            stop = min(offset + stage.effective_batch, self.samples)
+            yield Window(offset, stop, stage)
+            offset, update = stop, update + 1
+
+    def updates_in_epoch(self, epoch: int, update: int = 0) -> int:
+        """Return the number of updates in `epoch` when `update` came before it, in closed form for each stage."""
+        offset, count = 0, 0
+        while offset < self.samples:
+            place = self._place(epoch, update + count, offset)
+            stage, end = self.schedule.at(place), self.schedule.until(place)
+            windows = -(-(self.samples - offset) // stage.effective_batch)
+            if end is not None and self.schedule.unit == "update":
+                windows = min(windows, end - place)
+            elif end is not None and self.schedule.unit == "sample":
+                windows = min(windows, -(-(end - place) // stage.effective_batch))
+            offset, count = offset + windows * stage.effective_batch, count + windows
+        return count if self.max_updates is None else max(0, min(count, self.max_updates - update))
+
+    @property
+    def updates(self) -> int:
+        """The exact number of updates in the whole run. Raises ValueError where nothing bounds it."""
+        if self.max_epochs is None:
+            if self.max_updates is None:
+                raise ValueError("a run without max_epochs and max_updates has no last update.")
+            return self.max_updates
+        total = 0
+        for epoch in range(self.max_epochs):
+            in_epoch = self.updates_in_epoch(epoch, total)
+            total += in_epoch
+            if in_epoch == 0:
+                break
+        return total
+
+    def _place(self, epoch: int, update: int, offset: int) -> int:
+        """Where the run is, in the schedule's unit."""
+        if self.schedule.unit == "epoch":
+            return epoch
+        return update if self.schedule.unit == "update" else epoch * self.samples + offset

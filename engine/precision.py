@@ -1,0 +1,71 @@
+"""Precision of the forward pass: autocast, and the loss scale that float16 needs. Gradients stay in float32."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def check_precision(precision: str | None) -> None:
+    """Raise ValueError for a precision that is not known."""
+    if precision is not None and precision not in get_args(Precision):
+        raise ValueError(
+            f"precision={precision!r}: choose one of {', '.join(get_args(Precision))}, or None to keep the model's own."
+        )
+
+
+def autocast(function: Callable[..., Any], precision: str | None, device_type: str) -> Callable[..., Any]:
+    """Return `function` running in the autocast of `precision`; itself where nothing is to be cast."""
+    if precision not in ("bf16", "fp16"):
+        return function
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return torch.autocast(device_type, dtype=dtype)(function)  # type: ignore[no-any-return]
+
+
+@dataclass
+class LossScale:
+    """The factor that keeps float16 gradients above underflow: halved at an overflow, doubled after a quiet while.
+
+    The rule and its constants are those of `torch.amp.GradScaler`. Here the gradients are unscaled with the other
+    factors of an update, in one pass.
+    """
+
+    value: float = 1.0
+    growth_interval: int = 2000
+    quiet_updates: int = 0
+
+    def update(self, overflowed: bool) -> None:
+        """Adapt the scale after an update."""
+        self.quiet_updates = 0 if overflowed else self.quiet_updates + 1
+        if overflowed:
+            self.value /= 2
+        elif self.quiet_updates == self.growth_interval:
+            self.value, self.quiet_updates = self.value * 2, 0
+
+
+@contextmanager
+def numerics(deterministic: bool, tf32: bool | None) -> Iterator[None]:
+    """Set torch's deterministic and TF32 switches, and restore them after."""
+    was_deterministic = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    was_tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+        if tf32 is not None:
+            torch.set_float32_matmul_precision("high" if tf32 else "highest")
+            torch.backends.cudnn.allow_tf32 = tf32
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_deterministic[0])
+        torch.backends.cudnn.benchmark = was_deterministic[1]
+        torch.set_float32_matmul_precision(was_tf32[0])
+        torch.backends.cudnn.allow_tf32 = was_tf32[1]

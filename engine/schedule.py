@@ -1,0 +1,71 @@
+"""How many micro-batches a window has, as a pure function of where the run is."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Unit = Literal["epoch", "update", "sample"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What holds from `first` (in the schedule's unit) until the next stage.
+
+    `accumulate_grad_batches` is K, micro-batches per process and window; `effective_batch` is the samples of
+    a full window over all processes.
+    """
+
+    first: int
+    accumulate_grad_batches: int
+    effective_batch: int
+
+
+def check_accumulation(value: object, name: str = "accumulate_grad_batches") -> int:
+    """Return `value` as K, or raise ValueError: a whole number of at least 1, and no bool."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}={value!r}: give a whole number of micro-batches, 1 or more.")
+    if value < 1:
+        raise ValueError(f"{name}={value}: a window needs at least one micro-batch; use 1 to update after each.")
+    return value
+
+
+def check_scheduling(scheduling: object, unit: str = "epoch") -> dict[int, int]:
+    """Return a checked copy of `{first epoch (or update, or sample): K}`, in ascending order, starting at 0.
+
+    Where 0 is not given, K is 1 until the first key. Raises ValueError for anything but a dictionary of whole
+    numbers (no bools), keys of at least 0 and K of at least 1.
+    """
+    if unit not in get_args(Unit):
+        raise ValueError(f"unit={unit!r}: a schedule counts by one of {', '.join(get_args(Unit))}.")
+    if not isinstance(scheduling, Mapping) or not scheduling:
+        raise ValueError(f"scheduling={scheduling!r}: give a dictionary such as {{0: 8, 4: 4, 8: 1}}, {unit} -> K.")
+    for first, K in scheduling.items():
+        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+            raise ValueError(f"scheduling has the {unit} {first!r}: {unit}s are whole numbers from 0.")
+        check_accumulation(K, f"scheduling[{first}]")
+    return dict(sorted({0: 1, **scheduling}.items()))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The stages of a run, in ascending order, the first at 0; `at(place)` is the one that holds there."""
+
+    stages: tuple[Stage, ...]
+    unit: Unit = "epoch"
+
+    @property
+    def varies(self) -> bool:
+        """Whether K changes in this run."""
+        return len({stage.accumulate_grad_batches for stage in self.stages}) > 1
+
+    def at(self, place: int) -> Stage:
+        """Return the stage that holds at this epoch, update or sample (whichever the unit is)."""
+        return self.stages[bisect_right(self.stages, place, key=lambda stage: stage.first) - 1]
+
+    def until(self, place: int) -> int | None:
+        """Return where the stage that holds at `place` ends, or None for the last one."""
+        following = bisect_right(self.stages, place, key=lambda stage: stage.first)
+        return self.stages[following].first if following < len(self.stages) else None

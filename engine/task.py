@@ -1,0 +1,87 @@
+"""What to train: the class that a user writes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset, default_collate
+
+from engine.loss import Loss
+
+
+class Task(ABC):
+    """One model, one optimizer, one source of data, one loss (several optimizers, as in a GAN, are out of scope)."""
+
+    total_updates: int | None = None
+    """The exact number of updates to come, set before `configure_optimizer` (for warm-up); None where it is unknown."""
+
+    def prepare_data(self) -> None:
+        """Download or unpack, once per host, before anything else is asked; keep nothing on `self`."""
+
+    @abstractmethod
+    def configure_model(self) -> nn.Module:
+        """Return the model, on the CPU. The random state is the run's seed, the same on all processes."""
+
+    @abstractmethod
+    def configure_optimizer(self, model: nn.Module) -> Optimizer | tuple[Optimizer, LRScheduler]:
+        """Return an optimizer for `model`, now on its device, or it and an LR scheduler that moves once per update."""
+
+    @abstractmethod
+    def train_data(self) -> Dataset[Any] | Iterable[Any]:
+        """Return a map-style dataset, or an iterable of ready micro-batches (a `DataLoader`, a stream).
+
+        Anything with `__getitem__` and `__len__` is a dataset of samples, the same on all processes: the engine orders
+        it, cuts it into micro-batches and shares them out. Any other iterable gives this process's own micro-batches:
+        it is read once per epoch, and may be longer on some processes than on others.
+        """
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> Loss | Tensor:
+        """Return the loss of one micro-batch; `model` is the prepared module: call it.
+
+        A 0-dim tensor means the mean over the micro-batch's samples. Anything weighted otherwise is a `Loss`.
+        """
+
+    def validation_data(self) -> Dataset[Any] | Iterable[Any] | None:
+        """Return data of the same kinds to evaluate on, or None."""
+        return None
+
+    def evaluate(self, model: nn.Module, batch: Any) -> Mapping[str, Loss | Tensor]:
+        """Return the metrics of one micro-batch, to be averaged by weight over all of them and all processes."""
+        return {"loss": self.loss(model, batch)}
+
+    def collate(self, samples: list[Any]) -> Any:
+        """Make one micro-batch of a list of samples: here torch's `default_collate`."""
+        return default_collate(samples)
+
+    def order(self, epoch: int) -> Sequence[int] | None:
+        """Return the order of a training epoch as indices into the dataset, or None for the trainer's.
+
+        It must depend on `epoch` alone, be the same on all processes, and of one length in all epochs. Indices may
+        repeat or be missing (weighted sampling, buckets of like length).
+        """
+        return None
+
+    def batch_size(self, batch: Any) -> int:
+        """Return the number of samples in a ready micro-batch: here dim 0 of the first tensor in it.
+
+        Raises ValueError where there is none.
+        """
+        pending = [batch]
+        while pending:
+            item = pending.pop(0)
+            if isinstance(item, Tensor) and item.ndim:
+                return len(item)
+            if isinstance(item, Mapping):
+                pending.extend(item.values())
+            elif isinstance(item, list | tuple):
+                pending.extend(item)
+        raise ValueError(
+            f"cannot tell how many samples are in a micro-batch of type {type(batch).__name__}: "
+            f"give {type(self).__name__} a method batch_size(self, batch) -> int that returns it."
+        )

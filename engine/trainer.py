@@ -1,0 +1,376 @@
+"""The trainer: checks its arguments, builds what a run needs, and runs its epochs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from engine.callbacks import Callback, GradientAccumulationScheduler, Progress
+from engine.checks import check_configurations_agree, check_dataset, check_model, check_settings
+from engine.data import LoaderOptions, MapSource, Source, StreamSource, Window, is_map_style
+from engine.evaluation import Evaluation
+from engine.loop import Loop, LoopOptions, Outcome
+from engine.order import Order, sequential, shuffled
+from engine.plan import Plan
+from engine.precision import numerics
+from engine.randomness import seed_everything
+from engine.run_folder import Logger, RunFolder
+from engine.schedule import Schedule, Stage
+from engine.summary import summarize
+from engine.task import Task
+from strategies import Strategy, resolve
+
+
+class Trainer:
+    """Trains a `Task` on a `Strategy`: one exact update per window of K micro-batches of N samples on P processes.
+
+    Args:
+        strategy: "auto", "single", "dp", "ddp", or a `Strategy`.
+        micro_batch_size: N, samples per micro-batch of map-style data. Ready micro-batches come in their own sizes.
+        accumulate_grad_batches: K, micro-batches per process and window.
+        effective_batch_size: samples per update over all processes; K follows from P. Instead of K.
+        max_epochs: where the run ends, in epochs; this or `max_updates` is needed.
+        max_updates: where the run ends, in updates; with both, whichever comes first.
+        max_time: seconds of training after which the run ends with the update that is under way.
+        gradient_clip_norm: clips the 2-norm of an update's whole gradient.
+        precision: "fp32", "bf16" or "fp16" (autocast); None keeps the model's own dtype.
+        seed: of the model's parameters, the data order, dropout and augmentation.
+        shuffle: a new global order each epoch; `Task.order` gives another one.
+        callbacks: one `Callback` or several.
+        loggers: objects with `log(record)` and `close()`, used on process 0.
+        run_dir: a folder to write the run into; nothing is written without it.
+        validate_every_n_epochs: evaluate the validation data after each n-th epoch, and at the end; None: only then.
+        validate_every_n_updates: and after each n-th update.
+        max_validation_samples: evaluate at most so many (map-style data).
+        skip_nonfinite_updates: look at each gradient norm, and skip the update on all processes if it is not finite.
+        num_workers: as in torch's DataLoader (map-style data).
+        pin_memory: likewise; None pins for CUDA.
+        persistent_workers: likewise.
+        deterministic: only algorithms that give the same bits each time; raises where there is none.
+        tf32: whether float32 products may use TF32; None leaves torch's setting.
+        progress: print a banner and progress, on process 0.
+
+    Raises ValueError for an argument that cannot be, naming it and the way out, before anything starts.
+    """
+
+    def __init__(
+        self,
+        strategy: str | Strategy = "auto",
+        micro_batch_size: int = 32,
+        accumulate_grad_batches: int = 1,
+        effective_batch_size: int | None = None,
+        max_epochs: int | None = None,
+        max_updates: int | None = None,
+        max_time: float | None = None,
+        gradient_clip_norm: float | None = None,
+        precision: str | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+        callbacks: Callback | Sequence[Callback] | None = None,
+        loggers: Logger | Sequence[Logger] | None = None,
+        run_dir: str | None = None,
+        validate_every_n_epochs: int | None = 1,
+        validate_every_n_updates: int | None = None,
+        max_validation_samples: int | None = None,
+        skip_nonfinite_updates: bool = True,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+        persistent_workers: bool = True,
+        deterministic: bool = False,
+        tf32: bool | None = None,
+        progress: bool = False,
+    ) -> None:
+        arguments = dict(locals())
+        del arguments["self"]
+        check_settings(arguments)
+        self.settings = arguments
+        self.strategy = resolve(strategy)
+        self.callbacks = _as_list(callbacks) + ([Progress()] if progress else [])
+        self._loggers: list[Logger] = _as_list(loggers)
+        self._scheduler = _only_window_length(arguments, self.callbacks, self.strategy)
+        self._loader = LoaderOptions(num_workers, pin_memory, persistent_workers)
+        self.epoch = 0
+        """The current epoch, from 0."""
+        self.update = 0
+        """Updates made since the start, skipped ones included."""
+        self.samples = 0
+        """Samples trained on since the start, over all processes."""
+        self.skipped = 0
+        """Updates skipped since the start."""
+        self.plan: Plan | None = None
+        """Every window of the run, for map-style data."""
+        self.record: dict[str, Any] = {}
+        """What the last update was: one line of metrics.jsonl."""
+        self.metrics: dict[str, float] = {}
+        """The newest validation means."""
+        self.task: Task | None = None
+        self.model: nn.Module
+        self.optimizer: Optimizer
+        self.run: RunFolder | None = None
+        self._listeners: list[Logger] = []
+        self._stops = False
+
+    def fit(self, task: Task) -> None:
+        """Train `task` from its start to where the run ends.
+
+        Raises what the task raises, ValueError for what cannot be trained, and FileExistsError for a `run_dir` that
+        is taken.
+        """
+        with numerics(self.settings["deterministic"], self.settings["tf32"]):
+            try:
+                self.strategy.setup()
+                self._build(task)
+                self._call("on_fit_start")
+                self._run_epochs()
+                self._finish()
+            except BaseException as exception:
+                for callback in self.callbacks:
+                    callback.on_exception(self, exception)
+                raise
+            finally:
+                for logger in self._listeners:
+                    logger.close()
+                self.strategy.teardown()
+
+    def validate(self, task: Task) -> dict[str, float]:
+        """Return the means of `task.evaluate` over its validation data: of the model just trained, else of a new one.
+
+        Raises ValueError for a task without validation data.
+        """
+        try:
+            self.strategy.setup()
+            if self.task is not task:
+                seed_everything(self.settings["seed"])
+                self.task, self.model = task, task.configure_model().to(self.strategy.device)
+            evaluation = self._evaluation(task)
+            if evaluation is None:
+                raise ValueError(f"{type(task).__name__}.validation_data() is None: there is nothing to validate on.")
+            self.metrics = evaluation.run(self.model)
+            return self.metrics
+        finally:
+            self.strategy.teardown()
+
+    @property
+    def total_updates(self) -> int | None:
+        """The exact number of updates of the run; None for a stream that is bounded by epochs."""
+        if self.plan is not None:
+            return self.plan.updates
+        return self.settings["max_updates"] if self.settings["max_epochs"] is None else None
+
+    def stop(self) -> None:
+        """End the run: at once in one process; with several, all together after the next update."""
+        self._stops = True
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What was asked for, as JSON values: the settings, and the strategy and callbacks by class."""
+        stated = {name: v for name, v in self.settings.items() if name not in ("loggers", "run_dir", "progress")}
+        stated["strategy"] = _class_path(self.strategy)
+        stated["callbacks"] = [_class_path(callback) for callback in self.callbacks]
+        stated["scheduling"] = self._scheduler.scheduling if self._scheduler else None
+        return stated
+
+    # Building
+
+    @property
+    def schedule(self) -> Schedule:
+        """The stages of this run, on the processes that there are."""
+        N, batch = self.micro_batch_size, self.settings["effective_batch_size"]
+        effective_batch = self.strategy.effective_batch
+        if batch is not None:
+            return Schedule((Stage(0, -(-batch // effective_batch(N, 1)), batch),))
+        scheduling = {0: self.settings["accumulate_grad_batches"]}
+        if self._scheduler is not None:
+            scheduling = self._scheduler.scheduling
+        stages = tuple(Stage(first, K, effective_batch(N, K)) for first, K in scheduling.items())
+        return Schedule(stages, self._scheduler.unit if self._scheduler else "epoch")
+
+    @property
+    def micro_batch_size(self) -> int:
+        """N, samples per micro-batch."""
+        return int(self.settings["micro_batch_size"])
+
+    def _build(self, task: Task) -> None:
+        """Build data, model and optimizer, and check each as soon as it is there."""
+        strategy, seed = self.strategy, self.settings["seed"]
+        self.task = task
+        self.epoch = self.update = self.samples = self.skipped = 0
+        self.record, self.metrics, self._validated, self._stops = {}, {}, 0, False
+        if strategy.local_rank == 0:
+            task.prepare_data()
+        strategy.barrier()
+        seed_everything(seed)
+        data = task.train_data()
+        self._source = self._source_of(task, data)
+        self._validation = self._evaluation(task)
+        task.total_updates = self.total_updates
+        seed_everything(seed)
+        self.model = task.configure_model()
+        check_model(self.model)
+        measures = bool(self.callbacks or self._loggers or self.settings["run_dir"] is not None)
+        check_configurations_agree(
+            strategy,
+            {
+                **self.configuration,
+                "the number of training samples": len(data) if is_map_style(data) else None,  # type: ignore[arg-type]
+                "the model": {name: tuple(p.shape) for name, p in self.model.named_parameters()},
+                "whether anything listens": measures,
+            },
+        )
+        prepared = strategy.prepare(self.model)
+        configured = task.configure_optimizer(self.model)
+        lr_scheduler: LRScheduler | None = None
+        self.optimizer, lr_scheduler = configured if isinstance(configured, tuple) else (configured, None)
+        options = LoopOptions(
+            self.settings["gradient_clip_norm"],
+            self.settings["skip_nonfinite_updates"],
+            self.settings["precision"],
+            seed,
+            measures,
+        )
+        self._loop = Loop(strategy, task, prepared, self.optimizer, lr_scheduler, options)
+        if strategy.rank == 0:
+            self._listeners = list(self._loggers)
+            if self.settings["run_dir"] is not None:
+                self.run = RunFolder(self.settings["run_dir"])
+                self.run.write("config.json", {"task": _class_path(task), **self.configuration})
+                self._listeners.append(self.run)
+
+    def _source_of(self, task: Task, data: Any) -> Source:
+        settings, schedule = self.settings, self.schedule
+        self.plan = None
+        if not is_map_style(data):
+            return StreamSource(data, schedule, task, self.strategy)
+        first = task.order(0)
+        samples = len(data) if first is None else len(first)
+        check_dataset(len(data), self.micro_batch_size, samples)
+        order: Order = shuffled(samples, settings["seed"]) if settings["shuffle"] else sequential(samples)
+        if first is not None:
+            order = task.order  # type: ignore[assignment]
+        self.plan = Plan(samples, schedule, settings["max_epochs"], settings["max_updates"])
+        return MapSource(
+            data, order, self.plan, self.micro_batch_size, task, self.strategy, settings["seed"], self._loader
+        )
+
+    def _evaluation(self, task: Task) -> Evaluation | None:
+        data = task.validation_data()
+        if data is None:
+            return None
+        limit, precision = self.settings["max_validation_samples"], self.settings["precision"]
+        return Evaluation(data, task, self.strategy, self.micro_batch_size, self._loader, precision, limit)
+
+    # Running
+
+    def _run_epochs(self) -> None:
+        max_epochs = self.settings["max_epochs"]
+        self._started = self._ended = time.perf_counter()
+        over = False
+        while not over and (max_epochs is None or self.epoch < max_epochs):
+            self._call("on_epoch_start")
+            for window in self._source.windows(self.epoch, self.update):
+                over = self._run_update(window)
+                if over:
+                    break
+            every = self.settings["validate_every_n_epochs"]
+            if every is not None and (self.epoch + 1) % every == 0:
+                self._validate()
+            self._call("on_epoch_end")
+            if not over:
+                self.epoch += 1
+        self._validate()
+
+    def _run_update(self, window: Window) -> bool:
+        """Make one update, tell of it, and return whether the run is over."""
+        max_time, max_updates = self.settings["max_time"], self.settings["max_updates"]
+        late = max_time is not None and time.perf_counter() - self._started > max_time
+        outcome = self._loop.run_update(window, self.epoch, self.update, self._stops or late)
+        self.update += 1
+        self.samples += outcome.samples
+        self.skipped += outcome.skipped
+        if self._loop.measures:
+            self._tell(window, outcome)
+        every = self.settings["validate_every_n_updates"]
+        if every is not None and self.update % every == 0:
+            self._validate()
+        alone = self.strategy.data_parallel_size == 1
+        return outcome.stop or (alone and self._stops) or self.update == max_updates
+
+    def _tell(self, window: Window, outcome: Outcome) -> None:
+        now = time.perf_counter()
+        self.record = {
+            "update": self.update,
+            "epoch": self.epoch,
+            "samples": self.samples,
+            "weight": outcome.weight,
+            "loss": outcome.loss,
+            "lr": self._loop.lr,
+            "grad_norm": outcome.grad_norm,
+            "accumulate_grad_batches": window.stage.accumulate_grad_batches,
+            "effective_batch": outcome.samples,
+            "skipped": self.skipped,
+            "samples_per_second": outcome.samples / (now - self._ended),
+        }
+        self._ended = now
+        for logger in self._listeners:
+            logger.log(self.record)
+        self._call("on_update_end")
+
+    def _validate(self) -> None:
+        if self._validation is None or self._validated == self.update:
+            return
+        self._validated = self.update
+        self.metrics = self._validation.run(self.model)
+        means = {f"validation/{name}": mean for name, mean in self.metrics.items()}
+        for logger in self._listeners:
+            logger.log({"update": self.update, "epoch": self.epoch, **means})
+        self._call("on_validation_end")
+        self._ended = time.perf_counter()
+
+    def _finish(self) -> None:
+        self.strategy.synchronize_buffers()
+        if self.settings["run_dir"] is not None:
+            weights = self.strategy.state_dict()["model"]
+            if self.run is not None:
+                self.run.save_weights(weights)
+                self.run.write("summary.json", summarize(self, time.perf_counter() - self._started))
+        self._call("on_fit_end")
+
+    def _call(self, event: str) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self)
+
+
+def _only_window_length(
+    settings: dict[str, Any], callbacks: list[Callback], strategy: Strategy
+) -> GradientAccumulationScheduler | None:
+    """Return the scheduler, if any, having made sure that one thing alone says how long a window is."""
+    K, batch = settings["accumulate_grad_batches"], settings["effective_batch_size"]
+    schedulers = [c for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
+    given = [f"accumulate_grad_batches={K}"] if K != 1 else []
+    given += [f"effective_batch_size={batch}"] if batch is not None else []
+    given += [f"GradientAccumulationScheduler({s.scheduling})" for s in schedulers]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} both say how long a window is: keep one of them.")
+    if not schedulers:
+        return None
+    if len(set(schedulers[0].scheduling.values())) > 1 and not strategy.supports_variable_windows:
+        raise ValueError(
+            f"strategy {strategy.name!r} does not support variable windows, but the schedule "
+            f"{schedulers[0].scheduling} changes K: use accumulate_grad_batches=K, or another strategy."
+        )
+    return schedulers[0]
+
+
+def _as_list(values: Any) -> list[Any]:
+    if values is None:
+        return []
+    return list(values) if isinstance(values, Sequence) else [values]
+
+
+def _class_path(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"

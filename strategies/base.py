@@ -1,0 +1,228 @@
+"""What a place to run must say of itself: devices, processes, collectives. It knows no epoch, callback or file."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Rows = Callable[[], list[list[float]]]
+"""Waits for an exchange and returns each process's values, in rank order."""
+
+
+class MicroBatch(Protocol):
+    """What a window yields: it alone knows whether it is the last one of this process in the window."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the update follows."""
+        ...
+
+
+class Strategy(ABC):
+    """Where and on how many processes a model trains. Subclass it, or a built-in one, for a new backend.
+
+    Only `accumulation_context`, `effective_batch` and `supports_variable_windows` must be given; every other method
+    has a default that is right for one process on one device. Methods stand in the order of a run's life.
+    """
+
+    name: str = "custom"
+    """What the banner and error messages call it."""
+
+    _model: nn.Module
+    _scale: tuple[float, torch.dtype] | None = None
+    _scale_tensor: Tensor
+
+    # What every strategy declares
+
+    @property
+    @abstractmethod
+    def supports_variable_windows(self) -> bool:
+        """Whether K may change during a run. False makes the engine refuse such a schedule before anything starts."""
+
+    @abstractmethod
+    def effective_batch(self, N: int, K: int) -> int:
+        """Return the samples behind one full update: K micro-batches of N samples on each process."""
+
+    @abstractmethod
+    def accumulation_context(self, is_last_microbatch: bool) -> AbstractContextManager[Any]:
+        """Return the context around FORWARD AND BACKWARD of one micro-batch; only the last one may communicate."""
+
+    # Processes and devices
+
+    @property
+    def rank(self) -> int:
+        """This process among all that were started, from 0. Known before `setup`."""
+        return 0
+
+    @property
+    def local_rank(self) -> int:
+        """This process among those of its host, from 0."""
+        return self.rank
+
+    @property
+    def data_parallel_size(self) -> int:
+        """P, the processes that train on different samples. Known before `setup`."""
+        return 1
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """This process among the P, from 0: which micro-batches it gets."""
+        return self.rank
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes: its model's and its batches' device."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def describe(self) -> str:
+        """Return one line for the banner."""
+        return f"{self.name} on {self.device}"
+
+    def setup(self) -> None:
+        """Start what the strategy needs (process groups). Raises ValueError where it cannot run as it was started."""
+
+    def teardown(self) -> None:
+        """Undo `setup`: what was made here is destroyed, what was found is left."""
+
+    # The model
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Move `model` to the device and return the module to call in training, which may be a wrapper around it."""
+        self._model = model.to(self.device)
+        return self._model
+
+    def to_device(self, batch: Any) -> Any:
+        """Return `batch` with every tensor in it (in dicts, lists, tuples; anything with `.to`) on the device."""
+        return batch if self.device.type == "cpu" else _move(batch, self.device)
+
+    def seed(self, value: int) -> None:
+        """Seed the generators that a forward on this process draws from."""
+        torch.default_generator.manual_seed(value)
+        if self.device.type == "cuda":
+            torch.cuda.default_generators[self.device.index or 0].manual_seed(value)
+
+    def generator_state(self) -> Tensor:
+        """Return the state of those generators, on the CPU: it differs when something was drawn."""
+        state = torch.default_generator.get_state()
+        if self.device.type == "cuda":
+            state = torch.cat([state, torch.cuda.default_generators[self.device.index or 0].get_state()])
+        return state
+
+    # One window
+
+    def run_window(
+        self,
+        window: Iterable[MicroBatch],
+        forward: Callable[[Any], tuple[Tensor, float | Tensor]],
+    ) -> None:
+        """Run one window: afterwards `p.grad` holds the sum over processes and micro-batches of scale x d(loss).
+
+        `forward(micro)` returns a micro-batch's loss, a 0-dim tensor, and the scale of its gradient.
+        """
+        micro = None
+        for micro in window:
+            with self.accumulation_context(micro.is_last):
+                loss, scale = forward(micro)
+                self.backward(loss, scale)
+        if micro is None:
+            self.join(window)
+
+    def backward(self, loss: Tensor, scale: float | Tensor) -> None:
+        """Add `scale x d(loss)` to the gradients; after the window's last call they are summed over the processes."""
+        loss.backward(gradient=self._gradient_of(loss, scale))  # type: ignore[no-untyped-call]
+
+    def join(self, window: Any) -> None:
+        """Take part, with weight 0, in a window in which this process has no micro-batch."""
+
+    def clip(self, max_norm: float | None, factor: float = 1.0) -> Tensor:
+        """Multiply the gradients by `factor`, clip them to `max_norm`, return their norm (0-dim) before the clipping.
+
+        The norm is the 2-norm over all parameters, after `factor`. The clipping is that of
+        `torch.nn.utils.clip_grad_norm_`. Nothing is read back from the device.
+        """
+        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
+        if not gradients:
+            return torch.zeros((), device=self.device)
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) * factor
+        if max_norm is not None:
+            torch._foreach_mul_(gradients, factor * torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        elif factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
+        return norm
+
+    # Between processes
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        """Reduce `tensor` in place over the processes by "sum", "min" or "max", on the device's group; return it."""
+        return tensor
+
+    def exchange(self, values: Sequence[float]) -> Rows:
+        """Start sending a few host numbers to all processes; call what comes back to wait and get all rows."""
+        row = list(values)
+        return lambda: [row]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return each process's `value` (anything that pickles) in rank order. Slow: for starts and ends."""
+        return [value]
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+
+    def synchronize_buffers(self) -> None:
+        """Give all processes the same buffers (BatchNorm's statistics), those of process 0."""
+
+    # What a run keeps
+
+    def reductions(self) -> tuple[int, int]:
+        """Return (collectives, bytes) that one window's gradients cross the wire with, on each process."""
+        return 0, 0
+
+    def state_dict(self, optimizer: Optimizer | None = None) -> dict[str, Any]:
+        """Return {"model": ..., "optimizer": ...} on the CPU, under the user's own parameter names.
+
+        On all processes together. Names carry no `module.` and no `_orig_mod.`
+        (torch.distributed.checkpoint.state_dict does the naming).
+        """
+        from torch.distributed.checkpoint import state_dict as dcp
+
+        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state: dict[str, Any] = {"model": dcp.get_model_state_dict(self._model, options=options)}
+        if optimizer is not None:
+            state["optimizer"] = dcp.get_optimizer_state_dict(self._model, optimizer, options=options)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
+        """Load what `state_dict` returned, on all processes together. Raises RuntimeError for other names or shapes."""
+        from torch.distributed.checkpoint import state_dict as dcp
+
+        options = dcp.StateDictOptions(full_state_dict=True)
+        dcp.set_model_state_dict(self._model, state["model"], options=options)
+        if optimizer is not None:
+            dcp.set_optimizer_state_dict(self._model, optimizer, state["optimizer"], options=options)
+
+    def _gradient_of(self, loss: Tensor, scale: float | Tensor) -> Tensor:
+        """The 0-dim tensor `scale`, kept from call to call: making it anew costs more than calling backward."""
+        if isinstance(scale, Tensor):
+            return scale.to(loss.dtype)
+        if self._scale != (scale, loss.dtype):
+            self._scale = scale, loss.dtype
+            self._scale_tensor = torch.full_like(loss, scale, requires_grad=False)
+        return self._scale_tensor
+
+
+def _move(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: _move(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_move(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(_move(value, device) for value in batch)
+    return batch.to(device) if hasattr(batch, "to") else batch

@@ -1,0 +1,271 @@
+"""Several processes, each with the whole model: DistributedDataParallel, one reduction per window."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from strategies.base import MicroBatch, Rows, Strategy
+from strategies.environment import rendezvous, started_local_rank, started_processes, started_rank
+from strategies.single import NOTHING_TO_DEFER
+
+REFUSED = {
+    "static_graph": "it records the first backward, and dies with an internal assert where that one is not "
+    "synchronised (any window with K > 1). Use find_unused_parameters=True for parameters that are not always "
+    "used, and non-reentrant activation checkpointing.",
+    "delay_all_reduce_named_params": "it ignores no_sync, so gradients would be wrong without an error. Leave it out.",
+    "mixed_precision": "gradients would not be accumulated in float32. Use Trainer(precision=...).",
+}
+"""Options of DistributedDataParallel that are wrong with deferred reduction (torch 2.13), and the way out."""
+
+
+class DDPStrategy(Strategy):
+    """Train one replica in each of P processes; gradients cross the wire once per window and bucket.
+
+    gloo on CPU, NCCL on CUDA, started from torchrun's environment; a process group that exists is used and left in
+    place. The options are those of `torch.nn.parallel.DistributedDataParallel`:
+
+    - `find_unused_parameters`: for models that do not use each parameter in each micro-batch (costs a walk over the
+      graph per window). Where it is False and a parameter was not used, the update raises instead of diverging.
+    - `gradient_as_bucket_view`: gradients live in the buckets, which saves their copy.
+    - `bucket_cap_mb`: size of a bucket; smaller ones start earlier, larger ones are fewer.
+    - `broadcast_buffers`: process 0's buffers (BatchNorm's statistics) go to all once per window.
+
+    `timeout_seconds` bounds every collective, `device` is "cpu" or "cuda" (default: CUDA where there is one).
+    """
+
+    name = "ddp"
+    supports_variable_windows = True
+
+    def __init__(
+        self,
+        find_unused_parameters: bool = False,
+        gradient_as_bucket_view: bool = False,
+        bucket_cap_mb: float | None = None,
+        broadcast_buffers: bool = True,
+        timeout_seconds: float = 300.0,
+        device: Literal["cpu", "cuda"] | None = None,
+        **refused: object,
+    ) -> None:
+        for option in refused:
+            if option in REFUSED:
+                raise ValueError(f"DDPStrategy does not take {option}: {REFUSED[option]}")
+            raise TypeError(f"DDPStrategy has no option {option!r}.")
+        if not timeout_seconds > 0:
+            raise ValueError(f"timeout_seconds={timeout_seconds}: give the seconds that a collective may take.")
+        self.find_unused_parameters = find_unused_parameters
+        self.gradient_as_bucket_view = gradient_as_bucket_view
+        self.bucket_cap_mb = bucket_cap_mb
+        self.broadcast_buffers = broadcast_buffers
+        self.timeout = timedelta(seconds=timeout_seconds)
+        self._device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._backend = "nccl" if self._device_type == "cuda" else "gloo"
+        self._owns_group = False
+        self._host_group: dist.ProcessGroup | None = None
+        self._used: nn.Parameter | None = None  # a parameter that is known to take part in forward
+
+    def effective_batch(self, N: int, K: int) -> int:
+        """Return P x N x K."""
+        return self.data_parallel_size * N * K
+
+    def accumulation_context(self, is_last_microbatch: bool) -> AbstractContextManager[Any]:
+        """Return `no_sync` for all but the last micro-batch. DDP looks at it in forward, so that must be inside."""
+        return NOTHING_TO_DEFER if is_last_microbatch else self._ddp.no_sync()
+
+    @property
+    def rank(self) -> int:
+        """This process in the group, or in torchrun's environment before there is one."""
+        return dist.get_rank() if dist.is_initialized() else started_rank()
+
+    @property
+    def local_rank(self) -> int:
+        """This process among those of its host."""
+        return started_local_rank()
+
+    @property
+    def data_parallel_size(self) -> int:
+        """P, all processes of the group."""
+        return dist.get_world_size() if dist.is_initialized() else started_processes()
+
+    @property
+    def device(self) -> torch.device:
+        """The CUDA device of this process's local rank, or the CPU."""
+        return torch.device("cpu") if self._device_type == "cpu" else torch.device("cuda", self.local_rank)
+
+    def describe(self) -> str:
+        """Return one line for the banner."""
+        backend = dist.get_backend() if dist.is_initialized() else self._backend
+        return f"{self.name}: {self.data_parallel_size} x {self._device_type}, {backend}"
+
+    def setup(self) -> None:
+        """Join the processes: a group for gradients, and one on the CPU for messages."""
+        if self._device_type == "cuda":
+            torch.cuda.set_device(self.device)
+        if not dist.is_initialized():
+            self._owns_group = True
+            store = rendezvous(self.timeout)
+            dist.init_process_group(
+                self._backend, timeout=self.timeout, store=store, rank=started_rank(), world_size=started_processes()
+            )
+        self._host_group = dist.new_group(backend="gloo", timeout=self.timeout)
+
+    def teardown(self) -> None:
+        """Destroy the groups that `setup` made."""
+        if hasattr(self, "_ddp"):
+            del self._ddp  # its hooks must be gone before the group that they use
+        if self._owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+        elif self._host_group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._host_group)
+        self._owns_group, self._host_group = False, None
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Wrap `model`, and fix the order in which its gradients are summed. Raises ValueError for a refused option."""
+        self._ddp = self.wrap(super().prepare(model))
+        if self._ddp.static_graph:
+            raise ValueError(f"DDPStrategy does not take static_graph: {REFUSED['static_graph']}")
+        if self._ddp._delay_all_reduce_params:
+            reason = REFUSED["delay_all_reduce_named_params"]
+            raise ValueError(f"DDPStrategy does not take delay_all_reduce_named_params: {reason}")
+        self._fix_buckets()
+        return self._ddp
+
+    def wrap(self, model: nn.Module) -> DistributedDataParallel:
+        """Return `model` in DistributedDataParallel. Override it for an option that is not here, or to add a hook."""
+        options: dict[str, Any] = {} if self.broadcast_buffers else _no_buffers()
+        return DistributedDataParallel(
+            model,
+            device_ids=None if self._device_type == "cpu" else [self.device],
+            find_unused_parameters=self.find_unused_parameters,
+            gradient_as_bucket_view=self.gradient_as_bucket_view,
+            bucket_cap_mb=self.bucket_cap_mb,
+            **options,
+        )
+
+    def run_window(self, window: Iterable[MicroBatch], forward: Callable[[Any], tuple[Tensor, float | Tensor]]) -> None:
+        """Run one window, then make sure that every gradient was reduced. Raises RuntimeError where one was not."""
+        super().run_window(window, forward)
+        try:
+            self._ddp._check_reducer_finalized()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise RuntimeError(self._unused_message(str(error))) from None
+
+    def backward(self, loss: Tensor, scale: float | Tensor) -> None:
+        """Add `scale x d(loss)`. DDP averages over P; we promise the sum."""
+        super().backward(loss, scale * self.data_parallel_size)
+        if self.find_unused_parameters and self._used is None:
+            self._used = next((p for p in self._model.parameters() if p.grad is not None), None)
+
+    def join(self, window: Any) -> None:
+        """Reduce zeros: the wrapper's forward runs, as its collectives must, around a model that touches no data."""
+        with _forward_replaced(self._model, self._touch):
+            super().backward(self._ddp(), 1.0)
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        """Reduce `tensor` in place over the processes by "sum", "min" or "max"; return it."""
+        dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[op])
+        return tensor
+
+    def exchange(self, values: Sequence[float]) -> Rows:
+        """Start one all-gather of a few doubles on the CPU group; call what comes back to wait and get all rows."""
+        mine = torch.tensor(values, dtype=torch.float64)
+        rows = mine.new_empty(self.data_parallel_size * len(mine))
+        work = dist.all_gather_into_tensor(rows, mine, group=self._host_group, async_op=True)
+
+        def wait() -> list[list[float]]:
+            work.wait()
+            return rows.view(-1, len(mine)).tolist()
+
+        return wait
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return each process's `value` in rank order, by pickling it to the CPU group."""
+        values: list[Any] = [None] * self.data_parallel_size
+        dist.all_gather_object(values, value, group=self._host_group)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all processes, on the CPU group."""
+        dist.barrier(group=self._host_group)
+
+    def synchronize_buffers(self) -> None:
+        """Give all processes the buffers of process 0."""
+        for buffer in self._model.buffers():
+            dist.broadcast(buffer, src=0)
+
+    def reductions(self) -> tuple[int, int]:
+        """Return (buckets, bytes of all gradients): what one window sends, told by DDP's own reducer."""
+        data = self._ddp._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+        sizes = data.get("rebuilt_bucket_sizes") or data["bucket_sizes"]
+        buckets = [int(size) for size in str(sizes).split(",")]
+        return len(buckets), sum(buckets)
+
+    def _fix_buckets(self) -> None:
+        """Let DDP rebuild its buckets now.
+
+        It does so in a process's second synchronised forward, so that a resumed process would sum its first window in
+        another order than the run that was not interrupted: other bits, at P >= 3.
+        """
+        if not self.find_unused_parameters:
+            self.join(None)
+            self._ddp.reducer._rebuild_buckets()
+            for parameter in self._model.parameters():
+                parameter.grad = None
+
+    def _touch(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A forward without data: zero, with a gradient of zero for the parameters."""
+        trainable = [p for p in self._model.parameters() if p.requires_grad]
+        if self.find_unused_parameters:  # those unused everywhere must keep the gradient None
+            trainable = [self._used if self._used is not None else trainable[0]]
+        total = trainable[0].new_zeros(())
+        for parameter in trainable:
+            total = total + _Zero.apply(parameter)  # type: ignore[no-untyped-call]
+        return total
+
+    def _unused_message(self, reason: str) -> str:
+        names = [name for name, p in self._model.named_parameters() if p.requires_grad]
+        found = re.search(r"for rank \d+: ([\d ]+)", reason)
+        unused = ", ".join(names[int(i)] for i in found[1].split()) if found else "some"
+        return (
+            f"process {self.rank}: the last micro-batch of the window did not use these parameters: {unused}. Their "
+            "gradients were not reduced. Use DDPStrategy(find_unused_parameters=True) (--trainer.strategy="
+            "strategies.DDPStrategy --trainer.strategy.find_unused_parameters=true)."
+        )
+
+
+class _Zero(torch.autograd.Function):
+    """Zero, with gradient zero: `p.sum() * 0` would be NaN where a parameter is not finite."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
+        ctx.save_for_backward(parameter)
+        return parameter.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return torch.zeros_like(ctx.saved_tensors[0])
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Any:
+    module.forward = forward  # an attribute of the instance, before the method of its class
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _no_buffers() -> dict[str, Any]:
+    """`broadcast_buffers=False` under the name that this torch wants (renamed in 2.13)."""
+    import inspect
+
+    parameters = inspect.signature(DistributedDataParallel.__init__).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers": False}

@@ -1,0 +1,46 @@
+"""One process, one device."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from strategies.base import Strategy
+from strategies.environment import started_processes
+
+NOTHING_TO_DEFER = nullcontext()
+
+
+class SingleDeviceStrategy(Strategy):
+    """Train on one device: `device`, else CUDA where there is one, else the CPU. Gradients simply add up."""
+
+    name = "single"
+    supports_variable_windows = True
+
+    def __init__(self, device: str | None = None) -> None:
+        self._device = None if device is None else torch.device(device)
+
+    def effective_batch(self, N: int, K: int) -> int:
+        """Return N x K."""
+        return N * K
+
+    def accumulation_context(self, is_last_microbatch: bool) -> AbstractContextManager[Any]:
+        """Return a context that does nothing: there is no communication to defer."""
+        return NOTHING_TO_DEFER
+
+    @property
+    def device(self) -> torch.device:
+        """The one device."""
+        if self._device is None:
+            self._device = super().device
+        return self._device
+
+    def setup(self) -> None:
+        """Refuse several processes: each would train a model of its own. Raises ValueError."""
+        if (processes := started_processes()) > 1:
+            raise ValueError(
+                f"strategy {self.name!r} trains in one process, but {processes} were started: each would train alone. "
+                "Use --trainer.strategy=ddp, or start one process."
+            )
