@@ -77,10 +77,10 @@ class LoaderOptions:
 def is_map_style(data: object) -> bool:
     """Whether the engine makes the micro-batches of `data`: it has `__getitem__` and `__len__`.
 
-    Raises TypeError for what is neither that nor an iterable of ready micro-batches.
+    Raises ValueError for what is neither that nor an iterable of ready micro-batches.
     """
     if isinstance(data, IterableDataset):
-        raise TypeError(
+        raise ValueError(
             f"{type(data).__name__} is an IterableDataset of samples: return DataLoader(it, batch_size=N), or, "
             "where it yields ready micro-batches, DataLoader(it, batch_size=None)."
         )
@@ -88,7 +88,9 @@ def is_map_style(data: object) -> bool:
         return True
     if hasattr(data, "__iter__"):
         return False
-    raise TypeError(f"data of type {type(data).__name__}: return a map-style dataset, or an iterable of micro-batches.")
+    raise ValueError(
+        f"data of type {type(data).__name__}: return a map-style dataset, or an iterable of micro-batches."
+    )
 
 
 class MapSource:
@@ -227,7 +229,7 @@ class StreamWindow:
 
 
 class _Lookahead:
-    """An iterator that knows whether it has a next item; an exception met ahead is raised when its item is asked for."""
+    """An iterator that knows whether it has a next item; an exception met ahead comes when its item is asked for."""
 
     def __init__(self, data: Iterable[Any]) -> None:
         self._error: Exception | None = None

@@ -50,7 +50,7 @@ class Fetch(Dataset[Any]):
         try:
             return self._dataset[index]
         except IndexError as error:
-            raise IndexError(
+            raise ValueError(
                 f"the dataset says that it has {len(self._dataset)} samples, but has none at {index}: {error}"
             ) from error
 

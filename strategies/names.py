@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from importlib import import_module
 
 from strategies.base import Strategy
 from strategies.ddp import DDPStrategy
@@ -28,4 +29,16 @@ def resolve(strategy: str | Strategy) -> Strategy:
     names = ", ".join(["auto", *NAMED])
     near = get_close_matches(str(strategy), ["auto", *NAMED], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
+    if "." in str(strategy):
+        hint = f" {_why_not(str(strategy))}"
     raise ValueError(f"strategy={strategy!r}: choose one of {names}, or give a Strategy or its class path.{hint}")
+
+
+def _why_not(class_path: str) -> str:
+    """Say why a class path is no Strategy."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        return f"This one could not be imported: {error}."
+    return f"{found!r} is not a subclass of strategies.Strategy."

@@ -1,0 +1,108 @@
+"""What `engine/run.py` does: options to objects, one run, one message where something is wrong."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+import tomllib
+import traceback
+from argparse import ArgumentError
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_dumper, set_loader
+
+from engine.callbacks import Callback
+from engine.loop import ProcessFailureError
+from engine.task import Task
+from engine.trainer import Trainer
+from strategies.environment import started_rank
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT = ROOT / "launch" / "recipes" / "digits" / "digits.toml"
+WORDS_FOR_THE_USER = (ValueError, FileExistsError, ProcessFailureError)
+"""What our own code raises about something that the user can mend: the message says all."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train what the options say and return the exit status: 0, or 2 for options or a task that cannot be."""
+    try:
+        parser, config = parse(list(sys.argv[1:] if arguments is None else arguments))
+        built = parser.instantiate(config)
+        built.trainer.callbacks.append(_KeepCommand(parser.dump(config)))
+        built.trainer.fit(built.task)
+    except ArgumentError as error:
+        return _refuse(error)
+    except WORDS_FOR_THE_USER as error:
+        if not _raised_by_us(error):
+            raise
+        return _refuse(error)
+    return 0
+
+
+def parse(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
+    """Return the parser and the resolved configuration. Raises ArgumentError."""
+    if not any(a.split("=")[0] in ("--config", "--task", "--help", "-h") for a in arguments):
+        arguments = [f"--config={DEFAULT}", *arguments]
+    set_loader("tally", _load, exceptions=(yaml.YAMLError,))
+    set_dumper("tally", lambda content: yaml.safe_dump(content, sort_keys=False))
+    parser = ArgumentParser(
+        prog="engine/run.py",
+        description="Train a task with exact gradient accumulation, on one process or many (torchrun).",
+        parser_mode="tally",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="a TOML or YAML file of these options")
+    parser.add_subclass_arguments(Task, "task", help="what to train: a Task by its class path")
+    parser.add_class_arguments(Trainer, "trainer")
+    fresh = datetime.now().strftime("runs/%Y%m%d-%H%M%S")
+    parser.set_defaults({"trainer.progress": True, "trainer.run_dir": fresh})
+    return parser, parser.parse_args(arguments)
+
+
+class _KeepCommand(Callback):
+    """Keeps the resolved options beside the run, to be given to `--config`, and points `latest` to it."""
+
+    def __init__(self, config: str) -> None:
+        self._config = config
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        if trainer.run is None:
+            return
+        folder = trainer.run.path
+        (folder / "config.yaml").write_text(self._config)
+        link = folder.parent / f".latest-{folder.name}"
+        link.symlink_to(folder.name)
+        link.replace(folder.parent / "latest")
+
+
+def _load(text: str) -> Any:
+    """A file of options is TOML or YAML; a value on the command line is YAML, as in {0: 8, 4: 4}."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return yaml.safe_load(text)
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(frame.filename).parent.is_relative_to(ROOT) and "recipes" not in Path(frame.filename).parts
+
+
+def _refuse(error: BaseException) -> int:
+    """Say what is wrong, once: process 0 speaks; another does when it is still there after a while."""
+    if started_rank() != 0:
+        time.sleep(10)  # torchrun ends all processes when the first of them has failed
+    print(f"engine/run.py: {_plain(str(error))}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _plain(message: str) -> str:
+    """The parser tells of every type that it tried; keep what it found wrong, once."""
+    noise = re.compile(r"Does not validate|Subtypes:|Errors:|Given value|Expected a (path|<class '(NoneType|str|coll))|^$")
+    lines = (line.strip(" -") for line in message.splitlines())
+    return re.sub(r"<class '(\w+)'>", r"\1", " ".join(dict.fromkeys(line for line in lines if not noise.search(line))))

@@ -1,0 +1,1 @@
+"""How to start: the README's two commands, and recipes."""

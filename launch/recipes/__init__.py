@@ -1,0 +1,1 @@
+"""Recipes: a task and the configuration that it trains well with."""

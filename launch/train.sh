@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Train: launch/train.sh [torchrun options] [engine/run.py options], as in
+#   launch/train.sh --nproc_per_node=4 --trainer.accumulate_grad_batches=8
+# Two processes unless told otherwise. Options of torchrun come before those of engine/run.py (--config, --task, --trainer...).
+set -euo pipefail
+here=$PWD
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+root=$PWD
+cd "$here"
+
+launcher=(--standalone --nproc_per_node=2)
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --config* | --task* | --trainer* | --print_config* | --help | -h) break ;;
+        --standalone | --nproc[-_]per[-_]node=*) launcher+=("$1"); shift ;;
+        --nnodes* | --rdzv* | --master* | --node*) [ "${launcher[0]}" = --standalone ] && launcher=("${launcher[@]:1}"); launcher+=("$1"); shift ;;
+        *) launcher+=("$1"); shift ;;
+    esac
+done
+exec torchrun "${launcher[@]}" "$root/engine/run.py" "$@"

@@ -1,0 +1,80 @@
+"""Real processes for tests: forked, met through a file, bounded in time, none left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class ChildError(AssertionError):
+    """A child raised; the message holds each child's traceback, `errors` their one-line texts by rank."""
+
+    def __init__(self, tracebacks: dict[int, str]) -> None:
+        super().__init__("\n".join(f"--- process {rank}\n{text}" for rank, text in tracebacks.items()))
+        self.errors = {rank: text.strip().splitlines()[-1] for rank, text in tracebacks.items()}
+
+
+def run(P: int, function: Callable[..., Any], *args: Any, seconds: float = 60, group: bool = True) -> list[Any]:
+    """Call `function(*args)` in P processes of one gloo group; return what each returned, in rank order."""
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, children = [], []
+        for rank in range(P):
+            ours, theirs = context.Pipe(duplex=False)
+            child = context.Process(target=_child, args=(rank, P, f"{folder}/store", theirs, group, function, args))
+            child.start()
+            theirs.close()
+            pipes.append(ours)
+            children.append(child)
+        end = time.monotonic() + seconds
+        results, failures = [None] * P, {}
+        try:
+            for rank, pipe in enumerate(pipes):
+                try:
+                    waiting = max(0.0, end - time.monotonic())
+                    good, value = pickle.loads(pipe.recv_bytes()) if pipe.poll(waiting) else (False, "timed out")
+                except EOFError:
+                    children[rank].join(5)
+                    good, value = False, f"died with exit code {children[rank].exitcode}"
+                if good:
+                    results[rank] = value
+                else:
+                    failures[rank] = value
+        finally:
+            for child in children:
+                child.join(0.0 if failures else 10.0)
+                if child.is_alive():
+                    child.kill()
+                    child.join()
+    if failures:
+        raise ChildError(failures)
+    return results
+
+
+def _child(
+    rank: int, P: int, store: str, pipe: Connection, group: bool, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    try:
+        torch.set_num_threads(1)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(P))
+        if group:
+            dist.init_process_group(
+                "gloo", store=dist.FileStore(store, P), rank=rank, world_size=P, timeout=timedelta(seconds=30)
+            )
+        message = (True, function(*args))
+    except BaseException:
+        message = (False, traceback.format_exc())
+    pipe.send_bytes(pickle.dumps(message))  # bytes: tensors sent as tensors would live in this process
+    pipe.close()
+    os._exit(0)  # no exit handlers: they belong to the parent

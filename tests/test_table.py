@@ -1,0 +1,111 @@
+"""Promise 2, the table: every strategy, P, K and tail gives the parameters that one big batch gives, within 1e-12."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from processes import run
+from toy import Regression, Watch, big_batch_run, in_order, parameters
+
+from engine import GradientAccumulationScheduler, Trainer
+from strategies import DDPStrategy, DPStrategy, SingleDeviceStrategy
+
+N = 4
+EPOCHS = 3
+TAILS = {
+    "divides": lambda window: 3 * window,
+    "short": lambda window: 2 * window + window // 2 + 1,  # ragged, and for large windows processes without data
+    "one": lambda window: 2 * window + 1,  # one sample for all processes together
+}
+
+
+def train(strategy: Any, samples: int, K: int, **options: Any) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    watch = Watch()
+    settings = {"micro_batch_size": N, "accumulate_grad_batches": K, "max_epochs": EPOCHS, "shuffle": False, **options}
+    trainer = Trainer(strategy, callbacks=watch, **settings)
+    trainer.fit(Regression(samples))
+    return parameters(trainer.model), watch.records
+
+
+def expected(samples: int, effective_batch: int) -> torch.Tensor:
+    return big_batch_run(Regression(samples), [in_order(samples, effective_batch)] * EPOCHS)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("K", [1, 2, 7])
+@pytest.mark.parametrize(
+    "strategy", [SingleDeviceStrategy(), DPStrategy(2, "cpu"), DPStrategy(3, "cpu")], ids=["single", "dp2", "dp3"]
+)
+def test_one_process_equals_one_big_batch(strategy: Any, K: int, tail: str) -> None:
+    samples = TAILS[tail](N * K)
+    found, records = train(strategy, samples, K)
+    torch.testing.assert_close(found, expected(samples, N * K), rtol=0, atol=1e-12)
+    assert [r["effective_batch"] for r in records[: len(records) // EPOCHS]] == [
+        len(w) for w in in_order(samples, N * K)
+    ]
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("K", [1, 2, 7])
+@pytest.mark.parametrize("P", [1, 2, 3, 4])
+def test_ddp_equals_one_big_batch(P: int, K: int, tail: str) -> None:
+    samples = TAILS[tail](P * N * K)
+    results = run(P, train_ddp, samples, K)
+    reference = expected(samples, P * N * K)
+    for found, records in results:
+        torch.testing.assert_close(found, reference, rtol=0, atol=1e-12)
+        assert records[-1]["samples"] == EPOCHS * samples
+
+
+def train_ddp(samples: int, K: int) -> Any:
+    return train(DDPStrategy(), samples, K)
+
+
+@pytest.mark.parametrize("P", [1, 2, 3])
+def test_schedule_of_windows_equals_big_batches(P: int) -> None:
+    samples, scheduling = 11 * N + 1, {0: 8, 1: 4, 3: 1}
+    reference = big_batch_run(Regression(samples), [in_order(samples, P * N * K) for K in (8, 4, 4, 1)])
+    for found, records in run(P, train_scheduled, samples, scheduling):
+        torch.testing.assert_close(found, reference, rtol=0, atol=1e-12)
+        assert [r["accumulate_grad_batches"] for r in records if r["epoch"] == 3] == [1] * -(-samples // (P * N))
+
+
+def train_scheduled(samples: int, scheduling: dict[int, int]) -> Any:
+    trainer = Trainer(
+        "ddp",
+        micro_batch_size=N,
+        max_epochs=4,
+        shuffle=False,
+        callbacks=[GradientAccumulationScheduler(scheduling), watch := Watch()],
+    )
+    trainer.fit(Regression(samples))
+    assert trainer.total_updates == trainer.update == len(watch.records)
+    return parameters(trainer.model), watch.records
+
+
+@pytest.mark.parametrize("P", [1, 3])
+def test_clipping_acts_on_the_whole_gradient_of_an_update(P: int) -> None:
+    samples, max_norm = 5 * N + 3, 0.05
+    reference = big_batch_run(Regression(samples), [in_order(samples, P * N * 2)] * EPOCHS, max_norm=max_norm)
+    for found, records in run(P, train_clipped, samples, max_norm):
+        torch.testing.assert_close(found, reference, rtol=0, atol=1e-12)
+        assert records[0]["grad_norm"] > max_norm  # it did clip
+
+
+def train_clipped(samples: int, max_norm: float) -> Any:
+    return train("ddp", samples, 2, gradient_clip_norm=max_norm)
+
+
+@pytest.mark.parametrize("P", [1, 2, 3, 4])
+@pytest.mark.parametrize("B", [1, 7, 12, 30])
+def test_any_effective_batch_on_any_number_of_processes(P: int, B: int) -> None:
+    samples = 43
+    for found, records in run(P, train_effective, samples, B):
+        torch.testing.assert_close(found, expected(samples, B), rtol=0, atol=1e-12)
+        assert {r["accumulate_grad_batches"] for r in records} == {-(-B // (P * N))}
+
+
+def train_effective(samples: int, B: int) -> Any:
+    return train("ddp", samples, 1, effective_batch_size=B)
