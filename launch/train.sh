@@ -17,4 +17,5 @@ while [ $# -gt 0 ]; do
         *) launcher+=("$1"); shift ;;
     esac
 done
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # as torchrun would set it, without its warning
 exec torchrun "${launcher[@]}" "$root/engine/run.py" "$@"

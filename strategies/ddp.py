@@ -177,12 +177,12 @@ class DDPStrategy(Strategy):
     def exchange(self, values: Sequence[float]) -> Rows:
         """Start one all-gather of a few doubles on the CPU group; call what comes back to wait and get all rows."""
         mine = torch.tensor(values, dtype=torch.float64)
-        rows = mine.new_empty(self.data_parallel_size * len(mine))
-        work = dist.all_gather_into_tensor(rows, mine, group=self._host_group, async_op=True)
+        rows = [torch.empty_like(mine) for _ in range(self.data_parallel_size)]
+        work = dist.all_gather(rows, mine, group=self._host_group, async_op=True)
 
         def wait() -> list[list[float]]:
             work.wait()
-            return rows.view(-1, len(mine)).tolist()
+            return [row.tolist() for row in rows]
 
         return wait
 
