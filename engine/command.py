@@ -103,6 +103,8 @@ def _refuse(error: BaseException) -> int:
 
 def _plain(message: str) -> str:
     """The parser tells of every type that it tried; keep what it found wrong, once."""
-    noise = re.compile(r"Does not validate|Subtypes:|Errors:|Given value|Expected a (path|<class '(NoneType|str|coll))|^$")
+    noise = re.compile(
+        r"Does not validate|Subtypes:|Errors:|Given value|Expected a (path|<class '(NoneType|str|coll))|^$"
+    )
     lines = (line.strip(" -") for line in message.splitlines())
     return re.sub(r"<class '(\w+)'>", r"\1", " ".join(dict.fromkeys(line for line in lines if not noise.search(line))))

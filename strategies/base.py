@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 Rows = Callable[[], list[list[float]]]
 """Waits for an exchange and returns each process's values, in rank order."""
@@ -184,18 +185,19 @@ class Strategy(ABC):
         return 0, 0
 
     def state_dict(self, optimizer: Optimizer | None = None) -> dict[str, Any]:
-        """Return {"model": ..., "optimizer": ...} on the CPU, under the user's own parameter names.
+        """Return a copy of {"model": ..., "optimizer": ...} on the CPU, under the user's own parameter names.
 
         On all processes together. Names carry no `module.` and no `_orig_mod.`
         (torch.distributed.checkpoint.state_dict does the naming).
         """
         from torch.distributed.checkpoint import state_dict as dcp
 
-        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        options = dcp.StateDictOptions(full_state_dict=True)
         state: dict[str, Any] = {"model": dcp.get_model_state_dict(self._model, options=options)}
         if optimizer is not None:
             state["optimizer"] = dcp.get_optimizer_state_dict(self._model, optimizer, options=options)
-        return state
+        copied: dict[str, Any] = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), state)
+        return copied
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
         """Load what `state_dict` returned, on all processes together. Raises RuntimeError for other names or shapes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, Literal
@@ -255,12 +255,16 @@ class _Zero(torch.autograd.Function):
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Any:
-    module.forward = forward  # an attribute of the instance, before the method of its class
+def _forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    attributes = module.__dict__  # before the method of its class; a compiled module has its own forward there
+    own = attributes.get("forward")
+    attributes["forward"] = forward
     try:
         yield
     finally:
-        del module.forward
+        del attributes["forward"]
+        if own is not None:
+            attributes["forward"] = own
 
 
 def _no_buffers() -> dict[str, Any]:

@@ -1,0 +1,80 @@
+"""Promise 1, by counting: one all-reduce per bucket and update, one message per update, nothing else."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from processes import run
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from toy import Regression, Watch
+
+from engine import Trainer
+from strategies import DDPStrategy
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what is given to a process group, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "c10d":
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Count(Watch):
+    """Counts the collectives of each update, in forward, backward and boundary together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[dict[str, int]] = []
+
+    def on_fit_start(self, trainer: Any) -> None:
+        self.mode = Collectives()
+        self.mode.__enter__()
+
+    def on_update_end(self, trainer: Any) -> None:
+        super().on_update_end(trainer)
+        self.counts.append(dict(self.mode.counts))
+        self.mode.counts.clear()
+
+    def on_fit_end(self, trainer: Any) -> None:
+        self.mode.__exit__(None, None, None)
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 300), nn.Tanh(), nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 1)).double()
+
+
+def count(samples: int, K: int, bucket_cap_mb: float | None, find_unused: bool) -> Any:
+    watch = Count()
+    strategy = DDPStrategy(bucket_cap_mb=bucket_cap_mb, find_unused_parameters=find_unused)
+    trainer = Trainer(strategy, micro_batch_size=2, accumulate_grad_batches=K, max_epochs=2, callbacks=watch)
+    reductions: list[tuple[int, int]] = []
+    watch.on_epoch_start = lambda trainer: reductions.append(trainer.strategy.reductions())  # type: ignore[method-assign]
+    trainer.fit(Regression(samples, model=wide))
+    return watch.counts, reductions[-1]
+
+
+@pytest.mark.parametrize("find_unused", [False, True])
+@pytest.mark.parametrize("bucket_cap_mb", [None, 0.1])
+@pytest.mark.parametrize("K", [1, 3])
+@pytest.mark.parametrize("P", [2, 3])
+def test_one_all_reduce_per_bucket_and_one_message_per_update(
+    P: int, K: int, bucket_cap_mb: float | None, find_unused: bool
+) -> None:
+    samples = 2 * (2 * P * K) + 1  # a last window in which one process alone has a sample
+    for counts, (buckets, size) in run(P, count, samples, K, bucket_cap_mb, find_unused):
+        parameters = sum(p.numel() for p in wide().parameters())
+        assert size == 8 * parameters
+        assert (buckets > 1) == (bucket_cap_mb is not None)
+        used = {"allreduce_": 1} if find_unused else {}  # DDP's map of used parameters
+        for update in counts:
+            assert update == {"allreduce_": buckets + used.get("allreduce_", 0), "allgather_": 1}, counts

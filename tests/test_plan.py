@@ -1,0 +1,138 @@
+"""The pure modules: thousands of cases against definitions so plain that they can be read."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.order import mix, sequential, shuffled
+from engine.plan import Plan
+from engine.schedule import Schedule, Stage, check_accumulation, check_scheduling
+
+UNITS = ["epoch", "update", "sample"]
+schedules = st.dictionaries(st.integers(0, 40), st.integers(1, 9), min_size=1, max_size=5).map(check_scheduling)
+
+
+def schedule_of(scheduling: dict[int, int], unit: str, P: int = 1, N: int = 1) -> Schedule:
+    return Schedule(tuple(Stage(first, K, P * N * K) for first, K in scheduling.items()), unit)  # type: ignore[arg-type]
+
+
+@given(schedules, st.integers(0, 60))
+def test_K_is_that_of_the_last_key_that_was_reached(scheduling: dict[int, int], place: int) -> None:
+    reached = [first for first in scheduling if first <= place]
+    assert schedule_of(scheduling, "epoch").at(place).accumulate_grad_batches == scheduling[max(reached)]
+
+
+def test_the_user_s_example() -> None:
+    schedule = schedule_of(check_scheduling({0: 8, 4: 4, 8: 1}), "epoch")
+    assert [schedule.at(epoch).accumulate_grad_batches for epoch in range(10)] == [8] * 4 + [4] * 4 + [1] * 2
+
+
+def test_K_is_1_before_the_first_key() -> None:
+    assert check_scheduling({2: 4}) == {0: 1, 2: 4}
+
+
+def test_the_dictionary_is_copied() -> None:
+    given_ = {0: 8}
+    checked = check_scheduling(given_)
+    given_[0] = 0
+    assert checked == {0: 8}
+
+
+@given(
+    samples=st.integers(1, 200),
+    N=st.integers(1, 9),
+    P=st.integers(1, 5),
+    scheduling=schedules,
+    unit=st.sampled_from(UNITS),
+)
+@settings(max_examples=500)
+def test_every_sample_is_in_one_micro_batch_of_one_process(
+    samples: int, N: int, P: int, scheduling: dict[int, int], unit: str
+) -> None:
+    plan = Plan(samples, schedule_of(scheduling, unit, P, N), max_epochs=3)
+    update = 0
+    for epoch in range(3):
+        windows = list(plan.windows(epoch, update))
+        seen: list[int] = []
+        for number, window in enumerate(windows):
+            place = {"epoch": epoch, "update": update + number, "sample": epoch * samples + window.start}[unit]
+            K = scheduling[max(first for first in scheduling if first <= place)]
+            shares = [window.micro_batches(N, rank, P) for rank in range(P)]
+            assert all(len(starts) <= K for starts in shares)
+            assert window.samples == P * N * K or number == len(windows) - 1
+            pieces = [(start, min(start + N, window.stop)) for starts in shares for start in starts]
+            seen += [sample for piece in sorted(pieces) for sample in range(*piece)]
+        assert seen == list(range(samples))
+        assert len(windows) == plan.updates_in_epoch(epoch, update)
+        update += len(windows)
+    assert plan.updates == update
+
+
+@given(samples=st.integers(1, 100), K=st.integers(1, 9), max_updates=st.integers(1, 50), max_epochs=st.integers(1, 5))
+def test_max_updates_and_max_epochs_whichever_comes_first(
+    samples: int, K: int, max_updates: int, max_epochs: int
+) -> None:
+    plan = Plan(samples, schedule_of({0: K}, "epoch"), max_epochs, max_updates)
+    update = 0
+    for epoch in range(max_epochs):
+        update += len(list(plan.windows(epoch, update)))
+    assert plan.updates == update == min(max_updates, max_epochs * -(-samples // K))
+
+
+@given(samples=st.integers(1, 100), N=st.integers(1, 5), PK=st.sampled_from([4, 6, 12]), data=st.data())
+def test_micro_batches_do_not_depend_on_P(samples: int, N: int, PK: int, data: st.DataObject) -> None:
+    P = data.draw(st.sampled_from([p for p in range(1, PK + 1) if PK % p == 0]))
+
+    def cut(P: int) -> list[list[int]]:
+        plan = Plan(samples, schedule_of({0: PK // P}, "epoch", P, N), max_epochs=1)
+        return [sorted(s for rank in range(P) for s in w.micro_batches(N, rank, P)) for w in plan.windows(0, 0)]
+
+    assert cut(P) == cut(1)
+
+
+@given(samples=st.integers(1, 300), seed=st.integers(0, 2**40), epoch=st.integers(0, 100))
+def test_a_shuffled_order_is_a_permutation_and_a_function_of_seed_and_epoch(
+    samples: int, seed: int, epoch: int
+) -> None:
+    order = shuffled(samples, seed)(epoch)
+    assert sorted(order) == list(range(samples))
+    assert list(order) == list(shuffled(samples, seed)(epoch))
+    assert list(sequential(samples)(epoch)) == list(range(samples))
+
+
+def test_orders_differ_between_epochs_and_seeds() -> None:
+    orders = {tuple(shuffled(50, seed)(epoch)) for seed in range(4) for epoch in range(4)}
+    assert len(orders) == 16
+
+
+def test_mix_spreads_neighbours_over_the_low_32_bits() -> None:
+    low = {mix(seed, epoch, place) & 0xFFFFFFFF for seed in range(10) for epoch in range(10) for place in range(100)}
+    assert len(low) >= 10_000 - 1
+
+
+@pytest.mark.parametrize("value", [0, -1, True, False, 2.0, "2", None])
+def test_K_that_is_none(value: object) -> None:
+    with pytest.raises(ValueError, match="accumulate_grad_batches"):
+        check_accumulation(value)
+
+
+@pytest.mark.parametrize(
+    "scheduling", [{}, None, 4, [(0, 4)], {-1: 2}, {0.0: 2}, {"0": 2}, {True: 2}, {0: 0}, {0: True}, {0: 1.5}, {0: "2"}]
+)
+def test_a_schedule_that_is_none(scheduling: object) -> None:
+    with pytest.raises(ValueError, match="schedul"):
+        check_scheduling(scheduling)
+
+
+def test_pure_arithmetic_imports_no_torch() -> None:
+    code = (
+        "import sys, types; sys.path.insert(0, '.');"
+        "package = types.ModuleType('engine'); package.__path__ = ['engine']; sys.modules['engine'] = package;"
+        "import engine.schedule, engine.plan, engine.order; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
