@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -66,6 +66,13 @@ def check_model(model: object) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             raise ValueError(f"{name or 'the model'} has sparse gradients, which are not supported: use sparse=False.")
+
+
+def check_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Refuse sparse gradients that no module announced; called at the first update. Raises ValueError."""
+    for name, parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            raise ValueError(f"{name} has a sparse gradient, which is not supported: make it dense.")
 
 
 def check_configurations_agree(strategy: Strategy, configuration: Mapping[str, Any]) -> None:

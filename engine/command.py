@@ -55,6 +55,7 @@ def parse(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
         description="Train a task with exact gradient accumulation, on one process or many (torchrun).",
         parser_mode="tally",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="a TOML or YAML file of these options")
     parser.add_subclass_arguments(Task, "task", help="what to train: a Task by its class path")

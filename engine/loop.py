@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from engine.checks import check_gradients
 from engine.data import Micro, Window
+from engine.loss import Loss
 from engine.precision import LossScale, autocast
 from engine.randomness import ModelRandomness
 from engine.task import Task
@@ -118,8 +120,10 @@ class Loop:
         loss = self._compute(self._model, micro.batch)
         if isinstance(loss, Tensor):  # the mean over the samples
             value, weight, share = loss, micro.size, micro.size
-        else:
+        elif isinstance(loss, Loss):
             value, weight, share = loss.sum, loss.weight, 1
+        else:
+            raise ValueError(f"loss() returned {type(loss).__name__}: return a 0-dim tensor, or Loss(sum, weight).")
         if value.ndim or not value.requires_grad or value.dtype.itemsize < 4:
             raise ValueError(_loss_message(value))
         self._samples += micro.size
@@ -140,6 +144,8 @@ class Loop:
         facts = Facts(*(math.fsum(column) for column in zip(*rows, strict=True)))
         if facts.failed:
             raise self._other_failure(update)
+        if update == 0:
+            check_gradients(self._model.named_parameters())
         window.more, window.samples = facts.more > 0, int(facts.samples)
         correction = self._unit / facts.weight if facts.weight else 1.0
         factor = correction / self._loss_scale.value

@@ -355,7 +355,9 @@ def _only_window_length(
     given += [f"effective_batch_size={batch}"] if batch is not None else []
     given += [f"GradientAccumulationScheduler({s.scheduling})" for s in schedulers]
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} both say how long a window is: keep one of them.")
+        raise ValueError(
+            f"{' and '.join(given)} both say how long a window is: keep one (accumulate_grad_batches=1 says nothing)."
+        )
     if not schedulers:
         return None
     if len(set(schedulers[0].scheduling.values())) > 1 and not strategy.supports_variable_windows:

@@ -193,9 +193,9 @@ class Strategy(ABC):
         from torch.distributed.checkpoint import state_dict as dcp
 
         options = dcp.StateDictOptions(full_state_dict=True)
-        state: dict[str, Any] = {"model": dcp.get_model_state_dict(self._model, options=options)}
+        state: dict[str, Any] = {"model": dcp.get_model_state_dict(self._user_module, options=options)}
         if optimizer is not None:
-            state["optimizer"] = dcp.get_optimizer_state_dict(self._model, optimizer, options=options)
+            state["optimizer"] = dcp.get_optimizer_state_dict(self._user_module, optimizer, options=options)
         copied: dict[str, Any] = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), state)
         return copied
 
@@ -204,9 +204,15 @@ class Strategy(ABC):
         from torch.distributed.checkpoint import state_dict as dcp
 
         options = dcp.StateDictOptions(full_state_dict=True)
-        dcp.set_model_state_dict(self._model, state["model"], options=options)
+        dcp.set_model_state_dict(self._user_module, state["model"], options=options)
         if optimizer is not None:
-            dcp.set_optimizer_state_dict(self._model, optimizer, state["optimizer"], options=options)
+            dcp.set_optimizer_state_dict(self._user_module, optimizer, state["optimizer"], options=options)
+
+    @property
+    def _user_module(self) -> nn.Module:
+        """The model under the wrapper that `torch.compile` puts around it."""
+        module: nn.Module = getattr(self._model, "_orig_mod", self._model)
+        return module
 
     def _gradient_of(self, loss: Tensor, scale: float | Tensor) -> Tensor:
         """The 0-dim tensor `scale`, kept from call to call: making it anew costs more than calling backward."""

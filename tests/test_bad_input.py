@@ -1,0 +1,258 @@
+"""Bad input: one clear message each, early, naming the value and the way out; the command line exits with 2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import ChildError, run
+from torch import nn
+from torch.utils.data import TensorDataset
+from toy import Regression
+
+from engine import Callback, GradientAccumulationScheduler, Trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches=0: a window needs at least one micro-batch; use 1"),
+        ({"accumulate_grad_batches": -3}, "accumulate_grad_batches=-3"),
+        ({"accumulate_grad_batches": True}, "accumulate_grad_batches=True: give a whole number"),
+        ({"accumulate_grad_batches": 2.0}, "accumulate_grad_batches=2.0: give a whole number"),
+        ({"accumulate_grad_batches": "2"}, "accumulate_grad_batches='2': give a whole number"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0: give a whole number of at least 1"),
+        ({"effective_batch_size": 0}, "effective_batch_size=0"),
+        ({"max_epochs": 0}, "max_epochs=0"),
+        ({"max_epochs": None}, "neither max_epochs nor max_updates is given"),
+        ({"max_epochs": None, "max_time": 10}, "neither max_epochs nor max_updates is given"),
+        ({"max_time": -1}, "max_time=-1"),
+        ({"gradient_clip_norm": 0.0}, "gradient_clip_norm=0.0"),
+        ({"precision": "bf17"}, "precision='bf17': choose one of fp32, bf16, fp16"),
+        ({"seed": -1}, "seed=-1"),
+        ({"num_workers": -1}, "num_workers=-1"),
+        ({"strategy": "dpp"}, "strategy='dpp': choose one of auto, single, dp, ddp.*Did you mean 'd"),
+        (
+            {"accumulate_grad_batches": 2, "effective_batch_size": 64},
+            "accumulate_grad_batches=2 and effective_batch_size=64 both say",
+        ),
+        (
+            {"effective_batch_size": 64, "callbacks": GradientAccumulationScheduler({0: 2})},
+            "effective_batch_size=64 and GradientAccumulationScheduler",
+        ),
+        (
+            {"accumulate_grad_batches": 2, "callbacks": [Callback(), GradientAccumulationScheduler({0: 2})]},
+            "accumulate_grad_batches=2 and GradientAccumulationScheduler",
+        ),
+        (
+            {"callbacks": [GradientAccumulationScheduler({0: 2}), GradientAccumulationScheduler({0: 4})]},
+            "both say how long a window is",
+        ),
+    ],
+)
+def test_arguments_are_checked_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Trainer(**{"max_epochs": 1, **options})
+
+
+def fit(task: Any, **options: Any) -> None:
+    Trainer(**{"strategy": "single", "micro_batch_size": 4, "max_epochs": 1, **options}).fit(task)
+
+
+def test_a_micro_batch_larger_than_the_dataset() -> None:
+    with pytest.raises(ValueError, match="micro_batch_size=4 is more than the 3 samples of an epoch: use 3 or less"):
+        fit(Regression(3))
+
+
+def test_an_empty_dataset() -> None:
+    with pytest.raises(ValueError, match="no samples"):
+        fit(Regression(0))
+
+
+def task_with(**methods: Any) -> Regression:
+    task = Regression(8)
+    for name, method in methods.items():
+        setattr(task, name, method)
+    return task
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({"loss": lambda model, b: nn.functional.mse_loss(model(b[0]), b[1]).detach()}, "does not require grad"),
+        ({"loss": lambda model, b: (model(b[0]) - b[1]) ** 2}, r"the loss has shape \(4, 1\): return a 0-dim tensor"),
+        ({"loss": lambda model, b: (model(b[0]) - b[1]).mean().bfloat16()}, r"the loss is torch.bfloat16: .*float\(\)"),
+        ({"loss": lambda model, b: 3.0}, r"loss\(\) returned float"),
+        ({"configure_model": lambda: nn.EmbeddingBag(4, 2, sparse=True)}, "the model has sparse gradients"),
+        ({"configure_model": lambda: nn.Sequential(nn.Embedding(4, 2, sparse=True))}, "0 has sparse gradients"),
+        ({"configure_model": lambda: nn.Linear(5, 1).requires_grad_(False)}, "no parameter that requires grad"),
+        ({"configure_model": lambda: torch.zeros(3)}, "returned Tensor: return a torch.nn.Module"),
+        ({"train_data": lambda: 3}, "return a map-style dataset"),
+        (
+            {"train_data": lambda: Lies(*Regression(8).train_data().tensors)},
+            "says that it has 9 samples, but has none at",
+        ),
+    ],
+)
+def test_a_task_that_cannot_be_trained(methods: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(task_with(**methods))
+
+
+class Lies(TensorDataset):
+    def __len__(self) -> int:
+        return super().__len__() + 1
+
+
+class SparseLater(nn.Module):
+    """Sparse gradients that no module announces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(8, 1, dtype=torch.float64))
+
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        return nn.functional.embedding(index, self.table, sparse=True)
+
+
+def test_sparse_gradients_that_nothing_announced() -> None:
+    task = task_with(
+        configure_model=SparseLater, loss=lambda model, batch: nn.functional.mse_loss(model(batch[2]), batch[1])
+    )
+    with pytest.raises(ValueError, match="table has a sparse gradient"):
+        fit(task)
+
+
+def test_validating_without_validation_data() -> None:
+    with pytest.raises(ValueError, match=r"Regression.validation_data\(\) is None"):
+        Trainer(max_epochs=1).validate(Regression(8))
+
+
+def test_a_run_folder_that_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    with pytest.raises(FileExistsError, match="is taken: a run never overwrites another"):
+        fit(Regression(8), run_dir=str(tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}"
+
+
+def fit_differently(name: str) -> None:
+    rank = int(os.environ["RANK"])
+    options = {"seed": {"seed": rank}, "K": {"accumulate_grad_batches": 1 + rank}}.get(name, {})
+    model = (lambda: nn.Linear(5, 1 + rank).double()) if name == "model" else nn.Linear(5, 1).double
+    task = Regression(8 + rank if name == "data" else 8)
+    if name == "model":
+        task.model = model
+    fit(task, strategy="ddp", **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("seed", "seed is 0 on process 0, 1 on process 1"),
+        ("K", "accumulate_grad_batches is 1 on process 0, 2 on process 1"),
+        ("data", "the number of training samples is 8 on process 0, 9 on process 1"),
+        ("model", "the model is .* on process 0, .* on process 1"),
+    ],
+)
+def test_processes_with_different_configurations(name: str, message: str) -> None:
+    with pytest.raises(ChildError, match=message) as raised:
+        run(2, fit_differently, name, seconds=20)
+    assert len(raised.value.errors) == 2
+
+
+def fit_failing_on_one(where: str) -> None:
+    rank = int(os.environ["RANK"])
+    task = Regression(24)
+    calls = [0]
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        calls[0] += 1
+        if rank == 1 and calls[0] == 3:
+            raise ZeroDivisionError("of the task")
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+    task.loss = loss  # type: ignore[method-assign]
+    fit(task, strategy="ddp", accumulate_grad_batches=2)
+
+
+def test_a_task_that_fails_on_one_process_stops_all_and_names_it() -> None:
+    with pytest.raises(ChildError) as raised:
+        run(2, fit_failing_on_one, "loss", seconds=20)
+    assert raised.value.errors[1] == "ZeroDivisionError: of the task"
+    assert "process 1 failed in update 1: ZeroDivisionError: of the task" in raised.value.errors[0]
+
+
+# The command line
+
+
+def command(*options: str, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "engine" / "run.py"), *options],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--trainer.accumulate_grad_batches=0",),
+            "accumulate_grad_batches=0: a window needs at least one micro-batch",
+        ),
+        (("--trainer.accumulate_grad_batches=true",), "Got value: True"),
+        (("--trainer.accumulate=3",), "--trainer.accumulate=3"),
+        (("--task=nope.Nope",), "No module named 'nope'"),
+        (("--task=engine.Nope",), "module 'engine' has no attribute 'Nope'"),
+        (("--task=launch.recipes.digits.Digits",), "neither max_epochs nor max_updates"),
+        (("--trainer.strategy=ddpp",), "Did you mean 'ddp'?"),
+        (("--trainer.strategy=nope.Nope",), "No module named 'nope'"),
+        (("--config=nope.toml",), "nope.toml"),
+        (("--trainer.micro_batch_size=2000",), "micro_batch_size=2000 is more than the 1437 samples of an epoch"),
+    ],
+)
+def test_the_command_line_says_one_thing_and_exits_with_2(
+    options: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    done = command(*options, f"--trainer.run_dir={tmp_path / 'run'}")
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_dp_in_several_processes_is_refused_once(tmp_path: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    done = command("--trainer.strategy=dp", launcher=launcher)
+    assert done.returncode != 0
+    assert done.stderr.count("strategy 'dp' trains in one process, but 2 were started") == 1
+
+
+def test_another_package_called_engine_does_not_hide_ours(tmp_path: Path) -> None:
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "__init__.py").write_text("raise RuntimeError('not this one')")
+    done = command("--print_config", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_engine_that_was_imported_first_is_named(tmp_path: Path) -> None:
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "__init__.py").write_text("")
+    (tmp_path / "sitecustomize.py").write_text("import engine")
+    done = command("--print_config", PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0
+    assert "another package called 'engine' hides ours" in done.stderr
+    assert str(tmp_path) in done.stderr

@@ -1,0 +1,97 @@
+"""The command line for real: torchrun, the recipe, the run's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from launch.recipes.digits import Digits
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT = ("--trainer.max_epochs=2", "--trainer.micro_batch_size=64")
+
+
+def launch(tmp_path: Path, *options: str, P: int = 1, module: bool = False) -> subprocess.CompletedProcess[str]:
+    target = ["-m", "engine.run"] if module else [str(ROOT / "engine" / "run.py")]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={P}"] if P > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if module:
+        environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, *launcher, *target, *options],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        cwd=tmp_path,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_torchrun_trains_digits_and_keeps_the_run(tmp_path: Path) -> None:
+    done = launch(tmp_path, P=2)
+    folder = tmp_path / "runs" / "latest"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["validation/accuracy"] >= 0.96
+    assert (summary["updates"], summary["samples"], summary["processes"]) == (460, 20 * 1437, 2)
+    assert (summary["all_reduces_per_update"], summary["bytes_reduced_per_update"]) == (1, 4 * 65_994)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    updates = [r for r in records if "weight" in r]
+    assert [r["update"] for r in updates] == list(range(1, 461))
+    assert updates[-1]["effective_batch"] == updates[-1]["weight"] == 1437 % 64
+    assert len([r for r in records if "validation/accuracy" in r]) == 20
+    weights = load_file(folder / "model.safetensors")
+    Digits().configure_model().load_state_dict(weights)
+    lines = done.stdout.splitlines()
+    assert "window:     P 2 x N 16 x K 2 = effective batch 64" in lines
+    assert "updates:    460, 23 an epoch of 1,437 samples" in lines
+    assert len([line for line in lines if line.startswith("task:")]) == 1  # one process speaks
+    assert "epoch 19  update 460/460" in done.stdout
+
+
+def test_the_resolved_options_train_the_same_again(tmp_path: Path) -> None:
+    for name, options in (("first", SHORT), ("second", ("--config=first/config.yaml",))):
+        launch(tmp_path, *options, f"--trainer.run_dir={name}")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert all(first[name].equal(second[name]) for name in first)
+    assert (tmp_path / "latest").resolve().name == "second"
+
+
+@pytest.mark.parametrize("P", [1, 2])
+def test_as_a_module_with_a_user_s_strategy_and_a_schedule(tmp_path: Path, P: int) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from strategies import DDPStrategy\nclass Mine(DDPStrategy):\n    '''Mine.'''\n    name = 'mine'\n"
+    )
+    done = launch(
+        tmp_path,
+        *SHORT,
+        "--trainer.strategy=mine.Mine",
+        "--trainer.strategy.bucket_cap_mb=1",
+        "--trainer.accumulate_grad_batches=1",
+        "--trainer.callbacks=engine.GradientAccumulationScheduler",
+        "--trainer.callbacks.scheduling={0: 4, 1: 2}",
+        P=P,
+        module=True,
+    )
+    assert f"strategy:   mine: {P} x cpu, gloo" in done.stdout
+    records = [json.loads(line) for line in (tmp_path / "runs/latest/metrics.jsonl").read_text().splitlines()]
+    assert {(r["epoch"], r["accumulate_grad_batches"]) for r in records if "weight" in r} == {(0, 4), (1, 2)}
+
+
+def test_dp_on_the_cpu(tmp_path: Path) -> None:
+    done = launch(tmp_path, *SHORT, "--trainer.strategy=strategies.DPStrategy", "--trainer.strategy.devices=3")
+    assert "strategy:   dp: each micro-batch split over 3 cpu devices" in done.stdout
+
+
+def test_help_and_print_config(tmp_path: Path) -> None:
+    assert "--trainer.accumulate_grad_batches" in launch(tmp_path, "--help").stdout
+    assert "class_path: launch.recipes.digits.Digits" in launch(tmp_path, "--print_config").stdout
+    assert not (tmp_path / "runs").exists()

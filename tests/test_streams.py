@@ -1,0 +1,201 @@
+"""Ready micro-batches: streams of unknown, uneven and no length give what one big batch gives, and never hang."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import ChildError, run
+from test_collectives import Count
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from toy import Regression, Watch, big_batch_run, mlp, parameters
+
+from engine import GradientAccumulationScheduler, Trainer
+
+
+class Stream:
+    """Yields this process's micro-batches, as lists of sample indices say."""
+
+    def __init__(self, task: Regression, pieces: list[list[int]]) -> None:
+        self.task, self.pieces = task, pieces
+
+    def __iter__(self) -> Iterator[Any]:
+        for rows in self.pieces:
+            yield {"x": self.task.x[rows], "nested": [self.task.y[rows], torch.tensor(rows)]}
+
+
+class Streamed(Regression):
+    def __init__(self, samples: int, pieces: list[list[list[int]]], **options: Any) -> None:
+        super().__init__(samples, **options)
+        self.pieces = pieces
+
+    def train_data(self) -> Any:
+        return Stream(self, self.pieces[dist.get_rank() if dist.is_initialized() else 0])
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        return super().loss(model, (batch["x"], *batch["nested"]))
+
+
+def deal(lengths: list[int], sizes: list[int]) -> list[list[list[int]]]:
+    """For each process, `length` micro-batches; sizes cycle, so that they are ragged."""
+    pieces, sample, number = [], 0, 0
+    for length in lengths:
+        pieces.append([])
+        for _ in range(length):
+            size = sizes[number % len(sizes)]
+            pieces[-1].append(list(range(sample, sample + size)))
+            sample, number = sample + size, number + 1
+    return pieces
+
+
+def windows_of(pieces: list[list[list[int]]], K: int) -> list[list[int]]:
+    """The reference: update u has micro-batches uK to uK+K-1 of every process."""
+    longest = max(len(p) for p in pieces)
+    return [
+        [row for own in pieces for piece in own[start : start + K] for row in piece] for start in range(0, longest, K)
+    ]
+
+
+def fit_stream(samples: int, pieces: list[list[list[int]]], scheduling: dict[int, int], epochs: int, model: Any) -> Any:
+    count, watch = Count(), Watch()
+    callbacks = [count, watch, GradientAccumulationScheduler(scheduling)]
+    trainer = Trainer("ddp", micro_batch_size=4, max_epochs=epochs, callbacks=callbacks, gradient_clip_norm=1e9)
+    trainer.fit(Streamed(samples, pieces, model=model))
+    return parameters(trainer.model), watch.records, count.counts
+
+
+LENGTHS = [[5], [5, 4], [7, 2], [5, 1, 0], [0, 1], [3, 3, 3, 3], [1, 0, 0, 9]]
+
+
+@pytest.mark.parametrize("sizes", [[4], [3, 5, 1, 2]], ids=["even", "ragged"])
+@pytest.mark.parametrize("scheduling", [{0: 1}, {0: 3}, {0: 8, 1: 2, 2: 1}], ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_uneven_streams_equal_one_big_batch(lengths: list[int], scheduling: dict[int, int], sizes: list[int]) -> None:
+    pieces = deal(lengths, sizes)
+    samples = sum(len(piece) for own in pieces for piece in own)
+    Ks = [scheduling[max(f for f in scheduling if f <= epoch)] for epoch in range(3)]
+    epochs = [windows_of(pieces, K) for K in Ks]
+    reference = big_batch_run(Regression(samples), epochs)
+    for found, records, counts in run(len(lengths), fit_stream, samples, pieces, scheduling, 3, mlp):
+        torch.testing.assert_close(found, reference, rtol=0, atol=1e-12)
+        assert [r["effective_batch"] for r in records] == [len(rows) for epoch in epochs for rows in epoch]
+        assert records[-1]["samples"] == 3 * samples
+        in_the_same_epoch = [
+            c for c, a, b in zip(counts[1:], records, records[1:], strict=False) if a["epoch"] == b["epoch"]
+        ]
+        assert all(
+            c == {"allreduce_": 1, "allgather_": 1} for c in in_the_same_epoch
+        )  # an epoch's start asks once more
+
+
+def test_a_dataloader_is_a_stream() -> None:
+    class Loaded(Regression):
+        def train_data(self) -> Any:
+            return DataLoader(TensorDataset(self.x, self.y, torch.arange(len(self.x))), batch_size=3)
+
+    trainer = Trainer("single", accumulate_grad_batches=4, max_epochs=2)
+    trainer.fit(Loaded(31))
+    windows = [list(range(start, min(start + 12, 31))) for start in range(0, 31, 12)]
+    reference = big_batch_run(Regression(31), [windows] * 2)
+    torch.testing.assert_close(parameters(trainer.model), reference, rtol=0, atol=1e-12)
+
+
+def test_set_epoch_is_called() -> None:
+    class Epochs(Stream):
+        epochs: list[int] = []  # noqa: RUF012
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epochs.append(epoch)
+
+    task = Streamed(8, deal([2], [4]))
+    task.train_data = lambda: Epochs(task, task.pieces[0])  # type: ignore[method-assign]
+    Trainer("single", max_epochs=3).fit(task)
+    assert Epochs.epochs == [0, 1, 2]
+
+
+def test_a_stream_is_bounded_by_updates_too() -> None:
+    trainer = Trainer("single", max_updates=7)
+    trainer.fit(Streamed(12, deal([3], [4])))
+    assert (trainer.update, trainer.epoch, trainer.samples) == (7, 2, 28)
+
+
+# Bad input
+
+
+class Breaks(Streamed):
+    def train_data(self) -> Any:
+        task, rank = self, dist.get_rank()
+
+        def read() -> Iterator[Any]:
+            for number, batch in enumerate(Stream(task, task.pieces[rank])):
+                if rank == 1 and number == task.breaks_at:
+                    raise OSError("the disk is gone")
+                yield batch
+
+        return type("Reader", (), {"__iter__": lambda self: read()})()
+
+
+def fit_breaking(breaks_at: int, K: int) -> None:
+    task = Breaks(60, deal([5, 5, 5], [4]))
+    task.breaks_at = breaks_at
+    Trainer("ddp", accumulate_grad_batches=K, max_epochs=1).fit(task)
+
+
+@pytest.mark.parametrize("K", [1, 3])
+@pytest.mark.parametrize("breaks_at", [0, 1, 4])
+def test_a_stream_that_raises_stops_all_processes_and_names_the_rank(breaks_at: int, K: int) -> None:
+    with pytest.raises(ChildError) as raised:
+        run(3, fit_breaking, breaks_at, K, seconds=20)
+    assert raised.value.errors[1] == "OSError: the disk is gone"
+    for rank in (0, 2):
+        assert "process 1 failed in update" in raised.value.errors[rank]
+        assert "OSError: the disk is gone" in raised.value.errors[rank]
+
+
+def fit_nothing() -> None:
+    Trainer("ddp", max_epochs=1).fit(Streamed(1, [[], []]))
+
+
+def test_streams_that_are_all_empty_are_an_error() -> None:
+    with pytest.raises(ChildError, match="no micro-batch in epoch 0, on any process"):
+        run(2, fit_nothing, seconds=20)
+
+
+def test_a_generator_that_is_spent_is_an_error() -> None:
+    task = Streamed(8, deal([2], [4]))
+    generator = iter(Stream(task, task.pieces[0]))
+    task.train_data = lambda: generator  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"no micro-batch in epoch 1.*Is it a generator"):
+        Trainer("single", max_epochs=2).fit(task)
+
+
+def test_a_batch_whose_size_cannot_be_told_says_what_to_write() -> None:
+    task = Streamed(8, deal([2], [4]))
+    task.train_data = lambda: type("Odd", (), {"__iter__": lambda self: iter(["text"])})()  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"give Streamed a method batch_size\(self, batch\)"):
+        Trainer("single", max_epochs=2).fit(task)
+
+
+def test_an_iterable_dataset_of_samples_is_refused() -> None:
+    class Items(IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            yield 1
+
+    task = Regression(8)
+    task.train_data = Items  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="DataLoader"):
+        Trainer("single", max_epochs=1).fit(task)
+
+
+def fit_shared_loader() -> None:
+    task = Regression(8)
+    task.train_data = lambda: DataLoader(TensorDataset(task.x), batch_size=2, shuffle=True)  # type: ignore[method-assign]
+    Trainer("ddp", max_epochs=1).fit(task)
+
+
+def test_a_loader_that_gives_all_samples_to_all_processes_is_refused() -> None:
+    with pytest.raises(ChildError, match="each would be trained on once per process"):
+        run(2, fit_shared_loader, seconds=20)

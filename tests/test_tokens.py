@@ -1,0 +1,130 @@
+"""Losses with weights of their own: padded tokens, masked micro-batches, late correction."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from processes import ChildError, run
+from torch import Tensor, nn
+from toy import Watch, in_order, parameters
+
+from engine import Loss, Task, Trainer
+
+VOCABULARY = 11
+
+
+class Sequences(Task):
+    """Next-token prediction on padded sequences of very different lengths; some have no token at all to predict."""
+
+    def __init__(self, samples: int, masked: range = range(0), as_tensor: bool = True) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.tokens = torch.randint(0, VOCABULARY, (samples, 20), generator=generator)
+        lengths = torch.randint(2, 20, (samples,), generator=generator)
+        self.valid = torch.arange(1, 20) < lengths[:, None]
+        self.valid[list(masked)] = False
+        self.as_tensor = as_tensor
+
+    def configure_model(self) -> nn.Module:
+        return nn.Sequential(nn.Embedding(VOCABULARY, 6), nn.Linear(6, VOCABULARY)).double()
+
+    def configure_optimizer(self, model: nn.Module) -> Any:
+        return torch.optim.SGD(model.parameters(), lr=0.5)
+
+    def train_data(self) -> Any:
+        return torch.utils.data.TensorDataset(self.tokens, self.valid)
+
+    def token_losses(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model(tokens[:, :-1]).transpose(1, 2), tokens[:, 1:], reduction="none")
+
+    def loss(self, model: nn.Module, batch: Any) -> Loss:
+        tokens, valid = batch
+        weight = valid.sum()
+        return Loss((self.token_losses(model, tokens) * valid).sum(), weight if self.as_tensor else int(weight))
+
+
+def big_batch(task: Sequences, windows: list[range], epochs: int, max_norm: float | None) -> tuple[Tensor, list[float]]:
+    torch.manual_seed(0)
+    model, losses = task.configure_model(), []
+    for rows in windows * epochs:
+        tokens, valid = task.tokens[list(rows)], task.valid[list(rows)]
+        if not valid.any():
+            losses.append(math.nan)
+            continue
+        loss = task.token_losses(model, tokens)[valid].mean()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        norm = torch.sqrt(sum((g**2).sum() for g in gradients))
+        factor = 1.0 if max_norm is None else min(1.0, max_norm / (norm.item() + 1e-6))
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), gradients, strict=True):
+                p -= 0.5 * factor * g
+        losses.append(loss.item())
+    return parameters(model), losses
+
+
+def fit(task: Sequences, K: int, max_norm: float | None) -> Any:
+    watch = Watch()
+    trainer = Trainer(
+        "ddp",
+        micro_batch_size=3,
+        accumulate_grad_batches=K,
+        max_epochs=3,
+        shuffle=False,
+        gradient_clip_norm=max_norm,
+        callbacks=watch,
+    )
+    trainer.fit(task)
+    return parameters(trainer.model), watch.records
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.2])
+@pytest.mark.parametrize("as_tensor", [True, False])
+@pytest.mark.parametrize(("P", "K"), [(1, 1), (1, 5), (2, 1), (2, 3), (3, 2), (4, 1), (4, 2)])
+def test_tokens_weigh_alike_wherever_they_are(P: int, K: int, as_tensor: bool, max_norm: float | None) -> None:
+    task = Sequences(43, masked=range(12, 25), as_tensor=as_tensor)
+    windows = in_order(43, P * 3 * K)
+    reference, losses = big_batch(task, windows, 3, max_norm)
+    for found, records in run(P, fit, task, K, max_norm):
+        torch.testing.assert_close(found, reference, rtol=0, atol=1e-12)
+        assert [r["weight"] for r in records[: len(windows)]] == [task.valid[list(w)].sum() for w in windows]
+        torch.testing.assert_close([r["loss"] for r in records], losses, rtol=1e-12, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("P", [1, 2])
+def test_a_window_of_weight_zero_is_a_skipped_update(P: int) -> None:
+    for found, records in run(P, fit, Sequences(12, masked=range(6)), 6 // (3 * P), None):
+        assert [r["skipped"] for r in records] == [1, 1, 2, 2, 3, 3]
+        assert torch.isfinite(found).all()
+
+
+class Weighs(Sequences):
+    weight: Any = -1.0
+
+    def loss(self, model: nn.Module, batch: Any) -> Loss:
+        return Loss(super().loss(model, batch).sum, self.weight)
+
+
+def fit_weight(weight: Any) -> None:
+    task = Weighs(12)
+    task.weight = weight
+    fit(task, 2, None)
+
+
+@pytest.mark.parametrize("weight", [-1, math.nan, math.inf, torch.tensor(-1.0), torch.tensor(math.nan)])
+@pytest.mark.parametrize("P", [1, 2])
+def test_a_weight_that_is_none_is_an_error_on_all_processes(P: int, weight: Any) -> None:
+    with pytest.raises(ChildError, match="weights are finite and not negative") as raised:
+        run(P, fit_weight, weight, seconds=20)
+    assert len(raised.value.errors) == P
+
+
+def test_one_negative_weight_is_found_among_many() -> None:
+    task = Sequences(12)
+    base = task.loss
+    task.loss = lambda model, batch: Loss(
+        base(model, batch).sum, torch.where(batch[0][0, 0] == task.tokens[3, 0], -1, 5)
+    )  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="weights are finite and not negative"):
+        Trainer("single", micro_batch_size=3, accumulate_grad_batches=4, max_epochs=1, shuffle=False).fit(task)
