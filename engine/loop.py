@@ -119,7 +119,8 @@ class Loop:
         self._randomness.seed(micro.place)
         loss = self._compute(self._model, micro.batch)
         if isinstance(loss, Tensor):  # the mean over the samples
-            value, weight, share = loss, micro.size, micro.size
+            value, share = loss, micro.size
+            weight: float | Tensor = micro.size
         elif isinstance(loss, Loss):
             value, weight, share = loss.sum, loss.weight, 1
         else:

@@ -60,7 +60,7 @@ class Trainer:
 
     def __init__(
         self,
-        strategy: str | Strategy = "auto",
+        strategy: Strategy | str = "auto",
         micro_batch_size: int = 32,
         accumulate_grad_batches: int = 1,
         effective_batch_size: int | None = None,

@@ -14,8 +14,8 @@ from strategies.single import SingleDeviceStrategy
 NAMED: dict[str, type[Strategy]] = {"single": SingleDeviceStrategy, "dp": DPStrategy, "ddp": DDPStrategy}
 
 
-def resolve(strategy: str | Strategy) -> Strategy:
-    """Return the strategy of that name with its defaults; an instance is returned as it is.
+def resolve(strategy: Strategy | str) -> Strategy:
+    """Return the strategy of that name, or class path, with its defaults; an instance is returned as it is.
 
     "auto" is DDP where several processes were started, else the single device (CUDA where there is one). Raises
     ValueError for an unknown name, with the known ones and the nearest.
@@ -24,21 +24,23 @@ def resolve(strategy: str | Strategy) -> Strategy:
         return strategy
     if strategy == "auto":
         return DDPStrategy() if started_processes() > 1 else SingleDeviceStrategy()
-    if isinstance(strategy, str) and strategy in NAMED:
-        return NAMED[strategy]()
-    names = ", ".join(["auto", *NAMED])
-    near = get_close_matches(str(strategy), ["auto", *NAMED], n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    if "." in str(strategy):
-        hint = f" {_why_not(str(strategy))}"
-    raise ValueError(f"strategy={strategy!r}: choose one of {names}, or give a Strategy or its class path.{hint}")
-
-
-def _why_not(class_path: str) -> str:
-    """Say why a class path is no Strategy."""
-    module, _, name = class_path.rpartition(".")
-    try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        return f"This one could not be imported: {error}."
-    return f"{found!r} is not a subclass of strategies.Strategy."
+    names = ["auto", *NAMED]
+    reason = ""
+    if isinstance(strategy, str):
+        if strategy in NAMED:
+            return NAMED[strategy]()
+        if near := get_close_matches(strategy, names, n=1):
+            reason = f" Did you mean {near[0]!r}?"
+        elif "." in strategy:
+            module, _, name = strategy.rpartition(".")
+            try:
+                found = getattr(import_module(module), name)
+            except (ImportError, AttributeError, ValueError) as error:
+                reason = f" This one could not be imported: {error}."
+            else:
+                if isinstance(found, type) and issubclass(found, Strategy):
+                    return found()
+                reason = f" {found!r} is not a subclass of strategies.Strategy."
+    raise ValueError(
+        f"strategy={strategy!r}: choose one of {', '.join(names)}, or give a Strategy or its class path.{reason}"
+    )

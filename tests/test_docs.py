@@ -1,0 +1,60 @@
+"""What README and docs show is run as it stands."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").glob("*.md")))]
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def python(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("P", [1, 3])
+def test_the_readme_s_task(tmp_path: Path, P: int) -> None:
+    (tmp_path / "line.py").write_text(blocks("README.md")[0])
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={P}"] if P > 1 else []
+    lines = python(tmp_path, *launcher, "line.py").splitlines()
+    assert len(lines) == P
+    updates, _, weight, bias = lines[0].split()
+    assert int(updates) == sum(4 * -(-1001 // (P * 8 * K)) for K in (8, 4, 1))
+    assert abs(float(weight) - 3) < 0.1
+    assert abs(float(bias) - 1) < 0.1
+
+
+@pytest.mark.parametrize(("block", "path"), [(0, "my_backend.SecondGPU"), (1, "my_hook.HalfTraffic")])
+def test_a_strategy_of_the_docs_trains(tmp_path: Path, block: int, path: str) -> None:
+    source = blocks("docs/strategies.md")[block]
+    assert len(source.splitlines()) <= 22
+    (tmp_path / f"{path.split('.')[0]}.py").write_text(source)
+    options = ["--trainer.max_epochs=1", f"--trainer.strategy={path}", "--trainer.run_dir=run"]
+    python(tmp_path, str(ROOT / "engine" / "run.py"), *options)
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)", (ROOT / page).read_text()):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
