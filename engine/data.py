@@ -198,7 +198,7 @@ class StreamSource:
         place = self._strategy.data_parallel_rank
         more = True
         while more:
-            stage = self._schedule.at({"epoch": epoch, "update": update, "sample": self._samples}[self._schedule.unit])
+            stage = self._schedule.at(self._schedule.place(epoch, update, self._samples))
             window = StreamWindow(stage, stream, self._task, self._strategy, place)
             yield window
             more, update = window.more, update + 1
@@ -218,14 +218,15 @@ class StreamWindow:
         self._stream, self._task, self._strategy, self._place = stream, task, strategy, place
 
     def __iter__(self) -> Iterator[Micro]:
-        K, P = self.stage.accumulate_grad_batches, self._strategy.data_parallel_size
-        stream, to_device, size = self._stream, self._strategy.to_device, self._task.batch_size
-        for k in range(K):
+        P, stream = self._strategy.data_parallel_size, self._stream
+        to_device, batch_size = self._strategy.to_device, self._task.batch_size
+        end = self._place + P * self.stage.accumulate_grad_batches
+        for place in range(self._place, end, P):
             if not stream.has_next:
                 return
-            batch = next(stream)
+            batch = stream.take()
             self.more = stream.has_next
-            yield Micro(to_device(batch), size(batch), self._place + k * P, k == K - 1 or not self.more)
+            yield Micro(to_device(batch), batch_size(batch), place, not self.more or place + P >= end)
 
 
 class _Lookahead:
@@ -233,26 +234,26 @@ class _Lookahead:
 
     def __init__(self, data: Iterable[Any]) -> None:
         self._error: Exception | None = None
+        self._item: Any = None
         self.has_next = True
         try:
             self._items = iter(data)
-            self._advance()
         except Exception as error:
             self._error = error
+        else:
+            self.take()
 
-    def _advance(self) -> None:
+    def take(self) -> Any:
+        """Return the item that was read ahead, and read the next."""
+        if self._error is not None:
+            raise self._error
+        item = self._item
         try:
             self._item = next(self._items)
         except StopIteration:
             self.has_next = False
         except Exception as error:
             self._error = error
-
-    def __next__(self) -> Any:
-        if self._error is not None:
-            raise self._error
-        item = self._item
-        self._advance()
         return item
 
 

@@ -20,6 +20,9 @@ from engine.randomness import ModelRandomness
 from engine.task import Task
 from strategies import Strategy
 
+TOO_NARROW = {torch.float16, torch.bfloat16}
+"""Dtypes in which a sum of losses would lose digits."""
+
 
 class ProcessFailureError(RuntimeError):
     """Another process failed; the message names it and what it said."""
@@ -111,7 +114,8 @@ class Loop:
         self._weight: float | Tensor = 0.0
         self._least_weight: Tensor | None = None
         self._samples = 0
-        self._total.zero_()
+        if self._options.measures:
+            self._total.zero_()
         self._randomness.start_window(epoch)
 
     def _forward(self, micro: Micro) -> tuple[Tensor, float]:
@@ -120,19 +124,15 @@ class Loop:
         loss = self._compute(self._model, micro.batch)
         if isinstance(loss, Tensor):  # the mean over the samples
             value, share = loss, micro.size
-            weight: float | Tensor = micro.size
+            self._weight += share
         elif isinstance(loss, Loss):
-            value, weight, share = loss.sum, loss.weight, 1
+            value, share = loss.sum, 1
+            self._add_weight(loss.weight)
         else:
             raise ValueError(f"loss() returned {type(loss).__name__}: return a 0-dim tensor, or Loss(sum, weight).")
-        if value.ndim or not value.requires_grad or value.dtype.itemsize < 4:
+        if value.ndim or not value.requires_grad or value.dtype in TOO_NARROW:
             raise ValueError(_loss_message(value))
         self._samples += micro.size
-        if isinstance(weight, Tensor):
-            self._check_later(weight)
-        elif not 0 <= weight < math.inf:
-            raise ValueError(f"a micro-batch's loss has weight {weight}: weights are finite and not negative.")
-        self._weight = self._weight + weight
         if self._options.measures:
             self._total.add_(value.detach(), alpha=share)
         if micro.is_last:
@@ -141,8 +141,7 @@ class Loop:
 
     def _boundary(self, window: Window, epoch: int, update: int) -> Outcome:
         """Correct, clip, step: once per window, the same on all processes."""
-        rows = self._receive() if self._receive else [self._facts()]
-        facts = Facts(*(math.fsum(column) for column in zip(*rows, strict=True)))
+        facts = Facts(*map(math.fsum, zip(*self._receive(), strict=True))) if self._receive else self._facts()
         if facts.failed:
             raise self._other_failure(update)
         if update == 0:
@@ -186,10 +185,14 @@ class Loop:
         options = self._options
         return options.skip_nonfinite_updates or options.gradient_clip_norm is not None or options.measures
 
-    def _check_later(self, weight: Tensor) -> None:
-        """Keep the least weight (NaN, if there was one) on the device, to be looked at when the window is over."""
-        least = self._least_weight
-        self._least_weight = weight.detach() if least is None else torch.minimum(least, weight.detach())
+    def _add_weight(self, weight: float | Tensor) -> None:
+        """Add a weight. Of those on the device keep the least (NaN, if there was one): they are looked at later."""
+        if isinstance(weight, Tensor):
+            weight = weight.detach()
+            self._least_weight = weight if self._least_weight is None else torch.minimum(self._least_weight, weight)
+        elif not 0 <= weight < math.inf:
+            raise ValueError(f"a micro-batch's loss has weight {weight}: weights are finite and not negative.")
+        self._weight = self._weight + weight
 
     def _facts(self, failed: bool = False) -> Facts:
         """Read what the device has summed: the one place in a window where the host waits for it."""

@@ -49,7 +49,7 @@ class Plan:
     def windows(self, epoch: int, update: int, offset: int = 0) -> Iterator[Window]:
         """Yield the windows of `epoch` from sample `offset` on, where `update` updates came before in the run."""
         while offset < self.samples and (self.max_updates is None or update < self.max_updates):
-            stage = self.schedule.at(self._place(epoch, update, offset))
+            stage = self.schedule.at(self.schedule.place(epoch, update, epoch * self.samples + offset))
             stop = min(offset + stage.effective_batch, self.samples)
             yield Window(offset, stop, stage)
             offset, update = stop, update + 1
@@ -58,7 +58,7 @@ class Plan:
         """Return the number of updates in `epoch` when `update` came before it, in closed form for each stage."""
         offset, count = 0, 0
         while offset < self.samples:
-            place = self._place(epoch, update + count, offset)
+            place = self.schedule.place(epoch, update + count, epoch * self.samples + offset)
             stage, end = self.schedule.at(place), self.schedule.until(place)
             windows = -(-(self.samples - offset) // stage.effective_batch)
             if end is not None and self.schedule.unit == "update":
@@ -82,9 +82,3 @@ class Plan:
             if in_epoch == 0:
                 break
         return total
-
-    def _place(self, epoch: int, update: int, offset: int) -> int:
-        """Where the run is, in the schedule's unit."""
-        if self.schedule.unit == "epoch":
-            return epoch
-        return update if self.schedule.unit == "update" else epoch * self.samples + offset

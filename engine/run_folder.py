@@ -31,11 +31,16 @@ class RunFolder:
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise FileExistsError(f"run_dir={str(path)!r} is taken: a run never overwrites another; name a new folder.")
         self.path.mkdir(parents=True, exist_ok=True)
+        self._encode = json.JSONEncoder(allow_nan=False).encode
         self._metrics = (self.path / "metrics.jsonl").open("w", buffering=1 << 16)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        self._metrics.write(json.dumps(_finite(record)) + "\n")
+        try:
+            line = self._encode(record)
+        except ValueError:  # JSON has no NaN
+            line = self._encode(_finite(record))
+        self._metrics.write(line + "\n")
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write one JSON file."""
@@ -55,7 +60,7 @@ class RunFolder:
 
 
 def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: a value that is not finite becomes null."""
+    """A number that is not finite becomes null."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
     }

@@ -61,11 +61,21 @@ class Schedule:
         """Whether K changes in this run."""
         return len({stage.accumulate_grad_batches for stage in self.stages}) > 1
 
+    def place(self, epoch: int, update: int, sample: int) -> int:
+        """Return where the run is, in this schedule's unit."""
+        if self.unit == "epoch":
+            return epoch
+        return update if self.unit == "update" else sample
+
     def at(self, place: int) -> Stage:
         """Return the stage that holds at this epoch, update or sample (whichever the unit is)."""
-        return self.stages[bisect_right(self.stages, place, key=lambda stage: stage.first) - 1]
+        return self.stages[self._after(place) - 1]
 
     def until(self, place: int) -> int | None:
         """Return where the stage that holds at `place` ends, or None for the last one."""
-        following = bisect_right(self.stages, place, key=lambda stage: stage.first)
+        following = self._after(place)
         return self.stages[following].first if following < len(self.stages) else None
+
+    def _after(self, place: int) -> int:
+        """The index of the first stage that begins after `place`."""
+        return 1 if len(self.stages) == 1 else bisect_right(self.stages, place, key=lambda stage: stage.first)

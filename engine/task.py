@@ -72,16 +72,20 @@ class Task(ABC):
 
         Raises ValueError where there is none.
         """
-        pending = [batch]
-        while pending:
-            item = pending.pop(0)
-            if isinstance(item, Tensor) and item.ndim:
-                return len(item)
-            if isinstance(item, Mapping):
-                pending.extend(item.values())
-            elif isinstance(item, list | tuple):
-                pending.extend(item)
+        size = _first_size(batch)
+        if size is not None:
+            return size
         raise ValueError(
             f"cannot tell how many samples are in a micro-batch of type {type(batch).__name__}: "
             f"give {type(self).__name__} a method batch_size(self, batch) -> int that returns it."
         )
+
+
+def _first_size(item: Any) -> int | None:
+    if isinstance(item, Tensor):
+        return item.shape[0] if item.ndim else None
+    parts = item if isinstance(item, (list, tuple)) else item.values() if isinstance(item, Mapping) else ()
+    for part in parts:
+        if (size := _first_size(part)) is not None:
+            return size
+    return None

@@ -36,6 +36,8 @@ class Strategy(ABC):
     """What the banner and error messages call it."""
 
     _model: nn.Module
+    _parameters: list[nn.Parameter]
+    _on_cpu: bool | None = None
     _scale: tuple[float, torch.dtype] | None = None
     _scale_tensor: Tensor
 
@@ -96,11 +98,14 @@ class Strategy(ABC):
     def prepare(self, model: nn.Module) -> nn.Module:
         """Move `model` to the device and return the module to call in training, which may be a wrapper around it."""
         self._model = model.to(self.device)
+        self._parameters = list(model.parameters())
         return self._model
 
     def to_device(self, batch: Any) -> Any:
         """Return `batch` with every tensor in it (in dicts, lists, tuples; anything with `.to`) on the device."""
-        return batch if self.device.type == "cpu" else _move(batch, self.device)
+        if self._on_cpu is None:
+            self._on_cpu = self.device.type == "cpu"
+        return batch if self._on_cpu else _move(batch, self.device)
 
     def seed(self, value: int) -> None:
         """Seed the generators that a forward on this process draws from."""
@@ -147,10 +152,12 @@ class Strategy(ABC):
         The norm is the 2-norm over all parameters, after `factor`. The clipping is that of
         `torch.nn.utils.clip_grad_norm_`. Nothing is read back from the device.
         """
-        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
         if not gradients:
             return torch.zeros((), device=self.device)
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) * factor
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        if factor != 1.0:
+            norm = norm * factor
         if max_norm is not None:
             torch._foreach_mul_(gradients, factor * torch.clamp(max_norm / (norm + 1e-6), max=1.0))
         elif factor != 1.0:
