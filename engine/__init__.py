@@ -2,7 +2,8 @@
 
 from engine.callbacks import Callback, GradientAccumulationScheduler
 from engine.loss import Loss
-from engine.task import Task
+from engine.own_loop import Accumulator
+from engine.task import Batching, Task
 from engine.trainer import Trainer
 
-__all__ = ["Callback", "GradientAccumulationScheduler", "Loss", "Task", "Trainer"]
+__all__ = ["Accumulator", "Batching", "Callback", "GradientAccumulationScheduler", "Loss", "Task", "Trainer"]

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from engine.callbacks.accumulation import GradientAccumulationScheduler
+from engine.callbacks.base import Callback
 from engine.precision import check_precision
 from engine.schedule import check_accumulation
 from strategies import Strategy
@@ -44,6 +46,29 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         ):
             raise ValueError(f"{name}={value!r}: give a positive number, or None.")
     check_precision(settings["precision"])
+
+
+def the_scheduler(
+    settings: Mapping[str, Any], callbacks: Iterable[Callback], strategy: Strategy
+) -> GradientAccumulationScheduler | None:
+    """Return the scheduler, if there is one. Raises ValueError where more than one thing says how long a window is."""
+    K, batch = settings["accumulate_grad_batches"], settings["effective_batch_size"]
+    schedulers = [c for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
+    given = [f"accumulate_grad_batches={K}"] if K != 1 else []
+    given += [f"effective_batch_size={batch}"] if batch is not None else []
+    given += [f"GradientAccumulationScheduler({s.scheduling})" for s in schedulers]
+    if len(given) > 1:
+        raise ValueError(
+            f"{' and '.join(given)} both say how long a window is: keep one (accumulate_grad_batches=1 says nothing)."
+        )
+    if not schedulers:
+        return None
+    if len(set(schedulers[0].scheduling.values())) > 1 and not strategy.supports_variable_windows:
+        raise ValueError(
+            f"strategy {strategy.name!r} does not support variable windows, but the schedule "
+            f"{schedulers[0].scheduling} changes K: use accumulate_grad_batches=K, or another strategy."
+        )
+    return schedulers[0]
 
 
 def check_dataset(samples: int, micro_batch_size: int, epoch_samples: int) -> None:

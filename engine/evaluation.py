@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.data import LoaderOptions, MapSource, is_map_style
+from engine.data import is_map_style
+from engine.map_source import LoaderOptions, MapSource
 from engine.order import sequential
 from engine.plan import Plan
 from engine.precision import autocast

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from engine.checks import check_gradients
-from engine.data import Micro, Window
 from engine.loss import Loss
-from engine.precision import LossScale, autocast
+from engine.precision import LossScale
 from engine.randomness import ModelRandomness
-from engine.task import Task
-from strategies import Strategy
+from engine.window import Micro, Window
+from strategies import Rows, Strategy
+
+Compute = Callable[[nn.Module, Any], Loss | Tensor]
+"""From the prepared model and a batch to the loss, as `Task.loss` does."""
 
 TOO_NARROW = {torch.float16, torch.bfloat16}
 """Dtypes in which a sum of losses would lose digits."""
@@ -72,56 +74,66 @@ class Loop:
     def __init__(
         self,
         strategy: Strategy,
-        task: Task,
         model: nn.Module,
         optimizer: Optimizer,
         lr_scheduler: LRScheduler | None,
         options: LoopOptions,
     ) -> None:
         self.strategy = strategy
+        self.model = model
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self._model = model
-        self._options = options
-        self._compute = autocast(task.loss, options.precision, strategy.device.type)
+        self.options = options
+        self.lr = 0.0
+        """The learning rate that the last update was made with (of the first parameter group)."""
         self._loss_scale = LossScale(2.0**16 if options.precision == "fp16" else 1.0)
         self._randomness = ModelRandomness(options.seed, model, strategy)
         self._late_weight = 0.0  # the weight of the update before, where it was not what was expected
         self._total = torch.zeros((), dtype=torch.float64, device=strategy.device)
 
-    def run_update(self, window: Window, epoch: int, update: int, wants_stop: bool = False) -> Outcome:
-        """Run one window and make its update, the same on all processes.
+    def run_update(
+        self, compute: Compute, window: Window, epoch: int, update: int, wants_stop: bool = False
+    ) -> Outcome:
+        """Run one window of `compute(model, batch)` and make its update, the same on all processes.
 
-        Raises ValueError for a loss or weight that is none, what a task or its data raised, and ProcessFailureError on
-        the other processes in that case.
+        Raises ValueError for a loss or weight that is none, what `compute` or its data raised, and
+        ProcessFailureError on the other processes in that case.
         """
-        self._start(window, epoch, wants_stop)
+
+        def forward(micro: Micro) -> tuple[Tensor, float]:
+            self.seed(micro)
+            return self.weigh(compute(self.model, micro.batch), micro)
+
+        self.start(window, epoch, wants_stop)
         try:
-            if window.is_empty:
-                self._send()
-            self.strategy.run_window(window, self._forward)
+            self.strategy.run_window(window, forward)
         except Exception as error:
             self._fail(window, error)
             raise
-        return self._boundary(window, epoch, update)
+        return self.finish(window, update)
 
-    def _start(self, window: Window, epoch: int, wants_stop: bool) -> None:
+    def start(self, window: Window, epoch: int, wants_stop: bool = False) -> None:
+        """Begin a window: nothing is summed yet."""
         self._expected = float(window.samples or window.stage.effective_batch)
         self._unit = 2.0 ** round(math.log2(self._late_weight)) if self._late_weight else self._expected
         self._scale = self._loss_scale.value / self._unit
         self._window, self._stop = window, wants_stop
-        self._receive: Callable[[], list[list[float]]] | None = None
+        self._receive: Rows | None = None
         self._weight: float | Tensor = 0.0
         self._least_weight: Tensor | None = None
         self._samples = 0
-        if self._options.measures:
+        if self.options.measures:
             self._total.zero_()
         self._randomness.start_window(epoch)
+        if window.is_empty:
+            self._send()
 
-    def _forward(self, micro: Micro) -> tuple[Tensor, float]:
-        """Return a micro-batch's loss and the scale of its gradient."""
+    def seed(self, micro: Micro) -> None:
+        """Seed the model's generators for a micro-batch, before its forward."""
         self._randomness.seed(micro.place)
-        loss = self._compute(self._model, micro.batch)
+
+    def weigh(self, loss: Loss | Tensor, micro: Micro) -> tuple[Tensor, float]:
+        """Add a micro-batch's loss to the window's and return what backward needs: the tensor, and its scale."""
         if isinstance(loss, Tensor):  # the mean over the samples
             value, share = loss, micro.size
             self._weight += share
@@ -133,56 +145,46 @@ class Loop:
         if value.ndim or not value.requires_grad or value.dtype in TOO_NARROW:
             raise ValueError(_loss_message(value))
         self._samples += micro.size
-        if self._options.measures:
+        if self.options.measures:
             self._total.add_(value.detach(), alpha=share)
         if micro.is_last:
             self._send()
         return value, share * self._scale
 
-    def _boundary(self, window: Window, epoch: int, update: int) -> Outcome:
+    def finish(self, window: Window, update: int) -> Outcome:
         """Correct, clip, step: once per window, the same on all processes."""
         facts = Facts(*map(math.fsum, zip(*self._receive(), strict=True))) if self._receive else self._facts()
         if facts.failed:
             raise self._other_failure(update)
         if update == 0:
-            check_gradients(self._model.named_parameters())
+            check_gradients(self.model.named_parameters())
         window.more, window.samples = facts.more > 0, int(facts.samples)
         correction = self._unit / facts.weight if facts.weight else 1.0
         factor = correction / self._loss_scale.value
         norm = math.nan
         if self._measures_norm or factor != 1.0:
-            norm_tensor = self.strategy.clip(self._options.gradient_clip_norm, factor)
+            norm_tensor = self.strategy.clip(self.options.gradient_clip_norm, factor)
             if self._measures_norm:
                 norm = norm_tensor.item()
-        overflowed = self._options.skip_nonfinite_updates and not math.isfinite(norm)
+        overflowed = self.options.skip_nonfinite_updates and not math.isfinite(norm)
         skipped = overflowed or facts.weight == 0
         if not skipped:
             self.optimizer.step()
-        if self._options.precision == "fp16":
+        if self.options.precision == "fp16":
             self._loss_scale.update(overflowed)
-        self._lr = float(self.optimizer.param_groups[0]["lr"])
+        self.lr = float(self.optimizer.param_groups[0]["lr"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self.optimizer.zero_grad()
         if facts.weight:
             self._late_weight = facts.weight if facts.weight != self._expected else 0.0
         self._randomness.end_window()
-        mean = facts.loss / facts.weight if self._options.measures and facts.weight else math.nan
+        mean = facts.loss / facts.weight if self.options.measures and facts.weight else math.nan
         return Outcome(facts.weight, mean, int(facts.samples), norm, skipped, facts.stop > 0)
 
     @property
-    def measures(self) -> bool:
-        """Whether losses and norms are measured for somebody who listens."""
-        return self._options.measures
-
-    @property
-    def lr(self) -> float:
-        """The learning rate that the last update was made with (of the first parameter group)."""
-        return self._lr
-
-    @property
     def _measures_norm(self) -> bool:
-        options = self._options
+        options = self.options
         return options.skip_nonfinite_updates or options.gradient_clip_norm is not None or options.measures
 
     def _add_weight(self, weight: float | Tensor) -> None:
@@ -200,7 +202,7 @@ class Loop:
             return Facts(0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
         if self._least_weight is not None and not 0 <= (least := self._least_weight.item()) < math.inf:
             raise ValueError(f"a micro-batch's loss has weight {least}: weights are finite and not negative.")
-        loss = self._total.item() if self._options.measures else math.nan
+        loss = self._total.item() if self.options.measures else math.nan
         return Facts(float(self._weight), loss, self._samples, self._window.more, self._stop, 0.0)
 
     def _send(self, failed: bool = False) -> None:

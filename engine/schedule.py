@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -79,3 +79,16 @@ class Schedule:
     def _after(self, place: int) -> int:
         """The index of the first stage that begins after `place`."""
         return 1 if len(self.stages) == 1 else bisect_right(self.stages, place, key=lambda stage: stage.first)
+
+
+def make_schedule(
+    N: int,
+    effective_batch: Callable[[int, int], int],
+    scheduling: Mapping[int, int],
+    unit: Unit = "epoch",
+    effective_batch_size: int | None = None,
+) -> Schedule:
+    """Return the stages of `{first: K}`, or of one effective batch, on the processes that `effective_batch` counts."""
+    if effective_batch_size is not None:
+        return Schedule((Stage(0, -(-effective_batch_size // effective_batch(N, 1)), effective_batch_size),))
+    return Schedule(tuple(Stage(first, K, effective_batch(N, K)) for first, K in scheduling.items()), unit)

@@ -14,7 +14,36 @@ from torch.utils.data import Dataset, default_collate
 from engine.loss import Loss
 
 
-class Task(ABC):
+class Batching:
+    """How samples become micro-batches; every method has a default."""
+
+    def collate(self, samples: list[Any]) -> Any:
+        """Make one micro-batch of a list of samples: here torch's `default_collate`."""
+        return default_collate(samples)
+
+    def order(self, epoch: int) -> Sequence[int] | None:
+        """Return the order of a training epoch as indices into the dataset, or None for the trainer's.
+
+        It must depend on `epoch` alone, be the same on all processes, and of one length in all epochs. Indices may
+        repeat or be missing (weighted sampling, buckets of like length).
+        """
+        return None
+
+    def batch_size(self, batch: Any) -> int:
+        """Return the number of samples in a ready micro-batch: here dim 0 of the first tensor in it.
+
+        Raises ValueError where there is none.
+        """
+        size = _first_size(batch)
+        if size is not None:
+            return size
+        raise ValueError(
+            f"cannot tell how many samples are in a micro-batch of type {type(batch).__name__}: "
+            f"give {type(self).__name__} a method batch_size(self, batch) -> int that returns it."
+        )
+
+
+class Task(Batching, ABC):
     """One model, one optimizer, one source of data, one loss (several optimizers, as in a GAN, are out of scope)."""
 
     total_updates: int | None = None
@@ -54,31 +83,6 @@ class Task(ABC):
     def evaluate(self, model: nn.Module, batch: Any) -> Mapping[str, Loss | Tensor]:
         """Return the metrics of one micro-batch, to be averaged by weight over all of them and all processes."""
         return {"loss": self.loss(model, batch)}
-
-    def collate(self, samples: list[Any]) -> Any:
-        """Make one micro-batch of a list of samples: here torch's `default_collate`."""
-        return default_collate(samples)
-
-    def order(self, epoch: int) -> Sequence[int] | None:
-        """Return the order of a training epoch as indices into the dataset, or None for the trainer's.
-
-        It must depend on `epoch` alone, be the same on all processes, and of one length in all epochs. Indices may
-        repeat or be missing (weighted sampling, buckets of like length).
-        """
-        return None
-
-    def batch_size(self, batch: Any) -> int:
-        """Return the number of samples in a ready micro-batch: here dim 0 of the first tensor in it.
-
-        Raises ValueError where there is none.
-        """
-        size = _first_size(batch)
-        if size is not None:
-            return size
-        raise ValueError(
-            f"cannot tell how many samples are in a micro-batch of type {type(batch).__name__}: "
-            f"give {type(self).__name__} a method batch_size(self, batch) -> int that returns it."
-        )
 
 
 def _first_size(item: Any) -> int | None:

@@ -10,19 +10,20 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from engine.callbacks import Callback, GradientAccumulationScheduler, Progress
-from engine.checks import check_configurations_agree, check_dataset, check_model, check_settings
-from engine.data import LoaderOptions, MapSource, Source, StreamSource, Window, is_map_style
+from engine.callbacks import Callback, Progress
+from engine.checks import check_configurations_agree, check_model, check_settings, the_scheduler
+from engine.data import make_plan, make_source
 from engine.evaluation import Evaluation
 from engine.loop import Loop, LoopOptions, Outcome
-from engine.order import Order, sequential, shuffled
+from engine.map_source import LoaderOptions
 from engine.plan import Plan
-from engine.precision import numerics
+from engine.precision import autocast, numerics
 from engine.randomness import seed_everything
 from engine.run_folder import Logger, RunFolder
-from engine.schedule import Schedule, Stage
+from engine.schedule import Schedule, make_schedule
 from engine.summary import summarize
 from engine.task import Task
+from engine.window import Window
 from strategies import Strategy, resolve
 
 
@@ -92,7 +93,7 @@ class Trainer:
         self.strategy = resolve(strategy)
         self.callbacks = _as_list(callbacks) + ([Progress()] if progress else [])
         self._loggers: list[Logger] = _as_list(loggers)
-        self._scheduler = _only_window_length(arguments, self.callbacks, self.strategy)
+        self._scheduler = the_scheduler(arguments, self.callbacks, self.strategy)
         self._loader = LoaderOptions(num_workers, pin_memory, persistent_workers)
         self.epoch = 0
         """The current epoch, from 0."""
@@ -102,6 +103,8 @@ class Trainer:
         """Samples trained on since the start, over all processes."""
         self.skipped = 0
         """Updates skipped since the start."""
+        self.schedule: Schedule
+        """The stages of the run, on the processes that there are."""
         self.plan: Plan | None = None
         """Every window of the run, for map-style data."""
         self.record: dict[str, Any] = {}
@@ -178,19 +181,6 @@ class Trainer:
     # Building
 
     @property
-    def schedule(self) -> Schedule:
-        """The stages of this run, on the processes that there are."""
-        N, batch = self.micro_batch_size, self.settings["effective_batch_size"]
-        effective_batch = self.strategy.effective_batch
-        if batch is not None:
-            return Schedule((Stage(0, -(-batch // effective_batch(N, 1)), batch),))
-        scheduling = {0: self.settings["accumulate_grad_batches"]}
-        if self._scheduler is not None:
-            scheduling = self._scheduler.scheduling
-        stages = tuple(Stage(first, K, effective_batch(N, K)) for first, K in scheduling.items())
-        return Schedule(stages, self._scheduler.unit if self._scheduler else "epoch")
-
-    @property
     def micro_batch_size(self) -> int:
         """N, samples per micro-batch."""
         return int(self.settings["micro_batch_size"])
@@ -205,8 +195,14 @@ class Trainer:
             task.prepare_data()
         strategy.barrier()
         seed_everything(seed)
-        data = task.train_data()
-        self._source = self._source_of(task, data)
+        N, scheduler = self.micro_batch_size, self._scheduler
+        scheduling = scheduler.scheduling if scheduler else {0: self.settings["accumulate_grad_batches"]}
+        unit, B = scheduler.unit if scheduler else "epoch", self.settings["effective_batch_size"]
+        self.schedule = make_schedule(N, strategy.effective_batch, scheduling, unit, B)
+        data, bounds = task.train_data(), (self.settings["max_epochs"], self.settings["max_updates"])
+        self.plan = make_plan(data, task, self.schedule, N, *bounds)
+        shuffle = self.settings["shuffle"]
+        self._source = make_source(data, task, strategy, self.schedule, self.plan, N, seed, shuffle, self._loader)
         self._validation = self._evaluation(task)
         task.total_updates = self.total_updates
         seed_everything(seed)
@@ -217,7 +213,7 @@ class Trainer:
             strategy,
             {
                 **self.configuration,
-                "the number of training samples": len(data) if is_map_style(data) else None,  # type: ignore[arg-type]
+                "the number of training samples": self.plan.samples if self.plan else None,
                 "the model": {name: tuple(p.shape) for name, p in self.model.named_parameters()},
                 "whether anything listens": measures,
             },
@@ -233,29 +229,14 @@ class Trainer:
             seed,
             measures,
         )
-        self._loop = Loop(strategy, task, prepared, self.optimizer, lr_scheduler, options)
+        self._compute = autocast(task.loss, self.settings["precision"], strategy.device.type)
+        self._loop = Loop(strategy, prepared, self.optimizer, lr_scheduler, options)
         if strategy.rank == 0:
             self._listeners = list(self._loggers)
             if self.settings["run_dir"] is not None:
                 self.run = RunFolder(self.settings["run_dir"])
                 self.run.write("config.json", {"task": _class_path(task), **self.configuration})
                 self._listeners.append(self.run)
-
-    def _source_of(self, task: Task, data: Any) -> Source:
-        settings, schedule = self.settings, self.schedule
-        self.plan = None
-        if not is_map_style(data):
-            return StreamSource(data, schedule, task, self.strategy)
-        first = task.order(0)
-        samples = len(data) if first is None else len(first)
-        check_dataset(len(data), self.micro_batch_size, samples)
-        order: Order = shuffled(samples, settings["seed"]) if settings["shuffle"] else sequential(samples)
-        if first is not None:
-            order = task.order  # type: ignore[assignment]
-        self.plan = Plan(samples, schedule, settings["max_epochs"], settings["max_updates"])
-        return MapSource(
-            data, order, self.plan, self.micro_batch_size, task, self.strategy, settings["seed"], self._loader
-        )
 
     def _evaluation(self, task: Task) -> Evaluation | None:
         data = task.validation_data()
@@ -288,11 +269,11 @@ class Trainer:
         """Make one update, tell of it, and return whether the run is over."""
         max_time, max_updates = self.settings["max_time"], self.settings["max_updates"]
         late = max_time is not None and time.perf_counter() - self._started > max_time
-        outcome = self._loop.run_update(window, self.epoch, self.update, self._stops or late)
+        outcome = self._loop.run_update(self._compute, window, self.epoch, self.update, self._stops or late)
         self.update += 1
         self.samples += outcome.samples
         self.skipped += outcome.skipped
-        if self._loop.measures:
+        if self._loop.options.measures:
             self._tell(window, outcome)
         every = self.settings["validate_every_n_updates"]
         if every is not None and self.update % every == 0:
@@ -343,29 +324,6 @@ class Trainer:
     def _call(self, event: str) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self)
-
-
-def _only_window_length(
-    settings: dict[str, Any], callbacks: list[Callback], strategy: Strategy
-) -> GradientAccumulationScheduler | None:
-    """Return the scheduler, if any, having made sure that one thing alone says how long a window is."""
-    K, batch = settings["accumulate_grad_batches"], settings["effective_batch_size"]
-    schedulers = [c for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
-    given = [f"accumulate_grad_batches={K}"] if K != 1 else []
-    given += [f"effective_batch_size={batch}"] if batch is not None else []
-    given += [f"GradientAccumulationScheduler({s.scheduling})" for s in schedulers]
-    if len(given) > 1:
-        raise ValueError(
-            f"{' and '.join(given)} both say how long a window is: keep one (accumulate_grad_batches=1 says nothing)."
-        )
-    if not schedulers:
-        return None
-    if len(set(schedulers[0].scheduling.values())) > 1 and not strategy.supports_variable_windows:
-        raise ValueError(
-            f"strategy {strategy.name!r} does not support variable windows, but the schedule "
-            f"{schedulers[0].scheduling} changes K: use accumulate_grad_batches=K, or another strategy."
-        )
-    return schedulers[0]
 
 
 def _as_list(values: Any) -> list[Any]:

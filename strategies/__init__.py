@@ -1,9 +1,9 @@
 """Place: devices, processes, collectives. Knows nothing of epochs, data or files."""
 
-from strategies.base import MicroBatch, Strategy
+from strategies.base import MicroBatch, Rows, Strategy
 from strategies.ddp import DDPStrategy
 from strategies.dp import DPStrategy
 from strategies.names import resolve
 from strategies.single import SingleDeviceStrategy
 
-__all__ = ["DDPStrategy", "DPStrategy", "MicroBatch", "SingleDeviceStrategy", "Strategy", "resolve"]
+__all__ = ["DDPStrategy", "DPStrategy", "MicroBatch", "Rows", "SingleDeviceStrategy", "Strategy", "resolve"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from strategies.base import MicroBatch, Rows, Strategy
+from strategies.base import Rows, Strategy
 from strategies.environment import rendezvous, started_local_rank, started_processes, started_rank
 from strategies.single import NOTHING_TO_DEFER
 
@@ -150,19 +150,20 @@ class DDPStrategy(Strategy):
             **options,
         )
 
-    def run_window(self, window: Iterable[MicroBatch], forward: Callable[[Any], tuple[Tensor, float | Tensor]]) -> None:
-        """Run one window, then make sure that every gradient was reduced. Raises RuntimeError where one was not."""
-        super().run_window(window, forward)
-        try:
-            self._ddp._check_reducer_finalized()  # type: ignore[no-untyped-call]
-        except RuntimeError as error:
-            raise RuntimeError(self._unused_message(str(error))) from None
-
     def backward(self, loss: Tensor, scale: float | Tensor) -> None:
-        """Add `scale x d(loss)`. DDP averages over P; we promise the sum."""
+        """Add `scale x d(loss)`: DDP averages over P, we promise the sum.
+
+        Raises RuntimeError after the last micro-batch of a window where a gradient was not reduced.
+        """
         super().backward(loss, scale * self.data_parallel_size)
-        if self.find_unused_parameters and self._used is None:
-            self._used = next((p for p in self._model.parameters() if p.grad is not None), None)
+        if self.find_unused_parameters:
+            if self._used is None:
+                self._used = next((p for p in self._parameters if p.grad is not None), None)
+        elif self._ddp.require_backward_grad_sync:
+            try:
+                self._ddp._check_reducer_finalized()  # type: ignore[no-untyped-call]
+            except RuntimeError as error:
+                raise RuntimeError(self._unused_message(str(error))) from None
 
     def join(self, window: Any) -> None:
         """Reduce zeros: the wrapper's forward runs, as its collectives must, around a model that touches no data."""
@@ -217,12 +218,12 @@ class DDPStrategy(Strategy):
         if not self.find_unused_parameters:
             self.join(None)
             self._ddp.reducer._rebuild_buckets()
-            for parameter in self._model.parameters():
+            for parameter in self._parameters:
                 parameter.grad = None
 
     def _touch(self, *args: Any, **kwargs: Any) -> Tensor:
         """A forward without data: zero, with a gradient of zero for the parameters."""
-        trainable = [p for p in self._model.parameters() if p.requires_grad]
+        trainable = [p for p in self._parameters if p.requires_grad]
         if self.find_unused_parameters:  # those unused everywhere must keep the gradient None
             trainable = [self._used if self._used is not None else trainable[0]]
         total = trainable[0].new_zeros(())

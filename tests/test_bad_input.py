@@ -174,7 +174,9 @@ def fit_failing_on_one(where: str) -> None:
 
     def loss(model: nn.Module, batch: Any) -> Any:
         calls[0] += 1
-        if rank == 1 and calls[0] == 3:
+        if where == "after forward":
+            model(batch[0])
+        if rank == 1 and calls[0] == 2:  # the last of its window, which reduces
             raise ZeroDivisionError("of the task")
         return nn.functional.mse_loss(model(batch[0]), batch[1])
 
@@ -182,11 +184,12 @@ def fit_failing_on_one(where: str) -> None:
     fit(task, strategy="ddp", accumulate_grad_batches=2)
 
 
-def test_a_task_that_fails_on_one_process_stops_all_and_names_it() -> None:
+@pytest.mark.parametrize("where", ["before forward", "after forward"])
+def test_a_task_that_fails_on_one_process_stops_all_and_names_it(where: str) -> None:
     with pytest.raises(ChildError) as raised:
-        run(2, fit_failing_on_one, "loss", seconds=20)
+        run(2, fit_failing_on_one, where, seconds=20)
     assert raised.value.errors[1] == "ZeroDivisionError: of the task"
-    assert "process 1 failed in update 1: ZeroDivisionError: of the task" in raised.value.errors[0]
+    assert "process 1 failed in update 0: ZeroDivisionError: of the task" in raised.value.errors[0]
 
 
 # The command line

@@ -44,6 +44,16 @@ def test_the_readme_s_task(tmp_path: Path, P: int) -> None:
     assert abs(float(bias) - 1) < 0.1
 
 
+@pytest.mark.parametrize("P", [1, 3])
+def test_the_readme_s_own_loop(tmp_path: Path, P: int) -> None:
+    (tmp_path / "own.py").write_text(blocks("README.md")[1])
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={P}"] if P > 1 else []
+    lines = python(tmp_path, *launcher, "own.py").splitlines()
+    assert len(lines) == P
+    assert len(set(lines)) == 1
+    assert f"after {4 * -(-1001 // (P * 16))} updates" in lines[0]
+
+
 @pytest.mark.parametrize(("block", "path"), [(0, "my_backend.SecondGPU"), (1, "my_hook.HalfTraffic")])
 def test_a_strategy_of_the_docs_trains(tmp_path: Path, block: int, path: str) -> None:
     source = blocks("docs/strategies.md")[block]

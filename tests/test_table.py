@@ -9,7 +9,7 @@ import torch
 from processes import run
 from toy import Regression, Watch, big_batch_run, in_order, parameters
 
-from engine import GradientAccumulationScheduler, Trainer
+from engine import Accumulator, GradientAccumulationScheduler, Trainer
 from strategies import DDPStrategy, DPStrategy, SingleDeviceStrategy
 
 N = 4
@@ -109,3 +109,30 @@ def test_any_effective_batch_on_any_number_of_processes(P: int, B: int) -> None:
 
 def train_effective(samples: int, B: int) -> Any:
     return train("ddp", samples, 1, effective_batch_size=B)
+
+
+def train_own(samples: int, K: int) -> Any:
+    task = Regression(samples)
+    strategy = DDPStrategy()
+    strategy.setup()
+    torch.manual_seed(0)
+    model = strategy.prepare(task.configure_model())
+    optimizer = task.configure_optimizer(model)
+    accumulator = Accumulator(strategy, model, optimizer, task.train_data(), N, {0: K, 1: K + 1}, shuffle=False)
+    samples_seen = []
+    for epoch in range(2):
+        for window in accumulator.windows(epoch):
+            for batch in window:
+                window.backward(task.loss(model, batch))
+            samples_seen.append(window.update().samples)
+    return parameters(model), samples_seen
+
+
+@pytest.mark.parametrize("P", [1, 3])
+@pytest.mark.parametrize("K", [1, 3])
+def test_a_loop_of_one_s_own_equals_one_big_batch(P: int, K: int) -> None:
+    samples = 2 * P * N * K + 1
+    windows = [in_order(samples, P * N * K), in_order(samples, P * N * (K + 1))]
+    for found, seen in run(P, train_own, samples, K):
+        torch.testing.assert_close(found, big_batch_run(Regression(samples), windows), rtol=0, atol=1e-12)
+        assert seen == [len(w) for epoch in windows for w in epoch]

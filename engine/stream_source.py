@@ -1,0 +1,114 @@
+"""Windows of ready micro-batches: a stream on each process, of unknown length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+
+from engine.schedule import Schedule, Stage
+from engine.task import Batching
+from engine.window import Micro, Window
+from strategies import Strategy
+
+
+class StreamSource:
+    """The windows of ready micro-batches: K of this process's own each, fewer where its stream ends.
+
+    One micro-batch of lookahead tells which is the last. The epoch ends when all processes have run out.
+    """
+
+    def __init__(self, data: Iterable[Any], schedule: Schedule, batching: Batching, strategy: Strategy) -> None:
+        if isinstance(data, DataLoader) and strategy.data_parallel_size > 1:
+            _refuse_shared_loader(data)
+        self._data = data
+        self._schedule = schedule
+        self._batching = batching
+        self._strategy = strategy
+        self._samples = 0  # over all processes since the start
+
+    def windows(self, epoch: int, update: int) -> Iterator[Window]:
+        """Yield windows until all processes have run out. Raises ValueError where none has a single micro-batch."""
+        for part in (self._data, getattr(self._data, "sampler", None), getattr(self._data, "batch_sampler", None)):
+            if part is not None and hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+        stream = _Lookahead(self._data)
+        if not any(self._strategy.gather(stream.has_next)):
+            raise ValueError(
+                f"train_data() has no micro-batch in epoch {epoch}, on any process. "
+                "Is it a generator, which can be read only once? Return an object whose __iter__ starts anew."
+            )
+        place = self._strategy.data_parallel_rank
+        more = True
+        while more:
+            stage = self._schedule.at(self._schedule.place(epoch, update, self._samples))
+            window = StreamWindow(stage, stream, self._batching, self._strategy, place)
+            yield window
+            more, update = window.more, update + 1
+            self._samples += window.samples or 0
+            place += self._strategy.data_parallel_size * stage.accumulate_grad_batches
+
+
+class StreamWindow:
+    """The next K micro-batches of a stream."""
+
+    samples: int | None = None
+
+    def __init__(self, stage: Stage, stream: _Lookahead, batching: Batching, strategy: Strategy, place: int) -> None:
+        self.stage = stage
+        self.is_empty = not stream.has_next
+        self.more = stream.has_next
+        self._stream, self._batching, self._strategy, self._place = stream, batching, strategy, place
+
+    def __iter__(self) -> Iterator[Micro]:
+        P, stream = self._strategy.data_parallel_size, self._stream
+        to_device, batch_size = self._strategy.to_device, self._batching.batch_size
+        end = self._place + P * self.stage.accumulate_grad_batches
+        for place in range(self._place, end, P):
+            if not stream.has_next:
+                return
+            batch = stream.take()
+            self.more = stream.has_next
+            yield Micro(to_device(batch), batch_size(batch), place, not self.more or place + P >= end)
+
+
+class _Lookahead:
+    """An iterator that knows whether it has a next item; an exception met ahead comes when its item is asked for."""
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self._error: Exception | None = None
+        self._item: Any = None
+        self.has_next = True
+        try:
+            self._items = iter(data)
+        except Exception as error:
+            self._error = error
+        else:
+            self.take()
+
+    def take(self) -> Any:
+        """Return the item that was read ahead, and read the next."""
+        if self._error is not None:
+            raise self._error
+        item = self._item
+        try:
+            self._item = next(self._items)
+        except StopIteration:
+            self.has_next = False
+        except Exception as error:
+            self._error = error
+        return item
+
+
+def _refuse_shared_loader(loader: DataLoader[Any]) -> None:
+    if isinstance(loader.dataset, IterableDataset):
+        return
+    if type(loader.sampler) in (SequentialSampler, RandomSampler) and type(loader.batch_sampler).__module__.startswith(
+        "torch."
+    ):
+        raise ValueError(
+            "train_data() returned a DataLoader that gives every process all samples: each would be trained on once "
+            "per process. Return the dataset itself, and the engine shares it out, or give the DataLoader a "
+            "DistributedSampler."
+        )

@@ -1,0 +1,44 @@
+"""A window as one process sees it, and where windows come from.
+
+Every source is used alike: `for window in source.windows(epoch, update)`, each window an iterable of this process's
+micro-batches. A source knows nothing of models and updates; the loop tells a window, in `more`, whether any process
+has another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+from engine.schedule import Stage
+
+
+class Micro(NamedTuple):
+    """One micro-batch: its data on the device, its samples, its place in the epoch, and whether the update follows."""
+
+    batch: Any
+    size: int
+    place: int
+    is_last: bool
+
+
+class Window(Protocol):
+    """One window as this process sees it: iterate over it once for its micro-batches."""
+
+    stage: Stage
+    samples: int | None
+    """Samples over all processes; of a stream it is known after the message of the update."""
+    is_empty: bool
+    """Whether this process has no micro-batch in it."""
+    more: bool
+    """Whether this process has data after it; after the message of the update, whether any process has."""
+
+    def __iter__(self) -> Iterator[Micro]: ...
+
+
+class Source(Protocol):
+    """Where the windows of an epoch come from."""
+
+    def windows(self, epoch: int, update: int) -> Iterator[Window]:
+        """Yield the windows of `epoch`, `update` updates into the run."""
+        ...
