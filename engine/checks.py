@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from engine.callbacks.accumulation import GradientAccumulationScheduler
 from engine.callbacks.base import Callback
@@ -91,6 +92,21 @@ def check_model(model: object) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             raise ValueError(f"{name or 'the model'} has sparse gradients, which are not supported: use sparse=False.")
+
+
+def check_optimizer(optimizer: object, model: nn.Module) -> None:
+    """Refuse an optimizer that is none, or that holds parameters which no strategy would reduce. Raises ValueError."""
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(
+            f"configure_optimizer() returned {type(optimizer).__name__}: return an optimizer, or an optimizer and an "
+            "LR scheduler."
+        )
+    known = {id(p) for p in model.parameters()}
+    if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            "the optimizer holds a parameter that is not the model's: it would not be reduced over the processes. "
+            "Make it part of the module that configure_model() returns."
+        )
 
 
 def check_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:

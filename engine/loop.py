@@ -87,7 +87,9 @@ class Loop:
         self.lr = 0.0
         """The learning rate that the last update was made with (of the first parameter group)."""
         self._loss_scale = LossScale(2.0**16 if options.precision == "fp16" else 1.0)
-        self._randomness = ModelRandomness(options.seed, model, strategy)
+        self.randomness = ModelRandomness(options.seed, model, strategy)
+        self._is_alone = strategy.data_parallel_size == 1
+        self._wants_norm = bool(options.skip_nonfinite_updates or options.gradient_clip_norm or options.measures)
         self._late_weight = 0.0  # the weight of the update before, where it was not what was expected
         self._total = torch.zeros((), dtype=torch.float64, device=strategy.device)
 
@@ -101,7 +103,7 @@ class Loop:
         """
 
         def forward(micro: Micro) -> tuple[Tensor, float]:
-            self.seed(micro)
+            self.randomness.seed(micro.place)
             return self.weigh(compute(self.model, micro.batch), micro)
 
         self.start(window, epoch, wants_stop)
@@ -124,13 +126,9 @@ class Loop:
         self._samples = 0
         if self.options.measures:
             self._total.zero_()
-        self._randomness.start_window(epoch)
+        self.randomness.start_window(epoch)
         if window.is_empty:
             self._send()
-
-    def seed(self, micro: Micro) -> None:
-        """Seed the model's generators for a micro-batch, before its forward."""
-        self._randomness.seed(micro.place)
 
     def weigh(self, loss: Loss | Tensor, micro: Micro) -> tuple[Tensor, float]:
         """Add a micro-batch's loss to the window's and return what backward needs: the tensor, and its scale."""
@@ -162,9 +160,9 @@ class Loop:
         correction = self._unit / facts.weight if facts.weight else 1.0
         factor = correction / self._loss_scale.value
         norm = math.nan
-        if self._measures_norm or factor != 1.0:
+        if self._wants_norm or factor != 1.0:
             norm_tensor = self.strategy.clip(self.options.gradient_clip_norm, factor)
-            if self._measures_norm:
+            if self._wants_norm:
                 norm = norm_tensor.item()
         overflowed = self.options.skip_nonfinite_updates and not math.isfinite(norm)
         skipped = overflowed or facts.weight == 0
@@ -175,17 +173,12 @@ class Loop:
         self.lr = float(self.optimizer.param_groups[0]["lr"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        self.optimizer.zero_grad()
+        self.strategy.clear_gradients()
         if facts.weight:
             self._late_weight = facts.weight if facts.weight != self._expected else 0.0
-        self._randomness.end_window()
+        self.randomness.end_window()
         mean = facts.loss / facts.weight if self.options.measures and facts.weight else math.nan
         return Outcome(facts.weight, mean, int(facts.samples), norm, skipped, facts.stop > 0)
-
-    @property
-    def _measures_norm(self) -> bool:
-        options = self.options
-        return options.skip_nonfinite_updates or options.gradient_clip_norm is not None or options.measures
 
     def _add_weight(self, weight: float | Tensor) -> None:
         """Add a weight. Of those on the device keep the least (NaN, if there was one): they are looked at later."""
@@ -207,12 +200,12 @@ class Loop:
 
     def _send(self, failed: bool = False) -> None:
         """Start the update's message, to travel while the last backward runs."""
-        if self.strategy.data_parallel_size > 1:
+        if not self._is_alone:
             self._receive = self.strategy.exchange(self._facts(failed))
 
     def _fail(self, window: Window, error: Exception) -> None:
         """Let the other processes finish the window, so that they hear of the error instead of waiting for this one."""
-        if self.strategy.data_parallel_size == 1 or self._receive is not None:
+        if self._is_alone or self._receive is not None:
             return
         self._send(failed=True)
         self.strategy.join(window)

@@ -49,7 +49,7 @@ class Plan:
     def windows(self, epoch: int, update: int, offset: int = 0) -> Iterator[Window]:
         """Yield the windows of `epoch` from sample `offset` on, where `update` updates came before in the run."""
         while offset < self.samples and (self.max_updates is None or update < self.max_updates):
-            stage = self.schedule.at(self.schedule.place(epoch, update, epoch * self.samples + offset))
+            stage = self.schedule.at(epoch, update, epoch * self.samples + offset)
             stop = min(offset + stage.effective_batch, self.samples)
             yield Window(offset, stop, stage)
             offset, update = stop, update + 1
@@ -58,13 +58,13 @@ class Plan:
         """Return the number of updates in `epoch` when `update` came before it, in closed form for each stage."""
         offset, count = 0, 0
         while offset < self.samples:
-            place = self.schedule.place(epoch, update + count, epoch * self.samples + offset)
-            stage, end = self.schedule.at(place), self.schedule.until(place)
+            place = (epoch, update + count, epoch * self.samples + offset)
+            stage, left = self.schedule.at(*place), self.schedule.left(*place)
             windows = -(-(self.samples - offset) // stage.effective_batch)
-            if end is not None and self.schedule.unit == "update":
-                windows = min(windows, end - place)
-            elif end is not None and self.schedule.unit == "sample":
-                windows = min(windows, -(-(end - place) // stage.effective_batch))
+            if left is not None and self.schedule.unit == "update":
+                windows = min(windows, left)
+            elif left is not None and self.schedule.unit == "sample":
+                windows = min(windows, -(-left // stage.effective_batch))
             offset, count = offset + windows * stage.effective_batch, count + windows
         return count if self.max_updates is None else max(0, min(count, self.max_updates - update))
 

@@ -51,7 +51,7 @@ def check_scheduling(scheduling: object, unit: str = "epoch") -> dict[int, int]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The stages of a run, in ascending order, the first at 0; `at(place)` is the one that holds there."""
+    """The stages of a run, in ascending order, the first at 0."""
 
     stages: tuple[Stage, ...]
     unit: Unit = "epoch"
@@ -61,24 +61,26 @@ class Schedule:
         """Whether K changes in this run."""
         return len({stage.accumulate_grad_batches for stage in self.stages}) > 1
 
-    def place(self, epoch: int, update: int, sample: int) -> int:
-        """Return where the run is, in this schedule's unit."""
+    def at(self, epoch: int, update: int, sample: int) -> Stage:
+        """Return the stage that holds at this place in the run; `sample` counts all since the start."""
+        if len(self.stages) == 1:
+            return self.stages[0]
+        return self.stages[self._after(self._place(epoch, update, sample)) - 1]
+
+    def left(self, epoch: int, update: int, sample: int) -> int | None:
+        """Return how far the stage that holds there still goes, in the schedule's unit; None for the last one."""
+        place = self._place(epoch, update, sample)
+        following = self._after(place)
+        return self.stages[following].first - place if following < len(self.stages) else None
+
+    def _place(self, epoch: int, update: int, sample: int) -> int:
         if self.unit == "epoch":
             return epoch
         return update if self.unit == "update" else sample
 
-    def at(self, place: int) -> Stage:
-        """Return the stage that holds at this epoch, update or sample (whichever the unit is)."""
-        return self.stages[self._after(place) - 1]
-
-    def until(self, place: int) -> int | None:
-        """Return where the stage that holds at `place` ends, or None for the last one."""
-        following = self._after(place)
-        return self.stages[following].first if following < len(self.stages) else None
-
     def _after(self, place: int) -> int:
         """The index of the first stage that begins after `place`."""
-        return 1 if len(self.stages) == 1 else bisect_right(self.stages, place, key=lambda stage: stage.first)
+        return bisect_right(self.stages, place, key=lambda stage: stage.first)
 
 
 def make_schedule(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
@@ -39,15 +39,15 @@ class StreamSource:
                 f"train_data() has no micro-batch in epoch {epoch}, on any process. "
                 "Is it a generator, which can be read only once? Return an object whose __iter__ starts anew."
             )
-        place = self._strategy.data_parallel_rank
+        place, P = self._strategy.data_parallel_rank, self._strategy.data_parallel_size
         more = True
         while more:
-            stage = self._schedule.at(self._schedule.place(epoch, update, self._samples))
-            window = StreamWindow(stage, stream, self._batching, self._strategy, place)
+            stage = self._schedule.at(epoch, update, self._samples)
+            places = range(place, place + P * stage.accumulate_grad_batches, P)
+            window = StreamWindow(stage, stream, places, self._strategy.to_device, self._batching)
             yield window
-            more, update = window.more, update + 1
+            more, update, place = window.more, update + 1, places.stop
             self._samples += window.samples or 0
-            place += self._strategy.data_parallel_size * stage.accumulate_grad_batches
 
 
 class StreamWindow:
@@ -55,22 +55,23 @@ class StreamWindow:
 
     samples: int | None = None
 
-    def __init__(self, stage: Stage, stream: _Lookahead, batching: Batching, strategy: Strategy, place: int) -> None:
+    def __init__(
+        self, stage: Stage, stream: _Lookahead, places: range, to_device: Callable[[Any], Any], batching: Batching
+    ) -> None:
         self.stage = stage
         self.is_empty = not stream.has_next
         self.more = stream.has_next
-        self._stream, self._batching, self._strategy, self._place = stream, batching, strategy, place
+        self._stream, self._places, self._to_device, self._batching = stream, places, to_device, batching
 
     def __iter__(self) -> Iterator[Micro]:
-        P, stream = self._strategy.data_parallel_size, self._stream
-        to_device, batch_size = self._strategy.to_device, self._batching.batch_size
-        end = self._place + P * self.stage.accumulate_grad_batches
-        for place in range(self._place, end, P):
+        stream, to_device, batch_size = self._stream, self._to_device, self._batching.batch_size
+        last = self._places[-1]
+        for place in self._places:
             if not stream.has_next:
                 return
             batch = stream.take()
             self.more = stream.has_next
-            yield Micro(to_device(batch), batch_size(batch), place, not self.more or place + P >= end)
+            yield Micro(to_device(batch), batch_size(batch), place, place == last or not self.more)
 
 
 class _Lookahead:

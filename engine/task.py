@@ -34,8 +34,10 @@ class Batching:
 
         Raises ValueError where there is none.
         """
-        size = _first_size(batch)
-        if size is not None:
+        first = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+        if isinstance(first, Tensor) and first.ndim:
+            return first.size(0)
+        if (size := _first_size(batch)) is not None:
             return size
         raise ValueError(
             f"cannot tell how many samples are in a micro-batch of type {type(batch).__name__}: "
@@ -87,7 +89,7 @@ class Task(Batching, ABC):
 
 def _first_size(item: Any) -> int | None:
     if isinstance(item, Tensor):
-        return item.shape[0] if item.ndim else None
+        return item.size(0) if item.ndim else None
     parts = item if isinstance(item, (list, tuple)) else item.values() if isinstance(item, Mapping) else ()
     for part in parts:
         if (size := _first_size(part)) is not None:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from engine.callbacks import Callback, Progress
-from engine.checks import check_configurations_agree, check_model, check_settings, the_scheduler
+from engine.checks import check_configurations_agree, check_model, check_optimizer, check_settings, the_scheduler
 from engine.data import make_plan, make_source
 from engine.evaluation import Evaluation
 from engine.loop import Loop, LoopOptions, Outcome
@@ -222,6 +222,7 @@ class Trainer:
         configured = task.configure_optimizer(self.model)
         lr_scheduler: LRScheduler | None = None
         self.optimizer, lr_scheduler = configured if isinstance(configured, tuple) else (configured, None)
+        check_optimizer(self.optimizer, self.model)
         options = LoopOptions(
             self.settings["gradient_clip_norm"],
             self.settings["skip_nonfinite_updates"],

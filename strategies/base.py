@@ -164,6 +164,14 @@ class Strategy(ABC):
             torch._foreach_mul_(gradients, factor)
         return norm
 
+    def clear_gradients(self) -> None:
+        """Set the gradient of every parameter of the model to None, those that no optimizer holds included.
+
+        `Optimizer.zero_grad` leaves the latter to leak into the next window's norm, and costs 40 times as much.
+        """
+        for parameter in self._parameters:
+            parameter.grad = None
+
     # Between processes
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:

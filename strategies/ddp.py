@@ -218,8 +218,7 @@ class DDPStrategy(Strategy):
         if not self.find_unused_parameters:
             self.join(None)
             self._ddp.reducer._rebuild_buckets()
-            for parameter in self._parameters:
-                parameter.grad = None
+            self.clear_gradients()
 
     def _touch(self, *args: Any, **kwargs: Any) -> Tensor:
         """A forward without data: zero, with a gradient of zero for the parameters."""

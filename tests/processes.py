@@ -72,6 +72,7 @@ def _child(
             dist.init_process_group(
                 "gloo", store=dist.FileStore(store, P), rank=rank, world_size=P, timeout=timedelta(seconds=30)
             )
+            dist.barrier()  # or a short function would end while others are still connecting to this process
         message = (True, function(*args))
     except BaseException:
         message = (False, traceback.format_exc())

@@ -94,6 +94,16 @@ def test_frozen_parameters_stay_as_they_are() -> None:
         assert not torch.equal(found[42:], start[42:])
 
 
+def test_gradients_that_no_optimizer_holds_do_not_leak_into_the_next_window() -> None:
+    class Half(Regression):
+        def configure_optimizer(self, model: nn.Module) -> Any:
+            return torch.optim.SGD(model[0].parameters(), lr=0.0)  # type: ignore[index]
+
+    watch = Watch()
+    trainer(callbacks=watch, shuffle=False, max_epochs=3, accumulate_grad_batches=10).fit(Half(30))
+    assert [r["grad_norm"] for r in watch.records] == [watch.records[0]["grad_norm"]] * 3
+
+
 class Events(Callback):
     def __init__(self) -> None:
         self.events: list[str] = []

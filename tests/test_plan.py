@@ -24,12 +24,13 @@ def schedule_of(scheduling: dict[int, int], unit: str, P: int = 1, N: int = 1) -
 @given(schedules, st.integers(0, 60))
 def test_K_is_that_of_the_last_key_that_was_reached(scheduling: dict[int, int], place: int) -> None:
     reached = [first for first in scheduling if first <= place]
-    assert schedule_of(scheduling, "epoch").at(place).accumulate_grad_batches == scheduling[max(reached)]
+    for unit, where in (("epoch", (place, 99, 99)), ("update", (99, place, 99)), ("sample", (99, 99, place))):
+        assert schedule_of(scheduling, unit).at(*where).accumulate_grad_batches == scheduling[max(reached)]
 
 
 def test_the_user_s_example() -> None:
     schedule = schedule_of(check_scheduling({0: 8, 4: 4, 8: 1}), "epoch")
-    assert [schedule.at(epoch).accumulate_grad_batches for epoch in range(10)] == [8] * 4 + [4] * 4 + [1] * 2
+    assert [schedule.at(epoch, 0, 0).accumulate_grad_batches for epoch in range(10)] == [8] * 4 + [4] * 4 + [1] * 2
 
 
 def test_K_is_1_before_the_first_key() -> None:

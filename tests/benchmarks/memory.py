@@ -3,8 +3,8 @@
     python tests/benchmarks/memory.py
 
 A micro-batch (1 MiB) and its activations are made anew each time, so that a window that is held shows at once: it adds
-62 MiB, a ratio of 1.18. Each figure is the peak resident memory of a process of its
-own (of the larger one of the two for DDP).
+62 MiB, a ratio of 1.18. Each figure is the peak resident memory of a process of its own (of the larger one of the two
+for DDP).
 """
 
 from __future__ import annotations
