@@ -58,6 +58,7 @@ def make_source(
     seed: int,
     shuffle: bool,
     options: LoaderOptions,
+    spread: bool = False,
 ) -> Source:
     """Return the source of `data`'s windows: in the task's own order, else shuffled, else as it is."""
     if plan is None:
@@ -65,4 +66,4 @@ def make_source(
     order: Order = shuffled(plan.samples, seed) if shuffle else sequential(plan.samples)
     if batching.order(0) is not None:
         order = batching.order  # type: ignore[assignment]
-    return MapSource(data, order, plan, N, batching, strategy, seed, options)
+    return MapSource(data, order, plan, N, batching, strategy, seed, options, spread)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from engine.fetch import Fetch, Piece, TensorFetch
 from engine.order import Order
 from engine.plan import Plan
+from engine.plan import Window as PlannedWindow
 from engine.schedule import Stage
 from engine.task import Batching
 from engine.window import Micro, Window
@@ -52,43 +54,57 @@ class MapSource:
         strategy: Strategy,
         seed: int,
         options: LoaderOptions,
+        spread: bool = False,
     ) -> None:
         self._order = order
         self._plan = plan
-        self._N = N
-        self._rank, self._P = strategy.data_parallel_rank, strategy.data_parallel_size
+        self._cut = (N, strategy.data_parallel_rank, strategy.data_parallel_size, spread)
         self._to_device = strategy.to_device
-        self._place = (0, 0)
+        self._pieces = _Pieces()
         in_memory = type(data) is TensorDataset and type(batching).collate is Batching.collate
         fetch = TensorFetch(data) if in_memory else Fetch(data, seed)
         collate = _as_it_is if in_memory else batching.collate
-        self._loader = options.build(fetch, _Pieces(self), collate, pin=strategy.device.type == "cuda")
+        self._loader = options.build(fetch, self._pieces, collate, pin=strategy.device.type == "cuda")
 
     def windows(self, epoch: int, update: int) -> Iterator[Window]:
         """Yield the windows of `epoch`. Raises ValueError for an order that is longer or shorter than epoch 0's."""
-        self._place = (epoch, update)
-        batches = iter(self._loader)
-        for planned in self._plan.windows(epoch, update):
-            starts = planned.micro_batches(self._N, self._rank, self._P)
-            yield MapWindow(planned.stage, planned.samples, not starts, self._micros(batches, starts, planned.stop))
-
-    def _micros(self, batches: Iterator[Any], starts: range, stop: int) -> Iterator[Micro]:
-        N, to_device = self._N, self._to_device
-        for start in starts:
-            yield Micro(to_device(next(batches)), min(N, stop - start), start, start == starts[-1])
-
-    def pieces(self) -> Iterator[Piece]:
-        """Yield what this process fetches in the current epoch."""
-        epoch, update = self._place
         order = self._order(epoch)
         if len(order) != self._plan.samples:
             raise ValueError(
                 f"the order of epoch {epoch} has {len(order)} samples, that of epoch 0 {self._plan.samples}: "
                 "an order must be of one length in all epochs."
             )
+        # where each micro-batch begins, counted in samples: a group holds several
+        before = _samples_before(order)
+        self._pieces.now = self._fetches(epoch, update, order, before)
+        batches = iter(self._loader)
+        N, rank, P, spread = self._cut
         for window in self._plan.windows(epoch, update):
-            for start in window.micro_batches(self._N, self._rank, self._P):
-                yield Piece(epoch, start, list(order[start : min(start + self._N, window.stop)]))
+            samples = before[window.stop] - before[window.start]
+            is_empty = window.count(N, P, spread) <= rank
+            yield MapWindow(window.stage, samples, is_empty, self._micros(batches, window, before))
+
+    def _micros(self, batches: Iterator[Any], window: PlannedWindow, before: Sequence[int]) -> Iterator[Micro]:
+        to_device = self._to_device
+        for start, stop, is_last in window.micro_batches(*self._cut):
+            yield Micro(to_device(next(batches)), before[stop] - before[start], before[start], is_last)
+
+    def _fetches(self, epoch: int, update: int, order: Sequence[Any], before: Sequence[int]) -> Iterator[Piece]:
+        is_grouped = not isinstance(before, range)
+        for window in self._plan.windows(epoch, update):
+            for start, stop, _ in window.micro_batches(*self._cut):
+                chosen: Any = order[start:stop]
+                if is_grouped:
+                    chosen = list(chain.from_iterable(chosen))
+                indices = chosen.tolist() if hasattr(chosen, "tolist") else list(chosen)
+                yield Piece(epoch, before[start], indices)
+
+
+def _samples_before(order: Sequence[Any]) -> Sequence[int]:
+    """For each position of an order, the samples before it: the position itself, unless groups are ordered."""
+    if isinstance(order[0], Sequence):
+        return list(accumulate(map(len, order), initial=0))
+    return range(len(order) + 1)
 
 
 @dataclass
@@ -106,13 +122,12 @@ class MapWindow:
 
 
 class _Pieces:
-    """The DataLoader's batch sampler: it is asked again at each epoch."""
+    """The DataLoader's batch sampler: what it yields is changed at each epoch."""
 
-    def __init__(self, source: MapSource) -> None:
-        self._source = source
+    now: Iterator[Piece] = iter(())
 
     def __iter__(self) -> Iterator[Piece]:
-        return self._source.pieces()
+        return self.now
 
 
 def _as_it_is(batch: Any) -> Any:

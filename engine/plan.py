@@ -26,12 +26,24 @@ class Window:
         """The effective batch that this update really has."""
         return self.stop - self.start
 
-    def micro_batches(self, N: int, rank: int = 0, P: int = 1) -> range:
-        """Return where the micro-batches of process `rank` among P start; empty where the samples ran out before it.
+    def count(self, N: int, P: int = 1, spread: bool = False) -> int:
+        """Return the number of micro-batches of all P processes together."""
+        pieces = -(-self.samples // N)
+        return min(self.samples, -(-pieces // P) * P) if spread else pieces
 
-        Each has N samples; the window's last one what is left before `stop`.
+    def micro_batches(self, N: int, rank: int = 0, P: int = 1, spread: bool = False) -> Iterator[tuple[int, int, bool]]:
+        """Yield (start, stop, is_last) for each micro-batch of process `rank` among P; none where the samples ran out.
+
+        Each has N samples, the window's last one what is left. `spread` makes as many on each process, of nearly one
+        size and at most N samples: no process waits for another, but where a micro-batch begins then depends on P.
         """
-        return range(self.start + rank * N, self.stop, P * N)
+        pieces = self.count(N, P, spread)
+        for piece in range(rank, pieces, P):
+            if spread:
+                start, stop = piece * self.samples // pieces, (piece + 1) * self.samples // pieces
+            else:
+                start, stop = piece * N, min((piece + 1) * N, self.samples)
+            yield self.start + start, self.start + stop, piece + P >= pieces
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,8 @@ class Trainer:
         precision: "fp32", "bf16" or "fp16" (autocast); None keeps the model's own dtype.
         seed: of the model's parameters, the data order, dropout and augmentation.
         shuffle: a new global order each epoch; `Task.order` gives another one.
+        spread_windows: cut each window into as many pieces of like size for all processes, so that none waits for
+            another in a window that does not divide; dropout and augmentation then depend on P (map-style data).
         callbacks: one `Callback` or several.
         loggers: objects with `log(record)` and `close()`, used on process 0.
         run_dir: a folder to write the run into; nothing is written without it.
@@ -72,6 +74,7 @@ class Trainer:
         precision: str | None = None,
         seed: int = 0,
         shuffle: bool = True,
+        spread_windows: bool = False,
         callbacks: Callback | Sequence[Callback] | None = None,
         loggers: Logger | Sequence[Logger] | None = None,
         run_dir: str | None = None,
@@ -202,7 +205,10 @@ class Trainer:
         data, bounds = task.train_data(), (self.settings["max_epochs"], self.settings["max_updates"])
         self.plan = make_plan(data, task, self.schedule, N, *bounds)
         shuffle = self.settings["shuffle"]
-        self._source = make_source(data, task, strategy, self.schedule, self.plan, N, seed, shuffle, self._loader)
+        spread = self.settings["spread_windows"]
+        self._source = make_source(
+            data, task, strategy, self.schedule, self.plan, N, seed, shuffle, self._loader, spread
+        )
         self._validation = self._evaluation(task)
         task.total_updates = self.total_updates
         seed_everything(seed)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.order import mix, sequential, shuffled
+from engine.order import bucketed, mix, sequential, shuffled, within_budget
 from engine.plan import Plan
 from engine.schedule import Schedule, Stage, check_accumulation, check_scheduling
 
@@ -63,11 +63,22 @@ def test_every_sample_is_in_one_micro_batch_of_one_process(
         for number, window in enumerate(windows):
             place = {"epoch": epoch, "update": update + number, "sample": epoch * samples + window.start}[unit]
             K = scheduling[max(first for first in scheduling if first <= place)]
-            shares = [window.micro_batches(N, rank, P) for rank in range(P)]
-            assert all(len(starts) <= K for starts in shares)
             assert window.samples == P * N * K or number == len(windows) - 1
-            pieces = [(start, min(start + N, window.stop)) for starts in shares for start in starts]
-            seen += [sample for piece in sorted(pieces) for sample in range(*piece)]
+            for spread in (False, True):
+                shares = [list(window.micro_batches(N, rank, P, spread)) for rank in range(P)]
+                pieces = sorted((start, stop) for share in shares for start, stop, _ in share)
+                assert [s for piece in pieces for s in range(*piece)] == list(range(window.start, window.stop))
+                assert all(
+                    [last for _, _, last in share] == [False] * (len(share) - 1) + [True] for share in shares if share
+                )
+                assert all(len(share) <= K for share in shares)
+                assert all(0 < stop - start <= N for start, stop in pieces)
+                assert window.count(N, P, spread) == len(pieces)
+                if spread:
+                    sizes = [stop - start for start, stop in pieces]
+                    assert max(sizes) - min(sizes) <= 1
+                    assert len({len(share) for share in shares}) == 1 or window.samples < P * len(shares[0])
+            seen += range(window.start, window.stop)
         assert seen == list(range(samples))
         assert len(windows) == plan.updates_in_epoch(epoch, update)
         update += len(windows)
@@ -89,9 +100,11 @@ def test_max_updates_and_max_epochs_whichever_comes_first(
 def test_micro_batches_do_not_depend_on_P(samples: int, N: int, PK: int, data: st.DataObject) -> None:
     P = data.draw(st.sampled_from([p for p in range(1, PK + 1) if PK % p == 0]))
 
-    def cut(P: int) -> list[list[int]]:
+    def cut(P: int) -> list[list[tuple[int, int]]]:
         plan = Plan(samples, schedule_of({0: PK // P}, "epoch", P, N), max_epochs=1)
-        return [sorted(s for rank in range(P) for s in w.micro_batches(N, rank, P)) for w in plan.windows(0, 0)]
+        return [
+            sorted((a, b) for rank in range(P) for a, b, _ in w.micro_batches(N, rank, P)) for w in plan.windows(0, 0)
+        ]
 
     assert cut(P) == cut(1)
 
@@ -104,6 +117,31 @@ def test_a_shuffled_order_is_a_permutation_and_a_function_of_seed_and_epoch(
     assert sorted(order) == list(range(samples))
     assert list(order) == list(shuffled(samples, seed)(epoch))
     assert list(sequential(samples)(epoch)) == list(range(samples))
+
+
+lengths = st.lists(st.integers(1, 50), min_size=1, max_size=80)
+
+
+@given(lengths=lengths, bucket=st.integers(1, 20), epoch=st.integers(0, 5))
+def test_a_bucketed_order_sorts_within_buckets(lengths: list[int], bucket: int, epoch: int) -> None:
+    order = list(bucketed(lengths, bucket, 0)(epoch))
+    assert sorted(order) == list(range(len(lengths)))
+    for start in range(0, len(order), bucket):
+        found = [lengths[i] for i in order[start : start + bucket]]
+        assert found == sorted(found)
+
+
+@given(lengths=lengths, budget=st.integers(50, 200), epoch=st.integers(0, 5))
+def test_groups_stay_within_the_budget(lengths: list[int], budget: int, epoch: int) -> None:
+    groups = within_budget(lengths, budget, 0)(epoch)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    assert all(len(group) * max(lengths[i] for i in group) <= budget for group in groups)
+    assert len(groups) == len(within_budget(lengths, budget, 0)(epoch + 1))
+
+
+def test_a_sample_over_the_budget_is_named() -> None:
+    with pytest.raises(ValueError, match="sample 1 has length 9, more than the budget of 8"):
+        within_budget([3, 9], 8, 0)
 
 
 def test_orders_differ_between_epochs_and_seeds() -> None:

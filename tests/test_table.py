@@ -111,6 +111,18 @@ def train_effective(samples: int, B: int) -> Any:
     return train("ddp", samples, 1, effective_batch_size=B)
 
 
+@pytest.mark.parametrize("P", [1, 3, 4])
+@pytest.mark.parametrize("samples", [29, 49, 50])
+def test_windows_spread_evenly_equal_one_big_batch(P: int, samples: int) -> None:
+    for found, records in run(P, train_spread, samples):
+        torch.testing.assert_close(found, expected(samples, P * N * 2), rtol=0, atol=1e-12)
+        assert records[-1]["samples"] == EPOCHS * samples
+
+
+def train_spread(samples: int) -> Any:
+    return train("ddp", samples, 2, spread_windows=True)
+
+
 def train_own(samples: int, K: int) -> Any:
     task = Regression(samples)
     strategy = DDPStrategy()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from toy import Watch, in_order, parameters
 
 from engine import Loss, Task, Trainer
+from engine.order import within_budget
 
 VOCABULARY = 11
 
@@ -45,7 +46,7 @@ class Sequences(Task):
         return Loss((self.token_losses(model, tokens) * valid).sum(), weight if self.as_tensor else int(weight))
 
 
-def big_batch(task: Sequences, windows: list[range], epochs: int, max_norm: float | None) -> tuple[Tensor, list[float]]:
+def big_batch(task: Sequences, windows: Any, epochs: int, max_norm: float | None) -> tuple[Tensor, list[float]]:
     torch.manual_seed(0)
     model, losses = task.configure_model(), []
     for rows in windows * epochs:
@@ -128,3 +129,33 @@ def test_one_negative_weight_is_found_among_many() -> None:
     )  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="weights are finite and not negative"):
         Trainer("single", micro_batch_size=3, accumulate_grad_batches=4, max_epochs=1, shuffle=False).fit(task)
+
+
+class Grouped(Sequences):
+    """Micro-batches of very different numbers of samples, each padded to at most 60 tokens."""
+
+    def order(self, epoch: int) -> Any:
+        return within_budget((self.valid.sum(1) + 1).tolist(), 60, seed=0)(epoch)
+
+
+@pytest.mark.parametrize(("P", "K"), [(1, 4), (2, 2), (3, 2)])
+def test_micro_batches_of_a_token_budget(P: int, K: int) -> None:
+    task = Grouped(43)
+    windows, sizes = [], []
+    for epoch in range(3):
+        groups = task.order(epoch)
+        for start in range(0, len(groups), P * K):
+            windows.append([i for group in groups[start : start + P * K] for i in group])
+            sizes.append(len(windows[-1]))
+    reference, losses = big_batch(task, windows, 1, None)
+    for found, records in run(P, fit_grouped, task, K):
+        torch.testing.assert_close(found, reference, rtol=0, atol=1e-12)
+        torch.testing.assert_close([r["loss"] for r in records], losses, rtol=1e-12, atol=0)
+        assert [r["effective_batch"] for r in records] == sizes
+
+
+def fit_grouped(task: Sequences, K: int) -> Any:
+    watch = Watch()
+    trainer = Trainer("ddp", micro_batch_size=1, accumulate_grad_batches=K, max_epochs=3, callbacks=watch)
+    trainer.fit(task)
+    return parameters(trainer.model), watch.records
