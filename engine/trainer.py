@@ -14,11 +14,12 @@ from engine.callbacks import Callback, Progress
 from engine.checks import check_configurations_agree, check_model, check_optimizer, check_settings, the_scheduler
 from engine.data import make_plan, make_source
 from engine.evaluation import Evaluation
-from engine.loop import Loop, LoopOptions, Outcome
+from engine.loop import Loop, LoopOptions
 from engine.map_source import LoaderOptions
 from engine.plan import Plan
 from engine.precision import autocast, numerics
 from engine.randomness import seed_everything
+from engine.records import Records
 from engine.run_folder import Logger, RunFolder
 from engine.schedule import Schedule, make_schedule
 from engine.summary import summarize
@@ -118,7 +119,7 @@ class Trainer:
         self.model: nn.Module
         self.optimizer: Optimizer
         self.run: RunFolder | None = None
-        self._listeners: list[Logger] = []
+        self._records = Records([])
         self._stops = False
 
     def fit(self, task: Task) -> None:
@@ -139,8 +140,7 @@ class Trainer:
                     callback.on_exception(self, exception)
                 raise
             finally:
-                for logger in self._listeners:
-                    logger.close()
+                self._records.close()
                 self.strategy.teardown()
 
     def validate(self, task: Task) -> dict[str, float]:
@@ -194,6 +194,7 @@ class Trainer:
         self.task = task
         self.epoch = self.update = self.samples = self.skipped = 0
         self.record, self.metrics, self._validated, self._stops = {}, {}, 0, False
+        self.run, self._records = None, Records([])
         if strategy.local_rank == 0:
             task.prepare_data()
         strategy.barrier()
@@ -204,11 +205,8 @@ class Trainer:
         self.schedule = make_schedule(N, strategy.effective_batch, scheduling, unit, B)
         data, bounds = task.train_data(), (self.settings["max_epochs"], self.settings["max_updates"])
         self.plan = make_plan(data, task, self.schedule, N, *bounds)
-        shuffle = self.settings["shuffle"]
-        spread = self.settings["spread_windows"]
-        self._source = make_source(
-            data, task, strategy, self.schedule, self.plan, N, seed, shuffle, self._loader, spread
-        )
+        cut = seed, self.settings["shuffle"], self._loader, self.settings["spread_windows"]
+        self._source = make_source(data, task, strategy, self.schedule, self.plan, N, *cut)
         self._validation = self._evaluation(task)
         task.total_updates = self.total_updates
         seed_everything(seed)
@@ -239,11 +237,10 @@ class Trainer:
         self._compute = autocast(task.loss, self.settings["precision"], strategy.device.type)
         self._loop = Loop(strategy, prepared, self.optimizer, lr_scheduler, options)
         if strategy.rank == 0:
-            self._listeners = list(self._loggers)
             if self.settings["run_dir"] is not None:
                 self.run = RunFolder(self.settings["run_dir"])
                 self.run.write("config.json", {"task": _class_path(task), **self.configuration})
-                self._listeners.append(self.run)
+            self._records = Records([*self._loggers, *([self.run] if self.run else [])])
 
     def _evaluation(self, task: Task) -> Evaluation | None:
         data = task.validation_data()
@@ -256,7 +253,8 @@ class Trainer:
 
     def _run_epochs(self) -> None:
         max_epochs = self.settings["max_epochs"]
-        self._started = self._ended = time.perf_counter()
+        self._started = time.perf_counter()
+        self._records.restart_clock()
         over = False
         while not over and (max_epochs is None or self.epoch < max_epochs):
             self._call("on_epoch_start")
@@ -270,6 +268,7 @@ class Trainer:
             self._call("on_epoch_end")
             if not over:
                 self.epoch += 1
+            over = over or self._stops_alone
         self._validate()
 
     def _run_update(self, window: Window) -> bool:
@@ -281,43 +280,28 @@ class Trainer:
         self.samples += outcome.samples
         self.skipped += outcome.skipped
         if self._loop.options.measures:
-            self._tell(window, outcome)
+            place = {"update": self.update, "epoch": self.epoch, "samples": self.samples, "skipped": self.skipped}
+            K = window.stage.accumulate_grad_batches
+            self.record = self._records.of_update(place, outcome, self._loop.lr, K)
+            self._call("on_update_end")
         every = self.settings["validate_every_n_updates"]
         if every is not None and self.update % every == 0:
             self._validate()
-        alone = self.strategy.data_parallel_size == 1
-        return outcome.stop or (alone and self._stops) or self.update == max_updates
+        return outcome.stop or self._stops_alone or self.update == max_updates
 
-    def _tell(self, window: Window, outcome: Outcome) -> None:
-        now = time.perf_counter()
-        self.record = {
-            "update": self.update,
-            "epoch": self.epoch,
-            "samples": self.samples,
-            "weight": outcome.weight,
-            "loss": outcome.loss,
-            "lr": self._loop.lr,
-            "grad_norm": outcome.grad_norm,
-            "accumulate_grad_batches": window.stage.accumulate_grad_batches,
-            "effective_batch": outcome.samples,
-            "skipped": self.skipped,
-            "samples_per_second": outcome.samples / (now - self._ended),
-        }
-        self._ended = now
-        for logger in self._listeners:
-            logger.log(self.record)
-        self._call("on_update_end")
+    @property
+    def _stops_alone(self) -> bool:
+        """Whether this process wants to stop and need not ask another."""
+        return self._stops and self.strategy.data_parallel_size == 1
 
     def _validate(self) -> None:
         if self._validation is None or self._validated == self.update:
             return
         self._validated = self.update
         self.metrics = self._validation.run(self.model)
-        means = {f"validation/{name}": mean for name, mean in self.metrics.items()}
-        for logger in self._listeners:
-            logger.log({"update": self.update, "epoch": self.epoch, **means})
+        self._records.of_validation(self.update, self.epoch, self.metrics)
         self._call("on_validation_end")
-        self._ended = time.perf_counter()
+        self._records.restart_clock()
 
     def _finish(self) -> None:
         self.strategy.synchronize_buffers()

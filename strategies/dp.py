@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -52,7 +53,7 @@ class DPStrategy(SingleDeviceStrategy):
         """Move `model` to the first device and return the wrapper that splits its batches."""
         module = super().prepare(model)
         if self.device.type == "cuda":
-            return nn.DataParallel(module, device_ids=list(range(self.devices)))
+            return _DataParallel(module, device_ids=list(range(self.devices)))
         return SplitOverCPU(module, self.devices)
 
     def seed(self, value: int) -> None:
@@ -66,6 +67,22 @@ class DPStrategy(SingleDeviceStrategy):
         """Return the state of all these generators, on the CPU."""
         cuda = torch.cuda.default_generators[: self.devices] if self.device.type == "cuda" else ()
         return torch.cat([generator.get_state() for generator in (torch.default_generator, *cuda)])
+
+
+class _DataParallel(nn.DataParallel[nn.Module]):
+    """Its threads know whether autocast is on, but not to which dtype: enter it anew in each replica."""
+
+    def parallel_apply(self, replicas: Sequence[nn.Module], inputs: Sequence[Any], kwargs: Any) -> list[Any]:
+        enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+
+        def casting(replica: nn.Module) -> Callable[..., Any]:
+            def forward(*args: Any, **named: Any) -> Any:
+                with torch.autocast("cuda", dtype=dtype, enabled=enabled):
+                    return replica(*args, **named)
+
+            return forward
+
+        return super().parallel_apply([casting(replica) for replica in replicas], inputs, kwargs)
 
 
 class SplitOverCPU(nn.Module):

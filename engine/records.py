@@ -1,0 +1,52 @@
+"""What a run tells of its updates, and to whom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engine.loop import Outcome
+from engine.run_folder import Logger
+
+
+class Records:
+    """Makes one record per update and one per validation, and gives them to the loggers (none but on process 0)."""
+
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        self._loggers = loggers
+        self._since = time.perf_counter()
+
+    def restart_clock(self) -> None:
+        """Count throughput from now on: what came before was no training."""
+        self._since = time.perf_counter()
+
+    def of_update(self, place: Mapping[str, int], outcome: Outcome, lr: float, K: int) -> dict[str, Any]:
+        """Return, and log, the record of an update; `place` says where the run is after it."""
+        now = time.perf_counter()
+        record = {
+            **place,
+            "weight": outcome.weight,
+            "loss": outcome.loss,
+            "lr": lr,
+            "grad_norm": outcome.grad_norm,
+            "accumulate_grad_batches": K,
+            "effective_batch": outcome.samples,
+            "samples_per_second": round(outcome.samples / (now - self._since), 1),
+        }
+        self._since = now
+        self._log(record)
+        return record
+
+    def of_validation(self, update: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Log the means of a validation."""
+        self._log({"update": update, "epoch": epoch, **{f"validation/{name}": mean for name, mean in metrics.items()}})
+
+    def close(self) -> None:
+        """Close the loggers: the run is over."""
+        for logger in self._loggers:
+            logger.close()
+
+    def _log(self, record: dict[str, Any]) -> None:
+        for logger in self._loggers:
+            logger.log(record)
