@@ -82,7 +82,8 @@ class _DataParallel(nn.DataParallel[nn.Module]):
 
             return forward
 
-        return super().parallel_apply([casting(replica) for replica in replicas], inputs, kwargs)
+        casting_replicas: Any = [casting(replica) for replica in replicas]  # all that torch does is call them
+        return super().parallel_apply(casting_replicas, inputs, kwargs)
 
 
 class SplitOverCPU(nn.Module):

@@ -105,6 +105,29 @@ def test_dropout_and_augmentation_do_not_know_P(model: Any, data_class: Any, wor
     assert len(set(found[1][2])) == len(found[1][2])
 
 
+class Draws(Regression):
+    """Keeps what was drawn for each sample, in fetching and in forward; the order is the same in all epochs."""
+
+    def __init__(self, samples: int) -> None:
+        super().__init__(samples, model=Gated)
+        self.drawn: list[float] = []
+
+    def train_data(self) -> Any:
+        return Noisy(torch.zeros(len(self.x), 5, dtype=torch.float64), self.y)
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        x = batch[0]
+        self.drawn += x[:, 0].tolist() + [torch.rand((), generator=torch.default_generator).item()]
+        return super().loss(model, batch)
+
+
+def test_every_sample_and_micro_batch_of_every_epoch_draws_anew() -> None:
+    task = Draws(12)
+    Trainer("single", micro_batch_size=3, max_epochs=3, shuffle=False).fit(task)
+    assert len(task.drawn) == 3 * (12 + 4)
+    assert len(set(task.drawn)) == len(task.drawn)
+
+
 def test_workers_change_nothing() -> None:
     with_workers, without = (run(1, fit_augmented, 4, Noisy, dropout_mlp, workers)[0] for workers in (2, 0))
     assert torch.equal(with_workers[0], without[0])
