@@ -117,7 +117,7 @@ class Draws(Regression):
 
     def loss(self, model: nn.Module, batch: Any) -> Any:
         x = batch[0]
-        self.drawn += x[:, 0].tolist() + [torch.rand((), generator=torch.default_generator).item()]
+        self.drawn += [*x[:, 0].tolist(), torch.rand(()).item()]
         return super().loss(model, batch)
 
 
