@@ -24,7 +24,7 @@ def banner(trainer: Trainer) -> str:
         "task": f"{type(trainer.task).__module__}.{type(trainer.task).__qualname__}",
         "model": f"{type(model).__name__}, {count:,} parameters" + (f" and {frozen:,} frozen" if frozen else ""),
         "strategy": strategy.describe(),
-        "precision": settings["precision"] or dtypes,
+        "precision": dtypes + (f", autocast to {settings['precision']}" if settings["precision"] else ""),
         "window": _windows(trainer),
         "updates": _updates(trainer),
         "run folder": str(trainer.run.path) if trainer.run is not None else "none: nothing is written",
@@ -34,6 +34,8 @@ def banner(trainer: Trainer) -> str:
         lines["batch norm"] = (
             f"{len(normalises)} layers normalise over a micro-batch on one process, not over the window"
         )
+    if not model.training:
+        lines["mode"] = "eval, as configure_model() left it: dropout is off (call model.train() there)"
     return "\n".join(f"{name + ':':<{INDENT}}{text}" for name, text in lines.items())
 
 

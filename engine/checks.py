@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from engine.callbacks.accumulation import GradientAccumulationScheduler
 from engine.callbacks.base import Callback
@@ -46,6 +47,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf
         ):
             raise ValueError(f"{name}={value!r}: give a positive number, or None.")
+    if settings["run_dir"] == "":
+        raise ValueError("run_dir='': name a folder, or None to write nothing.")
     check_precision(settings["precision"])
 
 
@@ -64,12 +67,17 @@ def the_scheduler(
         )
     if not schedulers:
         return None
-    if len(set(schedulers[0].scheduling.values())) > 1 and not strategy.supports_variable_windows:
+    check_windows(schedulers[0].scheduling, strategy)
+    return schedulers[0]
+
+
+def check_windows(scheduling: Mapping[int, int], strategy: Strategy) -> None:
+    """Refuse a changing K for a strategy that cannot change it. Raises ValueError."""
+    if len(set(scheduling.values())) > 1 and not strategy.supports_variable_windows:
         raise ValueError(
             f"strategy {strategy.name!r} does not support variable windows, but the schedule "
-            f"{schedulers[0].scheduling} changes K: use accumulate_grad_batches=K, or another strategy."
+            f"{dict(scheduling)} changes K: use accumulate_grad_batches=K, or another strategy."
         )
-    return schedulers[0]
 
 
 def check_dataset(samples: int, micro_batch_size: int, epoch_samples: int) -> None:
@@ -87,6 +95,8 @@ def check_model(model: object) -> None:
     """Refuse what cannot be trained: no module, nothing that requires grad, sparse gradients. Raises ValueError."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"configure_model() returned {type(model).__name__}: return a torch.nn.Module.")
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+        raise ValueError("the model has lazy parameters: run it once on a batch in configure_model().")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the model has no parameter that requires grad: there is nothing to train.")
     for name, module in model.named_modules():
@@ -94,19 +104,30 @@ def check_model(model: object) -> None:
             raise ValueError(f"{name or 'the model'} has sparse gradients, which are not supported: use sparse=False.")
 
 
-def check_optimizer(optimizer: object, model: nn.Module) -> None:
-    """Refuse an optimizer that is none, or that holds parameters which no strategy would reduce. Raises ValueError."""
-    if not isinstance(optimizer, Optimizer):
+def check_optimizer(configured: object, model: nn.Module) -> tuple[Optimizer, LRScheduler | None]:
+    """Return the optimizer and the LR scheduler, if any, of what a task configured.
+
+    Raises ValueError for what is none, for one that wants more than `step()`, and for parameters that no strategy
+    would reduce.
+    """
+    optimizer: object
+    lr_scheduler: object
+    is_pair = isinstance(configured, tuple) and len(configured) == 2
+    optimizer, lr_scheduler = configured if is_pair else (configured, None)  # type: ignore[misc]
+    if not isinstance(optimizer, Optimizer) or not isinstance(lr_scheduler, LRScheduler | None):
         raise ValueError(
-            f"configure_optimizer() returned {type(optimizer).__name__}: return an optimizer, or an optimizer and an "
-            "LR scheduler."
+            f"configure_optimizer() returned {configured!r}: return an optimizer, or an optimizer and an LR scheduler."
         )
+    for unwanted in (optimizer, lr_scheduler):
+        if isinstance(unwanted, LBFGS | ReduceLROnPlateau):
+            raise ValueError(f"{type(unwanted).__name__} wants more than step() once per update: use another.")
     known = {id(p) for p in model.parameters()}
     if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
             "the optimizer holds a parameter that is not the model's: it would not be reduced over the processes. "
             "Make it part of the module that configure_model() returns."
         )
+    return optimizer, lr_scheduler
 
 
 def check_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import time
@@ -60,9 +61,14 @@ def parse(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
     parser.add_argument("--config", action="config", help="a TOML or YAML file of these options")
     parser.add_subclass_arguments(Task, "task", help="what to train: a Task by its class path")
     parser.add_class_arguments(Trainer, "trainer")
-    fresh = datetime.now().strftime("runs/%Y%m%d-%H%M%S")
-    parser.set_defaults({"trainer.progress": True, "trainer.run_dir": fresh})
+    parser.set_defaults({"trainer.progress": True, "trainer.run_dir": _fresh_folder()})
     return parser, parser.parse_args(arguments)
+
+
+def _fresh_folder() -> str:
+    name = datetime.now().strftime("runs/%Y%m%d-%H%M%S")
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not Path(name).exists())
 
 
 class _KeepCommand(Callback):
@@ -72,13 +78,19 @@ class _KeepCommand(Callback):
         self._config = config
 
     def on_fit_start(self, trainer: Trainer) -> None:
+        everyone = trainer.strategy.gather(re.sub(r" *run_dir: .*", "", self._config))
+        if len(set(everyone)) > 1:
+            lines = [set(config.splitlines()) for config in everyone]
+            differing = sorted(set().union(*lines) - set.intersection(*lines))
+            raise ValueError(f"processes were started with different options: {'; '.join(map(str.strip, differing))}.")
         if trainer.run is None:
             return
         folder = trainer.run.path
         (folder / "config.yaml").write_text(self._config)
-        link = folder.parent / f".latest-{folder.name}"
-        link.symlink_to(folder.name)
-        link.replace(folder.parent / "latest")
+        if folder.parent.name == "runs":
+            link = folder.parent / f".latest-{folder.name}"
+            link.symlink_to(folder.name)
+            link.replace(folder.parent / "latest")
 
 
 def _load(text: str) -> Any:
@@ -90,8 +102,8 @@ def _load(text: str) -> Any:
 
 
 def _raised_by_us(error: BaseException) -> bool:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(frame.filename).parent.is_relative_to(ROOT) and "recipes" not in Path(frame.filename).parts
+    where = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent
+    return error.__cause__ is None and any(where.is_relative_to(ROOT / package) for package in ("engine", "strategies"))
 
 
 def _refuse(error: BaseException) -> int:

@@ -37,10 +37,21 @@ def is_map_style(data: object) -> bool:
 
 
 def make_plan(
-    data: Any, batching: Batching, schedule: Schedule, N: int, max_epochs: int | None, max_updates: int | None
+    data: Any,
+    batching: Batching,
+    schedule: Schedule,
+    N: int,
+    max_epochs: int | None,
+    max_updates: int | None,
+    effective_batch_size: int | None = None,
 ) -> Plan | None:
     """Return the plan of every window for map-style data, None for a stream. Raises ValueError for too little data."""
     if not is_map_style(data):
+        if effective_batch_size is not None:
+            raise ValueError(
+                f"effective_batch_size={effective_batch_size} needs map-style data: the micro-batches of a stream come "
+                "in sizes of their own. Use accumulate_grad_batches."
+            )
         return None
     own = batching.order(0)
     samples = len(data) if own is None else len(own)

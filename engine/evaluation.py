@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.data import is_map_style
+from engine.loss import Loss
 from engine.map_source import LoaderOptions, MapSource
 from engine.order import sequential
 from engine.plan import Plan
@@ -47,22 +48,24 @@ class Evaluation:
 
         A metric's mean is (sum of its sums) / (sum of its weights); NaN where the weights sum to 0.
         """
-        self._strategy.synchronize_buffers()
+        self._strategy.synchronize_buffers(model)
         totals: dict[str, Tensor] = {}
         modes = {module: module.training for module in model.modules()}
         model.eval()
         with torch.no_grad():
             for batch, size in self._batches():
                 for name, metric in self._evaluate(model, batch).items():
-                    total, weight = (metric * size, size) if isinstance(metric, Tensor) else metric
-                    pair = torch.stack(
-                        [torch.as_tensor(v, device=self._strategy.device).double() for v in (total, weight)]
-                    )
+                    pair = self._pair(name, metric, size)
                     totals[name] = totals[name] + pair if name in totals else pair
         for module, was_training in modes.items():
             module.training = was_training
         everyone = self._strategy.gather({name: pair.tolist() for name, pair in totals.items()})
         names = dict.fromkeys(name for row in everyone for name in row)
+        if not names:
+            raise ValueError(
+                "validation_data() has no micro-batch, on any process. "
+                "Is it a generator, which can be read only once? Return an object whose __iter__ starts anew."
+            )
         means = {}
         for name in names:
             total, weight = (
@@ -70,6 +73,14 @@ class Evaluation:
             )
             means[name] = total / weight if weight else float("nan")
         return means
+
+    def _pair(self, name: str, metric: object, size: int) -> Tensor:
+        """(sum, weight) in float64 on the device: no look at it before the end."""
+        if isinstance(metric, Tensor) and metric.ndim == 0:
+            return torch.stack([metric.double() * size, metric.new_tensor(size, dtype=torch.float64)])
+        if isinstance(metric, Loss):
+            return torch.stack([torch.as_tensor(v, device=self._strategy.device).double() for v in metric])
+        raise ValueError(f"evaluate() returned {metric!r} for {name!r}: return a 0-dim tensor, or Loss(sum, weight).")
 
     def _batches(self) -> Iterator[tuple[Any, int]]:
         if self._stream is not None:

@@ -51,7 +51,8 @@ class Fetch(Dataset[Any]):
             return self._dataset[index]
         except IndexError as error:
             raise ValueError(
-                f"the dataset says that it has {len(self._dataset)} samples, but has none at {index}: {error}"
+                f"the dataset says that it has {len(self._dataset)} samples, but sample {index} raised "
+                f"IndexError: {error}"
             ) from error
 
     def _seed_all(self, epoch: int, place: int) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +27,22 @@ TOO_NARROW = {torch.float16, torch.bfloat16}
 """Dtypes in which a sum of losses would lose digits."""
 
 
+CAUSES = (
+    "Do all of them train the same parameters, at the same learning rate, through the `model` that loss() is given, "
+    "and does nothing else change it?"
+)
+
+
 class ProcessFailureError(RuntimeError):
     """Another process failed; the message names it and what it said."""
 
 
+class ReplicaError(RuntimeError):
+    """Processes that should hold the same gradient do not; the message names them and their norms."""
+
+
 class Facts(NamedTuple):
-    """What one process tells the others of its part in a window: one message of six doubles an update."""
+    """What one process tells the others of its part in a window: one message of seven doubles an update."""
 
     weight: float
     loss: float
@@ -39,6 +50,7 @@ class Facts(NamedTuple):
     more: float
     stop: float
     failed: float
+    norm_before: float
 
 
 class Outcome(NamedTuple):
@@ -89,7 +101,9 @@ class Loop:
         self._loss_scale = LossScale(2.0**16 if options.precision == "fp16" else 1.0)
         self.randomness = ModelRandomness(options.seed, model, strategy)
         self._is_alone = strategy.data_parallel_size == 1
-        self._wants_norm = bool(options.skip_nonfinite_updates or options.gradient_clip_norm or options.measures)
+        self._skips_nonfinite = options.skip_nonfinite_updates or options.precision == "fp16"
+        self._wants_norm = bool(self._skips_nonfinite or options.gradient_clip_norm or options.measures)
+        self._norm = math.nan  # of the update before
         self._late_weight = 0.0  # the weight of the update before, where it was not what was expected
         self._total = torch.zeros((), dtype=torch.float64, device=strategy.device)
 
@@ -137,6 +151,8 @@ class Loop:
             self._weight += share
         elif isinstance(loss, Loss):
             value, share = loss.sum, 1
+            if not isinstance(value, Tensor):
+                raise ValueError(f"the loss's sum is a {type(value).__name__}: return Loss(sum, weight) with a tensor.")
             self._add_weight(loss.weight)
         else:
             raise ValueError(f"loss() returned {type(loss).__name__}: return a 0-dim tensor, or Loss(sum, weight).")
@@ -151,9 +167,7 @@ class Loop:
 
     def finish(self, window: Window, update: int) -> Outcome:
         """Correct, clip, step: once per window, the same on all processes."""
-        facts = Facts(*map(math.fsum, zip(*self._receive(), strict=True))) if self._receive else self._facts()
-        if facts.failed:
-            raise self._other_failure(update)
+        facts = self._agreed(update)
         if update == 0:
             check_gradients(self.model.named_parameters())
         window.more, window.samples = facts.more > 0, int(facts.samples)
@@ -164,7 +178,8 @@ class Loop:
             norm_tensor = self.strategy.clip(self.options.gradient_clip_norm, factor)
             if self._wants_norm:
                 norm = norm_tensor.item()
-        overflowed = self.options.skip_nonfinite_updates and not math.isfinite(norm)
+        self._norm = norm
+        overflowed = self._skips_nonfinite and not math.isfinite(norm)
         skipped = overflowed or facts.weight == 0
         if not skipped:
             self.optimizer.step()
@@ -183,20 +198,53 @@ class Loop:
     def _add_weight(self, weight: float | Tensor) -> None:
         """Add a weight. Of those on the device keep the least (NaN, if there was one): they are looked at later."""
         if isinstance(weight, Tensor):
+            if weight.ndim or weight.dtype in TOO_NARROW:
+                raise ValueError(
+                    f"a loss's weight is a {weight.dtype} of shape {tuple(weight.shape)}: give one number."
+                )
             weight = weight.detach()
             self._least_weight = weight if self._least_weight is None else torch.minimum(self._least_weight, weight)
-        elif not 0 <= weight < math.inf:
+        elif not isinstance(weight, Real) or not 0 <= weight < math.inf:
             raise ValueError(f"a micro-batch's loss has weight {weight}: weights are finite and not negative.")
         self._weight = self._weight + weight
 
     def _facts(self, failed: bool = False) -> Facts:
         """Read what the device has summed: the one place in a window where the host waits for it."""
         if failed:
-            return Facts(0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+            return Facts(0.0, 0.0, 0.0, 0.0, 0.0, 1.0, self._norm)
         if self._least_weight is not None and not 0 <= (least := self._least_weight.item()) < math.inf:
             raise ValueError(f"a micro-batch's loss has weight {least}: weights are finite and not negative.")
         loss = self._total.item() if self.options.measures else math.nan
-        return Facts(float(self._weight), loss, self._samples, self._window.more, self._stop, 0.0)
+        return Facts(float(self._weight), loss, self._samples, self._window.more, self._stop, 0.0, self._norm)
+
+    def _agreed(self, update: int) -> Facts:
+        """Return the sums over all processes. Raises what they must hear of together."""
+        if self._is_alone:
+            return self._facts()
+        if self._receive is None:
+            raise ValueError("backward was not called for the window's last micro-batch: call it for each.")
+        rows = self._receive()
+        facts = Facts(*map(math.fsum, zip(*rows, strict=True)))
+        if facts.failed:
+            raise self._other_failure(update)
+        _check_norms([row[-1] for row in rows], update)
+        return facts
+
+    def check_replicas(self, update: int) -> None:
+        """Make sure that all processes hold the same parameters, to the bit. Raises ReplicaError on all of them.
+
+        Reads every parameter, so it is for the ends of epochs. Norms are compared at each update, but gradients that
+        were reduced are equal also where parameters are not.
+        """
+        if self._is_alone:
+            return
+        _check_norms(self.strategy.gather(self._norm), update)
+        if len(set(fingerprints := self.strategy.gather(self.strategy.fingerprint()))) > 1:
+            listed = ", ".join(f"{value} on process {rank}" for rank, value in enumerate(fingerprints))
+            raise ReplicaError(
+                f"the processes' models have diverged: after update {update} their parameters' bits sum to {listed}. "
+                f"{CAUSES}"
+            )
 
     def _send(self, failed: bool = False) -> None:
         """Start the update's message, to travel while the last backward runs."""
@@ -215,6 +263,15 @@ class Loop:
         failures = [(rank, text) for rank, text in enumerate(self.strategy.gather(None)) if text]
         return ProcessFailureError(
             "; ".join(f"process {rank} failed in update {update}: {text}" for rank, text in failures)
+        )
+
+
+def _check_norms(norms: Sequence[float], update: int) -> None:
+    """Compare the gradient norms of the update before `update`. Raises ReplicaError where one differs."""
+    if any(norm != norms[0] and not (math.isnan(norm) and math.isnan(norms[0])) for norm in norms):
+        listed = ", ".join(f"{norm!r} on process {rank}" for rank, norm in enumerate(norms))
+        raise ReplicaError(
+            f"the processes' models have diverged: the gradient norm of update {update - 1} is {listed}. {CAUSES}"
         )
 
 

@@ -76,7 +76,8 @@ class MapSource:
             )
         # where each micro-batch begins, counted in samples: a group holds several
         before = _samples_before(order)
-        self._pieces.now = self._fetches(epoch, update, order, before)
+        windows = self._plan.windows(epoch, update)
+        self._pieces.now = _fetches(epoch, windows, self._cut, order, before)
         batches = iter(self._loader)
         N, rank, P, spread = self._cut
         for window in self._plan.windows(epoch, update):
@@ -89,15 +90,23 @@ class MapSource:
         for start, stop, is_last in window.micro_batches(*self._cut):
             yield Micro(to_device(next(batches)), before[stop] - before[start], before[start], is_last)
 
-    def _fetches(self, epoch: int, update: int, order: Sequence[Any], before: Sequence[int]) -> Iterator[Piece]:
-        is_grouped = not isinstance(before, range)
-        for window in self._plan.windows(epoch, update):
-            for start, stop, _ in window.micro_batches(*self._cut):
-                chosen: Any = order[start:stop]
-                if is_grouped:
-                    chosen = list(chain.from_iterable(chosen))
-                indices = chosen.tolist() if hasattr(chosen, "tolist") else list(chosen)
-                yield Piece(epoch, before[start], indices)
+
+def _fetches(
+    epoch: int,
+    windows: Iterable[PlannedWindow],
+    cut: tuple[int, int, int, bool],
+    order: Sequence[Any],
+    before: Sequence[int],
+) -> Iterator[Piece]:
+    """Yield what one process fetches in an epoch."""
+    is_grouped = not isinstance(before, range)
+    for window in windows:
+        for start, stop, _ in window.micro_batches(*cut):
+            chosen: Any = order[start:stop]
+            if is_grouped:
+                chosen = list(chain.from_iterable(chosen))
+            indices = chosen.tolist() if hasattr(chosen, "tolist") else list(chosen)
+            yield Piece(epoch, before[start], indices)
 
 
 def _samples_before(order: Sequence[Any]) -> Sequence[int]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from engine.checks import check_count
+from engine.checks import check_count, check_windows
 from engine.data import make_plan, make_source
 from engine.loop import Loop, LoopOptions, Outcome
 from engine.loss import Loss
@@ -45,6 +45,7 @@ class Accumulator:
         check_count("micro_batch_size", micro_batch_size)
         K = accumulate_grad_batches
         scheduling = check_scheduling(K if isinstance(K, dict) else {0: K})
+        check_windows(scheduling, strategy)
         schedule = make_schedule(micro_batch_size, strategy.effective_batch, scheduling)
         batching = batching or Batching()
         plan = make_plan(data, batching, schedule, micro_batch_size, None, None)
@@ -59,8 +60,10 @@ class Accumulator:
         """Yield the windows of `epoch`: iterate over each, then call its `update`."""
         for window in self._source.windows(epoch, self.update):
             self._loop.start(window, epoch)
-            yield OwnWindow(self._loop, window, self.update)
-            self.update += 1
+            before = self.update
+            yield OwnWindow(self._loop, window, self)
+            if self.update == before:
+                raise ValueError("a window ended without window.update(): call it after the last backward.")
 
 
 class OwnWindow:
@@ -69,8 +72,8 @@ class OwnWindow:
     The loop's body is the context in which only the last micro-batch communicates: forward and backward belong in it.
     """
 
-    def __init__(self, loop: Loop, window: Window, update: int) -> None:
-        self._loop, self._window, self._update = loop, window, update
+    def __init__(self, loop: Loop, window: Window, accumulator: Accumulator) -> None:
+        self._loop, self._window, self._accumulator = loop, window, accumulator
 
     def __iter__(self) -> Iterator[Any]:
         for micro in self._window:
@@ -87,4 +90,6 @@ class OwnWindow:
         """Reduce, correct, clip, step and clear the gradients; return what the update was, over all processes."""
         if self._window.is_empty:
             self._loop.strategy.join(self._window)
-        return self._loop.finish(self._window, self._update)
+        outcome = self._loop.finish(self._window, self._accumulator.update)
+        self._accumulator.update += 1
+        return outcome

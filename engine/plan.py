@@ -88,6 +88,12 @@ class Plan:
                 raise ValueError("a run without max_epochs and max_updates has no last update.")
             return self.max_updates
         total = 0
+        if self.schedule.unit == "epoch":
+            for stage in self.schedule.stages:
+                left = self.schedule.left(stage.first, 0, 0)
+                end = self.max_epochs if left is None else min(stage.first + left, self.max_epochs)
+                total += max(0, end - stage.first) * -(-self.samples // stage.effective_batch)
+            return total if self.max_updates is None else min(total, self.max_updates)
         for epoch in range(self.max_epochs):
             in_epoch = self.updates_in_epoch(epoch, total)
             total += in_epoch

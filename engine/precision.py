@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -45,27 +45,26 @@ class LossScale:
         """Adapt the scale after an update."""
         self.quiet_updates = 0 if overflowed else self.quiet_updates + 1
         if overflowed:
-            self.value /= 2
+            self.value = max(self.value / 2, 2.0**-14)
         elif self.quiet_updates == self.growth_interval:
             self.value, self.quiet_updates = self.value * 2, 0
 
 
 @contextmanager
 def numerics(deterministic: bool, tf32: bool | None) -> Iterator[None]:
-    """Set torch's deterministic and TF32 switches, and restore them after."""
-    was_deterministic = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    was_tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try:
+    """Set torch's deterministic and TF32 switches, those that are asked for, and restore them after."""
+    with ExitStack() as undo:
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+            warns = torch.is_deterministic_algorithms_warn_only_enabled()
+            was = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+            undo.callback(torch.use_deterministic_algorithms, was[0], warn_only=warns)
+            undo.callback(setattr, torch.backends.cudnn, "benchmark", was[1])
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
         if tf32 is not None:
+            undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            undo.callback(setattr, torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
             torch.set_float32_matmul_precision("high" if tf32 else "highest")
             torch.backends.cudnn.allow_tf32 = tf32
         yield
-    finally:
-        torch.use_deterministic_algorithms(was_deterministic[0])
-        torch.backends.cudnn.benchmark = was_deterministic[1]
-        torch.set_float32_matmul_precision(was_tf32[0])
-        torch.backends.cudnn.allow_tf32 = was_tf32[1]

@@ -32,7 +32,7 @@ class RunFolder:
             raise FileExistsError(f"run_dir={str(path)!r} is taken: a run never overwrites another; name a new folder.")
         self.path.mkdir(parents=True, exist_ok=True)
         self._encode = json.JSONEncoder(allow_nan=False).encode
-        self._metrics = (self.path / "metrics.jsonl").open("w", buffering=1 << 16)
+        self._metrics = (self.path / "metrics.jsonl").open("x", buffering=1)  # a killed run keeps every line
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -46,12 +46,13 @@ class RunFolder:
         """Write one JSON file."""
         (self.path / name).write_text(json.dumps(_finite(content), indent=2, default=str) + "\n")
 
-    def save_weights(self, state: Mapping[str, Tensor]) -> None:
-        """Write model.safetensors, under the user's own parameter names."""
+    def save_weights(self, state: Mapping[str, Any]) -> None:
+        """Write model.safetensors, under the user's own parameter names: tensors, and no extra state."""
         from safetensors.torch import save_file
 
         save_file(
-            {name: tensor.contiguous().clone() for name, tensor in state.items()}, self.path / "model.safetensors"
+            {name: tensor.contiguous() for name, tensor in state.items() if isinstance(tensor, Tensor)},
+            self.path / "model.safetensors",
         )
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from engine.schedule import Schedule, Stage
 from engine.task import Batching
@@ -30,7 +30,7 @@ class StreamSource:
 
     def windows(self, epoch: int, update: int) -> Iterator[Window]:
         """Yield windows until all processes have run out. Raises ValueError where none has a single micro-batch."""
-        for part in (self._data, getattr(self._data, "sampler", None), getattr(self._data, "batch_sampler", None)):
+        for part in (self._data, _sampler(self._data), getattr(self._data, "batch_sampler", None)):
             if part is not None and hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         stream = _Lookahead(self._data)
@@ -102,12 +102,15 @@ class _Lookahead:
         return item
 
 
+def _sampler(loader: Any) -> Any:
+    """What decides which samples a DataLoader reads."""
+    return getattr(getattr(loader, "batch_sampler", None), "sampler", None) or getattr(loader, "sampler", None)
+
+
 def _refuse_shared_loader(loader: DataLoader[Any]) -> None:
-    if isinstance(loader.dataset, IterableDataset):
-        return
-    if type(loader.sampler) in (SequentialSampler, RandomSampler) and type(loader.batch_sampler).__module__.startswith(
-        "torch."
-    ):
+    sampler = type(_sampler(loader))
+    is_torch_s = sampler.__module__.startswith("torch.utils.data") and sampler is not DistributedSampler
+    if is_torch_s and not isinstance(loader.dataset, IterableDataset):
         raise ValueError(
             "train_data() returned a DataLoader that gives every process all samples: each would be trained on once "
             "per process. Return the dataset itself, and the engine shares it out, or give the DataLoader a "

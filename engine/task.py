@@ -56,7 +56,10 @@ class Task(Batching, ABC):
 
     @abstractmethod
     def configure_model(self) -> nn.Module:
-        """Return the model, on the CPU. The random state is the run's seed, the same on all processes."""
+        """Return the model, on the CPU, in the mode that it is to train in.
+
+        The random state is the run's seed, the same on all processes.
+        """
 
     @abstractmethod
     def configure_optimizer(self, model: nn.Module) -> Optimizer | tuple[Optimizer, LRScheduler]:

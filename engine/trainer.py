@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from engine.callbacks import Callback, Progress
 from engine.checks import check_configurations_agree, check_model, check_optimizer, check_settings, the_scheduler
@@ -141,6 +140,8 @@ class Trainer:
                 raise
             finally:
                 self._records.close()
+                for part in ("_loop", "_source", "_validation"):  # hooks and workers end with the run
+                    vars(self).pop(part, None)
                 self.strategy.teardown()
 
     def validate(self, task: Task) -> dict[str, float]:
@@ -151,6 +152,7 @@ class Trainer:
         try:
             self.strategy.setup()
             if self.task is not task:
+                self._prepare_data(task)
                 seed_everything(self.settings["seed"])
                 self.task, self.model = task, task.configure_model().to(self.strategy.device)
             evaluation = self._evaluation(task)
@@ -178,7 +180,11 @@ class Trainer:
         stated = {name: v for name, v in self.settings.items() if name not in ("loggers", "run_dir", "progress")}
         stated["strategy"] = _class_path(self.strategy)
         stated["callbacks"] = [_class_path(callback) for callback in self.callbacks]
+        stated["strategy_options"] = {
+            name: value for name, value in vars(self.strategy).items() if not name.startswith("_")
+        }
         stated["scheduling"] = self._scheduler.scheduling if self._scheduler else None
+        stated["scheduling_unit"] = self._scheduler.unit if self._scheduler else None
         return stated
 
     # Building
@@ -195,16 +201,14 @@ class Trainer:
         self.epoch = self.update = self.samples = self.skipped = 0
         self.record, self.metrics, self._validated, self._stops = {}, {}, 0, False
         self.run, self._records = None, Records([])
-        if strategy.local_rank == 0:
-            task.prepare_data()
-        strategy.barrier()
+        self._prepare_data(task)
         seed_everything(seed)
         N, scheduler = self.micro_batch_size, self._scheduler
         scheduling = scheduler.scheduling if scheduler else {0: self.settings["accumulate_grad_batches"]}
         unit, B = scheduler.unit if scheduler else "epoch", self.settings["effective_batch_size"]
         self.schedule = make_schedule(N, strategy.effective_batch, scheduling, unit, B)
         data, bounds = task.train_data(), (self.settings["max_epochs"], self.settings["max_updates"])
-        self.plan = make_plan(data, task, self.schedule, N, *bounds)
+        self.plan = make_plan(data, task, self.schedule, N, *bounds, B)
         cut = seed, self.settings["shuffle"], self._loader, self.settings["spread_windows"]
         self._source = make_source(data, task, strategy, self.schedule, self.plan, N, *cut)
         self._validation = self._evaluation(task)
@@ -223,10 +227,7 @@ class Trainer:
             },
         )
         prepared = strategy.prepare(self.model)
-        configured = task.configure_optimizer(self.model)
-        lr_scheduler: LRScheduler | None = None
-        self.optimizer, lr_scheduler = configured if isinstance(configured, tuple) else (configured, None)
-        check_optimizer(self.optimizer, self.model)
+        self.optimizer, lr_scheduler = check_optimizer(task.configure_optimizer(self.model), self.model)
         options = LoopOptions(
             self.settings["gradient_clip_norm"],
             self.settings["skip_nonfinite_updates"],
@@ -242,6 +243,12 @@ class Trainer:
                 self.run.write("config.json", {"task": _class_path(task), **self.configuration})
             self._records = Records([*self._loggers, *([self.run] if self.run else [])])
 
+    def _prepare_data(self, task: Task) -> None:
+        """Let one process of each host fetch the data, and the others wait."""
+        if self.strategy.local_rank == 0:
+            task.prepare_data()
+        self.strategy.barrier()
+
     def _evaluation(self, task: Task) -> Evaluation | None:
         data = task.validation_data()
         if data is None:
@@ -256,19 +263,19 @@ class Trainer:
         self._started = time.perf_counter()
         self._records.restart_clock()
         over = False
-        while not over and (max_epochs is None or self.epoch < max_epochs):
+        while not (over or self._stops_alone) and (max_epochs is None or self.epoch < max_epochs):
             self._call("on_epoch_start")
             for window in self._source.windows(self.epoch, self.update):
                 over = self._run_update(window)
                 if over:
                     break
+            self._loop.check_replicas(self.update)
             every = self.settings["validate_every_n_epochs"]
             if every is not None and (self.epoch + 1) % every == 0:
                 self._validate()
             self._call("on_epoch_end")
             if not over:
                 self.epoch += 1
-            over = over or self._stops_alone
         self._validate()
 
     def _run_update(self, window: Window) -> bool:
@@ -304,12 +311,12 @@ class Trainer:
         self._records.restart_clock()
 
     def _finish(self) -> None:
-        self.strategy.synchronize_buffers()
+        self.strategy.synchronize_buffers(self.model)
         if self.settings["run_dir"] is not None:
             weights = self.strategy.state_dict()["model"]
             if self.run is not None:
-                self.run.save_weights(weights)
                 self.run.write("summary.json", summarize(self, time.perf_counter() - self._started))
+                self.run.save_weights(weights)
         self._call("on_fit_end")
 
     def _call(self, event: str) -> None:

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Train: launch/train.sh [torchrun options] [engine/run.py options], as in
 #   launch/train.sh --nproc_per_node=4 --trainer.accumulate_grad_batches=8
-# Two processes unless told otherwise. Options of torchrun come before those of engine/run.py (--config, --task, --trainer...).
+# One process for each GPU, two without any, unless told otherwise. Options of torchrun come before those of engine/run.py (--config, --task, --trainer...).
 set -euo pipefail
 here=$PWD
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 root=$PWD
 cd "$here"
 
-launcher=(--standalone --nproc_per_node=2)
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+launcher=(--standalone "--nproc_per_node=$((gpus > 0 ? gpus : 2))")
 while [ $# -gt 0 ]; do
     case "$1" in
         --config* | --task* | --trainer* | --print_config* | --help | -h) break ;;

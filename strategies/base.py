@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from typing import Any, Protocol
 
 import torch
@@ -190,8 +191,20 @@ class Strategy(ABC):
     def barrier(self) -> None:
         """Wait until every process is here."""
 
-    def synchronize_buffers(self) -> None:
-        """Give all processes the same buffers (BatchNorm's statistics), those of process 0."""
+    def synchronize_buffers(self, model: nn.Module) -> None:
+        """Give all processes the same buffers in `model` (BatchNorm's statistics), those of process 0."""
+
+    def fingerprint(self) -> int:
+        """Return a number that is the same on all processes when they hold the same replica, to the bit.
+
+        It is the sum of all parameters' bits as whole numbers. A strategy whose processes hold different parameters
+        returns 0.
+        """
+        total = torch.zeros((), dtype=torch.int64, device=self.device)
+        for parameter in self._parameters:
+            flat = parameter.detach().contiguous().view(-1)
+            total += flat.view(_WHOLE[flat.element_size()]).sum(dtype=torch.int64)
+        return int(total)
 
     # What a run keeps
 
@@ -239,13 +252,23 @@ class Strategy(ABC):
         return self._scale_tensor
 
 
+_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def _move(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
+    if hasattr(batch, "to"):
+        return batch.to(device)
+    if type(batch) is dict:
         return {key: _move(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(_move(value, device) for value in batch))
-    if isinstance(batch, list | tuple):
+    if type(batch) in (list, tuple):
         return type(batch)(_move(value, device) for value in batch)
-    return batch.to(device) if hasattr(batch, "to") else batch
+    if isinstance(batch, Mapping):
+        moved = copy(batch)
+        for key, value in batch.items():
+            moved[key] = _move(value, device)  # type: ignore[index]
+        return moved
+    return batch

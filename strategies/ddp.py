@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -35,11 +37,12 @@ class DDPStrategy(Strategy):
 
     - `find_unused_parameters`: for models that do not use each parameter in each micro-batch (costs a walk over the
       graph per window). Where it is False and a parameter was not used, the update raises instead of diverging.
-    - `gradient_as_bucket_view`: gradients live in the buckets, which saves their copy.
+    - `gradient_as_bucket_view`: gradients live in the buckets while there are any.
     - `bucket_cap_mb`: size of a bucket; smaller ones start earlier, larger ones are fewer.
     - `broadcast_buffers`: process 0's buffers (BatchNorm's statistics) go to all once per window.
 
-    `timeout_seconds` bounds every collective, `device` is "cpu" or "cuda" (default: CUDA where there is one).
+    `timeout_seconds` bounds every wait for another process (a download in `prepare_data` included), `device` is "cpu"
+    or "cuda" (default: CUDA where there is one).
     """
 
     name = "ddp"
@@ -70,7 +73,6 @@ class DDPStrategy(Strategy):
         self._backend = "nccl" if self._device_type == "cuda" else "gloo"
         self._owns_group = False
         self._host_group: dist.ProcessGroup | None = None
-        self._used: nn.Parameter | None = None  # a parameter that is known to take part in forward
 
     def effective_batch(self, N: int, K: int) -> int:
         """Return P x N x K."""
@@ -78,7 +80,10 @@ class DDPStrategy(Strategy):
 
     def accumulation_context(self, is_last_microbatch: bool) -> AbstractContextManager[Any]:
         """Return `no_sync` for all but the last micro-batch. DDP looks at it in forward, so that must be inside."""
-        return NOTHING_TO_DEFER if is_last_microbatch else self._ddp.no_sync()
+        if not is_last_microbatch:
+            return self._ddp.no_sync()
+        self._broadcast_buffers_once()
+        return NOTHING_TO_DEFER
 
     @property
     def rank(self) -> int:
@@ -108,6 +113,11 @@ class DDPStrategy(Strategy):
     def setup(self) -> None:
         """Join the processes: a group for gradients, and one on the CPU for messages."""
         if self._device_type == "cuda":
+            if self.local_rank >= torch.cuda.device_count():
+                raise ValueError(
+                    f"process {self.local_rank} of this host has no GPU of its own: there are "
+                    f"{torch.cuda.device_count()}. Start as many processes, or use DDPStrategy(device='cpu')."
+                )
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
             self._owns_group = True
@@ -120,7 +130,8 @@ class DDPStrategy(Strategy):
     def teardown(self) -> None:
         """Destroy the groups that `setup` made."""
         if hasattr(self, "_ddp"):
-            del self._ddp  # its hooks must be gone before the group that they use
+            del self._ddp
+            gc.collect()  # its hooks must be gone before the group that they use
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
         elif self._host_group is not None and dist.is_initialized():
@@ -129,7 +140,17 @@ class DDPStrategy(Strategy):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Wrap `model`, and fix the order in which its gradients are summed. Raises ValueError for a refused option."""
+        if self.data_parallel_size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+            raise ValueError(
+                "SyncBatchNorm communicates in every forward, and would wait for ever in a window where processes have "
+                "different numbers of micro-batches: use a norm that does not (GroupNorm, LayerNorm, BatchNorm)."
+            )
         self._ddp = self.wrap(super().prepare(model))
+        self._names = [name for name, p in model.named_parameters() if p.requires_grad]
+        self._used: nn.Parameter | None = None  # one that is known to take part in forward
+        self._has_buffers = any(True for _ in model.buffers())
+        self._buffers_are_sent = self._was_called = False
+        self._ddp.register_forward_pre_hook(self._note_call)
         if self._ddp.static_graph:
             raise ValueError(f"DDPStrategy does not take static_graph: {REFUSED['static_graph']}")
         if self._ddp._delay_all_reduce_params:
@@ -140,14 +161,13 @@ class DDPStrategy(Strategy):
 
     def wrap(self, model: nn.Module) -> DistributedDataParallel:
         """Return `model` in DistributedDataParallel. Override it for an option that is not here, or to add a hook."""
-        options: dict[str, Any] = {} if self.broadcast_buffers else _no_buffers()
         return DistributedDataParallel(
             model,
             device_ids=None if self._device_type == "cpu" else [self.device],
             find_unused_parameters=self.find_unused_parameters,
             gradient_as_bucket_view=self.gradient_as_bucket_view,
             bucket_cap_mb=self.bucket_cap_mb,
-            **options,
+            **_buffers_are_ours(),
         )
 
     def backward(self, loss: Tensor, scale: float | Tensor) -> None:
@@ -155,20 +175,34 @@ class DDPStrategy(Strategy):
 
         Raises RuntimeError after the last micro-batch of a window where a gradient was not reduced.
         """
+        if not self._was_called:
+            raise ValueError("the loss was not computed with the `model` that loss() is given: call that one.")
         super().backward(loss, scale * self.data_parallel_size)
+        if not self._ddp.require_backward_grad_sync:
+            return
+        self._buffers_are_sent = self._was_called = False
         if self.find_unused_parameters:
             if self._used is None:
                 self._used = next((p for p in self._parameters if p.grad is not None), None)
-        elif self._ddp.require_backward_grad_sync:
-            try:
-                self._ddp._check_reducer_finalized()  # type: ignore[no-untyped-call]
-            except RuntimeError as error:
-                raise RuntimeError(self._unused_message(str(error))) from None
+            return
+        try:
+            self._ddp._check_reducer_finalized()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise RuntimeError(self._unused_message(str(error))) from None
 
     def join(self, window: Any) -> None:
-        """Reduce zeros: the wrapper's forward runs, as its collectives must, around a model that touches no data."""
-        with _forward_replaced(self._model, self._touch):
+        """Reduce zeros: the wrapper's forward runs, as its collectives must, around a module that touches no data."""
+        self._broadcast_buffers_once()
+        trainable = [p for p in self._parameters if p.requires_grad]
+        if self.find_unused_parameters:  # those unused everywhere must keep the gradient None
+            trainable = [self._used if self._used is not None else trainable[0]]
+        modules = self._ddp._modules
+        modules["module"] = _Untouched(trainable)
+        try:
             super().backward(self._ddp(), 1.0)
+        finally:
+            modules["module"] = self._model
+        self._buffers_are_sent = self._was_called = False
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         """Reduce `tensor` in place over the processes by "sum", "min" or "max"; return it."""
@@ -197,9 +231,9 @@ class DDPStrategy(Strategy):
         """Wait for all processes, on the CPU group."""
         dist.barrier(group=self._host_group)
 
-    def synchronize_buffers(self) -> None:
+    def synchronize_buffers(self, model: nn.Module) -> None:
         """Give all processes the buffers of process 0."""
-        for buffer in self._model.buffers():
+        for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
 
     def reductions(self) -> tuple[int, int]:
@@ -220,25 +254,41 @@ class DDPStrategy(Strategy):
             self._ddp.reducer._rebuild_buckets()
             self.clear_gradients()
 
-    def _touch(self, *args: Any, **kwargs: Any) -> Tensor:
-        """A forward without data: zero, with a gradient of zero for the parameters."""
-        trainable = [p for p in self._parameters if p.requires_grad]
-        if self.find_unused_parameters:  # those unused everywhere must keep the gradient None
-            trainable = [self._used if self._used is not None else trainable[0]]
-        total = trainable[0].new_zeros(())
-        for parameter in trainable:
-            total = total + _Zero.apply(parameter)  # type: ignore[no-untyped-call]
-        return total
+    def _broadcast_buffers_once(self) -> None:
+        """Send process 0's buffers, once per window on every process.
+
+        DDP would do so in each synchronised forward, of which processes may have different numbers: a model that is
+        called twice in one loss, a process without a micro-batch, or one that failed.
+        """
+        if self._has_buffers and self.broadcast_buffers and not self._buffers_are_sent:
+            self._buffers_are_sent = True
+            self._ddp._sync_buffers()  # type: ignore[no-untyped-call]
+
+    def _note_call(self, module: nn.Module, arguments: Any) -> None:
+        self._was_called = True
 
     def _unused_message(self, reason: str) -> str:
-        names = [name for name, p in self._model.named_parameters() if p.requires_grad]
         found = re.search(r"for rank \d+: ([\d ]+)", reason)
-        unused = ", ".join(names[int(i)] for i in found[1].split()) if found else "some"
+        unused = ", ".join(self._names[int(i)] for i in found[1].split()) if found else "some"
         return (
             f"process {self.rank}: the last micro-batch of the window did not use these parameters: {unused}. Their "
             "gradients were not reduced. Use DDPStrategy(find_unused_parameters=True) (--trainer.strategy="
             "strategies.DDPStrategy --trainer.strategy.find_unused_parameters=true)."
         )
+
+
+class _Untouched(nn.Module):
+    """A forward without data: zero, with gradient zero for the parameters."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__()
+        self._held = tuple(parameters)  # not registered: they belong to the model
+
+    def forward(self) -> Tensor:
+        total = self._held[0].new_zeros(())
+        for parameter in self._held:
+            total = total + _Zero.apply(parameter)  # type: ignore[no-untyped-call]
+        return total
 
 
 class _Zero(torch.autograd.Function):
@@ -254,22 +304,7 @@ class _Zero(torch.autograd.Function):
         return torch.zeros_like(ctx.saved_tensors[0])
 
 
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    attributes = module.__dict__  # before the method of its class; a compiled module has its own forward there
-    own = attributes.get("forward")
-    attributes["forward"] = forward
-    try:
-        yield
-    finally:
-        del attributes["forward"]
-        if own is not None:
-            attributes["forward"] = own
-
-
-def _no_buffers() -> dict[str, Any]:
+def _buffers_are_ours() -> dict[str, Any]:
     """`broadcast_buffers=False` under the name that this torch wants (renamed in 2.13)."""
-    import inspect
-
     parameters = inspect.signature(DistributedDataParallel.__init__).parameters
     return {"forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers": False}

@@ -1,4 +1,4 @@
-"""What torchrun tells a process of itself: the only place that reads it."""
+"""What a process is told of itself, by torchrun or by a group that exists: the only place that reads it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ _meetings = itertools.count()
 
 
 def started_processes() -> int:
-    """Return how many processes torchrun started for this run; 1 without torchrun."""
+    """Return the processes of the group that exists, else those that torchrun started; 1 without either."""
+    if dist.is_initialized():
+        return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def started_rank() -> int:
-    """Return this process among all that were started, from 0."""
+    """Return this process among them, from 0."""
+    if dist.is_initialized():
+        return dist.get_rank()
     return int(os.environ.get("RANK", "0"))
 
 
 def started_local_rank() -> int:
-    """Return this process among those of its host, from 0."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """Return this process among those of its host, from 0; its rank where nothing tells."""
+    return int(os.environ.get("LOCAL_RANK", started_rank()))
 
 
 def rendezvous(timeout: timedelta) -> Any:

@@ -1,5 +1,6 @@
 import os
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests' processes talk over gloo
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several processes share two cores
 
 import torch

@@ -94,7 +94,7 @@ def task_with(**methods: Any) -> Regression:
         ({"configure_model": lambda: nn.Sequential(nn.Embedding(4, 2, sparse=True))}, "0 has sparse gradients"),
         ({"configure_model": lambda: nn.Linear(5, 1).requires_grad_(False)}, "no parameter that requires grad"),
         ({"configure_model": lambda: torch.zeros(3)}, "returned Tensor: return a torch.nn.Module"),
-        ({"configure_optimizer": lambda model: None}, r"configure_optimizer\(\) returned NoneType"),
+        ({"configure_optimizer": lambda model: None}, r"configure_optimizer\(\) returned None"),
         (
             {"configure_optimizer": lambda model: torch.optim.SGD([*model.parameters(), nn.Parameter(torch.ones(1))])},
             "a parameter that is not the model's: it would not be reduced",
@@ -102,7 +102,7 @@ def task_with(**methods: Any) -> Regression:
         ({"train_data": lambda: 3}, "return a map-style dataset"),
         (
             {"train_data": lambda: Lies(*Regression(8).train_data().tensors)},
-            "says that it has 9 samples, but has none at",
+            "says that it has 9 samples, but sample 8 raised IndexError",
         ),
     ],
 )
