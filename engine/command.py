@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import re
 import sys
@@ -10,6 +11,7 @@ import tomllib
 import traceback
 from argparse import ArgumentError
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,10 @@ WORDS_FOR_THE_USER = (ValueError, FileExistsError, ProcessFailureError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train what the options say and return the exit status: 0, or 2 for options or a task that cannot be."""
     try:
-        parser, config = parse(list(sys.argv[1:] if arguments is None else arguments))
+        with (
+            nullcontext() if started_rank() == 0 else redirect_stdout(io.StringIO())
+        ):  # --help and --print_config speak once
+            parser, config = parse(list(sys.argv[1:] if arguments is None else arguments))
         built = parser.instantiate(config)
         built.trainer.callbacks.append(_KeepCommand(parser.dump(config)))
         built.trainer.fit(built.task)

@@ -19,7 +19,7 @@ def summarize(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "loss": trainer.record.get("loss"),
         "updates": trainer.update,
         "skipped": trainer.skipped,
-        "epochs": trainer.epoch,
+        "epoch": trainer.epoch,
         "samples": trainer.samples,
         "seconds": round(seconds, 3),
         "processes": trainer.strategy.data_parallel_size,

@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 root=$PWD
 cd "$here"
 
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
 launcher=(--standalone "--nproc_per_node=$((gpus > 0 ? gpus : 2))")
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -19,4 +19,4 @@ while [ $# -gt 0 ]; do
     esac
 done
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # as torchrun would set it, without its warning
-exec torchrun "${launcher[@]}" "$root/engine/run.py" "$@"
+exec python "$root/launch/start.py" "${launcher[@]}" "$root/engine/run.py" "$@"

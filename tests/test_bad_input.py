@@ -241,14 +241,6 @@ def test_the_command_line_says_one_thing_and_exits_with_2(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-def test_dp_in_several_processes_is_refused_once(tmp_path: Path) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    done = command("--trainer.strategy=dp", launcher=launcher)
-    assert done.returncode != 0
-    assert done.stderr.count("strategy 'dp' trains in one process, but 2 were started") == 1
-
-
 def test_another_package_called_engine_does_not_hide_ours(tmp_path: Path) -> None:
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine" / "__init__.py").write_text("raise RuntimeError('not this one')")

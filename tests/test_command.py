@@ -58,11 +58,11 @@ def test_torchrun_trains_digits_and_keeps_the_run(tmp_path: Path) -> None:
 
 
 def test_the_resolved_options_train_the_same_again(tmp_path: Path) -> None:
-    for name, options in (("first", SHORT), ("second", ("--config=first/config.yaml",))):
-        launch(tmp_path, *options, f"--trainer.run_dir={name}")
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    for name, options in (("first", SHORT), ("second", ("--config=runs/first/config.yaml",))):
+        launch(tmp_path, *options, f"--trainer.run_dir=runs/{name}")
+        assert (tmp_path / "runs" / "latest").resolve().name == name
+    first, second = (load_file(tmp_path / "runs" / name / "model.safetensors") for name in ("first", "second"))
     assert all(first[name].equal(second[name]) for name in first)
-    assert (tmp_path / "latest").resolve().name == "second"
 
 
 @pytest.mark.parametrize("P", [1, 2])
@@ -95,3 +95,32 @@ def test_help_and_print_config(tmp_path: Path) -> None:
     assert "--trainer.accumulate_grad_batches" in launch(tmp_path, "--help").stdout
     assert "class_path: launch.recipes.digits.Digits" in launch(tmp_path, "--print_config").stdout
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(not (ROOT / ".venv" / ".requirements").exists(), reason="launch/train.sh would make .venv first")
+def test_the_readme_s_first_command(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [str(ROOT / "launch" / "train.sh"), "--nproc_per_node=3", *SHORT],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "window:     P 3 x N 64 x K 2 = effective batch 384" in done.stdout
+    assert json.loads((tmp_path / "runs" / "latest" / "summary.json").read_text())["processes"] == 3
+
+
+@pytest.mark.skipif(not (ROOT / ".venv" / ".requirements").exists(), reason="launch/train.sh would make .venv first")
+def test_a_refusal_under_torchrun_is_one_line() -> None:
+    done = subprocess.run(
+        [str(ROOT / "launch" / "train.sh"), "--trainer.strategy=dp"],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("engine/run.py: strategy 'dp' trains in one process, but 2 were started")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
