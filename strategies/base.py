@@ -202,7 +202,8 @@ class Strategy(ABC):
         """
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for parameter in self._parameters:
-            flat = parameter.detach().contiguous().view(-1)
+            values = parameter.detach().contiguous()
+            flat = (torch.view_as_real(values) if values.is_complex() else values).view(-1)
             total += flat.view(_WHOLE[flat.element_size()]).sum(dtype=torch.int64)
         return int(total)
 
