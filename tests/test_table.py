@@ -63,20 +63,25 @@ def train_ddp(samples: int, K: int) -> Any:
     return train(DDPStrategy(), samples, K)
 
 
+@pytest.mark.parametrize(
+    ("scheduling", "Ks"), [({0: 8, 4: 4, 8: 1}, [8] * 4 + [4] * 4 + [1] * 2), ({1: 4, 3: 2}, [1, 4, 4, 2])], ids=str
+)
 @pytest.mark.parametrize("P", [1, 2, 3])
-def test_schedule_of_windows_equals_big_batches(P: int) -> None:
-    samples, scheduling = 11 * N + 1, {0: 8, 1: 4, 3: 1}
-    reference = big_batch_run(Regression(samples), [in_order(samples, P * N * K) for K in (8, 4, 4, 1)])
-    for found, records in run(P, train_scheduled, samples, scheduling):
+def test_schedule_of_windows_equals_big_batches(P: int, scheduling: dict[int, int], Ks: list[int]) -> None:
+    samples = 11 * N + 1  # a short last window in every epoch
+    reference = big_batch_run(Regression(samples), [in_order(samples, P * N * K) for K in Ks])
+    for found, records in run(P, train_scheduled, samples, scheduling, len(Ks)):
         torch.testing.assert_close(found, reference, rtol=0, atol=1e-12)
-        assert [r["accumulate_grad_batches"] for r in records if r["epoch"] == 3] == [1] * -(-samples // (P * N))
+        for epoch, K in enumerate(Ks):
+            used = [r["accumulate_grad_batches"] for r in records if r["epoch"] == epoch]
+            assert used == [K] * -(-samples // (P * N * K))
 
 
-def train_scheduled(samples: int, scheduling: dict[int, int]) -> Any:
+def train_scheduled(samples: int, scheduling: dict[int, int], epochs: int) -> Any:
     trainer = Trainer(
         "ddp",
         micro_batch_size=N,
-        max_epochs=4,
+        max_epochs=epochs,
         shuffle=False,
         callbacks=[GradientAccumulationScheduler(scheduling), watch := Watch()],
     )
