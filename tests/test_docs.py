@@ -44,6 +44,15 @@ def test_the_readme_s_task(tmp_path: Path, P: int) -> None:
     assert abs(float(bias) - 1) < 0.1
 
 
+def test_the_readme_s_task_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "line.py").write_text(blocks("README.md")[0])
+    options = ["--task=line.Line", "--trainer.max_epochs=3", "--trainer.effective_batch_size=256"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    printed = python(tmp_path, *launcher, str(ROOT / "engine" / "run.py"), *options)
+    assert "window:     P 2 x N 32 x K 4 = effective batch 256" in printed
+    assert "done: 12 updates, 3003 samples" in printed
+
+
 @pytest.mark.parametrize("P", [1, 3])
 def test_the_readme_s_own_loop(tmp_path: Path, P: int) -> None:
     (tmp_path / "own.py").write_text(blocks("README.md")[1])
