@@ -83,6 +83,7 @@ class _KeepCommand(Callback):
         self._config = config
 
     def on_fit_start(self, trainer: Trainer) -> None:
+        """Compare the options of all processes, and keep those of process 0."""
         everyone = trainer.strategy.gather(re.sub(r" *run_dir: .*", "", self._config))
         if len(set(everyone)) > 1:
             lines = [set(config.splitlines()) for config in everyone]

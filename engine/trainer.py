@@ -228,13 +228,8 @@ class Trainer:
         )
         prepared = strategy.prepare(self.model)
         self.optimizer, lr_scheduler = check_optimizer(task.configure_optimizer(self.model), self.model)
-        options = LoopOptions(
-            self.settings["gradient_clip_norm"],
-            self.settings["skip_nonfinite_updates"],
-            self.settings["precision"],
-            seed,
-            measures,
-        )
+        kept = ("gradient_clip_norm", "skip_nonfinite_updates", "precision", "seed")
+        options = LoopOptions(**{name: self.settings[name] for name in kept}, measures=measures)
         self._compute = autocast(task.loss, self.settings["precision"], strategy.device.type)
         self._loop = Loop(strategy, prepared, self.optimizer, lr_scheduler, options)
         if strategy.rank == 0:

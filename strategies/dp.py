@@ -73,6 +73,7 @@ class _DataParallel(nn.DataParallel[nn.Module]):
     """Its threads know whether autocast is on, but not to which dtype: enter it anew in each replica."""
 
     def parallel_apply(self, replicas: Sequence[nn.Module], inputs: Sequence[Any], kwargs: Any) -> list[Any]:
+        """Run each replica in a thread, under this thread's autocast."""
         enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
 
         def casting(replica: nn.Module) -> Callable[..., Any]:
