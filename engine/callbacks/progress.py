@@ -55,7 +55,7 @@ class Progress(Callback):
             means = "  ".join(f"{name} {value:.4g}" for name, value in trainer.metrics.items())
             tqdm.write(
                 f"epoch {trainer.epoch}  update {trainer.update}{_of(trainer.total_updates)}  "
-                f"{_describe(trainer)}  |  validation: {means}  |  {rate:,.0f} samples/s",
+                f"loss {trainer.record['loss']:.4f}  |  validation: {means}  |  {rate:,.0f} samples/s",
                 file=sys.stdout,
             )
             sys.stdout.flush()
