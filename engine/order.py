@@ -8,7 +8,7 @@ import numpy
 
 Order = Callable[[int], Sequence[int] | Sequence[Sequence[int]]]
 """epoch -> sample indices, or groups of them that stay together: a pure function, the same on all processes, of the
-same length in each epoch."""
+same length in each epoch. Of groups, N, the length of an epoch and a schedule by samples count groups."""
 
 
 def sequential(samples: int) -> Order:

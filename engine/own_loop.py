@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from engine.checks import check_count, check_windows
+from engine.checks import check_count, check_optimizer, check_windows
 from engine.data import make_plan, make_source
 from engine.loop import Loop, LoopOptions, Outcome
 from engine.loss import Loss
@@ -46,6 +46,7 @@ class Accumulator:
         K = accumulate_grad_batches
         scheduling = check_scheduling(K if isinstance(K, dict) else {0: K})
         check_windows(scheduling, strategy)
+        check_optimizer(optimizer if lr_scheduler is None else (optimizer, lr_scheduler), model)
         schedule = make_schedule(micro_batch_size, strategy.effective_batch, scheduling)
         batching = batching or Batching()
         plan = make_plan(data, batching, schedule, micro_batch_size, None, None)

@@ -56,11 +56,6 @@ class Schedule:
     stages: tuple[Stage, ...]
     unit: Unit = "epoch"
 
-    @property
-    def varies(self) -> bool:
-        """Whether K changes in this run."""
-        return len({stage.accumulate_grad_batches for stage in self.stages}) > 1
-
     def at(self, epoch: int, update: int, sample: int) -> Stage:
         """Return the stage that holds at this place in the run; `sample` counts all since the start."""
         if len(self.stages) == 1:

@@ -174,4 +174,4 @@ def test_pure_arithmetic_imports_no_torch() -> None:
         "package = types.ModuleType('engine'); package.__path__ = ['engine']; sys.modules['engine'] = package;"
         "import engine.schedule, engine.plan, engine.order; assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
