@@ -29,11 +29,10 @@ def banner(trainer: Trainer) -> str:
         "updates": _updates(trainer),
         "run folder": str(trainer.run.path) if trainer.run is not None else "none: nothing is written",
     }
-    normalises = [name for name, m in model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    normalises = sum(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
     if normalises:
-        lines["batch norm"] = (
-            f"{len(normalises)} layers normalise over a micro-batch on one process, not over the window"
-        )
+        where = "of all processes at a time" if strategy.needs_equal_windows else "on one process"
+        lines["batch norm"] = f"{normalises} layers normalise over a micro-batch {where}, not over the window"
     if not model.training:
         lines["mode"] = "eval, as configure_model() left it: dropout is off (call model.train() there)"
     return "\n".join(f"{name + ':':<{INDENT}}{text}" for name, text in lines.items())

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from engine.callbacks.accumulation import GradientAccumulationScheduler
 from engine.callbacks.base import Callback
+from engine.plan import Plan
 from engine.precision import check_precision
 from engine.schedule import check_accumulation
 from strategies import Strategy
@@ -78,6 +79,28 @@ def check_windows(scheduling: Mapping[int, int], strategy: Strategy) -> None:
             f"strategy {strategy.name!r} does not support variable windows, but the schedule "
             f"{dict(scheduling)} changes K: use accumulate_grad_batches=K, or another strategy."
         )
+
+
+def check_equal_windows(strategy: Strategy, plan: Plan | None, N: int, spread: bool) -> None:
+    """Refuse windows in which processes have different numbers of micro-batches, where forward communicates.
+
+    Called when the model is prepared. Raises ValueError.
+    """
+    if not strategy.needs_equal_windows:
+        return
+    P, what = strategy.data_parallel_size, "the model has a SyncBatchNorm, which communicates in every forward"
+    if plan is None:
+        raise ValueError(
+            f"{what}, and ready micro-batches may run out on one process before another: use a norm that does not "
+            "(GroupNorm, LayerNorm, BatchNorm), or map-style data."
+        )
+    for epoch, window in plan.all_windows():
+        if (pieces := window.count(N, P, spread)) % P:
+            raise ValueError(
+                f"{what}, but in epoch {epoch} an update of {window.samples} samples is {pieces} micro-batches on {P} "
+                "processes: use spread_windows=True (with at least as many samples as processes), a number of samples "
+                "that divides, or a norm that does not communicate."
+            )
 
 
 def check_dataset(samples: int, micro_batch_size: int, epoch_samples: int) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from engine.checks import check_count, check_optimizer, check_windows
+from engine.checks import check_count, check_equal_windows, check_optimizer, check_windows
 from engine.data import make_plan, make_source
 from engine.loop import Loop, LoopOptions, Outcome
 from engine.loss import Loss
@@ -50,6 +51,8 @@ class Accumulator:
         schedule = make_schedule(micro_batch_size, strategy.effective_batch, scheduling)
         batching = batching or Batching()
         plan = make_plan(data, batching, schedule, micro_batch_size, None, None)
+        each_epoch_once = plan and replace(plan, max_epochs=max(scheduling) + 1)
+        check_equal_windows(strategy, each_epoch_once, micro_batch_size, spread=False)
         self._source = make_source(
             data, batching, strategy, schedule, plan, micro_batch_size, seed, shuffle, LoaderOptions()
         )

@@ -66,6 +66,18 @@ class Plan:
             yield Window(offset, stop, stage)
             offset, update = stop, update + 1
 
+    def all_windows(self) -> Iterator[tuple[int, Window]]:
+        """Yield (epoch, window) for each update of the run."""
+        epoch = update = 0
+        while self.max_epochs is None or epoch < self.max_epochs:
+            before = update
+            for window in self.windows(epoch, update):
+                yield epoch, window
+                update += 1
+            if update == before:
+                return
+            epoch += 1
+
     def updates_in_epoch(self, epoch: int, update: int = 0) -> int:
         """Return the number of updates in `epoch` when `update` came before it, in closed form for each stage."""
         offset, count = 0, 0

@@ -10,7 +10,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from engine.callbacks import Callback, Progress
-from engine.checks import check_configurations_agree, check_model, check_optimizer, check_settings, the_scheduler
+from engine.checks import (
+    check_configurations_agree,
+    check_equal_windows,
+    check_model,
+    check_optimizer,
+    check_settings,
+    the_scheduler,
+)
 from engine.data import make_plan, make_source
 from engine.evaluation import Evaluation
 from engine.loop import Loop, LoopOptions
@@ -227,6 +234,7 @@ class Trainer:
             },
         )
         prepared = strategy.prepare(self.model)
+        check_equal_windows(strategy, self.plan, N, self.settings["spread_windows"])
         self.optimizer, lr_scheduler = check_optimizer(task.configure_optimizer(self.model), self.model)
         kept = ("gradient_clip_norm", "skip_nonfinite_updates", "precision", "seed")
         options = LoopOptions(**{name: self.settings[name] for name in kept}, measures=measures)

@@ -96,6 +96,14 @@ class Strategy(ABC):
 
     # The model
 
+    @property
+    def needs_equal_windows(self) -> bool:
+        """Whether a forward communicates (SyncBatchNorm), so that processes must have equally many in each window.
+
+        Known after `prepare`; True makes the engine refuse data and windows that do not promise it.
+        """
+        return False
+
     def prepare(self, model: nn.Module) -> nn.Module:
         """Move `model` to the device and return the module to call in training, which may be a wrapper around it."""
         self._model = model.to(self.device)

@@ -40,6 +40,9 @@ class DDPStrategy(Strategy):
     - `gradient_as_bucket_view`: gradients live in the buckets while there are any.
     - `bucket_cap_mb`: size of a bucket; smaller ones start earlier, larger ones are fewer.
     - `broadcast_buffers`: process 0's buffers (BatchNorm's statistics) go to all once per window.
+    - `sync_batchnorm`: BatchNorm becomes `torch.nn.SyncBatchNorm` (CUDA only), which normalises over the micro-batches
+      that the P processes have at a time. It communicates in every forward, so each window must have equally many
+      micro-batches on all processes.
 
     `timeout_seconds` bounds every wait for another process (a download in `prepare_data` included), `device` is "cpu"
     or "cuda" (default: CUDA where there is one).
@@ -54,6 +57,7 @@ class DDPStrategy(Strategy):
         gradient_as_bucket_view: bool = False,
         bucket_cap_mb: float | None = None,
         broadcast_buffers: bool = True,
+        sync_batchnorm: bool = False,
         timeout_seconds: float = 300.0,
         device: Literal["cpu", "cuda"] | None = None,
         **refused: object,
@@ -68,8 +72,14 @@ class DDPStrategy(Strategy):
         self.gradient_as_bucket_view = gradient_as_bucket_view
         self.bucket_cap_mb = bucket_cap_mb
         self.broadcast_buffers = broadcast_buffers
+        self.sync_batchnorm = sync_batchnorm
         self.timeout = timedelta(seconds=timeout_seconds)
         self._device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if sync_batchnorm and self._device_type == "cpu":
+            raise ValueError(
+                "sync_batchnorm=True: torch's SyncBatchNorm runs on GPUs only. On the CPU use GroupNorm or LayerNorm, "
+                "or BatchNorm over each micro-batch (sync_batchnorm=False)."
+            )
         self._backend = "nccl" if self._device_type == "cuda" else "gloo"
         self._owns_group = False
         self._host_group: dist.ProcessGroup | None = None
@@ -138,13 +148,15 @@ class DDPStrategy(Strategy):
             dist.destroy_process_group(self._host_group)
         self._owns_group, self._host_group = False, None
 
+    @property
+    def needs_equal_windows(self) -> bool:
+        """Whether the model has a SyncBatchNorm, and another process to wait for."""
+        return self.data_parallel_size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in self._model.modules())
+
     def prepare(self, model: nn.Module) -> nn.Module:
         """Wrap `model`, and fix the order in which its gradients are summed. Raises ValueError for a refused option."""
-        if self.data_parallel_size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
-            raise ValueError(
-                "SyncBatchNorm communicates in every forward, and would wait for ever in a window where processes have "
-                "different numbers of micro-batches: use a norm that does not (GroupNorm, LayerNorm, BatchNorm)."
-            )
+        if self.sync_batchnorm:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         self._ddp = self.wrap(super().prepare(model))
         self._names = [name for name, p in model.named_parameters() if p.requires_grad]
         self._used: nn.Parameter | None = None  # one that is known to take part in forward

@@ -44,6 +44,20 @@ def test_the_dictionary_is_copied() -> None:
     assert checked == {0: 8}
 
 
+@given(st.integers(1, 50), st.integers(1, 5), schedules, st.sampled_from(UNITS), st.none() | st.integers(1, 30))
+def test_all_windows_are_those_of_each_epoch(
+    samples: int, N: int, scheduling: dict[int, int], unit: str, max_updates: int | None
+) -> None:
+    plan = Plan(samples, schedule_of(scheduling, unit, N=N), max_epochs=4, max_updates=max_updates)
+    found = list(plan.all_windows())
+    assert len(found) == plan.updates
+    update = 0
+    for epoch in range(4):
+        windows = [window for e, window in found if e == epoch]
+        assert windows == list(plan.windows(epoch, update))
+        update += len(windows)
+
+
 @given(
     samples=st.integers(1, 200),
     N=st.integers(1, 9),
