@@ -124,7 +124,7 @@ class Loop:
         try:
             self.strategy.run_window(window, forward)
         except Exception as error:
-            self._fail(window, error)
+            self._fail(window, update, error)
             raise
         return self.finish(window, update)
 
@@ -223,7 +223,10 @@ class Loop:
             return self._facts()
         if self._receive is None:
             raise ValueError("backward was not called for the window's last micro-batch: call it for each.")
-        rows = self._receive()
+        try:
+            rows = self._receive()
+        except RuntimeError as error:
+            raise self._lost(update, error) from error
         facts = Facts(*map(math.fsum, zip(*rows, strict=True)))
         if facts.failed:
             raise self._other_failure(update)
@@ -251,9 +254,18 @@ class Loop:
         if not self._is_alone:
             self._receive = self.strategy.exchange(self._facts(failed))
 
-    def _fail(self, window: Window, error: Exception) -> None:
-        """Let the other processes finish the window, so that they hear of the error instead of waiting for this one."""
-        if self._is_alone or self._receive is not None:
+    def _fail(self, window: Window, update: int, error: Exception) -> None:
+        """Let the other processes finish the window, so that they hear of the error instead of waiting for this one.
+
+        After this process's message it is too late for that: the last backward failed, and the others will lose
+        contact. They find what was posted.
+        """
+        if self._is_alone:
+            return
+        if self.strategy.has_lost_contact(error):
+            raise self._lost(update, error) from error
+        if self._receive is not None:
+            self.strategy.post("failure", f"{type(error).__name__}: {error}")
             return
         self._send(failed=True)
         self.strategy.join(window)
@@ -264,6 +276,11 @@ class Loop:
         return ProcessFailureError(
             "; ".join(f"process {rank} failed in update {update}: {text}" for rank, text in failures)
         )
+
+
+    def _lost(self, update: int, error: Exception) -> ProcessFailureError:
+        said = "; ".join(f"process {rank} failed: {text}" for rank, text in self.strategy.posted("failure").items())
+        return ProcessFailureError(f"lost contact with another process in update {update}. {said or error}")
 
 
 def _check_norms(norms: Sequence[float], update: int) -> None:

@@ -196,6 +196,17 @@ class Strategy(ABC):
         """Return each process's `value` (anything that pickles) in rank order. Slow: for starts and ends."""
         return [value]
 
+    def post(self, topic: str, text: str) -> None:
+        """Leave a text for the other processes, who may read it without this one's help; a later one replaces it."""
+
+    def posted(self, topic: str) -> dict[int, str]:
+        """Return what was posted under `topic`, by rank, as far as it can still be read."""
+        return {}
+
+    def has_lost_contact(self, error: Exception) -> bool:
+        """Whether `error` means that another process is gone or has not answered in time."""
+        return False
+
     def barrier(self) -> None:
         """Wait until every process is here."""
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from strategies.base import Rows, Strategy
-from strategies.environment import rendezvous, started_local_rank, started_processes, started_rank
+from strategies.environment import notes, rendezvous, started_local_rank, started_processes, started_rank
 from strategies.single import NOTHING_TO_DEFER
 
 REFUSED = {
@@ -136,6 +136,7 @@ class DDPStrategy(Strategy):
                 self._backend, timeout=self.timeout, store=store, rank=started_rank(), world_size=started_processes()
             )
         self._host_group = dist.new_group(backend="gloo", timeout=self.timeout)
+        self._notes = notes()
 
     def teardown(self) -> None:
         """Destroy the groups that `setup` made."""
@@ -238,6 +239,22 @@ class DDPStrategy(Strategy):
         values: list[Any] = [None] * self.data_parallel_size
         dist.all_gather_object(values, value, group=self._host_group)
         return values
+
+    def post(self, topic: str, text: str) -> None:
+        """Put `text` into the store in which the processes met."""
+        self._notes.set(f"{topic}/{self.rank}", text)
+
+    def posted(self, topic: str) -> dict[int, str]:
+        """Return the texts by rank; none where the store went with the process that kept it."""
+        try:
+            keys = {rank: f"{topic}/{rank}" for rank in range(self.data_parallel_size)}
+            return {rank: self._notes.get(key).decode() for rank, key in keys.items() if self._notes.check([key])}
+        except RuntimeError:
+            return {}
+
+    def has_lost_contact(self, error: Exception) -> bool:
+        """Whether `error` comes from the process group."""
+        return isinstance(error, dist.DistError) or "gloo" in str(error)
 
     def barrier(self) -> None:
         """Wait for all processes, on the CPU group."""

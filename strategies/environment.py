@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 _meetings = itertools.count()
+_notebooks = itertools.count()
 
 
 def started_processes() -> int:
@@ -41,3 +42,9 @@ def rendezvous(timeout: timedelta) -> Any:
         return dist.PrefixStore(name, dist.HashStore())  # type: ignore[attr-defined]
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
     return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+
+
+def notes() -> Any:
+    """Return a part of the group's own store for notes between processes, a new one each time."""
+    store = dist.distributed_c10d._get_default_store()
+    return dist.PrefixStore(f"tally/notes/{next(_notebooks)}", store)  # type: ignore[attr-defined]

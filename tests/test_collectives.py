@@ -1,4 +1,4 @@
-"""Promise 1, by counting: one all-reduce per bucket and update, one message per update, nothing else."""
+"""Promises 1 and 4, by counting: one all-reduce per bucket, one message and a few looks at the device per update."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import Regression, Watch
 
-from engine import Trainer
+from engine import Loss, Trainer
 from strategies import DDPStrategy
 
 
+LOOK = "_local_scalar_dense"
+
+
 class Collectives(TorchDispatchMode):
-    """Counts what is given to a process group, by name."""
+    """Counts what is given to a process group, and reads of a number from the device (`.item()`), by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,17 +27,18 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, _, name = func._schema.name.partition("::")
-        if namespace == "c10d":
+        if namespace == "c10d" or name == LOOK:
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 
 
 class Count(Watch):
-    """Counts the collectives of each update, in forward, backward and boundary together."""
+    """Counts the collectives, and apart from them the looks, of each update: forward, backward and boundary together."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: list[dict[str, int]] = []
+        self.looks: list[int] = []
 
     def on_fit_start(self, trainer: Any) -> None:
         self.mode = Collectives()
@@ -46,6 +50,7 @@ class Count(Watch):
 
     def on_update_end(self, trainer: Any) -> None:
         super().on_update_end(trainer)
+        self.looks.append(self.mode.counts.pop(LOOK, 0))
         self.counts.append(dict(self.mode.counts))
         self.mode.counts.clear()
 
@@ -80,3 +85,30 @@ def test_one_all_reduce_per_bucket_and_one_message_per_update(
         used = {"allreduce_": 1} if find_unused else {}  # DDP's map of used parameters
         for update in counts:
             assert update == {"allreduce_": buckets + used.get("allreduce_", 0), "allgather_": 1}, counts
+
+
+class Weighted(Regression):
+    """Its weights are on the device, as numbers of valid tokens are."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Loss:
+        return Loss(super().loss(model, batch) * len(batch[0]), batch[0].new_tensor(len(batch[0])))
+
+
+@pytest.mark.parametrize("task_class", [Regression, Weighted])
+def test_the_host_looks_at_the_device_as_often_whatever_K_is(task_class: type[Regression]) -> None:
+    looks = []
+    for K in (1, 8):
+        watch = Count()
+        trainer = Trainer(
+            "single",
+            micro_batch_size=2,
+            accumulate_grad_batches=K,
+            max_updates=6,
+            gradient_clip_norm=1.0,
+            callbacks=watch,
+        )
+        trainer.fit(task_class(128))
+        looks.append(watch.looks[1:])  # the first starts a DataLoader
+    assert looks[0] == looks[1]
+    expected = 2 if task_class is Regression else 4  # the loss and the norm; the weight, and whether one was negative
+    assert set(looks[0]) == {expected}

@@ -277,3 +277,22 @@ def test_parameters_used_only_in_some_micro_batches(P: int, K: int) -> None:
 def test_a_gradient_that_was_not_reduced_is_an_error_that_names_it() -> None:
     with pytest.raises(ChildError, match=r"did not use these parameters: .*never\.weight.*find_unused_parameters=True"):
         run(2, fit_branches, False, 2)
+
+
+class UsesAll(Branches):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        everywhere = self.left(x) + self.right(x)
+        return everywhere if dist.get_rank() == 1 and x[0, 0] < 0 else everywhere + self.never(x)
+
+
+def fit_uses_all() -> None:
+    strategy = DDPStrategy(timeout_seconds=20, bucket_cap_mb=1e-4)
+    Trainer(strategy, micro_batch_size=2, accumulate_grad_batches=2, max_epochs=3).fit(Regression(23, model=UsesAll))
+
+
+def test_a_parameter_that_one_process_did_not_use_is_named_on_all() -> None:
+    with pytest.raises(ChildError) as raised:
+        run(2, fit_uses_all, seconds=15)
+    parameters_ = "did not use these parameters: never.weight, never.bias"
+    assert f"process 1: the last micro-batch of the window {parameters_}" in raised.value.errors[1]
+    assert "process 1 failed: RuntimeError: process 1: the last micro-batch of the window" in raised.value.errors[0]
