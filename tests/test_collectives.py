@@ -14,7 +14,6 @@ from toy import Regression, Watch
 from engine import Loss, Trainer
 from strategies import DDPStrategy
 
-
 LOOK = "_local_scalar_dense"
 
 
@@ -33,7 +32,7 @@ class Collectives(TorchDispatchMode):
 
 
 class Count(Watch):
-    """Counts the collectives, and apart from them the looks, of each update: forward, backward and boundary together."""
+    """Counts the collectives, and apart from them the looks, of each update, its boundary included."""
 
     def __init__(self) -> None:
         super().__init__()

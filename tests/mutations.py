@@ -1,0 +1,323 @@
+"""Break the engine on purpose, one fault at a time, and see a test go red for each.
+
+    python tests/mutations.py              # all of them, two at a time, in copies: the code stays as it is
+    python tests/mutations.py clip stream  # those whose name has one of these words
+
+Prints the table of docs/testing.md. Fails if a fault survives, or no longer applies because its line has changed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("engine", "strategies", "launch", "tests", "pyproject.toml")
+WORKERS = int(os.environ.get("TEST_WORKERS", "2"))
+
+
+class Mutation(NamedTuple):
+    """A fault: `old`, which stands once in `file`, becomes `new`, and one of `tests` must fail."""
+
+    fault: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+TABLE = "tests/test_table.py::test_ddp_equals_one_big_batch"
+TOKENS = "tests/test_tokens.py::test_tokens_weigh_alike_wherever_they_are"
+STREAMS = "tests/test_streams.py::test_uneven_streams_equal_one_big_batch"
+COUNTS = "tests/test_collectives.py::test_one_all_reduce_per_bucket_and_one_message_per_update"
+LAYOUT = "tests/test_layout.py::test_every_layout_sees_the_same_samples_at_every_update_and_ends_alike"
+DRAWS = "tests/test_layout.py::test_every_sample_and_micro_batch_of_every_epoch_draws_anew"
+
+LOOP, DDP, BASE, PLAN = "engine/loop.py", "strategies/ddp.py", "strategies/base.py", "engine/plan.py"
+
+MUTATIONS = [
+    # the arithmetic of an update
+    Mutation(
+        "divide by the nominal window",
+        LOOP,
+        "correction = self._unit / facts.weight if",
+        "correction = self._unit / window.stage.effective_batch if",
+        TABLE,
+    ),
+    Mutation("divide by P twice", DDP, "scale * self.data_parallel_size)", "scale)", TABLE),
+    Mutation("average the averages of ragged micro-batches", LOOP, "= loss, micro.size", "= loss, 1", TABLE),
+    Mutation(
+        "divide by this process's weight", LOOP, "self._unit / facts.weight", "self._unit / float(self._weight)", TOKENS
+    ),
+    Mutation(
+        "divide by the weight of the update before",
+        LOOP,
+        "correction = self._unit / facts.weight if facts.weight else 1.0",
+        "correction = 1.0",
+        TOKENS,
+    ),
+    Mutation(
+        "a unit that processes do not share",
+        LOOP,
+        "facts.weight if facts.weight !=",
+        "self._samples if facts.weight !=",
+        TOKENS,
+    ),
+    Mutation(
+        "apply the scale twice",
+        LOOP,
+        "self._loss_scale.value / self._unit",
+        "self._loss_scale.value / self._unit**2",
+        TABLE,
+    ),
+    Mutation(
+        "leave fp16's scale in the gradient",
+        LOOP,
+        "correction / self._loss_scale.value",
+        "correction",
+        "tests/test_precision.py",
+    ),
+    Mutation(
+        "step on a window of weight 0",
+        LOOP,
+        "skipped = overflowed or facts.weight == 0",
+        "skipped = overflowed",
+        "tests/test_tokens.py::test_a_window_of_weight_zero_is_a_skipped_update",
+    ),
+    Mutation(
+        "step on a gradient that is not finite",
+        LOOP,
+        "overflowed = self._skips_nonfinite and",
+        "overflowed = False and",
+        "tests/test_loop.py::test_an_update_that_is_not_finite_is_skipped_on_all_processes",
+    ),
+    Mutation(
+        "clip each micro-batch",
+        BASE,
+        "                self.backward(loss, scale)\n",
+        "                self.backward(loss, scale)\n                self.clip(0.05)\n",
+        "tests/test_table.py::test_clipping_acts_on_the_whole_gradient_of_an_update",
+    ),
+    Mutation(
+        "clip before the correction",
+        BASE,
+        "            norm = norm * factor\n",
+        "            pass\n",
+        "tests/test_strategies.py::test_clip_is_that_of_torch_after_the_factor",
+    ),
+    Mutation(
+        "gradients leak into the next window",
+        LOOP,
+        "        self.strategy.clear_gradients()",
+        "        self.optimizer.zero_grad()",
+        "tests/test_loop.py::test_gradients_that_no_optimizer_holds_do_not_leak_into_the_next_window",
+    ),
+    Mutation(
+        "move the learning rate with each micro-batch",
+        LOOP,
+        "        self._samples += micro.size\n",
+        "        self._samples += micro.size\n        self.lr_scheduler and self.lr_scheduler.step()\n",
+        "tests/test_loop.py::test_the_learning_rate_moves_once_per_update",
+    ),
+    Mutation(
+        "report this process's loss",
+        LOOP,
+        "mean = facts.loss / facts.weight",
+        "mean = self._total.item() / facts.weight",
+        "tests/test_loop.py::test_the_loss_of_a_record_is_the_mean_over_its_window",
+    ),
+    # windows and data
+    Mutation("the boundary one micro-batch late", PLAN, "piece + P >= pieces", "piece + P > pieces", COUNTS),
+    Mutation("the boundary one micro-batch early", PLAN, "piece + P >= pieces", "piece + 2 * P >= pieces", COUNTS),
+    Mutation(
+        "drop the tail",
+        PLAN,
+        "            yield Window(offset, stop, stage)",
+        "            if stop - offset == stage.effective_batch:\n                yield Window(offset, stop, stage)",
+        TABLE,
+    ),
+    Mutation(
+        "cut micro-batches by P",
+        PLAN,
+        "piece * N, min((piece + 1) * N,",
+        "piece * N, min((piece + 1) * N + P - 1,",
+        TABLE,
+    ),
+    Mutation(
+        "spread a window unevenly",
+        PLAN,
+        "min(self.samples, -(-pieces // P) * P) if spread else pieces",
+        "pieces",
+        "tests/test_plan.py",
+    ),
+    Mutation(
+        "count one update too few",
+        PLAN,
+        "end - stage.first) * -(-self.samples",
+        "end - stage.first - 1) * -(-self.samples",
+        "tests/test_plan.py",
+    ),
+    Mutation(
+        "change K one epoch late",
+        "engine/schedule.py",
+        "return bisect_right(self.stages, place,",
+        "return bisect_right(self.stages, place - 1,",
+        "tests/test_plan.py",
+    ),
+    Mutation("the same order in every epoch", "engine/order.py", "PCG64([seed, epoch])", "PCG64([seed])", LAYOUT),
+    Mutation(
+        "seed the dataset without the epoch",
+        "engine/fetch.py",
+        "FETCH_STREAM, epoch, place",
+        "FETCH_STREAM, place",
+        DRAWS,
+    ),
+    Mutation(
+        "seed the model without the epoch", "engine/randomness.py", "MODEL_STREAM, epoch)", "MODEL_STREAM)", DRAWS
+    ),
+    Mutation(
+        "seed the model by process",
+        "engine/randomness.py",
+        "if self._draws:\n            self._strategy.seed((",
+        "if self._draws:\n            self._strategy.seed((self._strategy.rank + ",
+        "tests/test_layout.py::test_dropout_and_augmentation_do_not_know_P",
+    ),
+    Mutation(
+        "a stream that ends within a window has no last micro-batch",
+        "engine/stream_source.py",
+        "place == last or not self.more",
+        "place == last",
+        STREAMS,
+    ),
+    Mutation(
+        "a process's own end ends the epoch",
+        LOOP,
+        "window.more, window.samples = facts.more > 0, int(facts.samples)",
+        "window.samples = int(facts.samples)",
+        STREAMS,
+    ),
+    Mutation(
+        "count padded validation samples twice",
+        "engine/evaluation.py",
+        "means[name] = total / weight if",
+        "means[name] = sum(r[name][0] / r[name][1] for r in everyone if name in r) / len(everyone) if",
+        "tests/test_loop.py::test_a_validation_mean_is_that_over_all_samples_once",
+    ),
+    # processes
+    Mutation("reduce every micro-batch", DDP, "return self._ddp.no_sync()", "return NOTHING_TO_DEFER", COUNTS),
+    Mutation(
+        "the context around backward only",
+        BASE,
+        "            with self.accumulation_context(micro.is_last):\n                loss, scale = forward(micro)\n",
+        "            loss, scale = forward(micro)\n            with self.accumulation_context(micro.is_last):\n",
+        COUNTS,
+    ),
+    Mutation(
+        "skip the pass of a process without data",
+        DDP,
+        "            super().backward(self._ddp(), 1.0)",
+        "            pass",
+        "'tests/test_streams.py::test_uneven_streams_equal_one_big_batch[[0, 1]-{0: 1}-even]'",
+    ),
+    Mutation(
+        "let DDP reorder its buckets in the second window",
+        DDP,
+        "        self._fix_buckets()\n",
+        "",
+        "tests/test_strategies.py::test_a_rerun_sums_in_the_same_order_to_the_bit",
+    ),
+    Mutation(
+        "believe that every gradient was reduced",
+        DDP,
+        "            self._ddp._check_reducer_finalized()  # type: ignore[no-untyped-call]",
+        "            pass",
+        "tests/test_strategies.py::test_a_gradient_that_was_not_reduced_is_an_error_that_names_it",
+    ),
+    Mutation(
+        "do not compare replicas",
+        "engine/trainer.py",
+        "            self._loop.check_replicas(self.update)\n",
+        "",
+        "tests/test_replicas.py::test_replicas_that_diverge_stop_the_run_on_all_processes",
+    ),
+    Mutation(
+        "buffers in each forward",
+        DDP,
+        "            **_buffers_are_ours(),\n",
+        "",
+        "tests/test_replicas.py -k batch_norm_called_twice",
+    ),
+    Mutation(
+        "DP that does not split",
+        "strategies/dp.py",
+        "min((len(parts) for parts in split.values()), default=1)",
+        "1",
+        "tests/test_strategies.py -k dp_on_the_cpu",
+    ),
+    Mutation(
+        "an effective batch without P",
+        DDP,
+        "return self.data_parallel_size * N * K",
+        "return N * K",
+        "tests/test_strategies.py::test_effective_batches",
+    ),
+]
+
+
+def copy_into(folder: str) -> Path:
+    """Return a copy of the code in `folder`."""
+    copy = Path(folder) / "tally"
+    copy.mkdir()
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        else:
+            shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def test(copy: Path, selection: str) -> tuple[int, str]:
+    """Run tests in a copy; return pytest's exit status and the name of the first that failed."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *shlex.split(selection)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+?)(?:\[| |$)", done.stdout, re.MULTILINE)
+    return done.returncode, failed[1] if failed else done.stdout[-500:]
+
+
+def apply(mutation: Mutation) -> str:
+    """Break a copy; return the test that went red, or what is wrong in capitals."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copy_into(folder)
+        file = copy / mutation.file
+        source = file.read_text()
+        if source.count(mutation.old) != 1:
+            return f"NOT APPLIED: {mutation.old!r} stands {source.count(mutation.old)} times in {mutation.file}"
+        file.write_text(source.replace(mutation.old, mutation.new))
+        status, red = test(copy, mutation.tests)
+    return f"`{red.removeprefix('tests/')}`" if status == 1 else f"SURVIVED (pytest ended with {status})"
+
+
+def main(words: list[str]) -> int:
+    """Apply all, print the table, return the exit status."""
+    chosen = [m for m in MUTATIONS if not words or any(word in m.fault for word in words)]
+    print("| fault | where | goes red |\n| --- | --- | --- |", flush=True)
+    wrong = 0
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for mutation, outcome in zip(chosen, pool.map(apply, chosen), strict=True):
+            wrong += not outcome.startswith("`")
+            print(f"| {mutation.fault} | `{mutation.file}` | {outcome} |", flush=True)
+    print(f"\n{len(chosen) - wrong} of {len(chosen)} killed", flush=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
