@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from engine.callbacks.accumulation import GradientAccumulationScheduler
 from engine.callbacks.base import Callback
 from engine.plan import Plan
 from engine.precision import check_precision
+from engine.saving import Best
 from engine.schedule import check_accumulation
 from strategies import Strategy
 
@@ -42,7 +44,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             check_count(name, settings[name])
     if settings["max_epochs"] is None and settings["max_updates"] is None:
         raise ValueError("neither max_epochs nor max_updates is given: say where the run ends.")
-    for name in ("max_time", "gradient_clip_norm"):
+    for name in ("max_time", "gradient_clip_norm", "save_every_n_minutes"):
         value = settings[name]
         if value is not None and (
             isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf
@@ -51,6 +53,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     if settings["run_dir"] == "":
         raise ValueError("run_dir='': name a folder, or None to write nothing.")
     check_precision(settings["precision"])
+    check_keeping(settings)
 
 
 def the_scheduler(
@@ -170,3 +173,20 @@ def check_configurations_agree(strategy: Strategy, configuration: Mapping[str, A
     ]
     if differences:
         raise ValueError(f"processes were started with different configurations: {'; '.join(differences)}.")
+
+
+def check_keeping(settings: Mapping[str, Any]) -> None:
+    """Check what is said of checkpoints. Raises ValueError."""
+    for name in ("save_every_n_updates", "stop_after_n_skipped"):
+        if settings[name] is not None:
+            check_count(name, settings[name])
+    check_count("keep_last_checkpoints", settings["keep_last_checkpoints"])
+    if settings["keep_best"] is not None:
+        Best(settings["keep_best"])
+    if settings["run_dir"] is None and (settings["save_every_n_updates"] is not None or settings["keep_best"]):
+        raise ValueError("save_every_n_updates and keep_best need a run_dir to save into: name a folder.")
+    resume, weights = settings["resume"], settings["weights"]
+    if resume not in ("auto", "never") and not Path(resume).exists():
+        raise ValueError(f"resume={resume!r}: there is no such checkpoint; give its path, auto or never.")
+    if weights is not None and not Path(weights).is_file():
+        raise ValueError(f"weights={weights!r}: there is no such file; give a .safetensors file.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import re
 import sys
 import time
@@ -19,20 +20,27 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_dumper, set_loader
 
+from engine.agreement import NonFiniteError, ProcessFailureError
 from engine.callbacks import Callback
-from engine.loop import ProcessFailureError
+from engine.checkpoint import CheckpointError
+from engine.interrupts import EXIT_STATUS
 from engine.task import Task
 from engine.trainer import Trainer
 from strategies.environment import started_rank
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = ROOT / "launch" / "recipes" / "digits" / "digits.toml"
-WORDS_FOR_THE_USER = (ValueError, FileExistsError, ProcessFailureError)
+OURS = (CheckpointError, NonFiniteError, ProcessFailureError)
+WORDS_FOR_THE_USER = (ValueError, FileExistsError, *OURS)
 """What our own code raises about something that the user can mend: the message says all."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train what the options say and return the exit status: 0, or 2 for options or a task that cannot be."""
+    """Train what the options say and return the exit status.
+
+    0 where the run has come to its end, 2 for options or a task that cannot be, and 75 for a run that was interrupted,
+    has saved itself and goes on when it is started again.
+    """
     try:
         with (
             nullcontext() if started_rank() == 0 else redirect_stdout(io.StringIO())
@@ -41,19 +49,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         built = parser.instantiate(config)
         built.trainer.callbacks.append(_KeepCommand(parser.dump(config)))
         built.trainer.fit(built.task)
+        return EXIT_STATUS if built.trainer.interrupted else 0
     except ArgumentError as error:
         return _refuse(error)
     except WORDS_FOR_THE_USER as error:
         if not _raised_by_us(error):
             raise
         return _refuse(error)
-    return 0
 
 
 def parse(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
     """Return the parser and the resolved configuration. Raises ArgumentError."""
     if not any(a.split("=")[0] in ("--config", "--task", "--help", "-h") for a in arguments):
         arguments = [f"--config={DEFAULT}", *arguments]
+    arguments = [re.sub("^--resume(?==|$)", "--trainer.resume", argument) for argument in arguments]
     set_loader("tally", _load, exceptions=(yaml.YAMLError,))
     set_dumper("tally", lambda content: yaml.safe_dump(content, sort_keys=False))
     parser = ArgumentParser(
@@ -71,9 +80,17 @@ def parse(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
 
 
 def _fresh_folder() -> str:
+    """Name a new folder, or that of the attempt before where torchrun has restarted this process."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (link := _link_of_this_start()).is_symlink():
+        return f"runs/{link.readlink()}"
     name = datetime.now().strftime("runs/%Y%m%d-%H%M%S")
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(name for name in names if not Path(name).exists())
+
+
+def _link_of_this_start() -> Path:
+    """The link to the folder of what one torchrun command has started."""
+    return Path("runs") / f".started-by-{os.environ.get('TORCHELASTIC_RUN_ID', 'hand')}"
 
 
 class _KeepCommand(Callback):
@@ -94,9 +111,11 @@ class _KeepCommand(Callback):
         folder = trainer.run.path
         (folder / "config.yaml").write_text(self._config)
         if folder.parent.name == "runs":
-            link = folder.parent / f".latest-{folder.name}"
-            link.symlink_to(folder.name)
-            link.replace(folder.parent / "latest")
+            for link in (folder.parent / "latest", folder.parent / _link_of_this_start().name):
+                new = folder.parent / f".latest-{folder.name}"
+                new.unlink(missing_ok=True)
+                new.symlink_to(folder.name)
+                new.replace(link)
 
 
 def _load(text: str) -> Any:
@@ -108,6 +127,8 @@ def _load(text: str) -> Any:
 
 
 def _raised_by_us(error: BaseException) -> bool:
+    if isinstance(error, OURS):
+        return True
     where = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent
     return error.__cause__ is None and any(where.is_relative_to(ROOT / package) for package in ("engine", "strategies"))
 

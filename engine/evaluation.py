@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.data import is_map_style
+from engine.interrupts import Interrupts
 from engine.loss import Loss
 from engine.map_source import LoaderOptions, MapSource
 from engine.order import sequential
@@ -43,23 +44,30 @@ class Evaluation:
         plan = Plan(samples, Schedule((Stage(0, 1, max(samples, 1)),)))
         self._source = MapSource(data, sequential(samples), plan, N, task, strategy, 0, options)
 
-    def run(self, model: nn.Module) -> dict[str, float]:
+    def run(self, model: nn.Module, interrupts: Interrupts | None = None) -> dict[str, float] | None:
         """Return each metric's mean over all processes; `model` is the unwrapped one: its forward has no collective.
 
-        A metric's mean is (sum of its sums) / (sum of its weights); NaN where the weights sum to 0.
+        A metric's mean is (sum of its sums) / (sum of its weights); NaN where the weights sum to 0. None on all
+        processes where one of them was interrupted.
         """
+        interrupts = interrupts or Interrupts()
         self._strategy.synchronize_buffers(model)
         totals: dict[str, Tensor] = {}
         modes = {module: module.training for module in model.modules()}
         model.eval()
         with torch.no_grad():
             for batch, size in self._batches():
+                if interrupts.requested:
+                    break
                 for name, metric in self._evaluate(model, batch).items():
                     pair = self._pair(name, metric, size)
                     totals[name] = totals[name] + pair if name in totals else pair
         for module, was_training in modes.items():
             module.training = was_training
-        everyone = self._strategy.gather({name: pair.tolist() for name, pair in totals.items()})
+        mine = None if interrupts.requested else {name: pair.tolist() for name, pair in totals.items()}
+        everyone = self._strategy.gather(mine)
+        if None in everyone:
+            return None
         names = dict.fromkeys(name for row in everyone for name in row)
         if not names:
             raise ValueError(
@@ -87,6 +95,6 @@ class Evaluation:
             for batch in self._stream:
                 yield self._strategy.to_device(batch), self._task.batch_size(batch)
         else:
-            for window in self._source.windows(0, 0):
+            for window in self._source.windows(0, 0, 0):
                 for micro in window:
                     yield micro.batch, micro.size

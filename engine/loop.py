@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from engine.agreement import CAUSES, NOTHING, Facts, Outcome, ProcessFailureError, ReplicaError, Wishes, check_norms
 from engine.checks import check_gradients
+from engine.interrupts import Interrupted, Interrupts
 from engine.loss import Loss
 from engine.precision import LossScale
 from engine.randomness import ModelRandomness
@@ -25,43 +27,6 @@ Compute = Callable[[nn.Module, Any], Loss | Tensor]
 
 TOO_NARROW = {torch.float16, torch.bfloat16}
 """Dtypes in which a sum of losses would lose digits."""
-
-
-CAUSES = (
-    "Do all of them train the same parameters, at the same learning rate, through the `model` that loss() is given, "
-    "and does nothing else change it?"
-)
-
-
-class ProcessFailureError(RuntimeError):
-    """Another process failed; the message names it and what it said."""
-
-
-class ReplicaError(RuntimeError):
-    """Processes that should hold the same gradient do not; the message names them and their norms."""
-
-
-class Facts(NamedTuple):
-    """What one process tells the others of its part in a window: one message of seven doubles an update."""
-
-    weight: float
-    loss: float
-    samples: float
-    more: float
-    stop: float
-    failed: float
-    norm_before: float
-
-
-class Outcome(NamedTuple):
-    """What an update was, over all processes. `loss` is the mean; NaN where it is not measured or the weight is 0."""
-
-    weight: float
-    loss: float
-    samples: int
-    grad_norm: float
-    skipped: bool
-    stop: bool
 
 
 @dataclass(frozen=True)
@@ -90,6 +55,7 @@ class Loop:
         optimizer: Optimizer,
         lr_scheduler: LRScheduler | None,
         options: LoopOptions,
+        interrupts: Interrupts | None = None,
     ) -> None:
         self.strategy = strategy
         self.model = model
@@ -106,40 +72,54 @@ class Loop:
         self._norm = math.nan  # of the update before
         self._late_weight = 0.0  # the weight of the update before, where it was not what was expected
         self._total = torch.zeros((), dtype=torch.float64, device=strategy.device)
+        self._interrupts = interrupts or Interrupts()
+        self._restores_buffers = interrupts is not None and any(True for _ in model.buffers())
+        self._buffers: dict[str, Tensor] = {}
 
     def run_update(
-        self, compute: Compute, window: Window, epoch: int, update: int, wants_stop: bool = False
+        self, compute: Compute, window: Window, epoch: int, update: int, wishes: Wishes = NOTHING
     ) -> Outcome:
         """Run one window of `compute(model, batch)` and make its update, the same on all processes.
+
+        A process that is interrupted meanwhile makes all of them drop the window: the outcome is `aborted`.
 
         Raises ValueError for a loss or weight that is none, what `compute` or its data raised, and
         ProcessFailureError on the other processes in that case.
         """
 
+        interrupts = self._interrupts
+
         def forward(micro: Micro) -> tuple[Tensor, float]:
+            if interrupts.requested:
+                raise Interrupted
             self.randomness.seed(micro.place)
             return self.weigh(compute(self.model, micro.batch), micro)
 
-        self.start(window, epoch, wants_stop)
+        self.start(window, epoch, wishes)
         try:
             self.strategy.run_window(window, forward)
+        except Interrupted:
+            self._send()
+            self.strategy.join(window)
         except Exception as error:
             self._fail(window, update, error)
             raise
         return self.finish(window, update)
 
-    def start(self, window: Window, epoch: int, wants_stop: bool = False) -> None:
+    def start(self, window: Window, epoch: int, wishes: Wishes = NOTHING) -> None:
         """Begin a window: nothing is summed yet."""
         self._expected = float(window.samples or window.stage.effective_batch)
         self._unit = 2.0 ** round(math.log2(self._late_weight)) if self._late_weight else self._expected
         self._scale = self._loss_scale.value / self._unit
-        self._window, self._stop = window, wants_stop
+        self._window, self._wishes = window, wishes
         self._receive: Rows | None = None
         self._weight: float | Tensor = 0.0
         self._least_weight: Tensor | None = None
         self._samples = 0
         if self.options.measures:
             self._total.zero_()
+        if self._restores_buffers:
+            self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self.randomness.start_window(epoch)
         if window.is_empty:
             self._send()
@@ -168,6 +148,8 @@ class Loop:
     def finish(self, window: Window, update: int) -> Outcome:
         """Correct, clip, step: once per window, the same on all processes."""
         facts = self._agreed(update)
+        if facts.abort:
+            return self._drop()
         if update == 0:
             check_gradients(self.model.named_parameters())
         window.more, window.samples = facts.more > 0, int(facts.samples)
@@ -193,7 +175,29 @@ class Loop:
             self._late_weight = facts.weight if facts.weight != self._expected else 0.0
         self.randomness.end_window()
         mean = facts.loss / facts.weight if self.options.measures and facts.weight else math.nan
-        return Outcome(facts.weight, mean, int(facts.samples), norm, skipped, facts.stop > 0)
+        return Outcome(
+            facts.weight, mean, int(facts.samples), norm, skipped, overflowed, facts.stop > 0, facts.save > 0
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next update needs of those before."""
+        scale = self._loss_scale
+        return {"late_weight": self._late_weight, "norm": self._norm, "loss_scale": [scale.value, scale.quiet_updates]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self._late_weight, self._norm = float(state["late_weight"]), float(state["norm"])
+        if self.options.precision == "fp16":
+            self._loss_scale.value, self._loss_scale.quiet_updates = state["loss_scale"]
+
+    def _drop(self) -> Outcome:
+        """Go back to the boundary before: gradients, and the buffers that forward has changed."""
+        self.strategy.clear_gradients()
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                if name in self._buffers:
+                    buffer.copy_(self._buffers[name])
+        return Outcome(0.0, math.nan, 0, math.nan, False, False, stop=True, save=False, aborted=True)
 
     def _add_weight(self, weight: float | Tensor) -> None:
         """Add a weight. Of those on the device keep the least (NaN, if there was one): they are looked at later."""
@@ -211,11 +215,13 @@ class Loop:
     def _facts(self, failed: bool = False) -> Facts:
         """Read what the device has summed: the one place in a window where the host waits for it."""
         if failed:
-            return Facts(0.0, 0.0, 0.0, 0.0, 0.0, 1.0, self._norm)
+            return Facts(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, self._norm)
         if self._least_weight is not None and not 0 <= (least := self._least_weight.item()) < math.inf:
             raise ValueError(f"a micro-batch's loss has weight {least}: weights are finite and not negative.")
         loss = self._total.item() if self.options.measures else math.nan
-        return Facts(float(self._weight), loss, self._samples, self._window.more, self._stop, 0.0, self._norm)
+        wishes, abort = self._wishes, self._interrupts.requested
+        more = self._window.more
+        return Facts(float(self._weight), loss, self._samples, more, wishes.stop, wishes.save, abort, 0.0, self._norm)
 
     def _agreed(self, update: int) -> Facts:
         """Return the sums over all processes. Raises what they must hear of together."""
@@ -230,7 +236,7 @@ class Loop:
         facts = Facts(*map(math.fsum, zip(*rows, strict=True)))
         if facts.failed:
             raise self._other_failure(update)
-        _check_norms([row[-1] for row in rows], update)
+        check_norms([row[-1] for row in rows], update)
         return facts
 
     def check_replicas(self, update: int) -> None:
@@ -241,7 +247,7 @@ class Loop:
         """
         if self._is_alone:
             return
-        _check_norms(self.strategy.gather(self._norm), update)
+        check_norms(self.strategy.gather(self._norm), update)
         if len(set(fingerprints := self.strategy.gather(self.strategy.fingerprint()))) > 1:
             listed = ", ".join(f"{value} on process {rank}" for rank, value in enumerate(fingerprints))
             raise ReplicaError(
@@ -277,23 +283,9 @@ class Loop:
             "; ".join(f"process {rank} failed in update {update}: {text}" for rank, text in failures)
         )
 
-
     def _lost(self, update: int, error: Exception) -> ProcessFailureError:
         said = "; ".join(f"process {rank} failed: {text}" for rank, text in self.strategy.posted("failure").items())
         return ProcessFailureError(f"lost contact with another process in update {update}. {said or error}")
-
-
-def _check_norms(norms: Sequence[float], update: int) -> None:
-    """Compare the gradient norms of the update before `update`. Raises ReplicaError where one differs.
-
-    By more than one part in a million: unlike devices may add up the same gradient in another order.
-    """
-    first = norms[0]
-    if not all(math.isclose(n, first, rel_tol=1e-6) or (math.isnan(n) and math.isnan(first)) for n in norms):
-        listed = ", ".join(f"{norm!r} on process {rank}" for rank, norm in enumerate(norms))
-        raise ReplicaError(
-            f"the processes' models have diverged: the gradient norm of update {update - 1} is {listed}. {CAUSES}"
-        )
 
 
 def _loss_message(value: Tensor) -> str:

@@ -66,8 +66,13 @@ class MapSource:
         collate = _as_it_is if in_memory else batching.collate
         self._loader = options.build(fetch, self._pieces, collate, pin=strategy.device.type == "cuda")
 
-    def windows(self, epoch: int, update: int) -> Iterator[Window]:
-        """Yield the windows of `epoch`. Raises ValueError for an order that is longer or shorter than epoch 0's."""
+    def windows(
+        self, epoch: int, update: int, samples: int, positions: Sequence[Any] | None = None
+    ) -> Iterator[Window]:
+        """Yield the windows of `epoch`, from the position of process 0 on: it is that of all.
+
+        Raises ValueError for an order that is longer or shorter than epoch 0's.
+        """
         order = self._order(epoch)
         if len(order) != self._plan.samples:
             raise ValueError(
@@ -76,14 +81,15 @@ class MapSource:
             )
         # where each micro-batch begins, counted in samples: a group holds several
         before = _samples_before(order)
-        windows = self._plan.windows(epoch, update)
+        offset = int(positions[0]) if positions else 0
+        windows = self._plan.windows(epoch, update, offset)
         self._pieces.now = _fetches(epoch, windows, self._cut, order, before)
         batches = iter(self._loader)
         N, rank, P, spread = self._cut
-        for window in self._plan.windows(epoch, update):
-            samples = before[window.stop] - before[window.start]
+        for window in self._plan.windows(epoch, update, offset):
+            count = before[window.stop] - before[window.start]
             is_empty = window.count(N, P, spread) <= rank
-            yield MapWindow(window.stage, samples, is_empty, self._micros(batches, window, before))
+            yield MapWindow(window.stage, count, is_empty, self._micros(batches, window, before), window.stop)
 
     def _micros(self, batches: Iterator[Any], window: PlannedWindow, before: Sequence[int]) -> Iterator[Micro]:
         to_device = self._to_device
@@ -124,6 +130,7 @@ class MapWindow:
     samples: int | None
     is_empty: bool
     micros: Iterator[Micro]
+    position: int
     more: bool = False  # the plan knows
 
     def __iter__(self) -> Iterator[Micro]:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from engine.agreement import Outcome
 from engine.checks import check_count, check_equal_windows, check_optimizer, check_windows
 from engine.data import make_plan, make_source
-from engine.loop import Loop, LoopOptions, Outcome
+from engine.loop import Loop, LoopOptions
 from engine.loss import Loss
 from engine.map_source import LoaderOptions
 from engine.schedule import check_scheduling, make_schedule
@@ -59,10 +60,12 @@ class Accumulator:
         self._loop = Loop(strategy, model, optimizer, lr_scheduler, LoopOptions(gradient_clip_norm, seed=seed))
         self.update = 0
         """Updates made since the start, skipped ones included."""
+        self.samples = 0
+        """Samples trained on since the start, over all processes."""
 
     def windows(self, epoch: int) -> Iterator[OwnWindow]:
         """Yield the windows of `epoch`: iterate over each, then call its `update`."""
-        for window in self._source.windows(epoch, self.update):
+        for window in self._source.windows(epoch, self.update, self.samples):
             self._loop.start(window, epoch)
             before = self.update
             yield OwnWindow(self._loop, window, self)
@@ -96,4 +99,5 @@ class OwnWindow:
             self._loop.strategy.join(self._window)
         outcome = self._loop.finish(self._window, self._accumulator.update)
         self._accumulator.update += 1
+        self._accumulator.samples += outcome.samples
         return outcome

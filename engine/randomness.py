@@ -14,6 +14,9 @@ from strategies import Strategy
 MODEL_STREAM = 2
 """Sets the draws of the model apart from those of fetching."""
 
+EPOCH_STREAM = 3
+"""Sets apart what an epoch's iterables draw from torch's, Python's and numpy's own generators."""
+
 ODD = 0x9E3779B97F4A7C15
 """An odd multiplier takes places one to one to the low 32 bits of a seed, all that the CPU's generator looks at."""
 

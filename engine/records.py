@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.loop import Outcome
+from engine.agreement import Outcome
 from engine.run_folder import Logger
 
 

@@ -24,15 +24,30 @@ class Logger(Protocol):
 
 
 class RunFolder:
-    """A new folder for one run. Raises FileExistsError where there is one with something in it."""
+    """A folder for one run: a new one, or with `takes_over` that of the run which is gone on with.
 
-    def __init__(self, path: str | Path) -> None:
+    Raises FileExistsError where there is anything else in it.
+    """
+
+    def __init__(self, path: str | Path, takes_over: bool = False) -> None:
         self.path = Path(path)
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise FileExistsError(f"run_dir={str(path)!r} is taken: a run never overwrites another; name a new folder.")
+        is_ours = takes_over and (self.path / "config.json").is_file()
+        if self.path.exists() and (not self.path.is_dir() or (any(self.path.iterdir()) and not is_ours)):
+            way_out = "name a new folder" if takes_over else "name a new folder, or go on with resume='auto'"
+            raise FileExistsError(f"run_dir={str(path)!r} is taken: a run never overwrites another; {way_out}.")
         self.path.mkdir(parents=True, exist_ok=True)
         self._encode = json.JSONEncoder(allow_nan=False).encode
-        self._metrics = (self.path / "metrics.jsonl").open("x", buffering=1)  # a killed run keeps every line
+        self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)  # a killed run keeps every line
+
+    def rewind(self, update: int, validated: int) -> None:
+        """Cut what metrics.jsonl has of updates after `update` and validations after `validated`: they come again."""
+        history = self.path / "metrics.jsonl"
+        part = history.with_suffix(".part")
+        with history.open() as lines, part.open("w") as kept:
+            kept.writelines(line for line in lines if _is_before(line, update, validated))
+        self._metrics.close()
+        part.replace(history)
+        self._metrics = history.open("a", buffering=1)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -58,6 +73,14 @@ class RunFolder:
     def close(self) -> None:
         """Write what is still in memory."""
         self._metrics.close()
+
+
+def _is_before(line: str, update: int, validated: int) -> bool:
+    try:
+        record = json.loads(line)
+        return bool(record["update"] <= (update if "loss" in record else validated))
+    except (ValueError, KeyError, TypeError):  # a line that a killed process did not end
+        return False
 
 
 def _finite(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -87,5 +87,13 @@ def make_schedule(
 ) -> Schedule:
     """Return the stages of `{first: K}`, or of one effective batch, on the processes that `effective_batch` counts."""
     if effective_batch_size is not None:
-        return Schedule((Stage(0, -(-effective_batch_size // effective_batch(N, 1)), effective_batch_size),))
+        return solve({0: effective_batch_size}, N, effective_batch)
     return Schedule(tuple(Stage(first, K, effective_batch(N, K)) for first, K in scheduling.items()), unit)
+
+
+def solve(
+    effective_batches: Mapping[int, int], N: int, effective_batch: Callable[[int, int], int], unit: Unit = "epoch"
+) -> Schedule:
+    """Return the stages of `{first: samples of a full window}`: K is what the busiest of these processes needs."""
+    share = effective_batch(N, 1)
+    return Schedule(tuple(Stage(first, -(-B // share), B) for first, B in effective_batches.items()), unit)

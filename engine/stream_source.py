@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
@@ -11,6 +13,8 @@ from engine.schedule import Schedule, Stage
 from engine.task import Batching
 from engine.window import Micro, Window
 from strategies import Strategy
+
+log = logging.getLogger("tally")
 
 
 class StreamSource:
@@ -26,28 +30,39 @@ class StreamSource:
         self._schedule = schedule
         self._batching = batching
         self._strategy = strategy
-        self._samples = 0  # over all processes since the start
 
-    def windows(self, epoch: int, update: int) -> Iterator[Window]:
-        """Yield windows until all processes have run out. Raises ValueError where none has a single micro-batch."""
+    def windows(
+        self, epoch: int, update: int, samples: int, positions: Sequence[Any] | None = None
+    ) -> Iterator[Window]:
+        """Yield windows until all processes have run out.
+
+        Raises ValueError where none has a single micro-batch, and for positions that these processes cannot take up.
+        """
         for part in (self._data, _sampler(self._data), getattr(self._data, "batch_sampler", None)):
             if part is not None and hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
-        stream = _Lookahead(self._data)
-        if not any(self._strategy.gather(stream.has_next)):
+        rank, P = self._strategy.data_parallel_rank, self._strategy.data_parallel_size
+        if positions is not None and len(positions) != P:
+            raise ValueError(
+                f"the run stopped in the middle of epoch {epoch}, where {len(positions)} processes read streams of "
+                f"their own, and now there are {P}: resume with --nproc_per_node={len(positions)}, or from a "
+                "checkpoint between two epochs."
+            )
+        stream = _Lookahead(self._data, positions[rank] if positions else None)
+        if positions is None and not any(self._strategy.gather(stream.has_next)):
             raise ValueError(
                 f"train_data() has no micro-batch in epoch {epoch}, on any process. "
                 "Is it a generator, which can be read only once? Return an object whose __iter__ starts anew."
             )
-        place, P = self._strategy.data_parallel_rank, self._strategy.data_parallel_size
-        more = True
+        place = rank if positions is None else int(positions[rank]["place"])
+        more = positions is None or not all(position["ended"] for position in positions)
         while more:
-            stage = self._schedule.at(epoch, update, self._samples)
+            stage = self._schedule.at(epoch, update, samples)
             places = range(place, place + P * stage.accumulate_grad_batches, P)
             window = StreamWindow(stage, stream, places, self._strategy.to_device, self._batching)
             yield window
             more, update, place = window.more, update + 1, places.stop
-            self._samples += window.samples or 0
+            samples += window.samples or 0
 
 
 class StreamWindow:
@@ -69,37 +84,82 @@ class StreamWindow:
         for place in self._places:
             if not stream.has_next:
                 return
-            batch = stream.take()
+            batch = stream.take(keeps_state=place == last)
             self.more = stream.has_next
             yield Micro(to_device(batch), batch_size(batch), place, place == last or not self.more)
 
+    @property
+    def position(self) -> dict[str, Any]:
+        """The place of this process's next window, and where its stream stands."""
+        return {"place": self._places.stop, **self._stream.position}
+
 
 class _Lookahead:
-    """An iterator that knows whether it has a next item; an exception met ahead comes when its item is asked for."""
+    """An iterator that knows whether it has a next item; an exception met ahead comes when its item is asked for.
 
-    def __init__(self, data: Iterable[Any]) -> None:
+    It takes up an earlier `position`: by the data's own `load_state_dict`, else by reading and dropping what was taken.
+    """
+
+    def __init__(self, data: Any, position: Mapping[str, Any] | None = None) -> None:
+        self._data = data
+        self._has_state = callable(getattr(data, "state_dict", None)) and callable(
+            getattr(data, "load_state_dict", None)
+        )
+        self._state: Any = None
         self._error: Exception | None = None
         self._item: Any = None
+        self._taken = 0
         self.has_next = True
+        if position is not None and position["ended"]:
+            self.has_next = False
+            return
         try:
+            if position is not None and self._has_state:
+                data.load_state_dict(position["state"])
+            self._keep_state()
             self._items = iter(data)
+            if position is not None and not self._has_state:
+                self._skip(int(position["taken"]))
         except Exception as error:
             self._error = error
         else:
-            self.take()
+            self._read_ahead()
+        if position is not None:
+            self._taken = int(position["taken"])
 
-    def take(self) -> Any:
-        """Return the item that was read ahead, and read the next."""
+    @property
+    def position(self) -> dict[str, Any]:
+        """Where the stream stands before the item that was read ahead."""
+        return {"taken": self._taken, "ended": not self.has_next, "state": self._state}
+
+    def take(self, keeps_state: bool = False) -> Any:
+        """Return the item that was read ahead, and read the next, keeping the data's state from between."""
         if self._error is not None:
             raise self._error
         item = self._item
+        self._taken += 1
+        if keeps_state:
+            self._keep_state()
+        self._read_ahead()
+        return item
+
+    def _keep_state(self) -> None:
+        if self._has_state:
+            self._state = deepcopy(self._data.state_dict())
+
+    def _skip(self, count: int) -> None:
+        log.warning("reading %d micro-batches again, to drop them: the stream has no state_dict to go on from", count)
+        for number in range(count):
+            if next(self._items, self) is self:
+                raise ValueError(f"the stream ended after {number} micro-batches; {count} had been trained on.")
+
+    def _read_ahead(self) -> None:
         try:
             self._item = next(self._items)
         except StopIteration:
             self.has_next = False
         except Exception as error:
             self._error = error
-        return item
 
 
 def _sampler(loader: Any) -> Any:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from contextlib import nullcontext
+from copy import copy
+from pathlib import Path
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
+from engine.agreement import NonFiniteError, Wishes
 from engine.callbacks import Callback, Progress
 from engine.checks import (
     check_configurations_agree,
@@ -20,18 +26,24 @@ from engine.checks import (
 )
 from engine.data import make_plan, make_source
 from engine.evaluation import Evaluation
+from engine.interrupts import Interrupts
+from engine.keeper import Keeper
 from engine.loop import Loop, LoopOptions
 from engine.map_source import LoaderOptions
+from engine.order import mix
 from engine.plan import Plan
 from engine.precision import autocast, numerics
-from engine.randomness import seed_everything
+from engine.randomness import EPOCH_STREAM, seed_everything
 from engine.records import Records
 from engine.run_folder import Logger, RunFolder
+from engine.run_state import WINDOWS, Saved, class_path, load_weights, restore, schedule_of
 from engine.schedule import Schedule, make_schedule
 from engine.summary import summarize
 from engine.task import Task
 from engine.window import Window
 from strategies import Strategy, resolve
+
+log = logging.getLogger("tally")
 
 
 class Trainer:
@@ -53,11 +65,19 @@ class Trainer:
             another in a window that does not divide; dropout and augmentation then depend on P (map-style data).
         callbacks: one `Callback` or several.
         loggers: objects with `log(record)` and `close()`, used on process 0.
-        run_dir: a folder to write the run into; nothing is written without it.
+        run_dir: a folder to write the run into, on a disk that all hosts share; nothing is written without it.
+        resume: "auto" goes on with what is in `run_dir`, "never" wants a new one; or the path of a checkpoint.
+        resume_with_changes: go on although the data, the seed, the windows or the optimizer are others than before.
+        weights: a .safetensors file of pretrained weights, under the model's own names, for a run that starts.
+        save_every_n_updates: save a checkpoint after each n-th update (and at the end, and when interrupted).
+        save_every_n_minutes: and where the last one is so old; None: not by time.
+        keep_last_checkpoints: how many of the newest to keep.
+        keep_best: also save and keep the best by a validation mean: "min:loss", "max:accuracy".
         validate_every_n_epochs: evaluate the validation data after each n-th epoch, and at the end; None: only then.
         validate_every_n_updates: and after each n-th update.
         max_validation_samples: evaluate at most so many (map-style data).
         skip_nonfinite_updates: look at each gradient norm, and skip the update on all processes if it is not finite.
+        stop_after_n_skipped: so many of these in a row end the run with an error.
         num_workers: as in torch's DataLoader (map-style data).
         pin_memory: likewise; None pins for CUDA.
         persistent_workers: likewise.
@@ -67,6 +87,19 @@ class Trainer:
 
     Raises ValueError for an argument that cannot be, naming it and the way out, before anything starts.
     """
+
+    COUNTERS: ClassVar[dict[str, Any]] = {
+        "epoch": 0,
+        "update": 0,
+        "samples": 0,
+        "skipped": 0,
+        "skipped_in_a_row": 0,
+        "validated": 0,
+        "seconds": 0.0,
+        "record": {},
+        "metrics": {},
+    }
+    """What a run counts, and where it begins: kept by checkpoints."""
 
     def __init__(
         self,
@@ -85,10 +118,18 @@ class Trainer:
         callbacks: Callback | Sequence[Callback] | None = None,
         loggers: Logger | Sequence[Logger] | None = None,
         run_dir: str | None = None,
+        resume: str = "auto",
+        resume_with_changes: bool = False,
+        weights: str | None = None,
+        save_every_n_updates: int | None = None,
+        save_every_n_minutes: float | None = 10.0,
+        keep_last_checkpoints: int = 2,
+        keep_best: str | None = None,
         validate_every_n_epochs: int | None = 1,
         validate_every_n_updates: int | None = None,
         max_validation_samples: int | None = None,
         skip_nonfinite_updates: bool = True,
+        stop_after_n_skipped: int | None = 100,
         num_workers: int = 0,
         pin_memory: bool | None = None,
         persistent_workers: bool = True,
@@ -113,6 +154,16 @@ class Trainer:
         """Samples trained on since the start, over all processes."""
         self.skipped = 0
         """Updates skipped since the start."""
+        self.skipped_in_a_row = 0
+        """Updates skipped since the last that was made, because they were not finite."""
+        self.validated = 0
+        """The update after which `metrics` was made."""
+        self.seconds = 0.0
+        """Seconds of running, those before an interruption included."""
+        self.interrupted = ""
+        """The signal that ended the run before its end, if one did."""
+        self.positions: Any = None
+        """Where this process's data stands in the epoch; None at its start."""
         self.schedule: Schedule
         """The stages of the run, on the processes that there are."""
         self.plan: Plan | None = None
@@ -124,30 +175,38 @@ class Trainer:
         self.task: Task | None = None
         self.model: nn.Module
         self.optimizer: Optimizer
+        self.lr_scheduler: LRScheduler | None = None
+        self.loop: Loop
         self.run: RunFolder | None = None
         self._records = Records([])
+        self._keeper: Keeper
+        self._resumed: Any = None  # where each process's data stood
         self._stops = False
 
     def fit(self, task: Task) -> None:
-        """Train `task` from its start to where the run ends.
+        """Train `task` to where the run ends, from its start or from the checkpoint that `resume` finds.
 
-        Raises what the task raises, ValueError for what cannot be trained, and FileExistsError for a `run_dir` that
-        is taken.
+        With a `run_dir`, SIGTERM and SIGINT end it at the next boundary with a checkpoint (`interrupted` says so), and
+        SIGUSR1 saves one. Raises what the task raises, ValueError for what cannot be trained or gone on with, and
+        FileExistsError for a `run_dir` that is taken.
         """
+        self._interrupts = Interrupts()
+        keeps = self.settings["run_dir"] is not None
         with numerics(self.settings["deterministic"], self.settings["tf32"]):
             try:
                 self.strategy.setup()
-                self._build(task)
-                self._call("on_fit_start")
-                self._run_epochs()
-                self._finish()
+                with self._interrupts if keeps else nullcontext():
+                    self._build(task)
+                    self._call("on_fit_start")
+                    self._run_epochs()
+                    self._finish()
             except BaseException as exception:
                 for callback in self.callbacks:
                     callback.on_exception(self, exception)
                 raise
             finally:
                 self._records.close()
-                for part in ("_loop", "_source", "_validation"):  # hooks and workers end with the run
+                for part in ("loop", "_source", "_validation", "_keeper"):  # hooks and workers end with the run
                     vars(self).pop(part, None)
                 self.strategy.teardown()
 
@@ -165,7 +224,7 @@ class Trainer:
             evaluation = self._evaluation(task)
             if evaluation is None:
                 raise ValueError(f"{type(task).__name__}.validation_data() is None: there is nothing to validate on.")
-            self.metrics = evaluation.run(self.model)
+            self.metrics = evaluation.run(self.model) or {}
             return self.metrics
         finally:
             self.strategy.teardown()
@@ -185,8 +244,8 @@ class Trainer:
     def configuration(self) -> dict[str, Any]:
         """What was asked for, as JSON values: the settings, and the strategy and callbacks by class."""
         stated = {name: v for name, v in self.settings.items() if name not in ("loggers", "run_dir", "progress")}
-        stated["strategy"] = _class_path(self.strategy)
-        stated["callbacks"] = [_class_path(callback) for callback in self.callbacks]
+        stated["strategy"] = class_path(self.strategy)
+        stated["callbacks"] = [class_path(callback) for callback in self.callbacks]
         stated["strategy_options"] = {
             name: value for name, value in vars(self.strategy).items() if not name.startswith("_")
         }
@@ -205,15 +264,20 @@ class Trainer:
         """Build data, model and optimizer, and check each as soon as it is there."""
         strategy, seed = self.strategy, self.settings["seed"]
         self.task = task
-        self.epoch = self.update = self.samples = self.skipped = 0
-        self.record, self.metrics, self._validated, self._stops = {}, {}, 0, False
-        self.run, self._records = None, Records([])
+        for name, value in self.COUNTERS.items():
+            setattr(self, name, copy(value))
+        self.positions = self._resumed = None
+        self.interrupted, self._stops = "", False
+        self._records, self._keeper = Records([]), Keeper(self, self._interrupts)
+        saved = self._keeper.find()
         self._prepare_data(task)
         seed_everything(seed)
         N, scheduler = self.micro_batch_size, self._scheduler
         scheduling = scheduler.scheduling if scheduler else {0: self.settings["accumulate_grad_batches"]}
         unit, B = scheduler.unit if scheduler else "epoch", self.settings["effective_batch_size"]
         self.schedule = make_schedule(N, strategy.effective_batch, scheduling, unit, B)
+        if saved is not None and self._has_same_windows(saved):
+            self.schedule = schedule_of(saved, N, strategy)
         data, bounds = task.train_data(), (self.settings["max_epochs"], self.settings["max_updates"])
         self.plan = make_plan(data, task, self.schedule, N, *bounds, B)
         cut = seed, self.settings["shuffle"], self._loader, self.settings["spread_windows"]
@@ -223,6 +287,8 @@ class Trainer:
         seed_everything(seed)
         self.model = task.configure_model()
         check_model(self.model)
+        if self.settings["weights"] is not None and saved is None:
+            load_weights(self.model, Path(self.settings["weights"]))
         measures = bool(self.callbacks or self._loggers or self.settings["run_dir"] is not None)
         check_configurations_agree(
             strategy,
@@ -235,16 +301,25 @@ class Trainer:
         )
         prepared = strategy.prepare(self.model)
         check_equal_windows(strategy, self.plan, N, self.settings["spread_windows"])
-        self.optimizer, lr_scheduler = check_optimizer(task.configure_optimizer(self.model), self.model)
+        self.optimizer, self.lr_scheduler = check_optimizer(task.configure_optimizer(self.model), self.model)
         kept = ("gradient_clip_norm", "skip_nonfinite_updates", "precision", "seed")
         options = LoopOptions(**{name: self.settings[name] for name in kept}, measures=measures)
         self._compute = autocast(task.loss, self.settings["precision"], strategy.device.type)
-        self._loop = Loop(strategy, prepared, self.optimizer, lr_scheduler, options)
+        interrupts = self._interrupts if self.settings["run_dir"] is not None else None
+        self.loop = Loop(strategy, prepared, self.optimizer, self.lr_scheduler, options, interrupts)
+        if saved is not None:
+            restore(self, saved, self.settings["resume_with_changes"])
+            self._resumed = saved["positions"]
+            if self._resumed is not None:
+                self.positions = self._resumed[strategy.data_parallel_rank % len(self._resumed)]
+        self._keeper.open({"task": class_path(task), **self.configuration}, saved)
+        self.run = self._keeper.run
         if strategy.rank == 0:
-            if self.settings["run_dir"] is not None:
-                self.run = RunFolder(self.settings["run_dir"])
-                self.run.write("config.json", {"task": _class_path(task), **self.configuration})
             self._records = Records([*self._loggers, *([self.run] if self.run else [])])
+
+    def _has_same_windows(self, saved: Saved) -> bool:
+        """Whether the settings say the same of windows as those of a checkpoint: its effective batches then stay."""
+        return all(str(self.configuration[name]) == saved["decides"].get(name) for name in WINDOWS)
 
     def _prepare_data(self, task: Task) -> None:
         """Let one process of each host fetch the data, and the others wait."""
@@ -262,42 +337,75 @@ class Trainer:
     # Running
 
     def _run_epochs(self) -> None:
-        max_epochs = self.settings["max_epochs"]
-        self._started = time.perf_counter()
+        self._started = time.perf_counter() - self.seconds
+        self._since = time.perf_counter()
         self._records.restart_clock()
-        over = False
-        while not (over or self._stops_alone) and (max_epochs is None or self.epoch < max_epochs):
+        over = self._is_over
+        while not (over or self._stops_alone or self.interrupted):
+            over = self._run_epoch()
+        if not self.interrupted:
+            self._validate()
+
+    def _run_epoch(self) -> bool:
+        """Run an epoch, or what is left of it, and return whether the run is over."""
+        seed_everything(mix(self.settings["seed"], EPOCH_STREAM, self.epoch))  # for iterables that draw
+        positions, self._resumed, over = self._resumed, None, False
+        if positions is None:
             self._call("on_epoch_start")
-            for window in self._source.windows(self.epoch, self.update):
-                over = self._run_update(window)
-                if over:
-                    break
-            self._loop.check_replicas(self.update)
-            every = self.settings["validate_every_n_epochs"]
-            if every is not None and (self.epoch + 1) % every == 0:
-                self._validate()
-            self._call("on_epoch_end")
-            if not over:
-                self.epoch += 1
-        self._validate()
+        for window in self._source.windows(self.epoch, self.update, self.samples, positions):
+            over = self._run_update(window)
+            if over:
+                break
+        if self.interrupted:
+            return True
+        self.loop.check_replicas(self.update)
+        every = self.settings["validate_every_n_epochs"]
+        if every is not None and (self.epoch + 1) % every == 0:
+            self._validate()
+        if self.interrupted:
+            return True
+        self._call("on_epoch_end")
+        if not over:
+            self.epoch, self.positions = self.epoch + 1, None
+        return over or self._is_over
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether the run is where it was to end."""
+        ends = (self.epoch, self.settings["max_epochs"]), (self.update, self.settings["max_updates"])
+        return any(end is not None and here >= end for here, end in ends)
 
     def _run_update(self, window: Window) -> bool:
         """Make one update, tell of it, and return whether the run is over."""
-        max_time, max_updates = self.settings["max_time"], self.settings["max_updates"]
-        late = max_time is not None and time.perf_counter() - self._started > max_time
-        outcome = self._loop.run_update(self._compute, window, self.epoch, self.update, self._stops or late)
+        max_time, keeper = self.settings["max_time"], self._keeper
+        late = max_time is not None and time.perf_counter() - self._since > max_time
+        wishes = Wishes(self._stops or late, keeper.wants_save())
+        outcome = self.loop.run_update(self._compute, window, self.epoch, self.update, wishes)
+        if outcome.aborted:
+            self.interrupted = self._interrupts.reason or "a signal to another process"
+            return True
+        self.positions = window.position
         self.update += 1
         self.samples += outcome.samples
         self.skipped += outcome.skipped
-        if self._loop.options.measures:
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if outcome.overflowed else 0
+        if self.skipped_in_a_row == self.settings["stop_after_n_skipped"]:
+            raise NonFiniteError(
+                f"{self.skipped_in_a_row} updates in a row were not finite, up to update {self.update}: the run would "
+                f"not come back by itself. The last good checkpoint: {keeper.last}."
+            )
+        if self.loop.options.measures:
             place = {"update": self.update, "epoch": self.epoch, "samples": self.samples, "skipped": self.skipped}
             K = window.stage.accumulate_grad_batches
-            self.record = self._records.of_update(place, outcome, self._loop.lr, K)
+            self.record = self._records.of_update(place, outcome, self.loop.lr, K)
             self._call("on_update_end")
         every = self.settings["validate_every_n_updates"]
         if every is not None and self.update % every == 0:
             self._validate()
-        return outcome.stop or self._stops_alone or self.update == max_updates
+        over = outcome.stop or self._stops_alone or self.update == self.settings["max_updates"]
+        if not over and not self.interrupted:
+            keeper.save_if_due(outcome.save)
+        return over or bool(self.interrupted)
 
     @property
     def _stops_alone(self) -> bool:
@@ -305,21 +413,37 @@ class Trainer:
         return self._stops and self.strategy.data_parallel_size == 1
 
     def _validate(self) -> None:
-        if self._validation is None or self._validated == self.update:
+        if self._validation is None or self.validated == self.update:
             return
-        self._validated = self.update
-        self.metrics = self._validation.run(self.model)
+        metrics = self._validation.run(self.model, self._interrupts)
+        if metrics is None:
+            self.interrupted = self._interrupts.reason or "a signal to another process"
+            return
+        self.metrics, self.validated = metrics, self.update
         self._records.of_validation(self.update, self.epoch, self.metrics)
         self._call("on_validation_end")
+        self._keeper.save_if_best()
         self._records.restart_clock()
 
     def _finish(self) -> None:
-        self.strategy.synchronize_buffers(self.model)
+        self.seconds = time.perf_counter() - self._started
+        if not self.interrupted:
+            self.strategy.synchronize_buffers(self.model)
+        self._keeper.finish()
+        if self.interrupted:
+            if self.strategy.rank == 0:
+                log.warning(
+                    "%s: stopped after update %d and saved %s. Start the same command again to go on.",
+                    self.interrupted,
+                    self.update,
+                    self._keeper.last,
+                )
+            return
         if self.settings["run_dir"] is not None:
-            weights = self.strategy.state_dict()["model"]
+            parts = self.strategy.state_dict() if self.strategy.rank == 0 or not self.strategy.holds_all else {}
             if self.run is not None:
-                self.run.write("summary.json", summarize(self, time.perf_counter() - self._started))
-                self.run.save_weights(weights)
+                self.run.write("summary.json", {**summarize(self, self.seconds), **self._keeper.costs})
+                self.run.save_weights(parts["model"])
         self._call("on_fit_end")
 
     def _call(self, event: str) -> None:
@@ -331,7 +455,3 @@ def _as_list(values: Any) -> list[Any]:
     if values is None:
         return []
     return list(values) if isinstance(values, Sequence) else [values]
-
-
-def _class_path(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"

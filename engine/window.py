@@ -7,7 +7,7 @@ has another one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from engine.schedule import Stage
@@ -35,10 +35,20 @@ class Window(Protocol):
 
     def __iter__(self) -> Iterator[Micro]: ...
 
+    @property
+    def position(self) -> Any:
+        """Where this process's data stands after it: to be kept, and given to `Source.windows` to go on."""
+        ...
+
 
 class Source(Protocol):
     """Where the windows of an epoch come from."""
 
-    def windows(self, epoch: int, update: int) -> Iterator[Window]:
-        """Yield the windows of `epoch`, `update` updates into the run."""
+    def windows(
+        self, epoch: int, update: int, samples: int, positions: Sequence[Any] | None = None
+    ) -> Iterator[Window]:
+        """Yield the windows of `epoch`, `update` updates and `samples` samples into the run.
+
+        `positions` are those of all processes' last windows, by rank; None starts the epoch.
+        """
         ...

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from strategies.optimizer_state import load_named_state, named_state
+
 Rows = Callable[[], list[list[float]]]
 """Waits for an exchange and returns each process's values, in rank order."""
 
@@ -228,6 +230,11 @@ class Strategy(ABC):
 
     # What a run keeps
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether each process holds the whole model and optimizer, so that process 0 alone can save them."""
+        return True
+
     def reductions(self) -> tuple[int, int]:
         """Return (collectives, bytes) that one window's gradients cross the wire with, on each process."""
         return 0, 0
@@ -235,26 +242,26 @@ class Strategy(ABC):
     def state_dict(self, optimizer: Optimizer | None = None) -> dict[str, Any]:
         """Return a copy of {"model": ..., "optimizer": ...} on the CPU, under the user's own parameter names.
 
-        On all processes together. Names carry no `module.` and no `_orig_mod.`
-        (torch.distributed.checkpoint.state_dict does the naming).
+        On all processes together where a process holds only a part; else any one may ask. Names carry no `module.`
+        and no `_orig_mod.` (torch.distributed.checkpoint.state_dict does the naming).
         """
         from torch.distributed.checkpoint import state_dict as dcp
 
         options = dcp.StateDictOptions(full_state_dict=True)
         state: dict[str, Any] = {"model": dcp.get_model_state_dict(self._user_module, options=options)}
         if optimizer is not None:
-            state["optimizer"] = dcp.get_optimizer_state_dict(self._user_module, optimizer, options=options)
+            state["optimizer"] = named_state(self._user_module, optimizer)
         copied: dict[str, Any] = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), state)
         return copied
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
-        """Load what `state_dict` returned, on all processes together. Raises RuntimeError for other names or shapes."""
+        """Load what `state_dict` returned. Raises RuntimeError or ValueError for other names, groups or shapes."""
         from torch.distributed.checkpoint import state_dict as dcp
 
         options = dcp.StateDictOptions(full_state_dict=True)
         dcp.set_model_state_dict(self._user_module, state["model"], options=options)
         if optimizer is not None:
-            dcp.set_optimizer_state_dict(self._user_module, optimizer, state["optimizer"], options=options)
+            load_named_state(self._user_module, optimizer, state["optimizer"])
 
     @property
     def _user_module(self) -> nn.Module:

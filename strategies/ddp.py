@@ -90,10 +90,8 @@ class DDPStrategy(Strategy):
 
     def accumulation_context(self, is_last_microbatch: bool) -> AbstractContextManager[Any]:
         """Return `no_sync` for all but the last micro-batch. DDP looks at it in forward, so that must be inside."""
-        if not is_last_microbatch:
-            return self._ddp.no_sync()
         self._broadcast_buffers_once()
-        return NOTHING_TO_DEFER
+        return NOTHING_TO_DEFER if is_last_microbatch else self._ddp.no_sync()
 
     @property
     def rank(self) -> int:
@@ -284,7 +282,7 @@ class DDPStrategy(Strategy):
             self.clear_gradients()
 
     def _broadcast_buffers_once(self) -> None:
-        """Send process 0's buffers, once per window on every process.
+        """Send process 0's buffers, once per window on every process, so that all begin it with those a checkpoint has.
 
         DDP would do so in each synchronised forward, of which processes may have different numbers: a model that is
         called twice in one loss, a process without a micro-batch, or one that failed.

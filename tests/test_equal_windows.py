@@ -75,9 +75,7 @@ def test_equal_windows_are_exact() -> None:
 
 
 def test_windows_that_are_not_equal_are_refused_and_can_be_spread() -> None:
-    with pytest.raises(
-        ChildError, match="in epoch 0 an update of 12 samples is 3 micro-batches on 2 proc"
-    ):
+    with pytest.raises(ChildError, match="in epoch 0 an update of 12 samples is 3 micro-batches on 2 proc"):
         run(2, fit, 28, seconds=30)
     first, second = run(2, fit, 28, True, seconds=30)
     assert torch.equal(first, second)

@@ -1,0 +1,198 @@
+"""A checkpoint on disk: a folder that is whole or absent, in formats that execute nothing.
+
+    update-00000120/
+        state.json              where the run is, and everything that is no tensor
+        model.safetensors       parameters and buffers, under the user's own names
+        state.safetensors       the tensors of the optimizer and of the rest
+        manifest.json           format version, size and SHA-256 of each file: written last
+    latest                      the name of the newest: replaced when that folder is whole
+
+A folder is written under another name, forced to disk, and renamed; only then is the pointer. So whatever stops the
+writer, and at whatever moment, every folder that bears a checkpoint's name is whole, and one that disk or people have
+damaged later is noticed when it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from engine import tree
+
+FORMAT = 1
+"""Version of this format; a reader refuses any other."""
+
+STATE, MODEL, TENSORS, MANIFEST, POINTER = (
+    "state.json",
+    "model.safetensors",
+    "state.safetensors",
+    "manifest.json",
+    "latest",
+)
+FILES = (STATE, MODEL, TENSORS)
+NAME = re.compile(r"update-(\d{8,12})(?:-(\d{1,6}))?")
+LARGEST_JSON = 1 << 30
+"""Bytes: a larger manifest or state is not one of ours."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names it, what is wrong and what can be done."""
+
+
+def write(folder: Path, update: int, model: Mapping[str, Any], state: Mapping[str, Any]) -> Path:
+    """Write a checkpoint into `folder` and point to it; return its path.
+
+    Raises OSError, and then leaves nothing behind. `model` maps names to CPU tensors (and extra state); `state` is
+    nested: see `tree.flatten`.
+    """
+    from safetensors.torch import save_file
+
+    name = f"update-{update:08d}"
+    times = itertools.count(2)
+    final = folder / name
+    while final.exists():  # this update was saved before; that one stays until it is not needed
+        final = folder / f"{name}-{next(times)}"
+    tensors: dict[str, Tensor] = {}
+    weights = {name: value.contiguous() for name, value in model.items() if isinstance(value, Tensor)}
+    extra = {name: value for name, value in model.items() if not isinstance(value, Tensor)}
+    plain = tree.flatten({**state, "extra_model_state": extra}, tensors)
+    part = folder / f".{final.name}.{uuid.uuid4().hex}.part"
+    part.mkdir(parents=True)
+    try:
+        (part / STATE).write_text(tree.dumps(plain))
+        save_file(weights, part / MODEL)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / TENSORS)
+        files = {name: {"size": (part / name).stat().st_size, "sha256": _sha256(part / name)} for name in FILES}
+        for name in FILES:
+            _force_to_disk(part / name)
+        (part / MANIFEST).write_text(json.dumps({"format": FORMAT, "update": update, "files": files}, indent=1))
+        _force_to_disk(part / MANIFEST)
+        _force_to_disk(part)
+        part.rename(final)
+        _force_to_disk(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    point_to(folder, POINTER, final.name)
+    return final
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return (model, state) as `write` was given them. Raises CheckpointError for one that is damaged or not ours."""
+    from safetensors.torch import load_file
+
+    verify(path)
+    try:
+        plain = json.loads(_small(path / STATE))
+        tensors = load_file(path / TENSORS)
+        state = tree.restore(plain, tensors)
+        model: dict[str, Any] = {**load_file(path / MODEL), **state.pop("extra_model_state")}
+    except Exception as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {type(error).__name__}: {error}") from error
+    return model, state
+
+
+def verify(path: Path) -> str:
+    """Make sure that every file is the one that was written; return a text that identifies the checkpoint.
+
+    Raises CheckpointError where one is not.
+    """
+    try:
+        text = _small(path / MANIFEST)
+        manifest = json.loads(text)
+        found, files = manifest["format"], manifest["files"]
+        if found == FORMAT and (set(files) != set(FILES) or any(set(f) != {"size", "sha256"} for f in files.values())):
+            raise ValueError(f"it lists {sorted(files)}")
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {path} is incomplete or none: it has no {MANIFEST}.") from None
+    except Exception as error:
+        raise CheckpointError(f"checkpoint {path}: {MANIFEST} is damaged ({type(error).__name__}: {error}).") from error
+    if found != FORMAT:
+        raise CheckpointError(f"checkpoint {path} has format {found!r}; this version reads format {FORMAT}.")
+    for name, expected in files.items():
+        file = path / name
+        if file.is_symlink() or not file.is_file():
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} is missing.")
+        if file.stat().st_size != expected["size"]:
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes instead of {expected['size']}."
+            )
+        if _sha256(file) != expected["sha256"]:
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} does not have the SHA-256 it was saved with.")
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def candidates(folder: Path) -> list[Path]:
+    """Return the checkpoints in `folder`, the one that is pointed to first, then by update, the newest first."""
+    if not folder.is_dir():
+        return []
+    found = sorted((p for p in folder.iterdir() if NAME.fullmatch(p.name) and p.is_dir()), key=age)
+    newest = pointed(folder, POINTER)
+    return sorted(found, key=lambda path: path.name != newest)
+
+
+def age(path: Path) -> tuple[int, int]:
+    """Return a key that sorts checkpoints, the newest first."""
+    update, time = NAME.fullmatch(path.name).groups(default="1")  # type: ignore[union-attr]
+    return -int(update), -int(time)
+
+
+def pointed(folder: Path, pointer: str) -> str | None:
+    """Return the name that a pointer holds, if it holds one."""
+    try:
+        return (folder / pointer).read_text()[:100].strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def point_to(folder: Path, pointer: str, name: str) -> None:
+    """Let `pointer` hold `name`."""
+    part = folder / f".{pointer}.part"
+    part.write_text(name + "\n")
+    _force_to_disk(part)
+    part.replace(folder / pointer)
+    _force_to_disk(folder)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint: first its name, so that no half of it can be taken for a whole one."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    path.rename(part)
+    shutil.rmtree(part, ignore_errors=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what a writer that was killed left behind."""
+    for part in folder.glob(".*.part"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _small(path: Path) -> str:
+    if path.is_symlink():
+        raise ValueError(f"{path.name} is a link")
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes")
+    return path.read_text()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _force_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,131 @@
+"""A run's folder over time: found again, gone on with, and saved into. Without a run_dir it keeps nothing."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.checkpoint import CheckpointError
+from engine.interrupts import Interrupts
+from engine.run_folder import RunFolder
+from engine.run_state import Saved, find, snapshot
+from engine.saving import Best, Saver
+
+if TYPE_CHECKING:
+    from engine.trainer import Trainer
+
+
+class Keeper:
+    """Finds the checkpoint to go on from, and saves at boundaries: all processes together, process 0 writes."""
+
+    def __init__(self, trainer: Trainer, interrupts: Interrupts) -> None:
+        self._trainer = trainer
+        self._interrupts = interrupts
+        self._settings = trainer.settings
+        self._strategy = trainer.strategy
+        run_dir = self._strategy.gather(self._settings["run_dir"])[0]
+        self._folder = None if run_dir is None else Path(run_dir)
+        self._best = Best(self._settings["keep_best"]) if self._settings["keep_best"] else None
+        self._saver: Saver | None = None
+        self._saved_at = time.perf_counter()
+        self._saved_place: tuple[int, int] | None = None
+        self.run: RunFolder | None = None
+        """The folder, on process 0."""
+
+    def find(self) -> Saved | None:
+        """Return the checkpoint to go on from, if there is one. Raises CheckpointError."""
+        resume = self._settings["resume"]
+        if resume == "never" or (resume == "auto" and self._folder is None):
+            return None
+        return find(resume, (self._folder or Path()) / "checkpoints", self._strategy)
+
+    def open(self, configuration: dict[str, Any], saved: Saved | None) -> None:
+        """Make or take over the folder, on process 0. Raises FileExistsError or OSError on all processes."""
+        if self._folder is None:
+            return
+        problem: Exception | None = None
+        if self._strategy.rank == 0:
+            try:
+                self.run = RunFolder(self._folder, takes_over=self._settings["resume"] != "never")
+                self.run.rewind(self._trainer.update, self._trainer.validated)
+                self.run.write("config.json", configuration)
+                self._saver = Saver(self._folder / "checkpoints", self._settings["keep_last_checkpoints"])
+            except OSError as error:
+                problem = error
+        self._raise_together(problem)
+        if saved is not None:
+            self._saved_place = self._place
+            if self._best:
+                self._best.value = saved["best"]
+
+    @property
+    def last(self) -> str:
+        """Where the newest checkpoint is, as far as this process knows."""
+        if self._saver is not None and self._saver.last is not None:
+            return str(self._saver.last)
+        return "none" if self._folder is None else f"in {self._folder / 'checkpoints'}"
+
+    def wants_save(self) -> bool:
+        """Whether this process would save after the coming update: it was asked to, or process 0's clock says so."""
+        minutes = self._settings["save_every_n_minutes"]
+        if self._folder is None:
+            return False
+        is_late = minutes is not None and time.perf_counter() - self._saved_at > 60 * minutes
+        return self._interrupts.wants_save or (is_late and self._strategy.rank == 0)
+
+    def save_if_due(self, is_asked: bool) -> None:
+        """Save after an update, where all processes have agreed to or it is the n-th."""
+        every = self._settings["save_every_n_updates"]
+        if is_asked or (every is not None and self._trainer.update % every == 0):
+            self.save()
+
+    def save_if_best(self) -> None:
+        """Save after a validation that is the best so far."""
+        if self._best is not None and self._best.improves(self._trainer.metrics):
+            self.save(is_best=True)
+
+    def save(self, is_best: bool = False) -> None:
+        """Save now, in the background. Nothing is saved while updates are being skipped, or a second time."""
+        if self._folder is None or self._trainer.skipped_in_a_row:
+            return
+        if self._saved_place == self._place and not is_best:
+            return
+        started = time.perf_counter()
+        self._trainer.loop.check_replicas(self._trainer.update)
+        model, state = snapshot(self._trainer)
+        state["best"] = self._best.value if self._best else None
+        if self._saver is not None:
+            self._saver.save(self._trainer.update, model, state, is_best)
+            self._saver.seconds_stalled += time.perf_counter() - started
+        self._saved_at, self._saved_place = time.perf_counter(), self._place
+        self._interrupts.wants_save = False
+
+    def finish(self) -> None:
+        """Save, and wait until it is written. Raises on all processes what the writing failed with."""
+        self.save()
+        problem: Exception | None = None
+        if self._saver is not None:
+            try:
+                self._saver.finish()
+            except Exception as error:
+                problem = error
+        if self._folder is not None:
+            self._raise_together(problem)
+
+    @property
+    def costs(self) -> dict[str, Any]:
+        """What saving has cost, for the summary."""
+        saver = self._saver
+        return {"saves": saver.saves, "seconds_stalled_by_saves": round(saver.seconds_stalled, 3)} if saver else {}
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        return self._trainer.epoch, self._trainer.update
+
+    def _raise_together(self, problem: Exception | None) -> None:
+        text = self._strategy.gather(f"{type(problem).__name__}: {problem}" if problem else None)[0]
+        if problem is not None:
+            raise problem
+        if text:
+            raise CheckpointError(f"process 0 could not write the run's folder: {text}")

@@ -1,0 +1,210 @@
+"""What a checkpoint holds of a run, how a run takes it up again, and when it must not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from engine import checkpoint
+from engine.checkpoint import CheckpointError
+from engine.schedule import Schedule, solve
+from strategies import Strategy
+
+if TYPE_CHECKING:
+    from engine.trainer import Trainer
+
+log = logging.getLogger("tally")
+
+WINDOWS = ("micro_batch_size", "accumulate_grad_batches", "effective_batch_size", "scheduling", "scheduling_unit")
+"""Settings that say how long a window is."""
+
+DECIDES = (
+    *WINDOWS,
+    "seed",
+    "shuffle",
+    "spread_windows",
+    "precision",
+    "gradient_clip_norm",
+    "skip_nonfinite_updates",
+)
+"""Settings without which a run would not be the same run. P is not among them, nor is where the run ends."""
+
+
+class Saved:
+    """A checkpoint that was read: model, and state by topic."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.model, self._state = checkpoint.read(path)
+
+    def __getitem__(self, topic: str) -> Any:
+        """Return the state of a topic. Raises CheckpointError where there is none."""
+        try:
+            return self._state[topic]
+        except KeyError:
+            raise CheckpointError(f"checkpoint {self.path} holds nothing on {topic!r}: it is damaged.") from None
+
+
+def find(resume: str, folder: Path, strategy: Strategy) -> Saved | None:
+    """Return the checkpoint to go on from, the same on all processes: the newest whole one in `folder`, or `resume`.
+
+    Process 0 chooses, and tells of those that it passes over. Raises CheckpointError for a path that is none, and where
+    another process sees another disk.
+    """
+    chosen: tuple[str, str] | str | None = None
+    if strategy.rank == 0:
+        try:
+            chosen = _choose(resume, folder)
+        except CheckpointError as error:
+            chosen = str(error)
+    chosen = strategy.gather(chosen)[0]
+    if isinstance(chosen, str):
+        raise CheckpointError(chosen)
+    if chosen is None:
+        return None
+    path, identity = chosen
+    problem = "" if strategy.rank == 0 else _unlike(Path(path), identity)
+    problems = [f"process {rank}: {text}" for rank, text in enumerate(strategy.gather(problem)) if text]
+    if problems:
+        raise CheckpointError(
+            f"not all processes see the checkpoint {path} of process 0 ({'; '.join(problems)}): give a run_dir on a "
+            "disk that all hosts share."
+        )
+    return Saved(Path(path))
+
+
+def _choose(resume: str, folder: Path) -> tuple[str, str] | None:
+    if resume != "auto":
+        path = Path(resume)
+        within = checkpoint.candidates(path) or checkpoint.candidates(path / "checkpoints")
+        path = within[0] if within else path
+        return str(path), checkpoint.verify(path)
+    for path in checkpoint.candidates(folder):
+        try:
+            return str(path), checkpoint.verify(path)
+        except CheckpointError as error:
+            log.error("%s The one before is used.", error)
+    return None
+
+
+def _unlike(path: Path, identity: str) -> str:
+    try:
+        return "" if checkpoint.verify(path) == identity else "it has another one there"
+    except CheckpointError as error:
+        return str(error)
+
+
+def snapshot(trainer: Trainer) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Return (model, state) of a run at a boundary, copied; on all processes together, of use on process 0."""
+    strategy = trainer.strategy
+    positions = None if trainer.positions is None else strategy.gather(trainer.positions)
+    parts: dict[str, Any] = {"model": {}, "optimizer": {}}
+    if strategy.rank == 0 or not strategy.holds_all:
+        parts = strategy.state_dict(trainer.optimizer)
+    scheduler = trainer.lr_scheduler
+    return parts["model"], {
+        "run": {name: getattr(trainer, name) for name in trainer.COUNTERS},
+        "positions": positions,
+        "schedule": {
+            "unit": trainer.schedule.unit,
+            "effective_batches": {stage.first: stage.effective_batch for stage in trainer.schedule.stages},
+        },
+        "decides": decides(trainer),
+        "loop": trainer.loop.state_dict(),
+        "optimizer": parts["optimizer"],
+        "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
+        "callbacks": [[class_path(callback), callback.state_dict()] for callback in trainer.callbacks],
+    }
+
+
+def decides(trainer: Trainer) -> dict[str, Any]:
+    """Return everything without which a resumed run would not be the run that was interrupted, as texts."""
+    settings = trainer.configuration
+    return {
+        **{name: str(settings[name]) for name in DECIDES},
+        "the number of training samples": str(trainer.plan.samples if trainer.plan else None),
+        "the optimizer": type(trainer.optimizer).__name__,
+        "the LR scheduler": type(trainer.lr_scheduler).__name__,
+    }
+
+
+def schedule_of(saved: Saved, N: int, strategy: Strategy) -> Schedule:
+    """Return the schedule that keeps each stage's effective batch, solved for the processes that there are now."""
+    stages = {int(first): int(B) for first, B in saved["schedule"]["effective_batches"].items()}
+    return solve(stages, N, strategy.effective_batch, saved["schedule"]["unit"])
+
+
+def restore(trainer: Trainer, saved: Saved, allows_changes: bool) -> None:
+    """Put a run where a checkpoint was taken. Raises CheckpointError, and names what differs, where it cannot be."""
+    try:
+        _compare(decides(trainer), saved, allows_changes)
+        check_model_state(trainer.strategy.state_dict()["model"], saved.model, saved.path)
+        trainer.strategy.load_state_dict({"model": saved.model, "optimizer": saved["optimizer"]}, trainer.optimizer)
+        if trainer.lr_scheduler is not None and saved["lr_scheduler"] is not None:
+            trainer.lr_scheduler.load_state_dict(saved["lr_scheduler"])
+        trainer.loop.load_state_dict(saved["loop"])
+        for name in trainer.COUNTERS:
+            setattr(trainer, name, saved["run"][name])
+        mine = [(class_path(callback), callback) for callback in trainer.callbacks]
+        for name, state in saved["callbacks"]:
+            found = next((i for i, (other, _) in enumerate(mine) if other == name), None)
+            if found is not None:
+                mine.pop(found)[1].load_state_dict(state)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"checkpoint {saved.path} does not fit this run: {type(error).__name__}: {error}"
+        ) from error
+
+
+def check_model_state(own: Mapping[str, Any], saved: Mapping[str, Any], source: Path) -> None:
+    """Compare names, shapes and dtypes. Raises CheckpointError that tells the first that differ."""
+
+    def sketch(state: Mapping[str, Any]) -> dict[str, str]:
+        return {n: f"{v.dtype} {tuple(v.shape)}" if isinstance(v, Tensor) else "extra" for n, v in state.items()}
+
+    mine, theirs = sketch(own), sketch(saved)
+    differing = [
+        f"{name} is {theirs.get(name, 'missing')} there and {mine.get(name, 'missing')} here"
+        for name in sorted({*mine, *theirs})
+        if mine.get(name) != theirs.get(name)
+    ]
+    if differing:
+        more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise CheckpointError(f"{source} is of another model: {'; '.join(differing[:3])}{more}.")
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load pretrained weights, a safetensors file under the model's own names. Raises CheckpointError."""
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path)
+    except Exception as error:
+        raise CheckpointError(f"weights={str(path)!r} cannot be read: {error}. Give a .safetensors file.") from error
+    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    check_model_state(own, weights, path)
+    model.load_state_dict(weights, strict=False)
+
+
+def _compare(mine: Mapping[str, Any], saved: Saved, allows_changes: bool) -> None:
+    theirs = saved["decides"]
+    differing = [f"{n} was {theirs.get(n)} and is {mine.get(n)}" for n in mine if mine[n] != theirs.get(n)]
+    if not differing:
+        return
+    if not allows_changes:
+        raise CheckpointError(
+            f"checkpoint {saved.path} is of another run: {'; '.join(differing)}. Start a new run_dir, or allow it with "
+            "resume_with_changes=True."
+        )
+    log.warning("going on with changes: %s.", "; ".join(differing))
+
+
+def class_path(value: object) -> str:
+    """Return where the class of `value` can be imported from."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"

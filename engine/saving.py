@@ -1,0 +1,111 @@
+"""Where and how checkpoints are written: in the background, on process 0, the last few and the best kept."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine import checkpoint
+
+log = logging.getLogger("tally")
+
+BEST = "best"
+"""The pointer to the best checkpoint: its name, and the metric's value."""
+
+
+class Best:
+    """Which of two validations is better: `"min:loss"` or `"max:accuracy"`."""
+
+    def __init__(self, rule: str) -> None:
+        self.mode, _, self.metric = rule.partition(":")
+        if self.mode not in ("min", "max") or not self.metric:
+            raise ValueError(f"keep_best={rule!r}: give min:METRIC or max:METRIC, as in max:accuracy.")
+        self.value: float | None = None
+
+    def improves(self, metrics: Mapping[str, float]) -> bool:
+        """Note new means; return whether they are the best so far. Raises ValueError where the metric is missing."""
+        if self.metric not in metrics:
+            raise ValueError(f"keep_best={self.mode}:{self.metric}: evaluate() returns {', '.join(metrics)}.")
+        value = metrics[self.metric]
+        better = self.value is None or (value < self.value if self.mode == "min" else value > self.value)
+        if better and value == value:
+            self.value = value
+            return True
+        return False
+
+
+class Saver:
+    """Writes checkpoints into `folder`, one at a time. A save that fails is told of loudly; training goes on."""
+
+    def __init__(self, folder: Path, keep_last: int) -> None:
+        self._folder = folder
+        self._keep_last = keep_last
+        self._writing: threading.Thread | None = None
+        self._error: Exception | None = None
+        self.last: Path | None = next(iter(checkpoint.candidates(folder)), None)
+        """The newest whole checkpoint."""
+        self.saves = 0
+        self.seconds_stalled = 0.0
+        """How long training has waited for saves."""
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.remove_parts(folder)
+        probe = folder / f".{uuid.uuid4().hex}.part"
+        probe.write_bytes(os.urandom(4096))  # a full or read-only disk is found now
+        probe.unlink()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the save before is still being written."""
+        return self._writing is not None and self._writing.is_alive()
+
+    def save(self, update: int, model: Mapping[str, Any], state: Mapping[str, Any], is_best: bool = False) -> None:
+        """Start writing a checkpoint; wait first for the one before."""
+        self.wait()
+        self._writing = threading.Thread(target=self._write, args=(update, model, state, is_best), name="tally-save")
+        self._writing.start()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written."""
+        if self._writing is not None:
+            started = time.perf_counter()
+            self._writing.join()
+            self._writing = None
+            self.seconds_stalled += time.perf_counter() - started
+
+    def finish(self) -> None:
+        """Wait for the last save. Raises what that one failed with: the run must not end as if it were kept."""
+        self.wait()
+        if self._error is not None:
+            raise self._error
+
+    def _write(self, update: int, model: Mapping[str, Any], state: Mapping[str, Any], is_best: bool) -> None:
+        try:
+            self.last = checkpoint.write(self._folder, update, model, state)
+            self.saves += 1
+            if is_best:
+                checkpoint.point_to(self._folder, BEST, self.last.name)
+            self._prune()
+            self._error = None
+        except Exception as error:  # a full disk, above all: safetensors has an error of its own for it
+            self._error = error
+            kept = f"the last whole one is {self.last}" if self.last else "there is none yet"
+            log.error(
+                "the checkpoint of update %d could not be saved: %s. Training goes on and tries again at the next; %s.",
+                update,
+                error,
+                kept,
+            )
+
+    def _prune(self) -> None:
+        """Remove all but the newest and the best."""
+        best = checkpoint.pointed(self._folder, BEST)
+        newest = sorted(checkpoint.candidates(self._folder), key=checkpoint.age)[: self._keep_last]
+        for path in checkpoint.candidates(self._folder):
+            if path not in newest and path.name != best:
+                checkpoint.remove(path)

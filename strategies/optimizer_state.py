@@ -1,0 +1,62 @@
+"""An optimizer's state under the names of the model's parameters, where one process holds all of it.
+
+`torch.distributed.checkpoint.state_dict` offers the same, but makes a trial step where an optimizer has no state yet,
+which counts in Adam's bias correction: a run that saved would not be the run that did not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def named_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Return {"state": {name: ...}, "param_groups": [...]}; parameters without state (unused ones) have no entry."""
+    names = _names(model)
+    return {
+        "state": {names[p]: dict(state) for p, state in optimizer.state.items()},
+        "param_groups": [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups],
+    }
+
+
+def load_named_state(model: nn.Module, optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """Load what `named_state` returned. Raises ValueError for other parameters, groups or shapes."""
+    names = _names(model)
+    groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    saved_groups = [group["params"] for group in saved["param_groups"]]
+    if groups != saved_groups:
+        raise ValueError(f"the optimizer's groups hold {_sizes(groups)}, those saved hold {_sizes(saved_groups)}.")
+    flat = [p for group in optimizer.param_groups for p in group["params"]]
+    number = {names[p]: index for index, p in enumerate(flat)}
+    for name, state in saved["state"].items():
+        if name not in number:
+            raise ValueError(f"the saved optimizer has state for {name!r}, which this optimizer does not hold.")
+        _check_shapes(optimizer, name, flat[number[name]], state)
+    first = iter(range(len(flat)))
+    optimizer.load_state_dict(
+        {
+            "state": {number[name]: state for name, state in saved["state"].items()},
+            "param_groups": [{**g, "params": [next(first) for _ in g["params"]]} for g in saved["param_groups"]],
+        }
+    )
+
+
+def _names(model: nn.Module) -> dict[Tensor, str]:
+    return {p: name.replace("_orig_mod.", "") for name, p in model.named_parameters()}
+
+
+def _sizes(groups: list[list[str]]) -> str:
+    return f"{[len(group) for group in groups]} parameters ({groups[0][0]}, ...)" if groups and groups[0] else "none"
+
+
+def _check_shapes(optimizer: Optimizer, name: str, parameter: Tensor, state: dict[str, Any]) -> None:
+    """Only torch's own optimizers are known to keep tensors of the parameter's shape, all but Adafactor."""
+    if type(optimizer).__module__.startswith("torch.optim") and not isinstance(optimizer, torch.optim.Adafactor):
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                raise ValueError(
+                    f"the saved {key} of {name} has shape {tuple(value.shape)} instead of {tuple(parameter.shape)}."
+                )
