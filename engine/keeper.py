@@ -61,9 +61,11 @@ class Keeper:
 
     @property
     def last(self) -> str:
-        """Where the newest checkpoint is, as far as this process knows."""
-        if self._saver is not None and self._saver.last is not None:
-            return str(self._saver.last)
+        """Where the newest checkpoint is, when what is being written is written; other processes know the folder."""
+        if self._saver is not None:
+            self._saver.wait()
+            if self._saver.last is not None:
+                return str(self._saver.last)
         return "none" if self._folder is None else f"in {self._folder / 'checkpoints'}"
 
     def wants_save(self) -> bool:
