@@ -66,6 +66,8 @@ class Loop:
         """The learning rate that the last update was made with (of the first parameter group)."""
         self._loss_scale = LossScale(2.0**16 if options.precision == "fp16" else 1.0)
         self.randomness = ModelRandomness(options.seed, model, strategy)
+        self.weighed = 0
+        """Micro-batches of the window whose loss has been computed."""
         self._is_alone = strategy.data_parallel_size == 1
         self._skips_nonfinite = options.skip_nonfinite_updates or options.precision == "fp16"
         self._wants_norm = bool(self._skips_nonfinite or options.gradient_clip_norm or options.measures)
@@ -102,7 +104,7 @@ class Loop:
             self._send()
             self.strategy.join(window)
         except Exception as error:
-            self._fail(window, update, error)
+            self._fail(window, error)
             raise
         return self.finish(window, update)
 
@@ -115,7 +117,7 @@ class Loop:
         self._receive: Rows | None = None
         self._weight: float | Tensor = 0.0
         self._least_weight: Tensor | None = None
-        self._samples = 0
+        self._samples = self.weighed = 0
         if self.options.measures:
             self._total.zero_()
         if self._restores_buffers:
@@ -139,6 +141,7 @@ class Loop:
         if value.ndim or not value.requires_grad or value.dtype in TOO_NARROW:
             raise ValueError(_loss_message(value))
         self._samples += micro.size
+        self.weighed += 1
         if self.options.measures:
             self._total.add_(value.detach(), alpha=share)
         if micro.is_last:
@@ -229,10 +232,7 @@ class Loop:
             return self._facts()
         if self._receive is None:
             raise ValueError("backward was not called for the window's last micro-batch: call it for each.")
-        try:
-            rows = self._receive()
-        except RuntimeError as error:
-            raise self._lost(update, error) from error
+        rows = self._receive()
         facts = Facts(*map(math.fsum, zip(*rows, strict=True)))
         if facts.failed:
             raise self._other_failure(update)
@@ -260,18 +260,12 @@ class Loop:
         if not self._is_alone:
             self._receive = self.strategy.exchange(self._facts(failed))
 
-    def _fail(self, window: Window, update: int, error: Exception) -> None:
+    def _fail(self, window: Window, error: Exception) -> None:
         """Let the other processes finish the window, so that they hear of the error instead of waiting for this one.
 
-        After this process's message it is too late for that: the last backward failed, and the others will lose
-        contact. They find what was posted.
+        After this process's message it is too late for that: the last backward failed, and they will lose contact.
         """
-        if self._is_alone:
-            return
-        if self.strategy.has_lost_contact(error):
-            raise self._lost(update, error) from error
-        if self._receive is not None:
-            self.strategy.post("failure", f"{type(error).__name__}: {error}")
+        if self._is_alone or self._receive is not None or self.strategy.has_lost_contact(error):
             return
         self._send(failed=True)
         self.strategy.join(window)
@@ -282,10 +276,6 @@ class Loop:
         return ProcessFailureError(
             "; ".join(f"process {rank} failed in update {update}: {text}" for rank, text in failures)
         )
-
-    def _lost(self, update: int, error: Exception) -> ProcessFailureError:
-        said = "; ".join(f"process {rank} failed: {text}" for rank, text in self.strategy.posted("failure").items())
-        return ProcessFailureError(f"lost contact with another process in update {update}. {said or error}")
 
 
 def _loss_message(value: Tensor) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from copy import copy
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from engine.agreement import NonFiniteError, Wishes
+from engine.agreement import NonFiniteError, ProcessFailureError, Wishes
 from engine.callbacks import Callback, Progress
 from engine.checks import (
     check_configurations_agree,
@@ -40,6 +40,7 @@ from engine.run_state import WINDOWS, Saved, class_path, load_weights, restore, 
 from engine.schedule import Schedule, make_schedule
 from engine.summary import summarize
 from engine.task import Task
+from engine.watch import FAILURE, Watch, lost_contact
 from engine.window import Window
 from strategies import Strategy, resolve
 
@@ -195,7 +196,7 @@ class Trainer:
         with numerics(self.settings["deterministic"], self.settings["tf32"]):
             try:
                 self.strategy.setup()
-                with self._interrupts if keeps else nullcontext():
+                with self._interrupts if keeps else nullcontext(), Watch(self):
                     self._build(task)
                     self._call("on_fit_start")
                     self._run_epochs()
@@ -203,6 +204,8 @@ class Trainer:
             except BaseException as exception:
                 for callback in self.callbacks:
                     callback.on_exception(self, exception)
+                if self.strategy.data_parallel_size > 1 and not isinstance(exception, ProcessFailureError):
+                    self._tell_of(exception)
                 raise
             finally:
                 self._records.close()
@@ -445,6 +448,13 @@ class Trainer:
                 self.run.write("summary.json", {**summarize(self, self.seconds), **self._keeper.costs})
                 self.run.save_weights(parts["model"])
         self._call("on_fit_end")
+
+    def _tell_of(self, exception: BaseException) -> None:
+        """Leave word for the other processes; raise what another has left where this one has lost contact with it."""
+        if isinstance(exception, Exception) and self.strategy.has_lost_contact(exception):
+            raise lost_contact(self.strategy, f"in update {self.update}", exception) from exception
+        with suppress(RuntimeError):  # of the store, which may be gone
+            self.strategy.post(FAILURE, f"{type(exception).__name__}: {exception}")
 
     def _call(self, event: str) -> None:
         for callback in self.callbacks:

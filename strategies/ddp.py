@@ -83,6 +83,7 @@ class DDPStrategy(Strategy):
         self._backend = "nccl" if self._device_type == "cuda" else "gloo"
         self._owns_group = False
         self._host_group: dist.ProcessGroup | None = None
+        self._notes: Any = None
 
     def effective_batch(self, N: int, K: int) -> int:
         """Return P x N x K."""
@@ -145,7 +146,7 @@ class DDPStrategy(Strategy):
             dist.destroy_process_group()
         elif self._host_group is not None and dist.is_initialized():
             dist.destroy_process_group(self._host_group)
-        self._owns_group, self._host_group = False, None
+        self._owns_group, self._host_group, self._notes = False, None, None
 
     @property
     def needs_equal_windows(self) -> bool:
@@ -240,10 +241,13 @@ class DDPStrategy(Strategy):
 
     def post(self, topic: str, text: str) -> None:
         """Put `text` into the store in which the processes met."""
-        self._notes.set(f"{topic}/{self.rank}", text)
+        if self._notes is not None:
+            self._notes.set(f"{topic}/{self.rank}", text)
 
     def posted(self, topic: str) -> dict[int, str]:
         """Return the texts by rank; none where the store went with the process that kept it."""
+        if self._notes is None:
+            return {}
         try:
             keys = {rank: f"{topic}/{rank}" for rank in range(self.data_parallel_size)}
             return {rank: self._notes.get(key).decode() for rank, key in keys.items() if self._notes.check([key])}

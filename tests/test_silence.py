@@ -1,0 +1,92 @@
+"""A process that fails, dies or stalls: the others end within the timeout, and say who it was and what it was doing."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from typing import Any
+
+import pytest
+from processes import ChildError, run
+from torch import nn
+from toy import Regression, Samples
+
+from engine import Callback, Trainer
+from engine.watch import Watch
+from strategies import DDPStrategy
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+class Slow(Samples):
+    """Does what `how` says, on process 1, when it is asked for a sample in the middle of a window."""
+
+    how: Any = None
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 21 and self.how is not None:
+            self.how()
+        return super().__getitem__(index)
+
+
+class Task(Regression):
+    how: Any = None
+    in_loss: Any = None
+
+    def train_data(self) -> Any:
+        data = Slow(self.x, self.y)
+        data.how = self.how
+        return data
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        loss = super().loss(model, batch)
+        if self.in_loss is not None and 21 in batch[2]:
+            self.in_loss()
+        return loss
+
+
+class Breaks(Callback):
+    def on_update_end(self, trainer: Any) -> None:
+        if rank() == 1 and trainer.update == 2:
+            raise KeyError("my callback")
+
+
+def fit(where: str) -> None:
+    Watch.__init__.__defaults__ = (0.2,)
+    task = Task(64)
+    if where == "fetch":
+        task.how = lambda: time.sleep(7)
+    elif where == "loss":
+        task.in_loss = lambda: time.sleep(7)
+    elif where == "death":
+        task.in_loss = lambda: (time.sleep(0.5), os.kill(os.getpid(), signal.SIGKILL))
+    trainer = Trainer(
+        DDPStrategy(timeout_seconds=4),
+        micro_batch_size=4,
+        accumulate_grad_batches=2,
+        max_epochs=1,
+        shuffle=False,
+        callbacks=Breaks() if where == "callback" else None,
+    )
+    trainer.fit(task)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("fetch", r"process 1 was last heard of \d s ago, fetching micro-batch 1 of update 1 for \d s"),
+        ("loss", r"process 1 was last heard of \d s ago, computing micro-batch 1 of update 1 for \d s"),
+        ("death", r"process 1 was last heard of \d s ago, computing micro-batch 1 of update 1 for 0 s"),
+        ("callback", r"process 1 failed: KeyError: 'my callback'"),
+    ],
+)
+def test_a_silence_has_a_name(where: str, message: str) -> None:
+    with pytest.raises(ChildError) as raised:
+        run(2, fit, where, seconds=20)
+    text = raised.value.errors[0]
+    assert "engine.agreement.ProcessFailureError: lost contact with another process in update" in text
+    assert re.search(message, text), text
