@@ -49,7 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         built = parser.instantiate(config)
         built.trainer.callbacks.append(_KeepCommand(parser.dump(config)))
         built.trainer.fit(built.task)
-        return EXIT_STATUS if built.trainer.interrupted else 0
+        if not built.trainer.interrupted:
+            return 0
+        if "TALLY_SAVED" in os.environ:  # launch/start.py asks
+            Path(os.environ["TALLY_SAVED"]).touch()
+        return EXIT_STATUS
     except ArgumentError as error:
         return _refuse(error)
     except WORDS_FOR_THE_USER as error:
@@ -81,7 +85,11 @@ def parse(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
 
 def _fresh_folder() -> str:
     """Name a new folder, or that of the attempt before where torchrun has restarted this process."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and (link := _link_of_this_start()).is_symlink():
+    link = _link_of_this_start()
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        if started_rank() == 0:
+            link.unlink(missing_ok=True)  # of an earlier start by the same name
+    elif link.is_symlink():
         return f"runs/{link.readlink()}"
     name = datetime.now().strftime("runs/%Y%m%d-%H%M%S")
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
@@ -90,7 +98,8 @@ def _fresh_folder() -> str:
 
 def _link_of_this_start() -> Path:
     """The link to the folder of what one torchrun command has started."""
-    return Path("runs") / f".started-by-{os.environ.get('TORCHELASTIC_RUN_ID', 'hand')}"
+    start = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return Path("runs") / f".started-by-{start if start != 'none' else os.getppid()}"
 
 
 class _KeepCommand(Callback):

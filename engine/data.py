@@ -73,7 +73,7 @@ def make_source(
 ) -> Source:
     """Return the source of `data`'s windows: in the task's own order, else shuffled, else as it is."""
     if plan is None:
-        return StreamSource(data, schedule, batching, strategy)
+        return StreamSource(data, schedule, batching, strategy, seed)
     order: Order = shuffled(plan.samples, seed) if shuffle else sequential(plan.samples)
     if batching.order(0) is not None:
         order = batching.order  # type: ignore[assignment]

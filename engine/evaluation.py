@@ -12,9 +12,10 @@ from engine.data import is_map_style
 from engine.interrupts import Interrupts
 from engine.loss import Loss
 from engine.map_source import LoaderOptions, MapSource
-from engine.order import sequential
+from engine.order import mix, sequential
 from engine.plan import Plan
 from engine.precision import autocast
+from engine.randomness import VALIDATION_STREAM, seed_everything
 from engine.schedule import Schedule, Stage
 from engine.task import Task
 from strategies import Strategy
@@ -32,8 +33,10 @@ class Evaluation:
         options: LoaderOptions,
         precision: str | None = None,
         max_samples: int | None = None,
+        seed: int = 0,
     ) -> None:
         self._task = task
+        self._seed = seed
         self._strategy = strategy
         self._evaluate = autocast(task.evaluate, precision, strategy.device.type)
         self._stream: Iterable[Any] | None = None
@@ -52,6 +55,7 @@ class Evaluation:
         """
         interrupts = interrupts or Interrupts()
         self._strategy.synchronize_buffers(model)
+        seed_everything(mix(self._seed, VALIDATION_STREAM))
         totals: dict[str, Tensor] = {}
         modes = {module: module.training for module in model.modules()}
         model.eval()

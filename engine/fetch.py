@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -30,20 +30,22 @@ class Fetch(Dataset[Any]):
 
     torch's, Python's and numpy's generators are seeded from (seed, epoch, position) before each sample, or before each
     piece where the dataset fetches whole pieces (`__getitems__`), and restored after: random augmentation does not
-    depend on P, workers or what was fetched before.
+    depend on P, workers or what was fetched before, nor does what `collate` draws.
     """
 
-    def __init__(self, dataset: Any, seed: int) -> None:
+    def __init__(self, dataset: Any, seed: int, collate: Callable[[list[Any]], Any]) -> None:
         self._dataset = dataset
+        self._collate = collate
         self._seed = seed
         self._fetches_pieces = callable(getattr(dataset, "__getitems__", None))
 
-    def __getitems__(self, piece: Piece) -> list[Any]:
+    def __getitems__(self, piece: Piece) -> Any:
         with _generators_restored():
             if self._fetches_pieces:
                 self._seed_all(piece.epoch, piece.start)
-                return self._dataset.__getitems__(piece.indices)  # type: ignore[no-any-return]
-            return [self._sample(piece.epoch, place, index) for place, index in enumerate(piece.indices, piece.start)]
+                return self._collate(self._dataset.__getitems__(piece.indices))
+            places = enumerate(piece.indices, piece.start)
+            return self._collate([self._sample(piece.epoch, place, index) for place, index in places])
 
     def _sample(self, epoch: int, place: int, index: int) -> Any:
         self._seed_all(epoch, place)

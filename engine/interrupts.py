@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -13,6 +15,22 @@ EXIT_STATUS = 75
 
 class Interrupted(Exception):  # noqa: N818 - nothing is wrong
     """Ends a window between two micro-batches, because a signal has asked for it."""
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Let processes and threads that start here never see our signals: a DataLoader's workers end when it does.
+
+    torchrun sends SIGTERM to all of them, and a worker that dies of it takes the run with it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Interrupts:
@@ -31,12 +49,10 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            for number, handler in (
-                (signal.SIGTERM, self._stop),
-                (signal.SIGINT, self._stop),
-                (signal.SIGUSR1, self._save),
-            ):
-                self._before[number] = signal.signal(number, handler) or signal.SIG_DFL
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a job in the background
+                    handler = self._save if number == signal.SIGUSR1 else self._stop
+                    self._before[number] = signal.signal(number, handler) or signal.SIG_DFL
         return self
 
     def __exit__(

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.checkpoint import CheckpointError
+from engine.checkpoint import FORMAT, CheckpointError
 from engine.interrupts import Interrupts
-from engine.run_folder import RunFolder
+from engine.run_folder import MARK, RunFolder
 from engine.run_state import Saved, find, snapshot
 from engine.saving import Best, Saver
 
@@ -38,7 +38,7 @@ class Keeper:
         resume = self._settings["resume"]
         if resume == "never" or (resume == "auto" and self._folder is None):
             return None
-        return find(resume, (self._folder or Path()) / "checkpoints", self._strategy)
+        return find(resume, self._folder and self._folder / "checkpoints", self._strategy)
 
     def open(self, configuration: dict[str, Any], saved: Saved | None) -> None:
         """Make or take over the folder, on process 0. Raises FileExistsError or OSError on all processes."""
@@ -49,8 +49,9 @@ class Keeper:
             try:
                 self.run = RunFolder(self._folder, takes_over=self._settings["resume"] != "never")
                 self.run.rewind(self._trainer.update, self._trainer.validated)
-                self.run.write("config.json", configuration)
-                self._saver = Saver(self._folder / "checkpoints", self._settings["keep_last_checkpoints"])
+                self.run.write("config.json", {MARK: FORMAT, **configuration})
+                folder = self._folder / "checkpoints"
+                self._saver = Saver(folder, self._settings["keep_last_checkpoints"], saved.path if saved else None)
             except OSError as error:
                 problem = error
         self._raise_together(problem)
@@ -87,14 +88,15 @@ class Keeper:
         if self._best is not None and self._best.improves(self._trainer.metrics):
             self.save(is_best=True)
 
-    def save(self, is_best: bool = False) -> None:
-        """Save now, in the background. Nothing is saved while updates are being skipped, or a second time."""
-        if self._folder is None or self._trainer.skipped_in_a_row:
+    def save(self, is_best: bool = False, is_last: bool = False) -> None:
+        """Save now, in the background: nothing a second time, and no run of skipped updates before its end."""
+        if self._folder is None or (self._trainer.skipped_in_a_row and not is_last):
             return
         if self._saved_place == self._place and not is_best:
             return
         started = time.perf_counter()
         self._trainer.loop.check_replicas(self._trainer.update)
+        self._trainer.seconds = self._trainer.elapsed
         model, state = snapshot(self._trainer)
         state["best"] = self._best.value if self._best else None
         if self._saver is not None:
@@ -105,7 +107,7 @@ class Keeper:
 
     def finish(self) -> None:
         """Save, and wait until it is written. Raises on all processes what the writing failed with."""
-        self.save()
+        self.save(is_last=True)
         problem: Exception | None = None
         if self._saver is not None:
             try:

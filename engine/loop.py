@@ -65,7 +65,7 @@ class Loop:
         self.lr = 0.0
         """The learning rate that the last update was made with (of the first parameter group)."""
         self._loss_scale = LossScale(2.0**16 if options.precision == "fp16" else 1.0)
-        self.randomness = ModelRandomness(options.seed, model, strategy)
+        self.randomness = ModelRandomness(options.seed, strategy)
         self.weighed = 0
         """Micro-batches of the window whose loss has been computed."""
         self._is_alone = strategy.data_parallel_size == 1
@@ -97,7 +97,7 @@ class Loop:
             self.randomness.seed(micro.place)
             return self.weigh(compute(self.model, micro.batch), micro)
 
-        self.start(window, epoch, wishes)
+        self.start(window, epoch, update, wishes)
         try:
             self.strategy.run_window(window, forward)
         except Interrupted:
@@ -108,7 +108,7 @@ class Loop:
             raise
         return self.finish(window, update)
 
-    def start(self, window: Window, epoch: int, wishes: Wishes = NOTHING) -> None:
+    def start(self, window: Window, epoch: int, update: int, wishes: Wishes = NOTHING) -> None:
         """Begin a window: nothing is summed yet."""
         self._expected = float(window.samples or window.stage.effective_batch)
         self._unit = 2.0 ** round(math.log2(self._late_weight)) if self._late_weight else self._expected
@@ -122,7 +122,7 @@ class Loop:
             self._total.zero_()
         if self._restores_buffers:
             self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        self.randomness.start_window(epoch)
+        self.randomness.start_window(epoch, update)
         if window.is_empty:
             self._send()
 
@@ -176,7 +176,6 @@ class Loop:
         self.strategy.clear_gradients()
         if facts.weight:
             self._late_weight = facts.weight if facts.weight != self._expected else 0.0
-        self.randomness.end_window()
         mean = facts.loss / facts.weight if self.options.measures and facts.weight else math.nan
         return Outcome(
             facts.weight, mean, int(facts.samples), norm, skipped, overflowed, facts.stop > 0, facts.save > 0
@@ -187,10 +186,10 @@ class Loop:
         scale = self._loss_scale
         return {"late_weight": self._late_weight, "norm": self._norm, "loss_scale": [scale.value, scale.quiet_updates]}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], has_same_precision: bool = True) -> None:
         """Take back what `state_dict` returned."""
         self._late_weight, self._norm = float(state["late_weight"]), float(state["norm"])
-        if self.options.precision == "fp16":
+        if self.options.precision == "fp16" and has_same_precision:
             self._loss_scale.value, self._loss_scale.quiet_updates = state["loss_scale"]
 
     def _drop(self) -> Outcome:

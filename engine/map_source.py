@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from engine.fetch import Fetch, Piece, TensorFetch
+from engine.interrupts import shielded
 from engine.order import Order
 from engine.plan import Plan
 from engine.plan import Window as PlannedWindow
@@ -28,12 +29,12 @@ class LoaderOptions:
     pin_memory: bool | None = None
     persistent_workers: bool = True
 
-    def build(self, fetch: Dataset[Any], pieces: Iterable[Piece], collate: Callable[[Any], Any], pin: bool) -> Any:
-        """Return the DataLoader that fetches and collates these pieces."""
+    def build(self, fetch: Dataset[Any], pieces: Iterable[Piece], pin: bool) -> Any:
+        """Return the DataLoader for these pieces, which `fetch` collates."""
         return DataLoader(
             fetch,
             batch_sampler=pieces,  # type: ignore[arg-type]
-            collate_fn=collate,
+            collate_fn=_as_it_is,
             num_workers=self.num_workers,
             pin_memory=pin if self.pin_memory is None else self.pin_memory,
             persistent_workers=self.persistent_workers and self.num_workers > 0,
@@ -62,9 +63,8 @@ class MapSource:
         self._to_device = strategy.to_device
         self._pieces = _Pieces()
         in_memory = type(data) is TensorDataset and type(batching).collate is Batching.collate
-        fetch = TensorFetch(data) if in_memory else Fetch(data, seed)
-        collate = _as_it_is if in_memory else batching.collate
-        self._loader = options.build(fetch, self._pieces, collate, pin=strategy.device.type == "cuda")
+        fetch = TensorFetch(data) if in_memory else Fetch(data, seed, batching.collate)
+        self._loader = options.build(fetch, self._pieces, pin=strategy.device.type == "cuda")
 
     def windows(
         self, epoch: int, update: int, samples: int, positions: Sequence[Any] | None = None
@@ -81,15 +81,16 @@ class MapSource:
             )
         # where each micro-batch begins, counted in samples: a group holds several
         before = _samples_before(order)
-        offset = int(positions[0]) if positions else 0
+        offset = positions[0][1] if positions and positions[0][0] == epoch else 0
         windows = self._plan.windows(epoch, update, offset)
         self._pieces.now = _fetches(epoch, windows, self._cut, order, before)
-        batches = iter(self._loader)
+        with shielded():
+            batches = iter(self._loader)
         N, rank, P, spread = self._cut
         for window in self._plan.windows(epoch, update, offset):
             count = before[window.stop] - before[window.start]
             is_empty = window.count(N, P, spread) <= rank
-            yield MapWindow(window.stage, count, is_empty, self._micros(batches, window, before), window.stop)
+            yield MapWindow(window.stage, count, is_empty, self._micros(batches, window, before), (epoch, window.stop))
 
     def _micros(self, batches: Iterator[Any], window: PlannedWindow, before: Sequence[int]) -> Iterator[Micro]:
         to_device = self._to_device
@@ -130,7 +131,8 @@ class MapWindow:
     samples: int | None
     is_empty: bool
     micros: Iterator[Micro]
-    position: int
+    position: tuple[int, int]
+    """The epoch, and the place in its order."""
     more: bool = False  # the plan knows
 
     def __iter__(self) -> Iterator[Micro]:

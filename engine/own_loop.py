@@ -66,7 +66,7 @@ class Accumulator:
     def windows(self, epoch: int) -> Iterator[OwnWindow]:
         """Yield the windows of `epoch`: iterate over each, then call its `update`."""
         for window in self._source.windows(epoch, self.update, self.samples):
-            self._loop.start(window, epoch)
+            self._loop.start(window, epoch, self.update)
             before = self.update
             yield OwnWindow(self._loop, window, self)
             if self.update == before:

@@ -1,4 +1,4 @@
-"""Random draws of a model (dropout) that depend on a micro-batch's place in the epoch, and not on P or K."""
+"""Random draws that depend on the place in the run, and not on P, K or what was drawn before."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import random
 
 import numpy
 import torch
-from torch import nn
 
 from engine.order import mix
 from strategies import Strategy
 
-MODEL_STREAM = 2
-"""Sets the draws of the model apart from those of fetching."""
-
-EPOCH_STREAM = 3
-"""Sets apart what an epoch's iterables draw from torch's, Python's and numpy's own generators."""
+MODEL_STREAM, EPOCH_STREAM, WINDOW_STREAM, VALIDATION_STREAM = 2, 3, 4, 5
+"""Set apart the draws of models, of an epoch's iterables, of Python's and numpy's generators, and of validation."""
 
 ODD = 0x9E3779B97F4A7C15
 """An odd multiplier takes places one to one to the low 32 bits of a seed, all that the CPU's generator looks at."""
@@ -29,41 +25,25 @@ def seed_everything(seed: int) -> None:
 
 
 class ModelRandomness:
-    """Seeds the model's generators before each micro-batch, for a model that draws.
+    """Seeds what a forward draws from.
 
-    Seeding costs something beside a tiny model. A model is taken to draw when a module's name says so (Dropout,
-    DropPath), or when it moved the generators in its first window of an epoch, which is always seeded.
+    torch's generators, before each micro-batch, by its place in the epoch: dropout does not know P. Python's and
+    numpy's, which cost more, before each window: a resumed run draws as the one that was not interrupted.
     """
 
-    def __init__(self, seed: int, model: nn.Module, strategy: Strategy) -> None:
+    def __init__(self, seed: int, strategy: Strategy) -> None:
         self._seed = seed
         self._strategy = strategy
-        self._draws = any("drop" in type(module).__name__.lower() for module in model.modules())
         self._epoch = -1
-        self._looking = True
-        self._seeded: torch.Tensor | None = None
 
-    def start_window(self, epoch: int) -> None:
-        """Prepare for a window of `epoch`."""
+    def start_window(self, epoch: int, update: int) -> None:
+        """Prepare for the window of an update."""
         if epoch != self._epoch:
-            self._epoch, self._looking = epoch, True
-            self._key = mix(self._seed, MODEL_STREAM, epoch)
+            self._epoch, self._key = epoch, mix(self._seed, MODEL_STREAM, epoch)
+        seed = mix(self._seed, WINDOW_STREAM, update, self._strategy.rank)
+        random.seed(seed)
+        numpy.random.seed(seed & 0xFFFFFFFF)
 
     def seed(self, place: int) -> None:
         """Seed for the micro-batch at `place` in the epoch."""
-        if self._draws:
-            self._strategy.seed((self._key + place * ODD) & 0xFFFFFFFFFFFFFFFF)
-        elif self._looking:
-            self._look()
-            self._strategy.seed((self._key + place * ODD) & 0xFFFFFFFFFFFFFFFF)
-            self._seeded = self._strategy.generator_state()
-
-    def end_window(self) -> None:
-        """Note whether the model drew; it has now been looked at, if this process had a micro-batch."""
-        if self._seeded is not None:
-            self._look()
-            self._looking, self._seeded = False, None
-
-    def _look(self) -> None:
-        if self._seeded is not None and not torch.equal(self._seeded, self._strategy.generator_state()):
-            self._draws = True
+        self._strategy.seed((self._key + place * ODD) & 0xFFFFFFFFFFFFFFFF)

@@ -31,7 +31,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, takes_over: bool = False) -> None:
         self.path = Path(path)
-        is_ours = takes_over and (self.path / "config.json").is_file()
+        is_ours = takes_over and _is_a_run(self.path)
         if self.path.exists() and (not self.path.is_dir() or (any(self.path.iterdir()) and not is_ours)):
             way_out = "name a new folder" if takes_over else "name a new folder, or go on with resume='auto'"
             raise FileExistsError(f"run_dir={str(path)!r} is taken: a run never overwrites another; {way_out}.")
@@ -43,7 +43,7 @@ class RunFolder:
         """Cut what metrics.jsonl has of updates after `update` and validations after `validated`: they come again."""
         history = self.path / "metrics.jsonl"
         part = history.with_suffix(".part")
-        with history.open() as lines, part.open("w") as kept:
+        with history.open(errors="replace") as lines, part.open("w") as kept:
             kept.writelines(line for line in lines if _is_before(line, update, validated))
         self._metrics.close()
         part.replace(history)
@@ -73,6 +73,17 @@ class RunFolder:
     def close(self) -> None:
         """Write what is still in memory."""
         self._metrics.close()
+
+
+MARK = "a run of Tally"
+"""The key of config.json that tells our folders from those of others."""
+
+
+def _is_a_run(path: Path) -> bool:
+    try:
+        return MARK in json.loads((path / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _is_before(line: str, update: int, validated: int) -> bool:

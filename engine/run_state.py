@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from engine import checkpoint
+from engine import checkpoint, tree
 from engine.checkpoint import CheckpointError
 from engine.schedule import Schedule, solve
 from strategies import Strategy
@@ -49,9 +49,10 @@ class Saved:
             raise CheckpointError(f"checkpoint {self.path} holds nothing on {topic!r}: it is damaged.") from None
 
 
-def find(resume: str, folder: Path, strategy: Strategy) -> Saved | None:
+def find(resume: str, folder: Path | None, strategy: Strategy) -> Saved | None:
     """Return the checkpoint to go on from, the same on all processes: the newest whole one in `folder`, or `resume`.
 
+    A path elsewhere counts only until `folder` has a checkpoint of its own: the same command can be given again.
     Process 0 chooses, and tells of those that it passes over. Raises CheckpointError for a path that is none, and where
     another process sees another disk.
     """
@@ -59,7 +60,7 @@ def find(resume: str, folder: Path, strategy: Strategy) -> Saved | None:
     if strategy.rank == 0:
         try:
             chosen = _choose(resume, folder)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             chosen = str(error)
     chosen = strategy.gather(chosen)[0]
     if isinstance(chosen, str):
@@ -77,17 +78,22 @@ def find(resume: str, folder: Path, strategy: Strategy) -> Saved | None:
     return Saved(Path(path))
 
 
-def _choose(resume: str, folder: Path) -> tuple[str, str] | None:
-    if resume != "auto":
+def _choose(resume: str, folder: Path | None) -> tuple[str, str] | None:
+    own = checkpoint.candidates(folder) if folder else []
+    if resume != "auto" and not (folder and own and not Path(resume).resolve().is_relative_to(folder.resolve().parent)):
         path = Path(resume)
         within = checkpoint.candidates(path) or checkpoint.candidates(path / "checkpoints")
         path = within[0] if within else path
         return str(path), checkpoint.verify(path)
-    for path in checkpoint.candidates(folder):
+    for path in own:
         try:
             return str(path), checkpoint.verify(path)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             log.error("%s The one before is used.", error)
+    if own:
+        raise CheckpointError(
+            f"none of the {len(own)} checkpoints in {folder} is whole: restore one, or start a new run."
+        )
     return None
 
 
@@ -106,7 +112,7 @@ def snapshot(trainer: Trainer) -> tuple[Mapping[str, Any], dict[str, Any]]:
     if strategy.rank == 0 or not strategy.holds_all:
         parts = strategy.state_dict(trainer.optimizer)
     scheduler = trainer.lr_scheduler
-    return parts["model"], {
+    rest = {
         "run": {name: getattr(trainer, name) for name in trainer.COUNTERS},
         "positions": positions,
         "schedule": {
@@ -115,10 +121,10 @@ def snapshot(trainer: Trainer) -> tuple[Mapping[str, Any], dict[str, Any]]:
         },
         "decides": decides(trainer),
         "loop": trainer.loop.state_dict(),
-        "optimizer": parts["optimizer"],
         "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
         "callbacks": [[class_path(callback), callback.state_dict()] for callback in trainer.callbacks],
     }
+    return parts["model"], {"optimizer": parts["optimizer"], **tree.copied(rest)}
 
 
 def decides(trainer: Trainer) -> dict[str, Any]:
@@ -143,17 +149,21 @@ def restore(trainer: Trainer, saved: Saved, allows_changes: bool) -> None:
     try:
         _compare(decides(trainer), saved, allows_changes)
         check_model_state(trainer.strategy.state_dict()["model"], saved.model, saved.path)
-        trainer.strategy.load_state_dict({"model": saved.model, "optimizer": saved["optimizer"]}, trainer.optimizer)
-        if trainer.lr_scheduler is not None and saved["lr_scheduler"] is not None:
+        mine, theirs = decides(trainer), saved["decides"]
+        has_same_optimizer = mine["the optimizer"] == theirs["the optimizer"]
+        parts = {"model": saved.model, "optimizer": saved["optimizer"]}
+        trainer.strategy.load_state_dict(parts, trainer.optimizer if has_same_optimizer else None)
+        if trainer.lr_scheduler is not None and mine["the LR scheduler"] == theirs["the LR scheduler"]:
             trainer.lr_scheduler.load_state_dict(saved["lr_scheduler"])
-        trainer.loop.load_state_dict(saved["loop"])
+        trainer.loop.load_state_dict(saved["loop"], mine["precision"] == theirs["precision"])
         for name in trainer.COUNTERS:
             setattr(trainer, name, saved["run"][name])
-        mine = [(class_path(callback), callback) for callback in trainer.callbacks]
+        callbacks = list(trainer.callbacks)
         for name, state in saved["callbacks"]:
-            found = next((i for i, (other, _) in enumerate(mine) if other == name), None)
+            found = next((callback for callback in callbacks if class_path(callback) == name), None)
             if found is not None:
-                mine.pop(found)[1].load_state_dict(state)
+                callbacks.remove(found)
+                found.load_state_dict(state)
     except CheckpointError:
         raise
     except Exception as error:
@@ -187,9 +197,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
         weights = load_file(path)
     except Exception as error:
         raise CheckpointError(f"weights={str(path)!r} cannot be read: {error}. Give a .safetensors file.") from error
-    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    check_model_state(own, weights, path)
-    model.load_state_dict(weights, strict=False)
+    names = {name.replace("_orig_mod.", ""): name for name in model.state_dict()}  # those of torch.compile
+    own = {name: model.state_dict()[full] for name, full in names.items()}
+    check_model_state({name: value for name, value in own.items() if isinstance(value, Tensor)}, weights, path)
+    model.load_state_dict({names[name]: value for name, value in weights.items()}, strict=False)
 
 
 def _compare(mine: Mapping[str, Any], saved: Saved, allows_changes: bool) -> None:

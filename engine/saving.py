@@ -43,7 +43,7 @@ class Best:
 class Saver:
     """Writes checkpoints into `folder`, one at a time. A save that fails is told of loudly; training goes on."""
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
+    def __init__(self, folder: Path, keep_last: int, resumed: Path | None = None) -> None:
         self._folder = folder
         self._keep_last = keep_last
         self._writing: threading.Thread | None = None
@@ -55,6 +55,9 @@ class Saver:
         """How long training has waited for saves."""
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_parts(folder)
+        if resumed is not None and resumed.parent.resolve() == folder.resolve():
+            self._set_aside(resumed)
+            self.last = resumed
         probe = folder / f".{uuid.uuid4().hex}.part"
         probe.write_bytes(os.urandom(4096))  # a full or read-only disk is found now
         probe.unlink()
@@ -105,7 +108,18 @@ class Saver:
     def _prune(self) -> None:
         """Remove all but the newest and the best."""
         best = checkpoint.pointed(self._folder, BEST)
-        newest = sorted(checkpoint.candidates(self._folder), key=checkpoint.age)[: self._keep_last]
+        oldest_first = sorted(checkpoint.candidates(self._folder), key=checkpoint.age, reverse=True)
+        of_each_update = {checkpoint.age(path)[0]: path for path in oldest_first}
+        newest = list(of_each_update.values())[-self._keep_last :]
         for path in checkpoint.candidates(self._folder):
-            if path not in newest and path.name != best:
+            if path not in newest and path.name != best and path != self.last:
                 checkpoint.remove(path)
+
+    def _set_aside(self, resumed: Path) -> None:
+        """Rename what is newer than the checkpoint that the run goes on from: damaged, or of a branch left behind."""
+        for path in checkpoint.candidates(self._folder):
+            if checkpoint.age(path) < checkpoint.age(resumed):
+                aside = path.with_name(f"set-aside-{path.name}-{uuid.uuid4().hex[:8]}")
+                path.rename(aside)
+                log.warning("going on from %s: the newer %s is set aside as %s.", resumed.name, path.name, aside.name)
+        checkpoint.point_to(self._folder, checkpoint.POINTER, resumed.name)

@@ -7,8 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from engine.interrupts import shielded
+from engine.order import mix
+from engine.randomness import EPOCH_STREAM
 from engine.schedule import Schedule, Stage
 from engine.task import Batching
 from engine.window import Micro, Window
@@ -23,13 +27,16 @@ class StreamSource:
     One micro-batch of lookahead tells which is the last. The epoch ends when all processes have run out.
     """
 
-    def __init__(self, data: Iterable[Any], schedule: Schedule, batching: Batching, strategy: Strategy) -> None:
+    def __init__(
+        self, data: Iterable[Any], schedule: Schedule, batching: Batching, strategy: Strategy, seed: int = 0
+    ) -> None:
         if isinstance(data, DataLoader) and strategy.data_parallel_size > 1:
             _refuse_shared_loader(data)
         self._data = data
         self._schedule = schedule
         self._batching = batching
         self._strategy = strategy
+        self._seed = seed
 
     def windows(
         self, epoch: int, update: int, samples: int, positions: Sequence[Any] | None = None
@@ -38,10 +45,12 @@ class StreamSource:
 
         Raises ValueError where none has a single micro-batch, and for positions that these processes cannot take up.
         """
-        for part in (self._data, _sampler(self._data), getattr(self._data, "batch_sampler", None)):
-            if part is not None and hasattr(part, "set_epoch"):
-                part.set_epoch(epoch)
         rank, P = self._strategy.data_parallel_rank, self._strategy.data_parallel_size
+        if positions is not None and all(position["ended"] for position in positions):
+            if positions[0]["epoch"] == epoch:
+                return
+            positions = None
+        self._begin(epoch)
         if positions is not None and len(positions) != P:
             raise ValueError(
                 f"the run stopped in the middle of epoch {epoch}, where {len(positions)} processes read streams of "
@@ -55,14 +64,23 @@ class StreamSource:
                 "Is it a generator, which can be read only once? Return an object whose __iter__ starts anew."
             )
         place = rank if positions is None else int(positions[rank]["place"])
-        more = positions is None or not all(position["ended"] for position in positions)
+        more = True
         while more:
             stage = self._schedule.at(epoch, update, samples)
             places = range(place, place + P * stage.accumulate_grad_batches, P)
-            window = StreamWindow(stage, stream, places, self._strategy.to_device, self._batching)
+            window = StreamWindow(epoch, stage, stream, places, self._strategy.to_device, self._batching)
             yield window
             more, update, place = window.more, update + 1, places.stop
             samples += window.samples or 0
+
+    def _begin(self, epoch: int) -> None:
+        """Tell everything that shuffles which epoch begins."""
+        parts: tuple[Any, ...] = (self._data, _sampler(self._data), getattr(self._data, "batch_sampler", None))
+        for part in parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+            if isinstance(generator := getattr(part, "generator", None), torch.Generator):
+                generator.manual_seed(mix(self._seed, EPOCH_STREAM, epoch))  # or a resumed run would shuffle otherwise
 
 
 class StreamWindow:
@@ -71,8 +89,15 @@ class StreamWindow:
     samples: int | None = None
 
     def __init__(
-        self, stage: Stage, stream: _Lookahead, places: range, to_device: Callable[[Any], Any], batching: Batching
+        self,
+        epoch: int,
+        stage: Stage,
+        stream: _Lookahead,
+        places: range,
+        to_device: Callable[[Any], Any],
+        batching: Batching,
     ) -> None:
+        self._epoch = epoch
         self.stage = stage
         self.is_empty = not stream.has_next
         self.more = stream.has_next
@@ -91,7 +116,7 @@ class StreamWindow:
     @property
     def position(self) -> dict[str, Any]:
         """The place of this process's next window, and where its stream stands."""
-        return {"place": self._places.stop, **self._stream.position}
+        return {"epoch": self._epoch, "place": self._places.stop, **self._stream.position}
 
 
 class _Lookahead:
@@ -102,9 +127,7 @@ class _Lookahead:
 
     def __init__(self, data: Any, position: Mapping[str, Any] | None = None) -> None:
         self._data = data
-        self._has_state = callable(getattr(data, "state_dict", None)) and callable(
-            getattr(data, "load_state_dict", None)
-        )
+        self._has_state = _has_state(data)
         self._state: Any = None
         self._error: Exception | None = None
         self._item: Any = None
@@ -117,7 +140,8 @@ class _Lookahead:
             if position is not None and self._has_state:
                 data.load_state_dict(position["state"])
             self._keep_state()
-            self._items = iter(data)
+            with shielded():
+                self._items = iter(data)
             if position is not None and not self._has_state:
                 self._skip(int(position["taken"]))
         except Exception as error:
@@ -160,6 +184,10 @@ class _Lookahead:
             self.has_next = False
         except Exception as error:
             self._error = error
+
+
+def _has_state(data: object) -> bool:
+    return callable(getattr(data, "state_dict", None)) and callable(getattr(data, "load_state_dict", None))
 
 
 def _sampler(loader: Any) -> Any:

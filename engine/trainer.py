@@ -96,6 +96,8 @@ class Trainer:
         "skipped": 0,
         "skipped_in_a_row": 0,
         "validated": 0,
+        "begun": -1,
+        "ended": -1,
         "seconds": 0.0,
         "record": {},
         "metrics": {},
@@ -159,12 +161,14 @@ class Trainer:
         """Updates skipped since the last that was made, because they were not finite."""
         self.validated = 0
         """The update after which `metrics` was made."""
+        self.begun = self.ended = -1
+        """The epochs of the last `on_epoch_start` and `on_epoch_end`."""
         self.seconds = 0.0
         """Seconds of running, those before an interruption included."""
         self.interrupted = ""
         """The signal that ended the run before its end, if one did."""
         self.positions: Any = None
-        """Where this process's data stands in the epoch; None at its start."""
+        """Where this process's data stands; None where nothing has been read."""
         self.schedule: Schedule
         """The stages of the run, on the processes that there are."""
         self.plan: Plan | None = None
@@ -335,14 +339,15 @@ class Trainer:
         if data is None:
             return None
         limit, precision = self.settings["max_validation_samples"], self.settings["precision"]
-        return Evaluation(data, task, self.strategy, self.micro_batch_size, self._loader, precision, limit)
+        N, seed = self.micro_batch_size, self.settings["seed"]
+        return Evaluation(data, task, self.strategy, N, self._loader, precision, limit, seed)
 
     # Running
 
     def _run_epochs(self) -> None:
-        self._started = time.perf_counter() - self.seconds
-        self._since = time.perf_counter()
+        self._since, self._seconds_before = time.perf_counter(), self.seconds
         self._records.restart_clock()
+        self._validate_if_due()  # an interruption may have come between an update and its validation
         over = self._is_over
         while not (over or self._stops_alone or self.interrupted):
             over = self._run_epoch()
@@ -352,8 +357,9 @@ class Trainer:
     def _run_epoch(self) -> bool:
         """Run an epoch, or what is left of it, and return whether the run is over."""
         seed_everything(mix(self.settings["seed"], EPOCH_STREAM, self.epoch))  # for iterables that draw
-        positions, self._resumed, over = self._resumed, None, False
-        if positions is None:
+        positions, self._resumed, over, update = self._resumed, None, False, self.update
+        if self.begun != self.epoch:
+            self.begun = self.epoch
             self._call("on_epoch_start")
         for window in self._source.windows(self.epoch, self.update, self.samples, positions):
             over = self._run_update(window)
@@ -367,9 +373,11 @@ class Trainer:
             self._validate()
         if self.interrupted:
             return True
-        self._call("on_epoch_end")
+        if self.ended != self.epoch or self.update > update:
+            self.ended = self.epoch
+            self._call("on_epoch_end")
         if not over:
-            self.epoch, self.positions = self.epoch + 1, None
+            self.epoch += 1
         return over or self._is_over
 
     @property
@@ -402,9 +410,7 @@ class Trainer:
             K = window.stage.accumulate_grad_batches
             self.record = self._records.of_update(place, outcome, self.loop.lr, K)
             self._call("on_update_end")
-        every = self.settings["validate_every_n_updates"]
-        if every is not None and self.update % every == 0:
-            self._validate()
+        self._validate_if_due()
         over = outcome.stop or self._stops_alone or self.update == self.settings["max_updates"]
         if not over and not self.interrupted:
             keeper.save_if_due(outcome.save)
@@ -414,6 +420,16 @@ class Trainer:
     def _stops_alone(self) -> bool:
         """Whether this process wants to stop and need not ask another."""
         return self._stops and self.strategy.data_parallel_size == 1
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of running, of earlier starts too."""
+        return self._seconds_before + time.perf_counter() - self._since
+
+    def _validate_if_due(self) -> None:
+        every = self.settings["validate_every_n_updates"]
+        if every is not None and self.update and self.update % every == 0:
+            self._validate()
 
     def _validate(self) -> None:
         if self._validation is None or self.validated == self.update:
@@ -429,7 +445,7 @@ class Trainer:
         self._records.restart_clock()
 
     def _finish(self) -> None:
-        self.seconds = time.perf_counter() - self._started
+        self.seconds = self.elapsed
         if not self.interrupted:
             self.strategy.synchronize_buffers(self.model)
         self._keeper.finish()

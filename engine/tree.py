@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-TENSOR, PAIRS, TUPLE, FLOAT = "$tensor", "$pairs", "$tuple", "$float"
-"""Marks of what JSON cannot say: a tensor, a dictionary whose keys are no plain texts, a tuple, nan and inf."""
+TENSOR, PAIRS, COUNTER, TUPLE, FLOAT = "$tensor", "$pairs", "$counter", "$tuple", "$float"
+"""Marks of what JSON cannot say: a tensor, a dictionary whose keys are no plain texts, a Counter, a tuple, nan, inf."""
 
 
 def flatten(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
@@ -20,6 +21,8 @@ def flatten(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     tensors.
     """
     if isinstance(value, Tensor):
+        while path in tensors:  # {"a": {"b": ...}, "a.b": ...}
+            path += "'"
         tensors[path] = value
         return {TENSOR: path}
     if value is None or isinstance(value, str | bool | int):
@@ -27,10 +30,10 @@ def flatten(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else {FLOAT: repr(value)}
     if isinstance(value, Mapping):
-        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+        if not isinstance(value, Counter) and all(isinstance(key, str) and not key.startswith("$") for key in value):
             return {str(key): flatten(item, tensors, _join(path, key)) for key, item in value.items()}
         pairs = [[flatten(k, tensors, path), flatten(v, tensors, _join(path, k))] for k, v in value.items()]
-        return {PAIRS: pairs}
+        return {COUNTER if isinstance(value, Counter) else PAIRS: pairs}
     if isinstance(value, list | tuple):
         items = [flatten(item, tensors, _join(path, number)) for number, item in enumerate(value)]
         return {TUPLE: items} if isinstance(value, tuple) else items
@@ -54,9 +57,18 @@ def restore(value: Any, tensors: Mapping[str, Tensor]) -> Any:
             return tuple(restore(item, tensors) for item in content)
         if mark == PAIRS:
             return {restore(key, tensors): restore(item, tensors) for key, item in content}
+        if mark == COUNTER:  # as MultiStepLR keeps its milestones
+            return Counter({restore(key, tensors): restore(item, tensors) for key, item in content})
         if mark == FLOAT:
             return float(content)
     return {key: restore(item, tensors) for key, item in value.items()}
+
+
+def copied(value: Any) -> Any:
+    """Return a copy of `value` on the CPU that nothing changes any more. Raises ValueError as `flatten` does."""
+    tensors: dict[str, Tensor] = {}
+    plain = flatten(value, tensors)
+    return restore(plain, {path: t.detach().to("cpu", copy=True).contiguous() for path, t in tensors.items()})
 
 
 def dumps(value: Any) -> str:

@@ -124,13 +124,6 @@ class Strategy(ABC):
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index or 0].manual_seed(value)
 
-    def generator_state(self) -> Tensor:
-        """Return the state of those generators, on the CPU: it differs when something was drawn."""
-        state = torch.default_generator.get_state()
-        if self.device.type == "cuda":
-            state = torch.cat([state, torch.cuda.default_generators[self.device.index or 0].get_state()])
-        return state
-
     # One window
 
     def run_window(

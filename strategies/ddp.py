@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from strategies.base import Rows, Strategy
 from strategies.environment import notes, rendezvous, started_local_rank, started_processes, started_rank
@@ -266,6 +267,12 @@ class DDPStrategy(Strategy):
         """Give all processes the buffers of process 0."""
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
+
+    def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
+        """Load what `state_dict` returned; a parameter that has been stepped is one that takes part in forward."""
+        super().load_state_dict(state, optimizer)
+        if optimizer is not None:
+            self._used = next((p for p in self._parameters if p in optimizer.state), None)
 
     def reductions(self) -> tuple[int, int]:
         """Return (buckets, bytes of all gradients): what one window sends, told by DDP's own reducer."""

@@ -63,11 +63,6 @@ class DPStrategy(SingleDeviceStrategy):
             for index in range(self.devices):
                 torch.cuda.default_generators[index].manual_seed(value + index)
 
-    def generator_state(self) -> Tensor:
-        """Return the state of all these generators, on the CPU."""
-        cuda = torch.cuda.default_generators[: self.devices] if self.device.type == "cuda" else ()
-        return torch.cat([generator.get_state() for generator in (torch.default_generator, *cuda)])
-
 
 class _DataParallel(nn.DataParallel[nn.Module]):
     """Its threads know whether autocast is on, but not to which dtype: enter it anew in each replica."""

@@ -41,6 +41,8 @@ COUNTS = "tests/test_collectives.py::test_one_all_reduce_per_bucket_and_one_mess
 LAYOUT = "tests/test_layout.py::test_every_layout_sees_the_same_samples_at_every_update_and_ends_alike"
 DRAWS = "tests/test_layout.py::test_every_sample_and_micro_batch_of_every_epoch_draws_anew"
 
+KILLED = "'tests/test_resume.py::test_killed_twice_and_continued_is_uninterrupted_to_the_bit[3-boundary]'"
+
 LOOP, DDP, BASE, PLAN = "engine/loop.py", "strategies/ddp.py", "strategies/base.py", "engine/plan.py"
 
 MUTATIONS = [
@@ -268,6 +270,70 @@ MUTATIONS = [
         "return self.data_parallel_size * N * K",
         "return N * K",
         "tests/test_strategies.py::test_effective_batches",
+    ),
+    # interruptions
+    Mutation(
+        "forget the weight of the update before", LOOP, '"late_weight": self._late_weight', '"late_weight": 0.0', KILLED
+    ),
+    Mutation("read the epoch again", "engine/map_source.py", "int(positions[0]) if positions else 0", "0", KILLED),
+    Mutation(
+        "forget the optimizer", "strategies/base.py", "            load_named_state(", "            print(", KILLED
+    ),
+    Mutation(
+        "forget the schedule of the learning rate",
+        "engine/run_state.py",
+        'trainer.lr_scheduler.load_state_dict(saved["lr_scheduler"])',
+        "pass",
+        KILLED,
+    ),
+    Mutation(
+        "buffers as each process left them",
+        DDP,
+        "        self._broadcast_buffers_once()\n        return NOTHING_TO_DEFER if",
+        "        is_last_microbatch and self._broadcast_buffers_once()\n        return NOTHING_TO_DEFER if",
+        "tests/test_resume.py::test_buffers_that_forward_reads_are_those_of_the_checkpoint",
+    ),
+    Mutation(
+        "write updates twice into the history",
+        "engine/run_folder.py",
+        "kept.writelines(line for line in lines if _is_before(line, update, validated))",
+        "kept.writelines(lines)",
+        KILLED,
+    ),
+    Mutation(
+        "keep K instead of the effective batch on another P",
+        "engine/trainer.py",
+        "saved is not None and self._has_same_windows(saved)",
+        "False",
+        "tests/test_resume.py::test_a_run_goes_on_with_another_number_of_processes",
+    ),
+    Mutation(
+        "stop alone",
+        LOOP,
+        "        if facts.abort:",
+        "        if self._interrupts.requested:",
+        "tests/test_interrupts.py::test_sigterm_at_random_moments",
+    ),
+    Mutation(
+        "keep the buffers of a window that was dropped",
+        LOOP,
+        "                    buffer.copy_(self._buffers[name])",
+        "                    pass",
+        "tests/test_interrupts.py::test_a_window_that_is_dropped_leaves_no_trace_in_buffers",
+    ),
+    Mutation(
+        "believe a checkpoint",
+        "engine/checkpoint.py",
+        '        if _sha256(file) != expected["sha256"]:',
+        "        if False:",
+        "tests/test_resume.py::test_a_damaged_checkpoint_is_named_and_the_one_before_is_used",
+    ),
+    Mutation(
+        "save while updates are skipped",
+        "engine/keeper.py",
+        "self._folder is None or self._trainer.skipped_in_a_row",
+        "self._folder is None",
+        "tests/test_interrupts.py -k finite",
     ),
 ]
 

@@ -143,7 +143,7 @@ def test_fetching_leaves_the_user_s_generators_alone() -> None:
     expected = state()
     random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
     task = Regression(8)
-    Fetch(Noisy(task.x, task.y), 0).__getitems__(Piece(0, 0, [1, 2, 3]))
+    Fetch(Noisy(task.x, task.y), 0, list).__getitems__(Piece(0, 0, [1, 2, 3]))
     assert state() == expected
 
 

@@ -311,6 +311,36 @@ def test_streams_go_on_where_they_were(kind: type[Stream], stops_at: int, tmp_pa
     assert history(tmp_path / "whole" / "run") == history(tmp_path / "parts" / "run")
 
 
+class Counting(nn.Module):
+    """Forward reads a buffer that it changes, as spectral norm does: processes differ by it within a window."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 1).double()
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.scale.mul_(0.9).add_(0.1 * x.abs().mean())
+        return self.linear(x) / self.scale
+
+
+class Counts(Full):
+    def configure_model(self) -> nn.Module:
+        return Counting()
+
+
+def fit_counting(folder: str, kill: Any) -> Any:
+    return fit(folder, kill, task=Counts())
+
+
+def test_buffers_that_forward_reads_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ChildError):
+        run(2, fit_counting, str(tmp_path / "run"), (0, 10, "boundary"), seconds=30)
+    found = run(2, fit_counting, str(tmp_path / "run"), None)
+    assert same(found, run(2, fit_counting, str(tmp_path / "whole" / "run"), None))
+
+
 def fit_elsewhere(folder: str | None, options: dict[str, Any]) -> Any:
     task = options.pop("task", None) or Full(normalises=False, adaptive=False)
     trainer = Trainer("single", **{"micro_batch_size": N, "max_epochs": 1, "run_dir": folder, **options})
@@ -416,3 +446,51 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
     assert len(list((folder / "checkpoints").glob("update-*"))) <= 2
     resumed = fit_elsewhere(str(tmp_path / "on"), {"resume": str(folder / "checkpoints" / best), **options})
     assert resumed.epoch == 3
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob("update-*"))
+
+
+def test_going_back_leaves_what_came_after_aside(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = {"save_every_n_updates": 3, "keep_last_checkpoints": 2}
+    fit_elsewhere(str(folder), options)
+    assert names(folder) == ["update-00000009", "update-00000012"]
+    back = str(folder / "checkpoints" / "update-00000009")
+    fit_elsewhere(str(folder), {"resume": back, "max_epochs": None, "max_updates": 10, **options})
+    assert names(folder) == ["update-00000009", "update-00000010"]
+    assert len(list((folder / "checkpoints").glob("set-aside-update-00000012-*"))) == 1
+    assert [r["update"] for r in history(folder) if "loss" in r] == list(range(1, 11))
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_started_over(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    fit_elsewhere(str(folder), {})
+    before = history(folder)
+    for name in names(folder):
+        (folder / "checkpoints" / name / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"none of the 1 checkpoints in .* is whole: restore one, or start a new run"):
+        fit_elsewhere(str(folder), {})
+    assert history(folder) == before
+
+
+def test_the_same_command_with_a_path_goes_on_with_its_own_run(tmp_path: Path) -> None:
+    fit_elsewhere(str(tmp_path / "first"), {})
+    options = {"resume": str(tmp_path / "first"), "max_epochs": 3}
+    fit_elsewhere(str(tmp_path / "second"), {**options, "max_updates": 20})
+    assert fit_elsewhere(str(tmp_path / "second"), options).update == 36
+    assert [r["update"] for r in history(tmp_path / "second") if "loss" in r] == list(range(13, 37))
+
+
+def test_another_optimizer_starts_afresh_where_changes_are_allowed(tmp_path: Path) -> None:
+    fit_elsewhere(str(tmp_path / "run"), {})
+    options = {"max_epochs": 2, "task": Full(normalises=False), "resume_with_changes": True}
+    assert fit_elsewhere(str(tmp_path / "run"), options).update == 24
+
+
+def test_a_folder_with_another_s_config_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(FileExistsError, match="is taken"):
+        fit_elsewhere(str(tmp_path), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
