@@ -326,7 +326,7 @@ MUTATIONS = [
         "engine/checkpoint.py",
         '        if _sha256(file) != expected["sha256"]:',
         "        if False:",
-        "tests/test_resume.py::test_a_damaged_checkpoint_is_named_and_the_one_before_is_used",
+        "tests/test_run_dir.py::test_a_damaged_checkpoint_is_named_and_the_one_before_is_used",
     ),
     Mutation(
         "save while updates are skipped",
