@@ -55,10 +55,21 @@ class Keeper:
             except OSError as error:
                 problem = error
         self._raise_together(problem)
+        self._check_shared()
         if saved is not None:
             self._saved_place = self._place
             if self._best:
                 self._best.value = saved["best"]
+
+    def _check_shared(self) -> None:
+        """Raise ValueError where a process does not see the folder: it could not go on from there."""
+        sees = self._strategy.gather(self._folder is not None and (self._folder / "config.json").is_file())
+        if not all(sees) and self._settings["resume"] != "never":
+            blind = ", ".join(str(rank) for rank, does in enumerate(sees) if not does)
+            raise ValueError(
+                f"run_dir={str(self._folder)!r} of process 0 is not there for processes {blind}: name a folder on a "
+                "disk that all hosts share, or use resume='never' for a run that cannot be gone on with."
+            )
 
     @property
     def last(self) -> str:

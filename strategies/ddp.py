@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import os
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -129,6 +130,8 @@ class DDPStrategy(Strategy):
                     f"{torch.cuda.device_count()}. Start as many processes, or use DDPStrategy(device='cpu')."
                 )
             torch.cuda.set_device(self.device)
+            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder: which collective hung
+            os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         if not dist.is_initialized():
             self._owns_group = True
             store = rendezvous(self.timeout)

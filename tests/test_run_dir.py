@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from processes import ChildError, run
 from test_resume import Full, N, history, same
 from torch import nn
 from toy import Samples
@@ -119,6 +121,21 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
     assert len(list((folder / "checkpoints").glob("update-*"))) <= 2
     resumed = fit_elsewhere(str(tmp_path / "on"), {"resume": str(folder / "checkpoints" / best), **options})
     assert resumed.epoch == 3
+
+
+def fit_blind(parent: Path, resume: str) -> int:
+    os.chdir(parent / str(torch.distributed.get_rank()))  # as on another host: the same name is another folder
+    trainer = Trainer("ddp", micro_batch_size=4, max_epochs=1, run_dir=resume, resume=resume)
+    trainer.fit(Full(normalises=False))
+    return trainer.update
+
+
+def test_a_folder_that_not_all_hosts_see(tmp_path: Path) -> None:
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    with pytest.raises(ChildError, match="of process 0 is not there for processes 1: name a folder on a disk that all"):
+        run(2, fit_blind, tmp_path, "auto", seconds=30)
+    assert run(2, fit_blind, tmp_path, "never", seconds=30) == [3, 3]
 
 
 def names(folder: Path) -> list[str]:
