@@ -63,6 +63,14 @@ class Wishes(NamedTuple):
 NOTHING = Wishes()
 
 
+def total(values: Sequence[float]) -> float:
+    """Return the sum, exactly rounded where it is finite: the same for any number of processes."""
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):  # 1e308 + 1e308, or inf - inf
+        return sum(values)
+
+
 def check_norms(norms: Sequence[float], update: int) -> None:
     """Compare the gradient norms of the update before `update`. Raises ReplicaError where one differs.
 

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from engine.agreement import CAUSES, NOTHING, Facts, Outcome, ProcessFailureError, ReplicaError, Wishes, check_norms
+from engine.agreement import (
+    CAUSES,
+    NOTHING,
+    Facts,
+    Outcome,
+    ProcessFailureError,
+    ReplicaError,
+    Wishes,
+    check_norms,
+    total,
+)
 from engine.checks import check_gradients
 from engine.interrupts import Interrupted, Interrupts
 from engine.loss import Loss
@@ -232,7 +242,7 @@ class Loop:
         if self._receive is None:
             raise ValueError("backward was not called for the window's last micro-batch: call it for each.")
         rows = self._receive()
-        facts = Facts(*map(math.fsum, zip(*rows, strict=True)))
+        facts = Facts(*map(total, zip(*rows, strict=True)))
         if facts.failed:
             raise self._other_failure(update)
         check_norms([row[-1] for row in rows], update)

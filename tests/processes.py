@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -14,6 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+import torch._dynamo  # the first optimizer imports it: once here, not in each process
 import torch.distributed as dist
 
 
@@ -67,6 +69,7 @@ def _child(
 ) -> None:
     try:
         torch.set_num_threads(1)
+        gc.freeze()  # what was there before the fork is not this process's to collect
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(P))
         if group:
             dist.init_process_group(

@@ -50,6 +50,24 @@ def fit_exploding() -> Any:
     return [r["skipped"] for r in watch.records], run_.skipped, parameters(run_.model), before
 
 
+class Opposite(Regression):
+    """Its losses are infinite, of one sign on one process and of the other on the other."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        x, _, index = batch
+        return Loss(model(x).sum() * 0 + (math.inf if index[0] % 2 else -math.inf), len(x))
+
+
+def fit_opposite() -> int:
+    run_ = trainer(strategy="ddp", micro_batch_size=1, accumulate_grad_batches=1, shuffle=False, callbacks=Watch())
+    run_.fit(Opposite(4))
+    return run_.skipped
+
+
+def test_losses_that_have_no_sum_are_skipped_as_others_that_are_not_finite() -> None:
+    assert run(2, fit_opposite) == [4, 4]
+
+
 class Before(Callback):
     def on_fit_start(self, trainer: Any) -> None:
         self.start = parameters(trainer.model)
