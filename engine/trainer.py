@@ -165,6 +165,8 @@ class Trainer:
         """The epochs of the last `on_epoch_start` and `on_epoch_end`."""
         self.seconds = 0.0
         """Seconds of running, those before an interruption included."""
+        self.costs: dict[str, Any] = {}
+        """What saving has cost."""
         self.interrupted = ""
         """The signal that ended the run before its end, if one did."""
         self.positions: Any = None
@@ -449,6 +451,7 @@ class Trainer:
         if not self.interrupted:
             self.strategy.synchronize_buffers(self.model)
         self._keeper.finish()
+        self.costs = self._keeper.costs
         if self.interrupted:
             if self.strategy.rank == 0:
                 log.warning(
@@ -461,7 +464,7 @@ class Trainer:
         if self.settings["run_dir"] is not None:
             parts = self.strategy.state_dict() if self.strategy.rank == 0 or not self.strategy.holds_all else {}
             if self.run is not None:
-                self.run.write("summary.json", {**summarize(self, self.seconds), **self._keeper.costs})
+                self.run.write("summary.json", {**summarize(self, self.seconds), **self.costs})
                 self.run.save_weights(parts["model"])
         self._call("on_fit_end")
 
