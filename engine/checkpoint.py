@@ -15,7 +15,6 @@ damaged later is noticed when it is read.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -52,16 +51,15 @@ class CheckpointError(ValueError):
 def write(folder: Path, update: int, model: Mapping[str, Any], state: Mapping[str, Any]) -> Path:
     """Write a checkpoint into `folder` and point to it; return its path.
 
-    Raises OSError, and then leaves nothing behind. `model` maps names to CPU tensors (and extra state); `state` is
+    Raises OSError, and then leaves no part behind. `model` maps names to CPU tensors (and extra state); `state` is
     nested: see `tree.flatten`.
     """
     from safetensors.torch import save_file
 
-    name = f"update-{update:08d}"
-    times = itertools.count(2)
-    final = folder / name
-    while final.exists():  # this update was saved before; that one stays until it is not needed
-        final = folder / f"{name}-{next(times)}"
+    final = folder / f"update-{update:08d}"
+    before = [-age(path)[1] for path in candidates(folder) if age(path)[0] == -update]
+    if before:  # this update was saved already; that one stays until it is not needed
+        final = folder / f"{final.name}-{max(before) + 1}"
     tensors: dict[str, Tensor] = {}
     weights = {name: value.contiguous() for name, value in model.items() if isinstance(value, Tensor)}
     extra = {name: value for name, value in model.items() if not isinstance(value, Tensor)}
@@ -111,7 +109,8 @@ def verify(path: Path) -> str:
         text = _small(path / MANIFEST)
         manifest = json.loads(text)
         found, files = manifest["format"], manifest["files"]
-        if found == FORMAT and (set(files) != set(FILES) or any(set(f) != {"size", "sha256"} for f in files.values())):
+        is_ours = set(files) == set(FILES) and all(f.keys() == {"size", "sha256"} for f in files.values())
+        if found == FORMAT and not is_ours:
             raise ValueError(f"it lists {sorted(files)}")
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} is incomplete or none: it has no {MANIFEST}.") from None
@@ -149,8 +148,9 @@ def age(path: Path) -> tuple[int, int]:
 
 def pointed(folder: Path, pointer: str) -> str | None:
     """Return the name that a pointer holds, if it holds one."""
+    path = folder / pointer
     try:
-        return (folder / pointer).read_text()[:100].strip()
+        return path.read_text()[:100].strip() if path.is_file() and path.stat().st_size < 1000 else None
     except (OSError, UnicodeDecodeError):
         return None
 
@@ -174,12 +174,15 @@ def remove(path: Path) -> None:
 def remove_parts(folder: Path) -> None:
     """Remove what a writer that was killed left behind."""
     for part in folder.glob(".*.part"):
-        shutil.rmtree(part, ignore_errors=True)
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink()
 
 
 def _small(path: Path) -> str:
-    if path.is_symlink():
-        raise ValueError(f"{path.name} is a link")
+    if path.exists() and (path.is_symlink() or not path.is_file()):
+        raise ValueError(f"{path.name} is no file")
     if path.stat().st_size > LARGEST_JSON:
         raise ValueError(f"{path.name} has {path.stat().st_size} bytes")
     return path.read_text()

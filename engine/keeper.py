@@ -29,6 +29,7 @@ class Keeper:
         self._best = Best(self._settings["keep_best"]) if self._settings["keep_best"] else None
         self._saver: Saver | None = None
         self._saved_at = time.perf_counter()
+        self._stalled = 0.0
         self._saved_place: tuple[int, int] | None = None
         self.run: RunFolder | None = None
         """The folder, on process 0."""
@@ -48,18 +49,17 @@ class Keeper:
         if self._strategy.rank == 0:
             try:
                 self.run = RunFolder(self._folder, takes_over=self._settings["resume"] != "never")
-                self.run.rewind(self._trainer.update, self._trainer.validated)
                 self.run.write("config.json", {MARK: FORMAT, **configuration})
-                folder = self._folder / "checkpoints"
-                self._saver = Saver(folder, self._settings["keep_last_checkpoints"], saved.path if saved else None)
+                self.run.rewind(self._trainer.update, self._trainer.validated)
+                self._saver = Saver(self._folder / "checkpoints", self._settings["keep_last_checkpoints"])
+                if saved is not None:
+                    self._saver.take_up(saved.path, saved["best"])
             except OSError as error:
                 problem = error
         self._raise_together(problem)
         self._check_shared()
         if saved is not None:
             self._saved_place = self._place
-            if self._best:
-                self._best.value = saved["best"]
 
     def _check_shared(self) -> None:
         """Raise ValueError where a process does not see the folder: it could not go on from there."""
@@ -95,44 +95,62 @@ class Keeper:
             self.save()
 
     def save_if_best(self) -> None:
-        """Save after a validation that is the best so far."""
-        if self._best is not None and self._best.improves(self._trainer.metrics):
-            self.save(is_best=True)
+        """Save after a validation that is the best of those that have been kept."""
+        if self._best is None:
+            return
+        value = self._best.value(self._trainer.metrics)
+        if self._saver is not None:
+            self._saver.wait()
+        best = self._strategy.gather(self._saver.best if self._saver else None)[0]
+        if self._best.improves(value, best):
+            self.save(best=value)
 
-    def save(self, is_best: bool = False, is_last: bool = False) -> None:
+    def save(self, best: float | None = None, is_last: bool = False) -> None:
         """Save now, in the background: nothing a second time, and no run of skipped updates before its end."""
         if self._folder is None or (self._trainer.skipped_in_a_row and not is_last):
             return
-        if self._saved_place == self._place and not is_best:
+        if self._saved_place == self._place and best is None:
             return
         started = time.perf_counter()
         self._trainer.loop.check_replicas(self._trainer.update)
         self._trainer.seconds = self._trainer.elapsed
         model, state = snapshot(self._trainer)
-        state["best"] = self._best.value if self._best else None
         if self._saver is not None:
-            self._saver.save(self._trainer.update, model, state, is_best)
-            self._saver.seconds_stalled += time.perf_counter() - started
+            self._saver.wait()
+            known = best if best is not None else self._saver.best
+            state["best"] = None if known is None else {"value": known, "is_this": best is not None}
+            self._saver.save(self._trainer.update, model, state, best)
+        self._stalled += time.perf_counter() - started
         self._saved_at, self._saved_place = time.perf_counter(), self._place
         self._interrupts.wants_save = False
 
     def finish(self) -> None:
-        """Save, and wait until it is written. Raises on all processes what the writing failed with."""
+        """Save, and wait until it is written; try once more where that failed.
+
+        Raises on all processes what the writing failed with: the run must not end as if it were kept.
+        """
+        if self._folder is None:
+            return
         self.save(is_last=True)
-        problem: Exception | None = None
+        if self._has_failed():
+            self._saved_place = None
+            self.save(is_last=True)
+            self._has_failed()
+            self._raise_together(self._saver.error if self._saver else None)
+
+    def _has_failed(self) -> bool:
+        """Wait for the last save, and return whether it failed, on all processes."""
+        started = time.perf_counter()
         if self._saver is not None:
-            try:
-                self._saver.finish()
-            except Exception as error:
-                problem = error
-        if self._folder is not None:
-            self._raise_together(problem)
+            self._saver.wait()
+        self._stalled += time.perf_counter() - started
+        return bool(self._strategy.gather(self._saver is not None and self._saver.error is not None)[0])
 
     @property
     def costs(self) -> dict[str, Any]:
         """What saving has cost, for the summary."""
         saver = self._saver
-        return {"saves": saver.saves, "seconds_stalled_by_saves": round(saver.seconds_stalled, 3)} if saver else {}
+        return {"saves": saver.saves, "seconds_stalled_by_saves": round(self._stalled, 3)} if saver else {}
 
     @property
     def _place(self) -> tuple[int, int]:

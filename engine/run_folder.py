@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
+
+log = logging.getLogger("tally")
 
 
 class Logger(Protocol):
@@ -37,29 +41,43 @@ class RunFolder:
             raise FileExistsError(f"run_dir={str(path)!r} is taken: a run never overwrites another; {way_out}.")
         self.path.mkdir(parents=True, exist_ok=True)
         self._encode = json.JSONEncoder(allow_nan=False).encode
-        self._metrics = (self.path / "metrics.jsonl").open("a", buffering=1)  # a killed run keeps every line
+        self._metrics: FileIO | None = None
+        self._unwritten = b""
+        self._is_full = False
 
     def rewind(self, update: int, validated: int) -> None:
         """Cut what metrics.jsonl has of updates after `update` and validations after `validated`: they come again."""
         history = self.path / "metrics.jsonl"
         part = history.with_suffix(".part")
+        history.touch()
         with history.open(errors="replace") as lines, part.open("w") as kept:
             kept.writelines(line for line in lines if _is_before(line, update, validated))
-        self._metrics.close()
         part.replace(history)
-        self._metrics = history.open("a", buffering=1)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl; where the disk is full, keep it for the next time."""
         try:
             line = self._encode(record)
         except ValueError:  # JSON has no NaN
             line = self._encode(_finite(record))
-        self._metrics.write(line + "\n")
+        self._unwritten += line.encode() + b"\n"
+        try:
+            if self._metrics is None:
+                self._metrics = (self.path / "metrics.jsonl").open("ab", buffering=0)  # a killed run keeps every line
+            self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
+            self._is_full = False
+        except OSError as error:
+            if not self._is_full:
+                log.error(
+                    "metrics.jsonl could not be written: %s. Training goes on and keeps the lines for later.", error
+                )
+            self._is_full = True
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write one JSON file."""
-        (self.path / name).write_text(json.dumps(_finite(content), indent=2, default=str) + "\n")
+        """Write one JSON file, whole or not at all."""
+        part = self.path / f"{name}.part"
+        part.write_text(json.dumps(_finite(content), indent=2, default=str) + "\n")
+        part.replace(self.path / name)
 
     def save_weights(self, state: Mapping[str, Any]) -> None:
         """Write model.safetensors, under the user's own parameter names: tensors, and no extra state."""
@@ -71,8 +89,11 @@ class RunFolder:
         )
 
     def close(self) -> None:
-        """Write what is still in memory."""
-        self._metrics.close()
+        """Write what is still in memory. Raises OSError where that cannot be."""
+        if self._metrics is not None:
+            with self._metrics as metrics:
+                metrics.write(self._unwritten)
+            self._metrics, self._unwritten = None, b""
 
 
 MARK = "a run of Tally"
@@ -80,6 +101,8 @@ MARK = "a run of Tally"
 
 
 def _is_a_run(path: Path) -> bool:
+    if any(path.glob("checkpoints/update-*/manifest.json")):
+        return True
     try:
         return MARK in json.loads((path / "config.json").read_text())
     except (OSError, ValueError, TypeError):
@@ -89,7 +112,7 @@ def _is_a_run(path: Path) -> bool:
 def _is_before(line: str, update: int, validated: int) -> bool:
     try:
         record = json.loads(line)
-        return bool(record["update"] <= (update if "loss" in record else validated))
+        return line.endswith("\n") and bool(record["update"] <= (update if "loss" in record else validated))
     except (ValueError, KeyError, TypeError):  # a line that a killed process did not end
         return False
 

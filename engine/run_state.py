@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import Tensor, nn
 
 from engine import checkpoint, tree
 from engine.checkpoint import CheckpointError
-from engine.schedule import Schedule, solve
+from engine.schedule import Schedule, Unit, solve
 from strategies import Strategy
 
 if TYPE_CHECKING:
@@ -33,6 +34,24 @@ DECIDES = (
 )
 """Settings without which a run would not be the same run. P is not among them, nor is where the run ends."""
 
+COUNTERS: dict[str, Any] = {
+    "epoch": 0,
+    "update": 0,
+    "samples": 0,
+    "skipped": 0,
+    "skipped_in_a_row": 0,
+    "validated": 0,
+    "begun": -1,
+    "ended": -1,
+    "seconds": 0.0,
+    "record": {},
+    "metrics": {},
+}
+"""What a trainer counts, and where it begins."""
+
+POSITION = {"epoch": int, "place": int, "taken": int, "ended": bool, "state": None}
+"""What a stream's position holds; that of a dataset is the epoch and an offset."""
+
 
 class Saved:
     """A checkpoint that was read: model, and state by topic."""
@@ -40,13 +59,39 @@ class Saved:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.model, self._state = checkpoint.read(path)
+        try:
+            self._check()
+        except (AssertionError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"checkpoint {path} does not hold what it should: {error!r}") from error
 
     def __getitem__(self, topic: str) -> Any:
-        """Return the state of a topic. Raises CheckpointError where there is none."""
-        try:
-            return self._state[topic]
-        except KeyError:
-            raise CheckpointError(f"checkpoint {self.path} holds nothing on {topic!r}: it is damaged.") from None
+        """Return the state of a topic."""
+        return self._state[topic]
+
+    def _check(self) -> None:
+        """Make sure that the state is of the right kinds: the file may be anybody's."""
+        state = self._state
+        for name, value in COUNTERS.items():
+            _expect(type(state["run"][name]) is type(value), f"run.{name}")
+            _expect(not isinstance(value, int) or state["run"][name] >= value, f"run.{name}")
+        positions = state["positions"]
+        _expect(positions is None or (isinstance(positions, list) and len(positions) > 0), "positions")
+        for position in positions or ():
+            is_offset = isinstance(position, tuple) and [type(part) for part in position] == [int, int]
+            kinds = {name: type(part) for name, part in position.items()} if isinstance(position, dict) else {}
+            _expect(is_offset or {**kinds, "state": None} == POSITION, "positions")
+        stages = state["schedule"]["effective_batches"]
+        _expect(all(type(n) is int for pair in stages.items() for n in pair) and min(stages) == 0, "schedule")
+        _expect(min(stages.values()) > 0 and state["schedule"]["unit"] in get_args(Unit), "schedule")
+        for name in ("decides", "loop", "optimizer"):
+            _expect(isinstance(state[name], dict), name)
+        _expect(0 <= state["loop"]["late_weight"] < math.inf, "loop.late_weight")
+        _expect(state["best"] is None or isinstance(state["best"]["value"], float), "best")
+
+
+def _expect(is_so: bool, name: str) -> None:
+    if not is_so:
+        raise ValueError(name)
 
 
 def find(resume: str, folder: Path | None, strategy: Strategy) -> Saved | None:
@@ -100,7 +145,7 @@ def _choose(resume: str, folder: Path | None) -> tuple[str, str] | None:
 def _unlike(path: Path, identity: str) -> str:
     try:
         return "" if checkpoint.verify(path) == identity else "it has another one there"
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         return str(error)
 
 
@@ -113,7 +158,7 @@ def snapshot(trainer: Trainer) -> tuple[Mapping[str, Any], dict[str, Any]]:
         parts = strategy.state_dict(trainer.optimizer)
     scheduler = trainer.lr_scheduler
     rest = {
-        "run": {name: getattr(trainer, name) for name in trainer.COUNTERS},
+        "run": {name: getattr(trainer, name) for name in COUNTERS},
         "positions": positions,
         "schedule": {
             "unit": trainer.schedule.unit,
@@ -156,7 +201,7 @@ def restore(trainer: Trainer, saved: Saved, allows_changes: bool) -> None:
         if trainer.lr_scheduler is not None and mine["the LR scheduler"] == theirs["the LR scheduler"]:
             trainer.lr_scheduler.load_state_dict(saved["lr_scheduler"])
         trainer.loop.load_state_dict(saved["loop"], mine["precision"] == theirs["precision"])
-        for name in trainer.COUNTERS:
+        for name in COUNTERS:
             setattr(trainer, name, saved["run"][name])
         callbacks = list(trainer.callbacks)
         for name, state in saved["callbacks"]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
-import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,38 +26,34 @@ class Best:
         self.mode, _, self.metric = rule.partition(":")
         if self.mode not in ("min", "max") or not self.metric:
             raise ValueError(f"keep_best={rule!r}: give min:METRIC or max:METRIC, as in max:accuracy.")
-        self.value: float | None = None
 
-    def improves(self, metrics: Mapping[str, float]) -> bool:
-        """Note new means; return whether they are the best so far. Raises ValueError where the metric is missing."""
+    def value(self, metrics: Mapping[str, float]) -> float:
+        """Return the metric that decides. Raises ValueError where it is missing."""
         if self.metric not in metrics:
             raise ValueError(f"keep_best={self.mode}:{self.metric}: evaluate() returns {', '.join(metrics)}.")
-        value = metrics[self.metric]
-        better = self.value is None or (value < self.value if self.mode == "min" else value > self.value)
-        if better and value == value:
-            self.value = value
-            return True
-        return False
+        return float(metrics[self.metric])
+
+    def improves(self, value: float, best: float | None) -> bool:
+        """Whether `value` is better than the best so far. NaN is not."""
+        return not math.isnan(value) and (best is None or (value < best if self.mode == "min" else value > best))
 
 
 class Saver:
     """Writes checkpoints into `folder`, one at a time. A save that fails is told of loudly; training goes on."""
 
-    def __init__(self, folder: Path, keep_last: int, resumed: Path | None = None) -> None:
+    def __init__(self, folder: Path, keep_last: int) -> None:
         self._folder = folder
         self._keep_last = keep_last
         self._writing: threading.Thread | None = None
-        self._error: Exception | None = None
+        self.error: Exception | None = None
+        """What the last save failed with, if it did."""
+        self.best: float | None = None
+        """The metric of the best checkpoint, once that is there."""
         self.last: Path | None = next(iter(checkpoint.candidates(folder)), None)
         """The newest whole checkpoint."""
         self.saves = 0
-        self.seconds_stalled = 0.0
-        """How long training has waited for saves."""
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_parts(folder)
-        if resumed is not None and resumed.parent.resolve() == folder.resolve():
-            self._set_aside(resumed)
-            self.last = resumed
         probe = folder / f".{uuid.uuid4().hex}.part"
         probe.write_bytes(os.urandom(4096))  # a full or read-only disk is found now
         probe.unlink()
@@ -67,36 +63,40 @@ class Saver:
         """Whether the save before is still being written."""
         return self._writing is not None and self._writing.is_alive()
 
-    def save(self, update: int, model: Mapping[str, Any], state: Mapping[str, Any], is_best: bool = False) -> None:
-        """Start writing a checkpoint; wait first for the one before."""
+    def save(self, update: int, model: Mapping[str, Any], state: Mapping[str, Any], best: float | None = None) -> None:
+        """Start writing a checkpoint, of metric `best` if it is the best; wait first for the one before."""
         self.wait()
-        self._writing = threading.Thread(target=self._write, args=(update, model, state, is_best), name="tally-save")
+        self._writing = threading.Thread(target=self._write, args=(update, model, state, best), name="tally-save")
         self._writing.start()
 
     def wait(self) -> None:
         """Wait until nothing is being written."""
         if self._writing is not None:
-            started = time.perf_counter()
             self._writing.join()
             self._writing = None
-            self.seconds_stalled += time.perf_counter() - started
 
-    def finish(self) -> None:
-        """Wait for the last save. Raises what that one failed with: the run must not end as if it were kept."""
-        self.wait()
-        if self._error is not None:
-            raise self._error
+    def take_up(self, resumed: Path, best: Mapping[str, Any] | None) -> None:
+        """Go on from a checkpoint: what is newer in this folder is set aside, and the best is the one it knew."""
+        if resumed.parent.resolve() != self._folder.resolve():
+            return
+        self._set_aside(resumed)
+        self.last = resumed
+        if best is not None:
+            self.best = best["value"]
+            if best["is_this"]:
+                checkpoint.point_to(self._folder, BEST, resumed.name)
 
-    def _write(self, update: int, model: Mapping[str, Any], state: Mapping[str, Any], is_best: bool) -> None:
+    def _write(self, update: int, model: Mapping[str, Any], state: Mapping[str, Any], best: float | None) -> None:
         try:
             self.last = checkpoint.write(self._folder, update, model, state)
             self.saves += 1
-            if is_best:
+            if best is not None:
                 checkpoint.point_to(self._folder, BEST, self.last.name)
+                self.best = best
             self._prune()
-            self._error = None
+            self.error = None
         except Exception as error:  # a full disk, above all: safetensors has an error of its own for it
-            self._error = error
+            self.error = error
             kept = f"the last whole one is {self.last}" if self.last else "there is none yet"
             log.error(
                 "the checkpoint of update %d could not be saved: %s. Training goes on and tries again at the next; %s.",

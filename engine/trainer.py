@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from copy import copy
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -36,7 +36,7 @@ from engine.precision import autocast, numerics
 from engine.randomness import EPOCH_STREAM, seed_everything
 from engine.records import Records
 from engine.run_folder import Logger, RunFolder
-from engine.run_state import WINDOWS, Saved, class_path, load_weights, restore, schedule_of
+from engine.run_state import COUNTERS, WINDOWS, Saved, class_path, load_weights, restore, schedule_of
 from engine.schedule import Schedule, make_schedule
 from engine.summary import summarize
 from engine.task import Task
@@ -88,21 +88,6 @@ class Trainer:
 
     Raises ValueError for an argument that cannot be, naming it and the way out, before anything starts.
     """
-
-    COUNTERS: ClassVar[dict[str, Any]] = {
-        "epoch": 0,
-        "update": 0,
-        "samples": 0,
-        "skipped": 0,
-        "skipped_in_a_row": 0,
-        "validated": 0,
-        "begun": -1,
-        "ended": -1,
-        "seconds": 0.0,
-        "record": {},
-        "metrics": {},
-    }
-    """What a run counts, and where it begins: kept by checkpoints."""
 
     def __init__(
         self,
@@ -273,7 +258,7 @@ class Trainer:
         """Build data, model and optimizer, and check each as soon as it is there."""
         strategy, seed = self.strategy, self.settings["seed"]
         self.task = task
-        for name, value in self.COUNTERS.items():
+        for name, value in COUNTERS.items():
             setattr(self, name, copy(value))
         self.positions = self._resumed = None
         self.interrupted, self._stops = "", False

@@ -27,18 +27,18 @@ def flatten(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
         return {TENSOR: path}
     if value is None or isinstance(value, str | bool | int):
         return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {FLOAT: repr(value)}
+    if isinstance(value, float):  # numpy.float64 is one
+        return float(value) if math.isfinite(value) else {FLOAT: repr(float(value))}
     if isinstance(value, Mapping):
         if not isinstance(value, Counter) and all(isinstance(key, str) and not key.startswith("$") for key in value):
-            return {str(key): flatten(item, tensors, _join(path, key)) for key, item in value.items()}
+            return {str.__str__(key): flatten(item, tensors, _join(path, key)) for key, item in value.items()}
         pairs = [[flatten(k, tensors, path), flatten(v, tensors, _join(path, k))] for k, v in value.items()]
         return {COUNTER if isinstance(value, Counter) else PAIRS: pairs}
     if isinstance(value, list | tuple):
         items = [flatten(item, tensors, _join(path, number)) for number, item in enumerate(value)]
         return {TUPLE: items} if isinstance(value, tuple) else items
     raise ValueError(
-        f"the state {path or 'of'!r} is a {type(value).__module__}.{type(value).__qualname__}: a checkpoint holds "
+        f"the state {path or 'itself'!r} is a {type(value).__module__}.{type(value).__qualname__}: a checkpoint holds "
         "dictionaries, lists, tuples, texts, numbers and tensors only."
     )
 
