@@ -118,8 +118,8 @@ MUTATIONS = [
     Mutation(
         "gradients leak into the next window",
         LOOP,
-        "        self.strategy.clear_gradients()",
-        "        self.optimizer.zero_grad()",
+        "        self.strategy.clear_gradients()\n        if facts.weight",
+        "        self.optimizer.zero_grad()\n        if facts.weight",
         "tests/test_loop.py::test_gradients_that_no_optimizer_holds_do_not_leak_into_the_next_window",
     ),
     Mutation(
@@ -188,8 +188,8 @@ MUTATIONS = [
     Mutation(
         "seed the model by process",
         "engine/randomness.py",
-        "if self._draws:\n            self._strategy.seed((",
-        "if self._draws:\n            self._strategy.seed((self._strategy.rank + ",
+        "self._strategy.seed((self._key",
+        "self._strategy.seed((self._strategy.rank + self._key",
         "tests/test_layout.py::test_dropout_and_augmentation_do_not_know_P",
     ),
     Mutation(
@@ -214,7 +214,13 @@ MUTATIONS = [
         "tests/test_loop.py::test_a_validation_mean_is_that_over_all_samples_once",
     ),
     # processes
-    Mutation("reduce every micro-batch", DDP, "return self._ddp.no_sync()", "return NOTHING_TO_DEFER", COUNTS),
+    Mutation(
+        "reduce every micro-batch",
+        DDP,
+        "NOTHING_TO_DEFER if is_last_microbatch else self._ddp.no_sync()",
+        "NOTHING_TO_DEFER",
+        COUNTS,
+    ),
     Mutation(
         "the context around backward only",
         BASE,
@@ -246,7 +252,7 @@ MUTATIONS = [
     Mutation(
         "do not compare replicas",
         "engine/trainer.py",
-        "            self._loop.check_replicas(self.update)\n",
+        "        self.loop.check_replicas(self.update)\n",
         "",
         "tests/test_replicas.py::test_replicas_that_diverge_stop_the_run_on_all_processes",
     ),
@@ -275,7 +281,13 @@ MUTATIONS = [
     Mutation(
         "forget the weight of the update before", LOOP, '"late_weight": self._late_weight', '"late_weight": 0.0', KILLED
     ),
-    Mutation("read the epoch again", "engine/map_source.py", "int(positions[0]) if positions else 0", "0", KILLED),
+    Mutation(
+        "read the epoch again",
+        "engine/map_source.py",
+        "positions[0][1] if positions and positions[0][0] == epoch else 0",
+        "0",
+        KILLED,
+    ),
     Mutation(
         "forget the optimizer", "strategies/base.py", "            load_named_state(", "            print(", KILLED
     ),
@@ -331,7 +343,7 @@ MUTATIONS = [
     Mutation(
         "save while updates are skipped",
         "engine/keeper.py",
-        "self._folder is None or self._trainer.skipped_in_a_row",
+        "self._folder is None or (self._trainer.skipped_in_a_row and not is_last)",
         "self._folder is None",
         "tests/test_interrupts.py -k finite",
     ),

@@ -98,7 +98,9 @@ def test_a_number_of_numpy_s_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert math.isnan(checkpoint.read(checkpoint.write(tmp_path, 1, {}, {"best": np.float64("nan")}))[1]["best"])
 
 
-@pytest.mark.parametrize("value", [{1}, object(), print, int, np.ones(1), np.int64(1), b"bytes", 1j], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value", [{1}, object(), print, int, np.ones(1), np.int64(1), b"bytes", 1j], ids=lambda value: type(value).__name__
+)
 def test_anything_else_is_refused_by_name(tmp_path: Path, value: Any) -> None:
     with pytest.raises(ValueError, match=r"'callbacks\.0\.mine' is a (builtins|numpy)\."):
         checkpoint.write(tmp_path, 1, {}, {"callbacks": [{"mine": value}]})

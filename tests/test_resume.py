@@ -330,12 +330,11 @@ class Counts(Full):
         return Counting()
 
 
-def fit_counting(folder: str, kill: Any) -> Any:
-    return fit(folder, kill, task=Counts())
+def fit_counting(folder: str, stops_at: int | None) -> Any:
+    return fit(folder, stops_at=stops_at, task=Counts())
 
 
 def test_buffers_that_forward_reads_are_those_of_the_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(ChildError):
-        run(2, fit_counting, str(tmp_path / "run"), (0, 10, "boundary"), seconds=30)
+    run(2, fit_counting, str(tmp_path / "run"), 10)  # no validation has made them alike since
     found = run(2, fit_counting, str(tmp_path / "run"), None)
     assert same(found, run(2, fit_counting, str(tmp_path / "whole" / "run"), None))
