@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mutations import MUTATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").glob("*.md")))]
@@ -71,6 +72,11 @@ def test_a_strategy_of_the_docs_trains(tmp_path: Path, block: int, path: str) ->
     options = ["--trainer.max_epochs=1", f"--trainer.strategy={path}", "--trainer.run_dir=run"]
     python(tmp_path, str(ROOT / "engine" / "run.py"), *options)
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_the_table_of_faults_is_that_of_the_script() -> None:
+    rows = re.findall(r"^\| (.*) \| `(\S+)` \| `\S+` \|$", (ROOT / "docs/testing.md").read_text(), re.MULTILINE)
+    assert rows == [(mutation.fault, mutation.file) for mutation in MUTATIONS]
 
 
 @pytest.mark.parametrize("page", PAGES)
