@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from engine.agreement import NonFiniteError, ProcessFailureError, Wishes
+from engine.agreement import ProcessFailureError
 from engine.callbacks import Callback, Progress
 from engine.checks import (
     check_configurations_agree,
@@ -25,15 +25,15 @@ from engine.checks import (
     the_scheduler,
 )
 from engine.data import make_plan, make_source
+from engine.epochs import Epochs
 from engine.evaluation import Evaluation
 from engine.interrupts import Interrupts
 from engine.keeper import Keeper
 from engine.loop import Loop, LoopOptions
 from engine.map_source import LoaderOptions
-from engine.order import mix
 from engine.plan import Plan
 from engine.precision import autocast, numerics
-from engine.randomness import EPOCH_STREAM, seed_everything
+from engine.randomness import seed_everything
 from engine.records import Records
 from engine.run_folder import Logger, RunFolder
 from engine.run_state import COUNTERS, WINDOWS, Saved, class_path, load_weights, restore, schedule_of
@@ -41,7 +41,6 @@ from engine.schedule import Schedule, make_schedule
 from engine.summary import summarize
 from engine.task import Task
 from engine.watch import FAILURE, Watch, lost_contact
-from engine.window import Window
 from strategies import Strategy, resolve
 
 log = logging.getLogger("tally")
@@ -172,8 +171,9 @@ class Trainer:
         self.run: RunFolder | None = None
         self._records = Records([])
         self._keeper: Keeper
-        self._resumed: Any = None  # where each process's data stood
-        self._stops = False
+        self.stops = False
+        """Whether `stop()` was called."""
+        self._began = 0.0
 
     def fit(self, task: Task) -> None:
         """Train `task` to where the run ends, from its start or from the checkpoint that `resume` finds.
@@ -188,9 +188,7 @@ class Trainer:
             try:
                 self.strategy.setup()
                 with self._interrupts if keeps else nullcontext(), Watch(self):
-                    self._build(task)
-                    self._call("on_fit_start")
-                    self._run_epochs()
+                    self._build(task).run()
                     self._finish()
             except BaseException as exception:
                 for callback in self.callbacks:
@@ -199,10 +197,10 @@ class Trainer:
                     self._tell_of(exception)
                 raise
             finally:
-                self._records.close()
-                for part in ("loop", "_source", "_validation", "_keeper"):  # hooks and workers end with the run
+                for part in ("loop", "_keeper"):  # hooks and workers end with the run
                     vars(self).pop(part, None)
                 self.strategy.teardown()
+                self._records.close()
 
     def validate(self, task: Task) -> dict[str, float]:
         """Return the means of `task.evaluate` over its validation data: of the model just trained, else of a new one.
@@ -230,9 +228,14 @@ class Trainer:
             return self.plan.updates
         return self.settings["max_updates"] if self.settings["max_epochs"] is None else None
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds of running, of earlier starts too."""
+        return time.perf_counter() - self._began
+
     def stop(self) -> None:
         """End the run: at once in one process; with several, all together after the next update."""
-        self._stops = True
+        self.stops = True
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -254,14 +257,14 @@ class Trainer:
         """N, samples per micro-batch."""
         return int(self.settings["micro_batch_size"])
 
-    def _build(self, task: Task) -> None:
-        """Build data, model and optimizer, and check each as soon as it is there."""
+    def _build(self, task: Task) -> Epochs:
+        """Build data, model and optimizer, check each as soon as it is there, and return what runs them."""
         strategy, seed = self.strategy, self.settings["seed"]
         self.task = task
         for name, value in COUNTERS.items():
             setattr(self, name, copy(value))
-        self.positions = self._resumed = None
-        self.interrupted, self._stops = "", False
+        self.positions = None
+        self.interrupted, self.stops = "", False
         self._records, self._keeper = Records([]), Keeper(self, self._interrupts)
         saved = self._keeper.find()
         self._prepare_data(task)
@@ -275,8 +278,8 @@ class Trainer:
         data, bounds = task.train_data(), (self.settings["max_epochs"], self.settings["max_updates"])
         self.plan = make_plan(data, task, self.schedule, N, *bounds, B)
         cut = seed, self.settings["shuffle"], self._loader, self.settings["spread_windows"]
-        self._source = make_source(data, task, strategy, self.schedule, self.plan, N, *cut)
-        self._validation = self._evaluation(task)
+        source = make_source(data, task, strategy, self.schedule, self.plan, N, *cut)
+        validation = self._evaluation(task)
         task.total_updates = self.total_updates
         seed_everything(seed)
         self.model = task.configure_model()
@@ -298,18 +301,20 @@ class Trainer:
         self.optimizer, self.lr_scheduler = check_optimizer(task.configure_optimizer(self.model), self.model)
         kept = ("gradient_clip_norm", "skip_nonfinite_updates", "precision", "seed")
         options = LoopOptions(**{name: self.settings[name] for name in kept}, measures=measures)
-        self._compute = autocast(task.loss, self.settings["precision"], strategy.device.type)
+        compute = autocast(task.loss, self.settings["precision"], strategy.device.type)
         interrupts = self._interrupts if self.settings["run_dir"] is not None else None
         self.loop = Loop(strategy, prepared, self.optimizer, self.lr_scheduler, options, interrupts)
+        resumed = None
         if saved is not None:
             restore(self, saved, self.settings["resume_with_changes"])
-            self._resumed = saved["positions"]
-            if self._resumed is not None:
-                self.positions = self._resumed[strategy.data_parallel_rank % len(self._resumed)]
+            resumed = saved["positions"]
+            self.positions = resumed and resumed[strategy.data_parallel_rank % len(resumed)]
         self._keeper.open({"task": class_path(task), **self.configuration}, saved)
         self.run = self._keeper.run
         if strategy.rank == 0:
             self._records = Records([*self._loggers, *([self.run] if self.run else [])])
+        self._began = time.perf_counter() - self.seconds
+        return Epochs(self, source, compute, validation, self._keeper, self._records, self._interrupts, resumed)
 
     def _has_same_windows(self, saved: Saved) -> bool:
         """Whether the settings say the same of windows as those of a checkpoint: its effective batches then stay."""
@@ -328,108 +333,6 @@ class Trainer:
         limit, precision = self.settings["max_validation_samples"], self.settings["precision"]
         N, seed = self.micro_batch_size, self.settings["seed"]
         return Evaluation(data, task, self.strategy, N, self._loader, precision, limit, seed)
-
-    # Running
-
-    def _run_epochs(self) -> None:
-        self._since, self._seconds_before = time.perf_counter(), self.seconds
-        self._records.restart_clock()
-        self._validate_if_due()  # an interruption may have come between an update and its validation
-        over = self._is_over
-        while not (over or self._stops_alone or self.interrupted):
-            over = self._run_epoch()
-        if not self.interrupted:
-            self._validate()
-
-    def _run_epoch(self) -> bool:
-        """Run an epoch, or what is left of it, and return whether the run is over."""
-        seed_everything(mix(self.settings["seed"], EPOCH_STREAM, self.epoch))  # for iterables that draw
-        positions, self._resumed, over, update = self._resumed, None, False, self.update
-        if self.begun != self.epoch:
-            self.begun = self.epoch
-            self._call("on_epoch_start")
-        for window in self._source.windows(self.epoch, self.update, self.samples, positions):
-            over = self._run_update(window)
-            if over:
-                break
-        if self.interrupted:
-            return True
-        self.loop.check_replicas(self.update)
-        every = self.settings["validate_every_n_epochs"]
-        if every is not None and (self.epoch + 1) % every == 0:
-            self._validate()
-        if self.interrupted:
-            return True
-        if self.ended != self.epoch or self.update > update:
-            self.ended = self.epoch
-            self._call("on_epoch_end")
-        if not over:
-            self.epoch += 1
-        return over or self._is_over
-
-    @property
-    def _is_over(self) -> bool:
-        """Whether the run is where it was to end."""
-        ends = (self.epoch, self.settings["max_epochs"]), (self.update, self.settings["max_updates"])
-        return any(end is not None and here >= end for here, end in ends)
-
-    def _run_update(self, window: Window) -> bool:
-        """Make one update, tell of it, and return whether the run is over."""
-        max_time, keeper = self.settings["max_time"], self._keeper
-        late = max_time is not None and time.perf_counter() - self._since > max_time
-        wishes = Wishes(self._stops or late, keeper.wants_save())
-        outcome = self.loop.run_update(self._compute, window, self.epoch, self.update, wishes)
-        if outcome.aborted:
-            self.interrupted = self._interrupts.reason or "a signal to another process"
-            return True
-        self.positions = window.position
-        self.update += 1
-        self.samples += outcome.samples
-        self.skipped += outcome.skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if outcome.overflowed else 0
-        if self.skipped_in_a_row == self.settings["stop_after_n_skipped"]:
-            raise NonFiniteError(
-                f"{self.skipped_in_a_row} updates in a row were not finite, up to update {self.update}: the run would "
-                f"not come back by itself. The last good checkpoint: {keeper.last}."
-            )
-        if self.loop.options.measures:
-            place = {"update": self.update, "epoch": self.epoch, "samples": self.samples, "skipped": self.skipped}
-            K = window.stage.accumulate_grad_batches
-            self.record = self._records.of_update(place, outcome, self.loop.lr, K)
-            self._call("on_update_end")
-        self._validate_if_due()
-        over = outcome.stop or self._stops_alone or self.update == self.settings["max_updates"]
-        if not over and not self.interrupted:
-            keeper.save_if_due(outcome.save)
-        return over or bool(self.interrupted)
-
-    @property
-    def _stops_alone(self) -> bool:
-        """Whether this process wants to stop and need not ask another."""
-        return self._stops and self.strategy.data_parallel_size == 1
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds of running, of earlier starts too."""
-        return self._seconds_before + time.perf_counter() - self._since
-
-    def _validate_if_due(self) -> None:
-        every = self.settings["validate_every_n_updates"]
-        if every is not None and self.update and self.update % every == 0:
-            self._validate()
-
-    def _validate(self) -> None:
-        if self._validation is None or self.validated == self.update:
-            return
-        metrics = self._validation.run(self.model, self._interrupts)
-        if metrics is None:
-            self.interrupted = self._interrupts.reason or "a signal to another process"
-            return
-        self.metrics, self.validated = metrics, self.update
-        self._records.of_validation(self.update, self.epoch, self.metrics)
-        self._call("on_validation_end")
-        self._keeper.save_if_best()
-        self._records.restart_clock()
 
     def _finish(self) -> None:
         self.seconds = self.elapsed
@@ -451,7 +354,7 @@ class Trainer:
             if self.run is not None:
                 self.run.write("summary.json", {**summarize(self, self.seconds), **self.costs})
                 self.run.save_weights(parts["model"])
-        self._call("on_fit_end")
+        self.call("on_fit_end")
 
     def _tell_of(self, exception: BaseException) -> None:
         """Leave word for the other processes; raise what another has left where this one has lost contact with it."""
@@ -460,7 +363,8 @@ class Trainer:
         with suppress(RuntimeError):  # of the store, which may be gone
             self.strategy.post(FAILURE, f"{type(exception).__name__}: {exception}")
 
-    def _call(self, event: str) -> None:
+    def call(self, event: str) -> None:
+        """Tell the callbacks of an event."""
         for callback in self.callbacks:
             getattr(callback, event)(self)
 

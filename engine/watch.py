@@ -29,7 +29,7 @@ DOINGS = {
     ("engine/evaluation.py", "run"): "validating after update {update}",
     ("engine/keeper.py", "save"): "saving update {update}",
     ("engine/keeper.py", "finish"): "saving update {update}",
-    ("engine/trainer.py", "_call"): "in a callback after update {update}",
+    ("engine/trainer.py", "call"): "in a callback after update {update}",
     ("engine/trainer.py", "_build"): "starting",
 }
 """What the innermost of these functions means."""

@@ -251,8 +251,8 @@ MUTATIONS = [
     ),
     Mutation(
         "do not compare replicas",
-        "engine/trainer.py",
-        "        self.loop.check_replicas(self.update)\n",
+        "engine/epochs.py",
+        "        trainer.loop.check_replicas(trainer.update)\n",
         "",
         "tests/test_replicas.py::test_replicas_that_diverge_stop_the_run_on_all_processes",
     ),
