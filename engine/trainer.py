@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -360,8 +360,7 @@ class Trainer:
         """Leave word for the other processes; raise what another has left where this one has lost contact with it."""
         if isinstance(exception, Exception) and self.strategy.has_lost_contact(exception):
             raise lost_contact(self.strategy, f"in update {self.update}", exception) from exception
-        with suppress(RuntimeError):  # of the store, which may be gone
-            self.strategy.post(FAILURE, f"{type(exception).__name__}: {exception}")
+        self.strategy.post(FAILURE, f"{type(exception).__name__}: {exception}")
 
     def call(self, event: str) -> None:
         """Tell the callbacks of an event."""

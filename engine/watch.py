@@ -56,18 +56,15 @@ class Watch:
     ) -> None:
         self._ends.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(2.0)  # it may be waiting for a host that is gone
 
     def _tell(self) -> None:
         while not self._ends.wait(self._seconds):
             doing = self._describe(sys._current_frames().get(self._main))
             if doing != self._doing:
                 self._doing, self._since = doing, time.time()
-            try:
-                text = f"{doing} for {time.time() - self._since:.0f} s"
-                self._trainer.strategy.post(TOPIC, f"{time.time()} {text}")
-            except RuntimeError:  # the store is gone, and so will this process be
-                return
+            text = f"{doing} for {time.time() - self._since:.0f} s"
+            self._trainer.strategy.post(TOPIC, f"{time.time()} {text}")
 
     def _describe(self, frame: FrameType | None) -> str:
         trainer = self._trainer

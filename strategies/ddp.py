@@ -6,8 +6,9 @@ import gc
 import inspect
 import os
 import re
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -246,17 +247,20 @@ class DDPStrategy(Strategy):
     def post(self, topic: str, text: str) -> None:
         """Put `text` into the store in which the processes met."""
         if self._notes is not None:
-            self._notes.set(f"{topic}/{self.rank}", text)
+            _patiently(lambda: self._notes.set(f"{topic}/{self.rank}", text))
 
     def posted(self, topic: str) -> dict[int, str]:
-        """Return the texts by rank; none where the store went with the process that kept it."""
-        if self._notes is None:
-            return {}
-        try:
-            keys = {rank: f"{topic}/{rank}" for rank in range(self.data_parallel_size)}
-            return {rank: self._notes.get(key).decode() for rank, key in keys.items() if self._notes.check([key])}
-        except RuntimeError:
-            return {}
+        """Return the texts by rank; none where the store went with the process or the host that kept it."""
+        found: dict[int, str] = {}
+
+        def read() -> None:
+            for rank in range(self.data_parallel_size):
+                if self._notes.check([key := f"{topic}/{rank}"]):
+                    found[rank] = self._notes.get(key).decode()
+
+        if self._notes is not None:
+            _patiently(read)
+        return dict(found)
 
     def has_lost_contact(self, error: Exception) -> bool:
         """Whether `error` comes from the process group."""
@@ -343,6 +347,18 @@ class _Zero(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         return torch.zeros_like(ctx.saved_tensors[0])
+
+
+def _patiently(use_store: Callable[[], object], seconds: float = 3.0) -> None:
+    """Use the store, but not for long: a host that is gone answers nothing, and TCP would wait for minutes."""
+
+    def attempt() -> None:
+        with suppress(RuntimeError):
+            use_store()
+
+    thread = threading.Thread(target=attempt, name="tally-notes", daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def _buffers_are_ours() -> dict[str, Any]:
