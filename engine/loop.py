@@ -75,7 +75,7 @@ class Loop:
         self.lr = 0.0
         """The learning rate that the last update was made with (of the first parameter group)."""
         self._loss_scale = LossScale(2.0**16 if options.precision == "fp16" else 1.0)
-        self.randomness = ModelRandomness(options.seed, strategy)
+        self.randomness = ModelRandomness(options.seed, strategy, can_be_resumed=interrupts is not None)
         self.weighed = 0
         """Micro-batches of the window whose loss has been computed."""
         self._is_alone = strategy.data_parallel_size == 1

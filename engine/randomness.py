@@ -28,21 +28,24 @@ class ModelRandomness:
     """Seeds what a forward draws from.
 
     torch's generators, before each micro-batch, by its place in the epoch: dropout does not know P. Python's and
-    numpy's, which cost more, before each window: a resumed run draws as the one that was not interrupted.
+    numpy's, which cost more, before each window of a run that can be resumed: it then draws as one that was not
+    interrupted.
     """
 
-    def __init__(self, seed: int, strategy: Strategy) -> None:
+    def __init__(self, seed: int, strategy: Strategy, can_be_resumed: bool) -> None:
         self._seed = seed
         self._strategy = strategy
+        self._can_be_resumed = can_be_resumed
         self._epoch = -1
 
     def start_window(self, epoch: int, update: int) -> None:
         """Prepare for the window of an update."""
         if epoch != self._epoch:
             self._epoch, self._key = epoch, mix(self._seed, MODEL_STREAM, epoch)
-        seed = mix(self._seed, WINDOW_STREAM, update, self._strategy.rank)
-        random.seed(seed)
-        numpy.random.seed(seed & 0xFFFFFFFF)
+        if self._can_be_resumed:
+            seed = mix(self._seed, WINDOW_STREAM, update, self._strategy.rank)
+            random.seed(seed)
+            numpy.random.seed(seed & 0xFFFFFFFF)
 
     def seed(self, place: int) -> None:
         """Seed for the micro-batch at `place` in the epoch."""

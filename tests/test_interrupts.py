@@ -36,10 +36,11 @@ def fit_under_fire(folder: str, seed: int, fires: bool) -> Any:
         signal.signal(signal.SIGTERM, original)
 
 
-def test_sigterm_at_random_moments(tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [12, pytest.param(50, marks=pytest.mark.slow)])
+def test_sigterm_at_random_moments(tmp_path: Path, times: int) -> None:
     folder, interrupted = tmp_path / "run", 0
     expected = run(2, fit_under_fire, str(tmp_path / "whole" / "run"), 0, False)
-    for number in range(int(os.environ.get("TALLY_SIGTERMS", "12"))):
+    for number in range(times):
         results = run(2, fit_under_fire, str(folder), number, True, seconds=30)
         assert len({(bool(signal_), update) for signal_, update, *_ in results}) == 1
         interrupted += bool(results[0][0])
