@@ -258,44 +258,30 @@ def test_two_hosts_train_what_one_does(folder: Path, undisturbed: Path, hosts: t
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_host_that_is_cut_off_ends_the_run_on_both_sides(folder: Path, hosts: tuple[Host, Host], lost: int) -> None:
-    with on_two_hosts(hosts, folder) as both:
-        cut_off_in_a_window(folder, hosts, both, lost)
-        for torchrun in both:
-            assert torchrun.wait(3 * PATIENCE) == 1, torchrun.output
-            assert "lost contact with another process in update" in torchrun.output
-
-
-def test_reconnected_and_started_again_nothing_is_lost(
-    folder: Path, undisturbed: Path, hosts: tuple[Host, Host]
+def test_a_host_that_is_cut_off_ends_the_run_on_both_and_nothing_is_lost(
+    folder: Path, undisturbed: Path, hosts: tuple[Host, Host], lost: int
 ) -> None:
     with on_two_hosts(hosts, folder) as both:
-        cut_off_in_a_window(folder, hosts, both, lost=1)
-        assert both[0].wait(3 * PATIENCE) == 1, both[0].output
-    hosts[1].reconnect()
+        reach(folder / "run", 20 * EVERY + 2, both[0])
+        time.sleep(random.Random(lost).uniform(0, 2 * PAUSE))
+        hosts[lost].cut_off()
+        for torchrun in both:
+            assert torchrun.wait(PATIENCE + 30) == 1, torchrun.output
+            assert "lost contact with another process in update" in torchrun.output
+    hosts[lost].reconnect()
     with on_two_hosts(hosts, folder) as both:
         assert [torchrun.wait(90) for torchrun in both] == [0, 0], both[0].output + both[1].output
     assert_same(folder / "run", undisturbed)
-    assert 0 <= int(attempts(folder, 0)[0][-1]) - int(attempts(folder, 0)[1][0]) < 2 * EVERY
-
-
-def cut_off_in_a_window(folder: Path, hosts: Sequence[Host], both: Sequence[Started], lost: int) -> None:
-    reach(folder / "run", 20 * EVERY + 2, both[0])
-    time.sleep(random.Random(lost).uniform(0, 2 * PAUSE))
-    hosts[lost].cut_off()
+    before, after = attempts(folder, 0)
+    assert 0 <= int(before[-1]) - int(after[0]) < 2 * EVERY
 
 
 def elastic(host: Host, folder: Path, meets_at: Host, nnodes: str = "1:2", **environment: str) -> Started:
     """One of the agents that meet there, each with one worker; a lost one is given up after three seconds."""
     settings = f"is_host={int(host is meets_at)},last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
-    meeting = (
-        f"--nnodes={nnodes}",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={meets_at.address}:29500",
-        "--rdzv-id=two",
-    )
-    options = (*meeting, f"--rdzv-conf={settings}", f"--local-addr={host.address}", "--max-restarts=5")
-    command = [*TORCHRUN, *options, "--nproc_per_node=1", "job.py", str(PAUSE), str(PATIENCE)]
+    meeting = ("--rdzv-backend=c10d", f"--rdzv-endpoint={meets_at.address}:29500", f"--rdzv-conf={settings}")
+    options = (f"--nnodes={nnodes}", "--nproc_per_node=1", "--max-restarts=5", f"--local-addr={host.address}")
+    command = [*TORCHRUN, *meeting, *options, "job.py", str(PAUSE), str(PATIENCE)]
     return host.start(command, folder, **environment)
 
 
@@ -332,7 +318,7 @@ def test_a_host_that_comes_back_is_taken_in(folder: Path, hosts: tuple[Host, Hos
     assert [now for before, now in zip([0, *K], K, strict=False) if now != before] == [2, 4, 2]
 
 
-@pytest.mark.xfail(strict=False, reason="as above, where an agent hears of the other before its own worker has failed")
+@pytest.mark.xfail(strict=False, reason="the same: an agent may hear of the other before its own worker has failed")
 def test_workers_are_killed_on_either_host(folder: Path, undisturbed: Path, hosts: tuple[Host, Host]) -> None:
     draw = random.Random(0)
     with elastic(hosts[0], folder, hosts[0], "2") as first, elastic(hosts[1], folder, hosts[0], "2") as second:
