@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import math
+import time
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from torch import Tensor
 
@@ -30,16 +33,17 @@ class Logger(Protocol):
 class RunFolder:
     """A folder for one run: a new one, or with `takes_over` that of the run which is gone on with.
 
-    Raises FileExistsError where there is anything else in it.
+    Raises FileExistsError where there is anything else in it, or where another process is writing it.
     """
 
     def __init__(self, path: str | Path, takes_over: bool = False) -> None:
         self.path = Path(path)
         is_ours = takes_over and _is_a_run(self.path)
-        if self.path.exists() and (not self.path.is_dir() or (any(self.path.iterdir()) and not is_ours)):
+        if self.path.exists() and (not self.path.is_dir() or (not _is_empty(self.path) and not is_ours)):
             way_out = "name a new folder" if takes_over else "name a new folder, or go on with resume='auto'"
             raise FileExistsError(f"run_dir={str(path)!r} is taken: a run never overwrites another; {way_out}.")
         self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self.path / LOCK)
         self._encode = json.JSONEncoder(allow_nan=False).encode
         self._metrics: FileIO | None = None
         self._unwritten = b""
@@ -94,10 +98,36 @@ class RunFolder:
             with self._metrics as metrics:
                 metrics.write(self._unwritten)
             self._metrics, self._unwritten = None, b""
+        self._lock.close()
 
 
 MARK = "a run of Tally"
 """The key of config.json that tells our folders from those of others."""
+
+LOCK = ".lock"
+
+
+def _is_empty(path: Path) -> bool:
+    return all(entry.name == LOCK for entry in path.iterdir())
+
+
+def _locked(path: Path, seconds: float = 5.0) -> TextIO:
+    """Open and lock a file until it is closed or this process ends. Waits a little for one that is ending."""
+    file, end = path.open("w"), time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            is_held = error.errno in (errno.EACCES, errno.EAGAIN)
+            if is_held and time.monotonic() < end:
+                time.sleep(0.1)
+                continue
+            if is_held:
+                file.close()
+                raise FileExistsError(
+                    f"another process is writing run_dir={str(path.parent)!r}: wait for its end, or name a new folder."
+                ) from None
+        return file  # where the file system has no locks, nothing is promised
 
 
 def _is_a_run(path: Path) -> bool:

@@ -35,9 +35,13 @@ def started_local_rank() -> int:
 def rendezvous(timeout: timedelta) -> Any:
     """Return the store in which the processes meet: torchrun's, under a name that no earlier meeting used.
 
-    A restarted or second group that found the addresses of the first would wait for processes that are gone.
+    A restarted or second group that found the addresses of the first would wait for processes that are gone. Where
+    torchrun's agent keeps one store for all restarts, their number makes the difference; a store that is made for each
+    needs none, and agents that came at different times have counted differently.
     """
-    name = f"tally/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_meetings)}"
+    keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if keeps_store else "new"
+    name = f"tally/{restart}/{next(_meetings)}"
     if started_processes() == 1:
         return dist.PrefixStore(name, dist.HashStore())  # type: ignore[attr-defined]
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]

@@ -23,6 +23,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+ENDS_WITH_US = ("setpriv", "--pdeathsig=KILL") if shutil.which("setpriv") else ()
+"""Before a command: pytest may be killed too."""
 WIRE = "wire"
 MARK = "TALLY_TEST_STARTED"
 """In the environment of all that is started here, so that it is found again whoever its parent is by then."""
@@ -48,7 +50,7 @@ class Started:
         self._output = folder / f"output-{name}.txt"
         with self._output.open("w") as file:
             self.process = subprocess.Popen(
-                command,
+                [*ENDS_WITH_US, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

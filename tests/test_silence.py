@@ -6,9 +6,11 @@ import os
 import re
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hosts import until
 from processes import ChildError, run
 from torch import nn
 from toy import Regression, Samples
@@ -55,15 +57,18 @@ class Breaks(Callback):
             raise KeyError("my callback")
 
 
-def fit(where: str) -> None:
+def fit(where: str, heard: Path) -> None:
+    def stall() -> None:
+        until(heard.exists, 15, "the other process's error")
+
     Watch.__init__.__defaults__ = (0.2,)
     task = Task(64)
     if where == "fetch":
-        task.how = lambda: time.sleep(7)
+        task.how = stall
     elif where == "loss":
-        task.in_loss = lambda: time.sleep(7)
+        task.in_loss = stall
     elif where == "death":
-        task.in_loss = lambda: (time.sleep(0.5), os.kill(os.getpid(), signal.SIGKILL))
+        task.in_loss = lambda: (time.sleep(1.5), os.kill(os.getpid(), signal.SIGKILL))
     trainer = Trainer(
         DDPStrategy(timeout_seconds=4),
         micro_batch_size=4,
@@ -72,7 +77,11 @@ def fit(where: str) -> None:
         shuffle=False,
         callbacks=Breaks() if where == "callback" else None,
     )
-    trainer.fit(task)
+    try:
+        trainer.fit(task)
+    finally:
+        if rank() == 0:
+            heard.touch()
 
 
 @pytest.mark.parametrize(
@@ -80,13 +89,13 @@ def fit(where: str) -> None:
     [
         ("fetch", r"process 1 was last heard of \d s ago, fetching micro-batch 1 of update 1 for \d s"),
         ("loss", r"process 1 was last heard of \d s ago, computing micro-batch 1 of update 1 for \d s"),
-        ("death", r"process 1 was last heard of \d s ago, computing micro-batch 1 of update 1 for 0 s"),
+        ("death", r"process 1 was last heard of \d s ago, computing micro-batch 1 of update 1 for \d s"),
         ("callback", r"process 1 failed: KeyError: 'my callback'"),
     ],
 )
-def test_a_silence_has_a_name(where: str, message: str) -> None:
+def test_a_silence_has_a_name(tmp_path: Path, where: str, message: str) -> None:
     with pytest.raises(ChildError) as raised:
-        run(2, fit, where, seconds=20)
+        run(2, fit, where, tmp_path / "heard", seconds=20)
     text = raised.value.errors[0]
     assert "engine.agreement.ProcessFailureError: lost contact with another process in update" in text
     assert re.search(message, text), text
