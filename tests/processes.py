@@ -27,14 +27,21 @@ class ChildError(AssertionError):
         self.errors = {rank: text.strip().splitlines()[-1] for rank, text in tracebacks.items()}
 
 
-def run(P: int, function: Callable[..., Any], *args: Any, seconds: float = 60, group: bool = True) -> list[Any]:
-    """Call `function(*args)` in P processes of one gloo group; return what each returned, in rank order."""
+def run(
+    P: int, function: Callable[..., Any], *args: Any, seconds: float = 60, group: bool = True, timeout: float = 30
+) -> list[Any]:
+    """Call `function(*args)` in P processes of one gloo group; return what each returned, in rank order.
+
+    All has `seconds`, each wait of the group for another process `timeout`.
+    """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         pipes, children = [], []
         for rank in range(P):
             ours, theirs = context.Pipe(duplex=False)
-            child = context.Process(target=_child, args=(rank, P, f"{folder}/store", theirs, group, function, args))
+            child = context.Process(
+                target=_child, args=(rank, P, f"{folder}/store", theirs, timeout if group else None, function, args)
+            )
             child.start()
             theirs.close()
             pipes.append(ours)
@@ -65,16 +72,21 @@ def run(P: int, function: Callable[..., Any], *args: Any, seconds: float = 60, g
 
 
 def _child(
-    rank: int, P: int, store: str, pipe: Connection, group: bool, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    P: int,
+    store: str,
+    pipe: Connection,
+    timeout: float | None,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     try:
         torch.set_num_threads(1)
         gc.freeze()  # what was there before the fork is not this process's to collect
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(P))
-        if group:
-            dist.init_process_group(
-                "gloo", store=dist.FileStore(store, P), rank=rank, world_size=P, timeout=timedelta(seconds=30)
-            )
+        if timeout is not None:
+            wait = timedelta(seconds=timeout)
+            dist.init_process_group("gloo", store=dist.FileStore(store, P), rank=rank, world_size=P, timeout=wait)
             dist.barrier()  # or a short function would end while others are still connecting to this process
         message = (True, function(*args))
     except BaseException:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from hosts import until
 from processes import ChildError, run
 from test_resume import Full, N, history, same
 from torch import nn
 from toy import Samples
 
-from engine import Trainer
+from engine import Callback, Trainer
 
 
 def fit_elsewhere(folder: str | None, options: dict[str, Any]) -> Any:
@@ -184,3 +185,37 @@ def test_a_folder_with_another_s_config_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="is taken"):
         fit_elsewhere(str(tmp_path), {})
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+class Waits(Callback):
+    """Says that the run has begun, and waits for the other's answer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_fit_start(self, trainer: Any) -> None:
+        (self.folder / "begun").touch()
+        until((self.folder / "answered").exists, 30, "the other run's refusal")
+
+
+def fit_in_the_same_folder(folder: Path) -> str:
+    is_first = os.environ.pop("RANK") == "0"
+    os.environ.pop("WORLD_SIZE")  # each is a run of its own
+    if is_first:
+        fit_elsewhere(str(folder / "run"), {"callbacks": Waits(folder)})
+        return ""
+    until((folder / "begun").exists, 30, "the first run's begin")
+    try:
+        fit_elsewhere(str(folder / "run"), {})
+    except FileExistsError as error:
+        return str(error)
+    finally:
+        (folder / "answered").touch()
+    return "not refused"
+
+
+def test_a_folder_that_another_process_is_writing_is_refused(tmp_path: Path) -> None:
+    _, refusal = run(2, fit_in_the_same_folder, tmp_path, group=False)
+    assert "another process is writing run_dir=" in refusal
+    fit_elsewhere(str(tmp_path / "alone"), {})
+    assert history(tmp_path / "run") == history(tmp_path / "alone")
