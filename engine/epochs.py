@@ -80,6 +80,7 @@ class Epochs:
         if trainer.ended != trainer.epoch or trainer.update > update:
             trainer.ended = trainer.epoch
             trainer.call("on_epoch_end")
+        self._forget_draws()
         if not over:
             trainer.epoch += 1
         return over or self._is_over
@@ -142,8 +143,14 @@ class Epochs:
         trainer.metrics, trainer.validated = metrics, trainer.update
         self._records.of_validation(trainer.update, trainer.epoch, metrics)
         trainer.call("on_validation_end")
+        self._forget_draws()
         self._keeper.save_if_best()
         self._records.restart_clock()
+
+    def _forget_draws(self) -> None:
+        """What drew between two windows is no matter of theirs."""
+        if (draws := self._trainer.loop.host_randomness) is not None:
+            draws.forget()
 
     def _note_interruption(self) -> None:
         self._trainer.interrupted = self._interrupts.reason or "a signal to another process"

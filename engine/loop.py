@@ -25,6 +25,7 @@ from engine.agreement import (
     total,
 )
 from engine.checks import check_gradients
+from engine.host_randomness import HostRandomness
 from engine.interrupts import Interrupted, Interrupts
 from engine.loss import Loss
 from engine.precision import LossScale
@@ -75,7 +76,8 @@ class Loop:
         self.lr = 0.0
         """The learning rate that the last update was made with (of the first parameter group)."""
         self._loss_scale = LossScale(2.0**16 if options.precision == "fp16" else 1.0)
-        self.randomness = ModelRandomness(options.seed, strategy, can_be_resumed=interrupts is not None)
+        self.randomness = ModelRandomness(options.seed, strategy)
+        self.host_randomness = None if interrupts is None else HostRandomness(options.seed, strategy.rank)
         self.weighed = 0
         """Micro-batches of the window whose loss has been computed."""
         self._is_alone = strategy.data_parallel_size == 1
@@ -83,7 +85,8 @@ class Loop:
         self._wants_norm = bool(self._skips_nonfinite or options.gradient_clip_norm or options.measures)
         self._norm = math.nan  # of the update before
         self._late_weight = 0.0  # the weight of the update before, where it was not what was expected
-        self._total = torch.zeros((), dtype=torch.float64, device=strategy.device)
+        self._total: Tensor | None = None  # of the losses, in units of the first one's share
+        self._share: float = 1
         self._interrupts = interrupts or Interrupts()
         self._restores_buffers = interrupts is not None and any(True for _ in model.buffers())
         self._buffers: dict[str, Tensor] = {}
@@ -128,11 +131,12 @@ class Loop:
         self._weight: float | Tensor = 0.0
         self._least_weight: Tensor | None = None
         self._samples = self.weighed = 0
-        if self.options.measures:
-            self._total.zero_()
+        self._total = None
         if self._restores_buffers:
             self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        self.randomness.start_window(epoch, update)
+        self.randomness.start_epoch(epoch)
+        if self.host_randomness is not None:
+            self.host_randomness.start_window(update)
         if window.is_empty:
             self._send()
 
@@ -153,7 +157,7 @@ class Loop:
         self._samples += micro.size
         self.weighed += 1
         if self.options.measures:
-            self._total.add_(value.detach(), alpha=share)
+            self._add_loss(value.detach(), share)
         if micro.is_last:
             self._send()
         return value, share * self._scale
@@ -205,6 +209,8 @@ class Loop:
     def _drop(self) -> Outcome:
         """Go back to the boundary before: gradients, and the buffers that forward has changed."""
         self.strategy.clear_gradients()
+        if self.host_randomness is not None:
+            self.host_randomness.drop()
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():
                 if name in self._buffers:
@@ -224,13 +230,22 @@ class Loop:
             raise ValueError(f"a micro-batch's loss has weight {weight}: weights are finite and not negative.")
         self._weight = self._weight + weight
 
+    def _add_loss(self, value: Tensor, share: int) -> None:
+        """Add a loss to the window's, in float64 from the second on: a window of one costs no addition."""
+        if self._total is None:
+            self._total, self._share = value, share
+        elif self.weighed == 2:
+            self._total = self._total.double().add_(value, alpha=share / self._share)
+        else:
+            self._total.add_(value, alpha=share / self._share)
+
     def _facts(self, failed: bool = False) -> Facts:
         """Read what the device has summed: the one place in a window where the host waits for it."""
         if failed:
             return Facts(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, self._norm)
         if self._least_weight is not None and not 0 <= (least := self._least_weight.item()) < math.inf:
             raise ValueError(f"a micro-batch's loss has weight {least}: weights are finite and not negative.")
-        loss = self._total.item() if self.options.measures else math.nan
+        loss = self._share * self._total.item() if self._total is not None else 0.0
         wishes, abort = self._wishes, self._interrupts.requested
         more = self._window.more
         return Facts(float(self._weight), loss, self._samples, more, wishes.stop, wishes.save, abort, 0.0, self._norm)

@@ -10,8 +10,8 @@ import torch
 from engine.order import mix
 from strategies import Strategy
 
-MODEL_STREAM, EPOCH_STREAM, WINDOW_STREAM, VALIDATION_STREAM = 2, 3, 4, 5
-"""Set apart the draws of models, of an epoch's iterables, of Python's and numpy's generators, and of validation."""
+MODEL_STREAM, EPOCH_STREAM, VALIDATION_STREAM = 2, 3, 5
+"""Set apart the draws of models, of an epoch's iterables, and of validation."""
 
 ODD = 0x9E3779B97F4A7C15
 """An odd multiplier takes places one to one to the low 32 bits of a seed, all that the CPU's generator looks at."""
@@ -25,28 +25,18 @@ def seed_everything(seed: int) -> None:
 
 
 class ModelRandomness:
-    """Seeds what a forward draws from.
+    """Seeds torch's generators, from which a forward draws, by a micro-batch's place: dropout does not know P."""
 
-    torch's generators, before each micro-batch, by its place in the epoch: dropout does not know P. Python's and
-    numpy's, which cost more, before each window of a run that can be resumed: it then draws as one that was not
-    interrupted.
-    """
-
-    def __init__(self, seed: int, strategy: Strategy, can_be_resumed: bool) -> None:
+    def __init__(self, seed: int, strategy: Strategy) -> None:
         self._seed = seed
-        self._strategy = strategy
-        self._can_be_resumed = can_be_resumed
+        self._seed_generators = strategy.seed
         self._epoch = -1
 
-    def start_window(self, epoch: int, update: int) -> None:
-        """Prepare for the window of an update."""
+    def start_epoch(self, epoch: int) -> None:
+        """Prepare for the micro-batches of an epoch."""
         if epoch != self._epoch:
             self._epoch, self._key = epoch, mix(self._seed, MODEL_STREAM, epoch)
-        if self._can_be_resumed:
-            seed = mix(self._seed, WINDOW_STREAM, update, self._strategy.rank)
-            random.seed(seed)
-            numpy.random.seed(seed & 0xFFFFFFFF)
 
     def seed(self, place: int) -> None:
         """Seed for the micro-batch at `place` in the epoch."""
-        self._strategy.seed((self._key + place * ODD) & 0xFFFFFFFFFFFFFFFF)
+        self._seed_generators((self._key + place * ODD) & 0xFFFFFFFFFFFFFFFF)

@@ -85,6 +85,8 @@ class Saved:
         _expect(min(stages.values()) > 0 and state["schedule"]["unit"] in get_args(Unit), "schedule")
         for name in ("decides", "loop", "optimizer"):
             _expect(isinstance(state[name], dict), name)
+        draws = [[type(part) for part in one] for one in state["draws"]]
+        _expect(len(draws) > 0 and all(kinds == [bool, int] for kinds in draws), "draws")
         _expect(0 <= state["loop"]["late_weight"] < math.inf, "loop.late_weight")
         _expect(state["best"] is None or isinstance(state["best"]["value"], float), "best")
 
@@ -156,7 +158,7 @@ def snapshot(trainer: Trainer) -> tuple[Mapping[str, Any], dict[str, Any]]:
     parts: dict[str, Any] = {"model": {}, "optimizer": {}}
     if strategy.rank == 0 or not strategy.holds_all:
         parts = strategy.state_dict(trainer.optimizer)
-    scheduler = trainer.lr_scheduler
+    scheduler, draws = trainer.lr_scheduler, trainer.loop.host_randomness
     rest = {
         "run": {name: getattr(trainer, name) for name in COUNTERS},
         "positions": positions,
@@ -166,6 +168,7 @@ def snapshot(trainer: Trainer) -> tuple[Mapping[str, Any], dict[str, Any]]:
         },
         "decides": decides(trainer),
         "loop": trainer.loop.state_dict(),
+        "draws": strategy.gather(None if draws is None else draws.state()),
         "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
         "callbacks": [[class_path(callback), callback.state_dict()] for callback in trainer.callbacks],
     }
@@ -201,6 +204,8 @@ def restore(trainer: Trainer, saved: Saved, allows_changes: bool) -> None:
         if trainer.lr_scheduler is not None and mine["the LR scheduler"] == theirs["the LR scheduler"]:
             trainer.lr_scheduler.load_state_dict(saved["lr_scheduler"])
         trainer.loop.load_state_dict(saved["loop"], mine["precision"] == theirs["precision"])
+        if (draws := trainer.loop.host_randomness) is not None:
+            draws.load_state(saved["draws"], trainer.strategy.rank, len(trainer.strategy.gather(None)))
         for name in COUNTERS:
             setattr(trainer, name, saved["run"][name])
         callbacks = list(trainer.callbacks)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -40,7 +41,6 @@ class Strategy(ABC):
 
     _model: nn.Module
     _parameters: list[nn.Parameter]
-    _on_cpu: bool | None = None
     _scale: tuple[float, torch.dtype] | None = None
     _scale_tensor: Tensor
 
@@ -114,14 +114,12 @@ class Strategy(ABC):
 
     def to_device(self, batch: Any) -> Any:
         """Return `batch` with every tensor in it (in dicts, lists, tuples; anything with `.to`) on the device."""
-        if self._on_cpu is None:
-            self._on_cpu = self.device.type == "cpu"
-        return batch if self._on_cpu else _move(batch, self.device)
+        return batch if self._is_on_cpu else _move(batch, self.device)
 
     def seed(self, value: int) -> None:
         """Seed the generators that a forward on this process draws from."""
         torch.default_generator.manual_seed(value)
-        if self.device.type == "cuda":
+        if not self._is_on_cpu and self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index or 0].manual_seed(value)
 
     # One window
@@ -145,7 +143,7 @@ class Strategy(ABC):
 
     def backward(self, loss: Tensor, scale: float | Tensor) -> None:
         """Add `scale x d(loss)` to the gradients; after the window's last call they are summed over the processes."""
-        loss.backward(gradient=self._gradient_of(loss, scale))  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss, self._gradient_of(loss, scale))
 
     def join(self, window: Any) -> None:
         """Take part, with weight 0, in a window in which this process has no micro-batch."""
@@ -255,6 +253,10 @@ class Strategy(ABC):
         dcp.set_model_state_dict(self._user_module, state["model"], options=options)
         if optimizer is not None:
             load_named_state(self._user_module, optimizer, state["optimizer"])
+
+    @cached_property
+    def _is_on_cpu(self) -> bool:
+        return self.device.type == "cpu"
 
     @property
     def _user_module(self) -> nn.Module:
