@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from engine.agreement import NonFiniteError, Wishes
+from engine.agreement import NOTHING, NonFiniteError, Wishes
 from engine.evaluation import Evaluation
 from engine.interrupts import Interrupts
 from engine.keeper import Keeper
@@ -89,7 +89,8 @@ class Epochs:
         """Make one update, tell of it, and return whether the run is over."""
         trainer, keeper, max_time = self._trainer, self._keeper, self._settings["max_time"]
         late = max_time is not None and time.perf_counter() - self._since > max_time
-        wishes = Wishes(trainer.stops or late, keeper.wants_save())
+        stops, saves = trainer.stops or late, keeper.wants_save()
+        wishes = Wishes(stops, saves) if stops or saves else NOTHING
         outcome = trainer.loop.run_update(self._compute, window, trainer.epoch, trainer.update, wishes)
         if outcome.aborted:
             self._note_interruption()
@@ -105,7 +106,12 @@ class Epochs:
                 f"would not come back by itself. The last good checkpoint: {keeper.last}."
             )
         if trainer.loop.options.measures:
-            counts = {name: getattr(trainer, name) for name in ("update", "epoch", "samples", "skipped")}
+            counts = {
+                "update": trainer.update,
+                "epoch": trainer.epoch,
+                "samples": trainer.samples,
+                "skipped": trainer.skipped,
+            }
             K = window.stage.accumulate_grad_batches
             trainer.record = self._records.of_update(counts, outcome, trainer.loop.lr, K)
             trainer.call("on_update_end")

@@ -29,7 +29,7 @@ from engine.host_randomness import HostRandomness
 from engine.interrupts import Interrupted, Interrupts
 from engine.loss import Loss
 from engine.precision import LossScale
-from engine.randomness import ModelRandomness
+from engine.randomness import ODD, SEED_BITS, epoch_key
 from engine.window import Micro, Window
 from strategies import Rows, Strategy
 
@@ -76,7 +76,7 @@ class Loop:
         self.lr = 0.0
         """The learning rate that the last update was made with (of the first parameter group)."""
         self._loss_scale = LossScale(2.0**16 if options.precision == "fp16" else 1.0)
-        self.randomness = ModelRandomness(options.seed, strategy)
+        self._epoch, self._key = -1, 0
         self.host_randomness = None if interrupts is None else HostRandomness(options.seed, strategy.rank)
         self.weighed = 0
         """Micro-batches of the window whose loss has been computed."""
@@ -85,8 +85,8 @@ class Loop:
         self._wants_norm = bool(self._skips_nonfinite or options.gradient_clip_norm or options.measures)
         self._norm = math.nan  # of the update before
         self._late_weight = 0.0  # the weight of the update before, where it was not what was expected
-        self._total: Tensor | None = None  # of the losses, in units of the first one's share
-        self._share: float = 1
+        self._losses: list[Tensor] = []
+        self._share = 1
         self._interrupts = interrupts or Interrupts()
         self._restores_buffers = interrupts is not None and any(True for _ in model.buffers())
         self._buffers: dict[str, Tensor] = {}
@@ -102,15 +102,15 @@ class Loop:
         ProcessFailureError on the other processes in that case.
         """
 
-        interrupts = self._interrupts
+        self.start(window, epoch, update, wishes)
+        interrupts, seed, key = self._interrupts, self.strategy.seed, self._key
 
         def forward(micro: Micro) -> tuple[Tensor, float]:
             if interrupts.requested:
                 raise Interrupted
-            self.randomness.seed(micro.place)
+            seed(key + micro.place * ODD & SEED_BITS)
             return self.weigh(compute(self.model, micro.batch), micro)
 
-        self.start(window, epoch, update, wishes)
         try:
             self.strategy.run_window(window, forward)
         except Interrupted:
@@ -131,10 +131,11 @@ class Loop:
         self._weight: float | Tensor = 0.0
         self._least_weight: Tensor | None = None
         self._samples = self.weighed = 0
-        self._total = None
+        self._losses = []
         if self._restores_buffers:
             self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        self.randomness.start_epoch(epoch)
+        if epoch != self._epoch:
+            self._epoch, self._key = epoch, epoch_key(self.options.seed, epoch)
         if self.host_randomness is not None:
             self.host_randomness.start_window(update)
         if window.is_empty:
@@ -152,7 +153,7 @@ class Loop:
             self._add_weight(loss.weight)
         else:
             raise ValueError(f"loss() returned {type(loss).__name__}: return a 0-dim tensor, or Loss(sum, weight).")
-        if value.ndim or not value.requires_grad or value.dtype in TOO_NARROW:
+        if value.dtype in TOO_NARROW or (not self.weighed and (value.ndim or not value.requires_grad)):
             raise ValueError(_loss_message(value))
         self._samples += micro.size
         self.weighed += 1
@@ -161,6 +162,10 @@ class Loop:
         if micro.is_last:
             self._send()
         return value, share * self._scale
+
+    def seed(self, micro: Micro) -> None:
+        """Seed what the forward of a micro-batch draws from."""
+        self.strategy.seed(self._key + micro.place * ODD & SEED_BITS)
 
     def finish(self, window: Window, update: int) -> Outcome:
         """Correct, clip, step: once per window, the same on all processes."""
@@ -231,13 +236,15 @@ class Loop:
         self._weight = self._weight + weight
 
     def _add_loss(self, value: Tensor, share: int) -> None:
-        """Add a loss to the window's, in float64 from the second on: a window of one costs no addition."""
-        if self._total is None:
-            self._total, self._share = value, share
-        elif self.weighed == 2:
-            self._total = self._total.double().add_(value, alpha=share / self._share)
-        else:
-            self._total.add_(value, alpha=share / self._share)
+        """Keep a loss in units of the first one's share. Sixteen become one: a longer window keeps no more of them."""
+        if not self._losses:
+            self._share = share
+        self._losses.append(value if share == self._share else value.double() * (share / self._share))
+        if len(self._losses) == 16:
+            self._losses = [self._sum_of_losses()]
+
+    def _sum_of_losses(self) -> Tensor:
+        return self._losses[0] if len(self._losses) == 1 else torch.stack(self._losses).sum(dtype=torch.float64)
 
     def _facts(self, failed: bool = False) -> Facts:
         """Read what the device has summed: the one place in a window where the host waits for it."""
@@ -245,7 +252,7 @@ class Loop:
             return Facts(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, self._norm)
         if self._least_weight is not None and not 0 <= (least := self._least_weight.item()) < math.inf:
             raise ValueError(f"a micro-batch's loss has weight {least}: weights are finite and not negative.")
-        loss = self._share * self._total.item() if self._total is not None else 0.0
+        loss = self._share * self._sum_of_losses().item() if self._losses else 0.0
         wishes, abort = self._wishes, self._interrupts.requested
         more = self._window.more
         return Facts(float(self._weight), loss, self._samples, more, wishes.stop, wishes.save, abort, 0.0, self._norm)

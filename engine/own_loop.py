@@ -86,7 +86,7 @@ class OwnWindow:
         for micro in self._window:
             with self._loop.strategy.accumulation_context(micro.is_last):
                 self._micro = micro
-                self._loop.randomness.seed(micro.place)
+                self._loop.seed(micro)
                 yield micro.batch
 
     def backward(self, loss: Loss | Tensor) -> None:

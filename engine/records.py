@@ -24,6 +24,7 @@ class Records:
     def of_update(self, place: Mapping[str, int], outcome: Outcome, lr: float, K: int) -> dict[str, Any]:
         """Return, and log, the record of an update; `place` says where the run is after it."""
         now = time.perf_counter()
+        rate = outcome.samples / (now - self._since)
         record = {
             **place,
             "weight": outcome.weight,
@@ -32,7 +33,7 @@ class Records:
             "grad_norm": outcome.grad_norm,
             "accumulate_grad_batches": K,
             "effective_batch": outcome.samples,
-            "samples_per_second": round(outcome.samples / (now - self._since), 1),
+            "samples_per_second": int(rate) if rate > 100 else round(rate, 3),
         }
         self._since = now
         self._log(record)

@@ -109,9 +109,9 @@ class StreamWindow:
         for place in self._places:
             if not stream.has_next:
                 return
-            batch = stream.take(keeps_state=place == last)
-            self.more = stream.has_next
-            yield Micro(to_device(batch), batch_size(batch), place, place == last or not self.more)
+            batch = stream.take(place == last)
+            more = self.more = stream.has_next
+            yield Micro(to_device(batch), batch_size(batch), place, place == last or not more)
 
     @property
     def position(self) -> dict[str, Any]:
@@ -147,9 +147,8 @@ class _Lookahead:
         except Exception as error:
             self._error = error
         else:
-            self._read_ahead()
-        if position is not None:
-            self._taken = int(position["taken"])
+            self.take()
+        self._taken = 0 if position is None else int(position["taken"])
 
     @property
     def position(self) -> dict[str, Any]:
@@ -164,7 +163,12 @@ class _Lookahead:
         self._taken += 1
         if keeps_state:
             self._keep_state()
-        self._read_ahead()
+        try:
+            self._item = next(self._items)
+        except StopIteration:
+            self.has_next = False
+        except Exception as error:
+            self._error = error
         return item
 
     def _keep_state(self) -> None:
@@ -176,14 +180,6 @@ class _Lookahead:
         for number in range(count):
             if next(self._items, self) is self:
                 raise ValueError(f"the stream ended after {number} micro-batches; {count} had been trained on.")
-
-    def _read_ahead(self) -> None:
-        try:
-            self._item = next(self._items)
-        except StopIteration:
-            self.has_next = False
-        except Exception as error:
-            self._error = error
 
 
 def _has_state(data: object) -> bool:

@@ -35,8 +35,8 @@ class Batching:
         Raises ValueError where there is none.
         """
         first = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
-        if isinstance(first, Tensor) and first.ndim:
-            return first.size(0)
+        if isinstance(first, Tensor) and (shape := first.shape):
+            return shape[0]
         if (size := _first_size(batch)) is not None:
             return size
         raise ValueError(

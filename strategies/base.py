@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -41,8 +42,8 @@ class Strategy(ABC):
 
     _model: nn.Module
     _parameters: list[nn.Parameter]
-    _scale: tuple[float, torch.dtype] | None = None
-    _scale_tensor: Tensor
+    _scale = math.nan
+    _gradient = torch.empty(())
 
     # What every strategy declares
 
@@ -143,7 +144,14 @@ class Strategy(ABC):
 
     def backward(self, loss: Tensor, scale: float | Tensor) -> None:
         """Add `scale x d(loss)` to the gradients; after the window's last call they are summed over the processes."""
-        torch.autograd.backward(loss, self._gradient_of(loss, scale))
+        if isinstance(scale, Tensor):
+            gradient = scale.to(loss.dtype)
+        else:
+            gradient = self._gradient  # kept from call to call: making it anew costs more than calling backward
+            if scale != self._scale or loss.dtype is not gradient.dtype:
+                gradient = self._gradient = torch.full_like(loss, scale, requires_grad=False)
+                self._scale = scale
+        torch.autograd.backward((loss,), (gradient,))
 
     def join(self, window: Any) -> None:
         """Take part, with weight 0, in a window in which this process has no micro-batch."""
@@ -154,7 +162,7 @@ class Strategy(ABC):
         The norm is the 2-norm over all parameters, after `factor`. The clipping is that of
         `torch.nn.utils.clip_grad_norm_`. Nothing is read back from the device.
         """
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [gradient for p in self._parameters if (gradient := p.grad) is not None]
         if not gradients:
             return torch.zeros((), device=self.device)
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
@@ -263,15 +271,6 @@ class Strategy(ABC):
         """The model under the wrapper that `torch.compile` puts around it."""
         module: nn.Module = getattr(self._model, "_orig_mod", self._model)
         return module
-
-    def _gradient_of(self, loss: Tensor, scale: float | Tensor) -> Tensor:
-        """The 0-dim tensor `scale`, kept from call to call: making it anew costs more than calling backward."""
-        if isinstance(scale, Tensor):
-            return scale.to(loss.dtype)
-        if self._scale != (scale, loss.dtype):
-            self._scale = scale, loss.dtype
-            self._scale_tensor = torch.full_like(loss, scale, requires_grad=False)
-        return self._scale_tensor
 
 
 _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

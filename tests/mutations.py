@@ -133,7 +133,7 @@ MUTATIONS = [
         "report this process's loss",
         LOOP,
         "mean = facts.loss / facts.weight",
-        "mean = self._total.item() / facts.weight",
+        "mean = self._sum_of_losses().item() / facts.weight",
         "tests/test_loop.py::test_the_loss_of_a_record_is_the_mean_over_its_window",
     ),
     # windows and data
@@ -187,15 +187,15 @@ MUTATIONS = [
     ),
     Mutation(
         "seed the model by process",
-        "engine/randomness.py",
-        "self._strategy.seed((self._key",
-        "self._strategy.seed((self._strategy.rank + self._key",
+        "engine/loop.py",
+        "            seed(key + micro.place",
+        "            seed(self.strategy.rank + key + micro.place",
         "tests/test_layout.py::test_dropout_and_augmentation_do_not_know_P",
     ),
     Mutation(
         "a stream that ends within a window has no last micro-batch",
         "engine/stream_source.py",
-        "place == last or not self.more",
+        "place == last or not more",
         "place == last",
         STREAMS,
     ),
