@@ -169,8 +169,13 @@ class FSDPStrategy(ProcessGroupStrategy):
 
         Raises RuntimeError after the window where a parameter was not used.
         """
-        super().backward(loss, scale)
-        self._passes.end()
+        try:
+            super().backward(loss, scale)
+            self._passes.end()
+        except Exception as error:
+            if self._is_last and not self.has_lost_contact(error):
+                self._finish_window()  # the others hear of it when they have done theirs
+            raise
         self._made += 1
         if self._is_last:
             self._finish_window()
