@@ -138,6 +138,7 @@ class Loop:
             self._epoch, self._key = epoch, epoch_key(self.options.seed, epoch)
         if self.host_randomness is not None:
             self.host_randomness.start_window(update)
+        self.strategy.start_window(window.most_micro_batches)
         if window.is_empty:
             self._send()
 

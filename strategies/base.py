@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from functools import cached_property
 from typing import Any, Protocol
@@ -125,6 +125,12 @@ class Strategy(ABC):
 
     # One window
 
+    def start_window(self, most_micro_batches: int) -> None:
+        """Hear, before a window, how many micro-batches a process can have in it: K, or fewer at a known end.
+
+        It is the same number on all processes, for strategies whose every forward communicates.
+        """
+
     def run_window(
         self,
         window: Iterable[MicroBatch],
@@ -162,10 +168,10 @@ class Strategy(ABC):
         The norm is the 2-norm over all parameters, after `factor`. The clipping is that of
         `torch.nn.utils.clip_grad_norm_`. Nothing is read back from the device.
         """
-        gradients = [gradient for p in self._parameters if (gradient := p.grad) is not None]
+        gradients = self._gradients()
         if not gradients:
             return torch.zeros((), device=self.device)
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norm = self._norm(gradients)
         if factor != 1.0:
             norm = norm * factor
         if max_norm is not None:
@@ -214,6 +220,10 @@ class Strategy(ABC):
     def synchronize_buffers(self, model: nn.Module) -> None:
         """Give all processes the same buffers in `model` (BatchNorm's statistics), those of process 0."""
 
+    def evaluation_context(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Return the context around an evaluation: in it, the forward of `model` communicates with nobody."""
+        return nullcontext()
+
     def fingerprint(self) -> int:
         """Return a number that is the same on all processes when they hold the same replica, to the bit.
 
@@ -222,7 +232,7 @@ class Strategy(ABC):
         """
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for parameter in self._parameters:
-            values = parameter.detach().contiguous()
+            values = self._local(parameter.detach()).contiguous()
             flat = (torch.view_as_real(values) if values.is_complex() else values).view(-1)
             total += flat.view(_WHOLE[flat.element_size()]).sum(dtype=torch.int64)
         return int(total)
@@ -246,11 +256,10 @@ class Strategy(ABC):
         """
         from torch.distributed.checkpoint import state_dict as dcp
 
-        options = dcp.StateDictOptions(full_state_dict=True)
-        state: dict[str, Any] = {"model": dcp.get_model_state_dict(self._user_module, options=options)}
+        state: dict[str, Any] = {"model": dcp.get_model_state_dict(self._user_module)}
         if optimizer is not None:
             state["optimizer"] = named_state(self._user_module, optimizer)
-        copied: dict[str, Any] = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), state)
+        copied: dict[str, Any] = tree_map_only(Tensor, self._copied, state)
         return copied
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
@@ -271,6 +280,23 @@ class Strategy(ABC):
         """The model under the wrapper that `torch.compile` puts around it."""
         module: nn.Module = getattr(self._model, "_orig_mod", self._model)
         return module
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        """The part of a parameter or gradient that this process holds."""
+        return tensor
+
+    def _gradients(self) -> list[Tensor]:
+        """The gradients that there are, as far as this process holds them."""
+        return [gradient for p in self._parameters if (gradient := p.grad) is not None]
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        """The 2-norm of the whole gradient, of which these are the parts that this process holds."""
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        return norm
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        """What `state_dict` returns of a tensor."""
+        return tensor.detach().to("cpu", copy=True)
 
 
 _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
