@@ -6,9 +6,8 @@ import gc
 import inspect
 import os
 import re
-import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -20,7 +19,9 @@ from torch.optim import Optimizer
 
 from strategies.base import Rows, Strategy
 from strategies.environment import notes, rendezvous, started_local_rank, started_processes, started_rank
+from strategies.notes import Notes
 from strategies.single import NOTHING_TO_DEFER
+from strategies.zero_pass import Untouched
 
 REFUSED = {
     "static_graph": "it records the first backward, and dies with an internal assert where that one is not "
@@ -86,7 +87,7 @@ class DDPStrategy(Strategy):
         self._backend = "nccl" if self._device_type == "cuda" else "gloo"
         self._owns_group = False
         self._host_group: dist.ProcessGroup | None = None
-        self._notes: Any = None
+        self._notes: Notes | None = None
 
     def effective_batch(self, N: int, K: int) -> int:
         """Return P x N x K."""
@@ -140,7 +141,7 @@ class DDPStrategy(Strategy):
                 self._backend, timeout=self.timeout, store=store, rank=started_rank(), world_size=started_processes()
             )
         self._host_group = dist.new_group(backend="gloo", timeout=self.timeout)
-        self._notes = notes()
+        self._notes = Notes(notes(), self.rank, self.data_parallel_size)
 
     def teardown(self) -> None:
         """Destroy the groups that `setup` made."""
@@ -214,7 +215,7 @@ class DDPStrategy(Strategy):
         if self.find_unused_parameters:  # those unused everywhere must keep the gradient None
             trainable = [self._used if self._used is not None else trainable[0]]
         modules = self._ddp._modules
-        modules["module"] = _Untouched(trainable)
+        modules["module"] = Untouched(trainable)
         try:
             super().backward(self._ddp(), 1.0)
         finally:
@@ -247,20 +248,11 @@ class DDPStrategy(Strategy):
     def post(self, topic: str, text: str) -> None:
         """Put `text` into the store in which the processes met."""
         if self._notes is not None:
-            _patiently(lambda: self._notes.set(f"{topic}/{self.rank}", text))
+            self._notes.post(topic, text)
 
     def posted(self, topic: str) -> dict[int, str]:
         """Return the texts by rank; none where the store went with the process or the host that kept it."""
-        found: dict[int, str] = {}
-
-        def read() -> None:
-            for rank in range(self.data_parallel_size):
-                if self._notes.check([key := f"{topic}/{rank}"]):
-                    found[rank] = self._notes.get(key).decode()
-
-        if self._notes is not None:
-            _patiently(read)
-        return dict(found)
+        return {} if self._notes is None else self._notes.posted(topic)
 
     def has_lost_contact(self, error: Exception) -> bool:
         """Whether `error` comes from the process group."""
@@ -320,45 +312,6 @@ class DDPStrategy(Strategy):
             "gradients were not reduced. Use DDPStrategy(find_unused_parameters=True) (--trainer.strategy="
             "strategies.DDPStrategy --trainer.strategy.find_unused_parameters=true)."
         )
-
-
-class _Untouched(nn.Module):
-    """A forward without data: zero, with gradient zero for the parameters."""
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        super().__init__()
-        self._held = tuple(parameters)  # not registered: they belong to the model
-
-    def forward(self) -> Tensor:
-        total = self._held[0].new_zeros(())
-        for parameter in self._held:
-            total = total + _Zero.apply(parameter)  # type: ignore[no-untyped-call]
-        return total
-
-
-class _Zero(torch.autograd.Function):
-    """Zero, with gradient zero: `p.sum() * 0` would be NaN where a parameter is not finite."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor) -> Tensor:
-        ctx.save_for_backward(parameter)
-        return parameter.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return torch.zeros_like(ctx.saved_tensors[0])
-
-
-def _patiently(use_store: Callable[[], object], seconds: float = 3.0) -> None:
-    """Use the store, but not for long: a host that is gone answers nothing, and TCP would wait for minutes."""
-
-    def attempt() -> None:
-        with suppress(RuntimeError):
-            use_store()
-
-    thread = threading.Thread(target=attempt, name="tally-notes", daemon=True)
-    thread.start()
-    thread.join(seconds)
 
 
 def _buffers_are_ours() -> dict[str, Any]:
