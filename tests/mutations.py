@@ -272,7 +272,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an effective batch without P",
-        DDP,
+        "strategies/processes.py",
         "return self.data_parallel_size * N * K",
         "return N * K",
         "tests/test_strategies.py::test_effective_batches",

@@ -1,0 +1,136 @@
+"""Several processes: the group that they form, and what they say to one another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from strategies.base import Rows, Strategy
+from strategies.environment import notes, rendezvous, started_local_rank, started_processes, started_rank
+from strategies.notes import Notes
+
+
+class ProcessGroupStrategy(Strategy):
+    """What strategies of P data-parallel processes share: gloo on CPU, NCCL on CUDA, from torchrun's environment.
+
+    A process group that exists is used and left in place. `timeout_seconds` bounds every wait for another process,
+    `device` is "cpu" or "cuda" (default: CUDA where there is one).
+    """
+
+    def __init__(self, timeout_seconds: float = 300.0, device: Literal["cpu", "cuda"] | None = None) -> None:
+        if not timeout_seconds > 0:
+            raise ValueError(f"timeout_seconds={timeout_seconds}: give the seconds that a collective may take.")
+        self.timeout = timedelta(seconds=timeout_seconds)
+        self._device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._backend = "nccl" if self._device_type == "cuda" else "gloo"
+        self._owns_group = False
+        self._host_group: dist.ProcessGroup | None = None
+        self._notes: Notes | None = None
+
+    def effective_batch(self, N: int, K: int) -> int:
+        """Return P x N x K."""
+        return self.data_parallel_size * N * K
+
+    @property
+    def rank(self) -> int:
+        """This process in the group, or in torchrun's environment before there is one."""
+        return dist.get_rank() if dist.is_initialized() else started_rank()
+
+    @property
+    def local_rank(self) -> int:
+        """This process among those of its host."""
+        return started_local_rank()
+
+    @property
+    def data_parallel_size(self) -> int:
+        """P, all processes of the group."""
+        return dist.get_world_size() if dist.is_initialized() else started_processes()
+
+    @property
+    def device(self) -> torch.device:
+        """The CUDA device of this process's local rank, or the CPU."""
+        return torch.device("cpu") if self._device_type == "cpu" else torch.device("cuda", self.local_rank)
+
+    def describe(self) -> str:
+        """Return one line for the banner."""
+        backend = dist.get_backend() if dist.is_initialized() else self._backend
+        return f"{self.name}: {self.data_parallel_size} x {self._device_type}, {backend}"
+
+    def setup(self) -> None:
+        """Join the processes: a group for gradients, and one on the CPU for messages."""
+        if self._device_type == "cuda":
+            if self.local_rank >= torch.cuda.device_count():
+                raise ValueError(
+                    f"process {self.local_rank} of this host has no GPU of its own: there are "
+                    f"{torch.cuda.device_count()}. Start as many processes, or use device='cpu'."
+                )
+            torch.cuda.set_device(self.device)
+            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder: which collective hung
+            os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        if not dist.is_initialized():
+            self._owns_group = True
+            store = rendezvous(self.timeout)
+            dist.init_process_group(
+                self._backend, timeout=self.timeout, store=store, rank=started_rank(), world_size=started_processes()
+            )
+        self._host_group = dist.new_group(backend="gloo", timeout=self.timeout)
+        self._notes = Notes(notes(), self.rank, self.data_parallel_size)
+
+    def teardown(self) -> None:
+        """Destroy the groups that `setup` made."""
+        if self._owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+        elif self._host_group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._host_group)
+        self._owns_group, self._host_group, self._notes = False, None, None
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        """Reduce `tensor` in place over the processes by "sum", "min" or "max"; return it."""
+        dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[op])
+        return tensor
+
+    def exchange(self, values: Sequence[float]) -> Rows:
+        """Start one all-gather of a few doubles on the CPU group; call what comes back to wait and get all rows."""
+        mine = torch.tensor(values, dtype=torch.float64)
+        rows = [torch.empty_like(mine) for _ in range(self.data_parallel_size)]
+        work = dist.all_gather(rows, mine, group=self._host_group, async_op=True)
+
+        def wait() -> list[list[float]]:
+            work.wait()
+            return [row.tolist() for row in rows]
+
+        return wait
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return each process's `value` in rank order, by pickling it to the CPU group."""
+        values: list[Any] = [None] * self.data_parallel_size
+        dist.all_gather_object(values, value, group=self._host_group)
+        return values
+
+    def post(self, topic: str, text: str) -> None:
+        """Put `text` into the store in which the processes met."""
+        if self._notes is not None:
+            self._notes.post(topic, text)
+
+    def posted(self, topic: str) -> dict[int, str]:
+        """Return the texts by rank; none where the store went with the process or the host that kept it."""
+        return {} if self._notes is None else self._notes.posted(topic)
+
+    def has_lost_contact(self, error: Exception) -> bool:
+        """Whether `error` comes from the process group."""
+        return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+    def barrier(self) -> None:
+        """Wait for all processes, on the CPU group."""
+        dist.barrier(group=self._host_group)
+
+    def synchronize_buffers(self, model: nn.Module) -> None:
+        """Give all processes the buffers of process 0."""
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
