@@ -113,6 +113,21 @@ class ProcessGroupStrategy(Strategy):
         dist.all_gather_object(values, value, group=self._host_group)
         return values
 
+    def collect(self, value: Any) -> list[Any]:
+        """Return each process's `value` in rank order on process 0, which gets one at a time; elsewhere only one's own.
+
+        For what is large: pickled, on the CPU group.
+        """
+        values = [value]
+        if self.rank != 0:
+            dist.send_object_list(values, dst=0, group=self._host_group)
+            return values
+        for source in range(1, self.data_parallel_size):
+            received: list[Any] = [None]
+            dist.recv_object_list(received, src=source, group=self._host_group)
+            values += received
+        return values
+
     def post(self, topic: str, text: str) -> None:
         """Put `text` into the store in which the processes met."""
         if self._notes is not None:
