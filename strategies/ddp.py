@@ -49,9 +49,9 @@ class DDPStrategy(ProcessGroupStrategy):
 
     Gradients may cross the wire in fewer bytes, as approximations. `communication_hook` is one of
 
-    - "fp16": half the bytes, 3e-4 off (relative, of the whole gradient; an entry by up to 3e-8). An entry above 65504
-      overflows, and the update is skipped on all processes.
-    - "bf16": half the bytes, 3e-3 off, no overflow.
+    - "fp16": half the bytes, 3e-4 off (relative, of the whole gradient). Entries below 6e-5 are held to 3e-8; one above
+      65504 overflows, and the update is skipped on all processes.
+    - "bf16": half the bytes, 3e-3 off, with the range of float32.
     - "powersgd": two matrices of `powersgd_rank` columns for each large matrix of gradients, after `powersgd_start`
       updates that are sent whole. Far off in each update, but what is lost is kept and added to the next. Each process
       keeps as much as its gradients for that, and a checkpoint holds it of all P.
