@@ -56,7 +56,7 @@ def test_gradients_in_buckets_equal_one_big_batch_and_never_move(P: int, K: int,
 
 def fit_branches() -> Any:
     strategy = DDPStrategy(gradient_as_bucket_view=True, find_unused_parameters=True)
-    trainer = Trainer(strategy, micro_batch_size=2, accumulate_grad_batches=2, max_epochs=3, shuffle=False)
+    trainer = Trainer(strategy, micro_batch_size=2, max_epochs=3, shuffle=False)
     task = Regression(23, model=Branches)
     task.configure_optimizer = lambda model: torch.optim.AdamW(model.parameters(), lr=0.01)  # type: ignore[method-assign]
     trainer.fit(task)
@@ -65,7 +65,8 @@ def fit_branches() -> Any:
 
 
 def test_parameters_that_nobody_used_are_not_decayed() -> None:
-    alone = Trainer("single", micro_batch_size=2, accumulate_grad_batches=4, max_epochs=3, shuffle=False)
+    """Neither those that are never used, nor in an update those that others use."""
+    alone = Trainer("single", micro_batch_size=2, accumulate_grad_batches=2, max_epochs=3, shuffle=False)
     task = Regression(23, model=Branches)
     task.configure_optimizer = lambda model: torch.optim.AdamW(model.parameters(), lr=0.01)  # type: ignore[method-assign]
     alone.fit(task)
