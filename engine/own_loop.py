@@ -49,6 +49,7 @@ class Accumulator:
         scheduling = check_scheduling(K if isinstance(K, dict) else {0: K})
         check_windows(scheduling, strategy)
         check_optimizer(optimizer if lr_scheduler is None else (optimizer, lr_scheduler), model)
+        strategy.prepare_optimizer(optimizer)
         schedule = make_schedule(micro_batch_size, strategy.effective_batch, scheduling)
         batching = batching or Batching()
         plan = make_plan(data, batching, schedule, micro_batch_size, None, None)

@@ -71,6 +71,7 @@ class Saved:
     def _check(self) -> None:
         """Make sure that the state is of the right kinds: the file may be anybody's."""
         state = self._state
+        state.setdefault("strategy", None)  # older ones have none
         for name, value in COUNTERS.items():
             _expect(type(state["run"][name]) is type(value), f"run.{name}")
             _expect(not isinstance(value, int) or state["run"][name] >= value, f"run.{name}")
@@ -172,7 +173,7 @@ def snapshot(trainer: Trainer) -> tuple[Mapping[str, Any], dict[str, Any]]:
         "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
         "callbacks": [[class_path(callback), callback.state_dict()] for callback in trainer.callbacks],
     }
-    return parts["model"], {"optimizer": parts["optimizer"], **tree.copied(rest)}
+    return parts["model"], {"optimizer": parts["optimizer"], "strategy": parts.get("strategy"), **tree.copied(rest)}
 
 
 def decides(trainer: Trainer) -> dict[str, Any]:
@@ -199,7 +200,7 @@ def restore(trainer: Trainer, saved: Saved, allows_changes: bool) -> None:
         check_model_state(trainer.strategy.state_dict()["model"], saved.model, saved.path)
         mine, theirs = decides(trainer), saved["decides"]
         has_same_optimizer = mine["the optimizer"] == theirs["the optimizer"]
-        parts = {"model": saved.model, "optimizer": saved["optimizer"]}
+        parts = {"model": saved.model, "optimizer": saved["optimizer"], "strategy": saved["strategy"]}
         trainer.strategy.load_state_dict(parts, trainer.optimizer if has_same_optimizer else None)
         if trainer.lr_scheduler is not None and mine["the LR scheduler"] == theirs["the LR scheduler"]:
             trainer.lr_scheduler.load_state_dict(saved["lr_scheduler"])

@@ -299,6 +299,7 @@ class Trainer:
         prepared = strategy.prepare(self.model)
         check_equal_windows(strategy, self.plan, N, self.settings["spread_windows"])
         self.optimizer, self.lr_scheduler = check_optimizer(task.configure_optimizer(self.model), self.model)
+        strategy.prepare_optimizer(self.optimizer)
         kept = ("gradient_clip_norm", "skip_nonfinite_updates", "precision", "seed")
         options = LoopOptions(**{name: self.settings[name] for name in kept}, measures=measures)
         compute = autocast(task.loss, self.settings["precision"], strategy.device.type)

@@ -113,6 +113,12 @@ class Strategy(ABC):
         self._parameters = list(model.parameters())
         return self._model
 
+    def prepare_optimizer(self, optimizer: Optimizer) -> None:
+        """Take part in the steps of `optimizer`, which stays the object it is: an LR scheduler may hold it.
+
+        Called once, after `prepare` and before any `step` or `load_state_dict`.
+        """
+
     def to_device(self, batch: Any) -> Any:
         """Return `batch` with every tensor in it (in dicts, lists, tuples; anything with `.to`) on the device."""
         return batch if self._is_on_cpu else _move(batch, self.device)
@@ -241,7 +247,7 @@ class Strategy(ABC):
 
     @property
     def holds_all(self) -> bool:
-        """Whether each process holds the whole model and optimizer, so that process 0 alone can save them."""
+        """Whether each process holds all that `state_dict` returns, so that process 0 alone can save it."""
         return True
 
     def reductions(self) -> tuple[int, int]:
@@ -251,8 +257,9 @@ class Strategy(ABC):
     def state_dict(self, optimizer: Optimizer | None = None) -> dict[str, Any]:
         """Return a copy of {"model": ..., "optimizer": ...} on the CPU, under the user's own parameter names.
 
-        On all processes together where a process holds only a part; else any one may ask. Names carry no `module.`
-        and no `_orig_mod.` (torch.distributed.checkpoint.state_dict does the naming).
+        On all processes together where a process holds only a part, and then whole on process 0; else any one may ask.
+        Names carry no `module.` and no `_orig_mod.` (torch.distributed.checkpoint.state_dict does the naming). Where a
+        strategy keeps something from update to update, that is under "strategy", with the optimizer.
         """
         from torch.distributed.checkpoint import state_dict as dcp
 

@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from strategies.hooks import Hook, check_hook, make_hook
+from strategies.optimizer_state import load_named_state, merged, parameter_names
 from strategies.processes import ProcessGroupStrategy
+from strategies.shards import Shards
 from strategies.single import NOTHING_TO_DEFER
+from strategies.zero_pass import Untouched
 
 REFUSED = {
     "static_graph": "it records the first backward, and dies with an internal assert where that one is not "
@@ -34,12 +38,27 @@ class DDPStrategy(ProcessGroupStrategy):
 
     - `find_unused_parameters`: for models that do not use each parameter in each micro-batch (costs a walk over the
       graph per window). Where it is False and a parameter was not used, the update raises instead of diverging.
-    - `gradient_as_bucket_view`: gradients live in the buckets while there are any.
+    - `gradient_as_bucket_view`: gradients live in the buckets, and are set to zero in place between updates, which
+      saves memory of their size. (Not with `find_unused_parameters`: there they must become None between updates, or
+      an optimizer would decay parameters that nobody used.)
     - `bucket_cap_mb`: size of a bucket; smaller ones start earlier, larger ones are fewer.
     - `broadcast_buffers`: process 0's buffers (BatchNorm's statistics) go to all once per window.
     - `sync_batchnorm`: BatchNorm becomes `torch.nn.SyncBatchNorm` (CUDA only), which normalises over the micro-batches
       that the P processes have at a time. It communicates in every forward, so each window must have equally many
       micro-batches on all processes.
+
+    Gradients may cross the wire in fewer bytes, as approximations. `communication_hook` is one of
+
+    - "fp16": half the bytes, 3e-4 off (relative, of the whole gradient). Entries below 6e-5 are held to 3e-8; one above
+      65504 overflows, and the update is skipped on all processes.
+    - "bf16": half the bytes, 3e-3 off, with the range of float32.
+    - "powersgd": two matrices of `powersgd_rank` columns for each large matrix of gradients, after `powersgd_start`
+      updates that are sent whole. Far off in each update, but what is lost is kept and added to the next. Each process
+      keeps as much as its gradients for that, and a checkpoint holds it of all P.
+
+    `shard_optimizer` (ZeRO-1) divides the optimizer's state and steps among the processes by whole parameters, exactly:
+    after each step the parameters are sent, so an update sends that many bytes more. For optimizers that treat each
+    parameter by itself. Afterwards `trainer.optimizer` holds this process's share.
 
     `timeout_seconds` bounds every wait for another process (a download in `prepare_data` included), `device` is "cpu"
     or "cuda" (default: CUDA where there is one).
@@ -55,6 +74,10 @@ class DDPStrategy(ProcessGroupStrategy):
         bucket_cap_mb: float | None = None,
         broadcast_buffers: bool = True,
         sync_batchnorm: bool = False,
+        communication_hook: Literal["fp16", "bf16", "powersgd"] | None = None,
+        powersgd_rank: int = 1,
+        powersgd_start: int = 1000,
+        shard_optimizer: bool = False,
         timeout_seconds: float = 300.0,
         device: Literal["cpu", "cuda"] | None = None,
         **refused: object,
@@ -63,12 +86,20 @@ class DDPStrategy(ProcessGroupStrategy):
             if option in REFUSED:
                 raise ValueError(f"DDPStrategy does not take {option}: {REFUSED[option]}")
             raise TypeError(f"DDPStrategy has no option {option!r}.")
+        check_hook(communication_hook, powersgd_rank, powersgd_start)
         super().__init__(timeout_seconds, device)
         self.find_unused_parameters = find_unused_parameters
         self.gradient_as_bucket_view = gradient_as_bucket_view
         self.bucket_cap_mb = bucket_cap_mb
         self.broadcast_buffers = broadcast_buffers
         self.sync_batchnorm = sync_batchnorm
+        self.communication_hook = communication_hook
+        self.powersgd_rank = powersgd_rank
+        self.powersgd_start = powersgd_start
+        self.shard_optimizer = shard_optimizer
+        self._hook: Hook | None = None
+        self._shards: Shards | None = None
+        self._keeps_buckets = gradient_as_bucket_view and not find_unused_parameters
         if sync_batchnorm and self._device_type == "cpu":
             raise ValueError(
                 "sync_batchnorm=True: torch's SyncBatchNorm runs on GPUs only. On the CPU use GroupNorm or LayerNorm, "
@@ -80,8 +111,16 @@ class DDPStrategy(ProcessGroupStrategy):
         self._broadcast_buffers_once()
         return NOTHING_TO_DEFER if is_last_microbatch else self._ddp.no_sync()
 
+    def describe(self) -> str:
+        """Return one line for the banner."""
+        hook = f", gradients sent by {self.communication_hook}" if self.communication_hook else ""
+        return super().describe() + hook + (", optimizer sharded" if self.shard_optimizer else "")
+
     def teardown(self) -> None:
         """Destroy the groups that `setup` made."""
+        if self._shards is not None:
+            self._shards.remove()
+        self._shards = self._hook = None
         if hasattr(self, "_ddp"):
             del self._ddp
             gc.collect()  # its hooks must be gone before the group that they use
@@ -102,6 +141,9 @@ class DDPStrategy(ProcessGroupStrategy):
         if self._ddp._delay_all_reduce_params:
             reason = REFUSED["delay_all_reduce_named_params"]
             raise ValueError(f"DDPStrategy does not take delay_all_reduce_named_params: {reason}")
+        self._hook = make_hook(self.communication_hook, self.powersgd_rank, self.powersgd_start)
+        if self._hook is not None:
+            self._ddp.register_comm_hook(None, self._hook.reduce)
         self._fix_buckets()
         return self._ddp
 
@@ -115,6 +157,13 @@ class DDPStrategy(ProcessGroupStrategy):
             bucket_cap_mb=self.bucket_cap_mb,
             **_buffers_are_ours(),
         )
+
+    def prepare_optimizer(self, optimizer: Optimizer) -> None:
+        """Divide the steps of `optimizer` among the processes, if so wanted, and let a hook know of them."""
+        if self.shard_optimizer:
+            self._shards = Shards(optimizer, self.rank, self.data_parallel_size)
+        if self._hook is not None:
+            optimizer.register_step_post_hook(self._note_update)
 
     def backward(self, loss: Tensor, scale: float | Tensor) -> None:
         """Add `scale x d(loss)`: DDP averages over P, we promise the sum.
@@ -143,21 +192,50 @@ class DDPStrategy(ProcessGroupStrategy):
         if self.find_unused_parameters:  # those unused everywhere must keep the gradient None
             trainable = [self._used if self._used is not None else trainable[0]]
         modules = self._ddp._modules
-        modules["module"] = _Untouched(trainable)
+        modules["module"] = Untouched(trainable)
         try:
             super().backward(self._ddp(), 1.0)
         finally:
             modules["module"] = self._model
         self._buffers_are_sent = self._was_called = False
 
+    def clear_gradients(self) -> None:
+        """Set all gradients to None, or to zero where they live in the buckets."""
+        if self._keeps_buckets:
+            torch._foreach_zero_([p.grad for p in self._parameters if p.grad is not None])
+        else:
+            super().clear_gradients()
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether nothing is divided among the processes, and nothing is kept that differs between them."""
+        return self._shards is None and not (self._hook is not None and self._hook.keeps_state)
+
+    def state_dict(self, optimizer: Optimizer | None = None) -> dict[str, Any]:
+        """Return model, optimizer and what a hook keeps; where `holds_all` is False, whole on process 0."""
+        state = super().state_dict(optimizer)
+        if optimizer is not None and self._shards is not None:
+            state["optimizer"] = merged(self.collect(state["optimizer"]))
+        if optimizer is not None and self._hook is not None and self._hook.keeps_state:
+            state["strategy"] = self.collect(self._hook.state_dict())
+        return state
+
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
         """Load what `state_dict` returned; a parameter that has been stepped is one that takes part in forward."""
-        super().load_state_dict(state, optimizer)
+        super().load_state_dict(state, None)
         if optimizer is not None:
-            self._used = next((p for p in self._parameters if p in optimizer.state), None)
+            elsewhere = self._shards.elsewhere if self._shards is not None else ()
+            load_named_state(self._user_module, optimizer, state["optimizer"], elsewhere)
+            stepped = state["optimizer"]["state"]
+            names = parameter_names(self._user_module)
+            self._used = next((p for p in self._parameters if names[p] in stepped), None)
+        if self._hook is not None and self._hook.keeps_state and state.get("strategy"):
+            self._hook.load_state_dict(state["strategy"], self.rank, self.device)
 
     def reductions(self) -> tuple[int, int]:
-        """Return (buckets, bytes of all gradients): what one window sends, told by DDP's own reducer."""
+        """Return (collectives, bytes) of one window's gradients: told by DDP's own reducer, or by the hook."""
+        if self._hook is not None:
+            return self._hook.reductions
         data = self._ddp._get_ddp_logging_data()  # type: ignore[no-untyped-call]
         sizes = data.get("rebuilt_bucket_sizes") or data["bucket_sizes"]
         buckets = [int(size) for size in str(sizes).split(",")]
@@ -171,8 +249,10 @@ class DDPStrategy(ProcessGroupStrategy):
         """
         if not self.find_unused_parameters:
             self.join(None)
+            super().clear_gradients()
             self._ddp.reducer._rebuild_buckets()
-            self.clear_gradients()
+        if self._keeps_buckets:
+            self.join(None)  # gradients of zero, which live in the buckets
 
     def _broadcast_buffers_once(self) -> None:
         """Send process 0's buffers, once per window on every process, so that all begin it with those a checkpoint has.
@@ -187,6 +267,10 @@ class DDPStrategy(ProcessGroupStrategy):
     def _note_call(self, module: nn.Module, arguments: Any) -> None:
         self._was_called = True
 
+    def _note_update(self, optimizer: Optimizer, arguments: Any, named: Any) -> None:
+        if self._hook is not None:
+            self._hook.commit()
+
     def _unused_message(self, reason: str) -> str:
         found = re.search(r"for rank \d+: ([\d ]+)", reason)
         unused = ", ".join(self._names[int(i)] for i in found[1].split()) if found else "some"
@@ -195,33 +279,6 @@ class DDPStrategy(ProcessGroupStrategy):
             "gradients were not reduced. Use DDPStrategy(find_unused_parameters=True) (--trainer.strategy="
             "strategies.DDPStrategy --trainer.strategy.find_unused_parameters=true)."
         )
-
-
-class _Untouched(nn.Module):
-    """A forward without data: zero, with gradient zero for the parameters."""
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        super().__init__()
-        self._held = tuple(parameters)  # not registered: they belong to the model
-
-    def forward(self) -> Tensor:
-        total = self._held[0].new_zeros(())
-        for parameter in self._held:
-            total = total + _Zero.apply(parameter)  # type: ignore[no-untyped-call]
-        return total
-
-
-class _Zero(torch.autograd.Function):
-    """Zero, with gradient zero: `p.sum() * 0` would be NaN where a parameter is not finite."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor) -> Tensor:
-        ctx.save_for_backward(parameter)
-        return parameter.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return torch.zeros_like(ctx.saved_tensors[0])
 
 
 def _buffers_are_ours() -> dict[str, Any]:

@@ -6,6 +6,7 @@ which counts in Adam's bias correction: a run that saved would not be the run th
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -15,16 +16,26 @@ from torch.optim import Optimizer
 
 def named_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Return {"state": {name: ...}, "param_groups": [...]}; parameters without state (unused ones) have no entry."""
-    names = _names(model)
+    names = parameter_names(model)
     return {
         "state": {names[p]: dict(state) for p, state in optimizer.state.items()},
         "param_groups": [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups],
     }
 
 
-def load_named_state(model: nn.Module, optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    """Load what `named_state` returned. Raises ValueError for other parameters, groups or shapes."""
-    names = _names(model)
+def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the whole of named states that hold a part of the parameters each, with the same groups."""
+    return {**parts[0], "state": {name: state for part in parts for name, state in part["state"].items()}}
+
+
+def load_named_state(
+    model: nn.Module, optimizer: Optimizer, saved: dict[str, Any], elsewhere: Collection[Tensor] = ()
+) -> None:
+    """Load what `named_state` returned, but for the state of parameters that other processes step (`elsewhere`).
+
+    Raises ValueError for other parameters, groups or shapes.
+    """
+    names = parameter_names(model)
     groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
     saved_groups = [group["params"] for group in saved["param_groups"]]
     if groups != saved_groups:
@@ -35,21 +46,23 @@ def load_named_state(model: nn.Module, optimizer: Optimizer, saved: dict[str, An
         if name not in number:
             raise ValueError(f"the saved optimizer has state for {name!r}, which this optimizer does not hold.")
         _check_shapes(optimizer, name, flat[number[name]], state)
+    states = {name: state for name, state in saved["state"].items() if flat[number[name]] not in elsewhere}
     first = iter(range(len(flat)))
     optimizer.load_state_dict(
         {
-            "state": {number[name]: state for name, state in saved["state"].items()},
+            "state": {number[name]: state for name, state in states.items()},
             "param_groups": [{**g, "params": [next(first) for _ in g["params"]]} for g in saved["param_groups"]],
         }
     )
-    for name, state in saved["state"].items():  # torch has cast it all to the parameter's dtype
+    for name, state in states.items():  # torch has cast it all to the parameter's dtype
         own = optimizer.state[flat[number[name]]]
         for key, value in state.items():
             if isinstance(value, Tensor) and own[key].dtype != value.dtype:
                 own[key] = value.to(own[key].device)
 
 
-def _names(model: nn.Module) -> dict[Tensor, str]:
+def parameter_names(model: nn.Module) -> dict[Tensor, str]:
+    """Return the user's own name of each parameter."""
     return {p: name.replace("_orig_mod.", "") for name, p in model.named_parameters()}
 
 

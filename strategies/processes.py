@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from strategies.base import Rows, Strategy
 from strategies.environment import notes, rendezvous, started_local_rank, started_processes, started_rank
+from strategies.notes import Notes
 
 
 class ProcessGroupStrategy(Strategy):
@@ -32,7 +31,7 @@ class ProcessGroupStrategy(Strategy):
         self._backend = "nccl" if self._device_type == "cuda" else "gloo"
         self._owns_group = False
         self._host_group: dist.ProcessGroup | None = None
-        self._notes: Any = None
+        self._notes: Notes | None = None
 
     def effective_batch(self, N: int, K: int) -> int:
         """Return P x N x K."""
@@ -81,7 +80,7 @@ class ProcessGroupStrategy(Strategy):
                 self._backend, timeout=self.timeout, store=store, rank=started_rank(), world_size=started_processes()
             )
         self._host_group = dist.new_group(backend="gloo", timeout=self.timeout)
-        self._notes = notes()
+        self._notes = Notes(notes(), self.rank, self.data_parallel_size)
 
     def teardown(self) -> None:
         """Destroy the groups that `setup` made."""
@@ -119,23 +118,29 @@ class ProcessGroupStrategy(Strategy):
         dist.all_gather_object(values, value, group=self._host_group)
         return values
 
+    def collect(self, value: Any) -> list[Any]:
+        """Return each process's `value` in rank order on process 0, which gets one at a time; elsewhere only one's own.
+
+        For what is large: pickled, on the CPU group.
+        """
+        values = [value]
+        if self.rank != 0:
+            dist.send_object_list(values, dst=0, group=self._host_group)
+            return values
+        for source in range(1, self.data_parallel_size):
+            received: list[Any] = [None]
+            dist.recv_object_list(received, src=source, group=self._host_group)
+            values += received
+        return values
+
     def post(self, topic: str, text: str) -> None:
         """Put `text` into the store in which the processes met."""
         if self._notes is not None:
-            _patiently(lambda: self._notes.set(f"{topic}/{self.rank}", text))
+            self._notes.post(topic, text)
 
     def posted(self, topic: str) -> dict[int, str]:
         """Return the texts by rank; none where the store went with the process or the host that kept it."""
-        found: dict[int, str] = {}
-
-        def read() -> None:
-            for rank in range(self.data_parallel_size):
-                if self._notes.check([key := f"{topic}/{rank}"]):
-                    found[rank] = self._notes.get(key).decode()
-
-        if self._notes is not None:
-            _patiently(read)
-        return dict(found)
+        return {} if self._notes is None else self._notes.posted(topic)
 
     def has_lost_contact(self, error: Exception) -> bool:
         """Whether `error` comes from the process group."""
@@ -149,15 +154,3 @@ class ProcessGroupStrategy(Strategy):
         """Give all processes the buffers of process 0."""
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
-
-
-def _patiently(use_store: Callable[[], object], seconds: float = 3.0) -> None:
-    """Use the store, but not for long: a host that is gone answers nothing, and TCP would wait for minutes."""
-
-    def attempt() -> None:
-        with suppress(RuntimeError):
-            use_store()
-
-    thread = threading.Thread(target=attempt, name="tally-notes", daemon=True)
-    thread.start()
-    thread.join(seconds)

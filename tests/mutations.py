@@ -288,9 +288,7 @@ MUTATIONS = [
         "0",
         KILLED,
     ),
-    Mutation(
-        "forget the optimizer", "strategies/base.py", "            load_named_state(", "            print(", KILLED
-    ),
+    Mutation("forget the optimizer", DDP, "            load_named_state(", "            print(", KILLED),
     Mutation(
         "forget the schedule of the learning rate",
         "engine/run_state.py",

@@ -1,0 +1,45 @@
+"""Texts that processes leave for one another in the store in which they met."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+
+class Notes:
+    """This process's side of a store: each of `size` processes writes, and all read without the writer's help."""
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self._store = store
+        self._rank = rank
+        self._size = size
+
+    def post(self, topic: str, text: str) -> None:
+        """Put `text` into the store; a later one replaces it."""
+        _patiently(lambda: self._store.set(f"{topic}/{self._rank}", text))
+
+    def posted(self, topic: str) -> dict[int, str]:
+        """Return the texts by rank; none where the store went with the process or the host that kept it."""
+        found: dict[int, str] = {}
+
+        def read() -> None:
+            for rank in range(self._size):
+                if self._store.check([key := f"{topic}/{rank}"]):
+                    found[rank] = self._store.get(key).decode()
+
+        _patiently(read)
+        return dict(found)
+
+
+def _patiently(use_store: Callable[[], object], seconds: float = 3.0) -> None:
+    """Use the store, but not for long: a host that is gone answers nothing, and TCP would wait for minutes."""
+
+    def attempt() -> None:
+        with suppress(RuntimeError):
+            use_store()
+
+    thread = threading.Thread(target=attempt, name="tally-notes", daemon=True)
+    thread.start()
+    thread.join(seconds)
