@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     found = report(backend, given.only)
     if not found.promises:
         return _refuse(f"no check has a name with {given.only!r} in it.")
-    print(f"\n{backend.strategy_class.__name__} on {backend.processes} processes, K={backend.K}\n\n{found.table()}")
+    print(f"{given.strategy} on {backend.processes} processes, K={backend.K}\n\n{found.table()}")
     return int(any(promise.verdict == "broken" for promise in found.promises))
 
 

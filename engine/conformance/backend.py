@@ -76,26 +76,33 @@ class Backend:
         """Return a new instance."""
         return self.strategy_class(**self.options)
 
-    def run(self, function: Callable[..., Any], *args: Any, processes: int | None = None) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *args: Any, processes: int | None = None, what: str = "a run"
+    ) -> list[Any]:
         """Call `function(strategy, *args)` on each process, with a strategy that is not set up.
 
-        Raises BrokenPromiseError where one of them fails or does not end.
+        Raises BrokenPromiseError where one of them fails or does not end; it tells of `what`.
         """
         try:
             return self.attempt(function, *args, processes=processes)
         except ProcessesFailedError as error:
-            raise BrokenPromiseError(f"{error}") from None
+            raise BrokenPromiseError(f"{what}: expected all processes to end without an error, seen {error}.") from None
 
     def attempt(self, function: Callable[..., Any], *args: Any, processes: int | None = None) -> list[Any]:
         """Do the same where failing is what is expected. Raises ProcessesFailedError."""
         P = self.processes if processes is None else processes
         return run(P, lambda: function(self.make(), *args), seconds=self.seconds)
 
-    def fit(self, task: Regression, strategy: str | None = None, **settings: Any) -> list[Ran]:
-        """Train on all processes, or on one with a strategy of ours; without shuffling, N samples a micro-batch."""
+    def fit(self, task: Regression, what: str = "a run", strategy: str | None = None, **settings: Any) -> list[Ran]:
+        """Train on all processes, or on one with a strategy of ours; without shuffling, N samples a micro-batch.
+
+        Raises BrokenPromiseError, telling of `what`, where that fails or does not end.
+        """
         settings = {"micro_batch_size": N, "accumulate_grad_batches": self.K, "shuffle": False, **settings}
         processes = self.processes if strategy is None else 1
-        return self.run(lambda own: fit(own if strategy is None else strategy, task, settings), processes=processes)
+        return self.run(
+            lambda own: fit(own if strategy is None else strategy, task, settings), processes=processes, what=what
+        )
 
     @cached_property
     def declared(self) -> list[Declared]:

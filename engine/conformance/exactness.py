@@ -20,8 +20,8 @@ def check_exact(backend: Backend) -> None:
     B = backend.P * N * backend.K
     for samples, max_norm in zip(_tails(backend, B), (0.05, None, 0.05), strict=False):
         task = Regression(samples)
-        ran = backend.fit(task, max_epochs=EPOCHS, gradient_clip_norm=max_norm)
         what = f"{samples} samples in updates of {B}" + (f", clipped at {max_norm}" if max_norm else "")
+        ran = backend.fit(task, what, max_epochs=EPOCHS, gradient_clip_norm=max_norm)
         _compare(backend, task, ran, in_order(samples, B) * EPOCHS, what, max_norm)
 
 
@@ -31,13 +31,13 @@ def check_weights_known_late(backend: Backend) -> None:
     B = backend.P * N * backend.K
     for samples in _tails(backend, B):
         task = Regression(samples, tokens=True)
-        ran = backend.fit(task, max_epochs=EPOCHS)
-        _compare(backend, task, ran, in_order(samples, B) * EPOCHS, f"tokens of {samples} samples in updates of {B}")
+        what = f"tokens of {samples} samples in updates of {B}"
+        _compare(backend, task, backend.fit(task, what, max_epochs=EPOCHS), in_order(samples, B) * EPOCHS, what)
 
 
 def check_variable_windows(backend: Backend) -> None:
     """K changes during a run and each update stays exact; or a schedule is refused before anything starts."""
-    scheduling = {0: backend.K, 1: 1, 2: 2}
+    scheduling = {0: 2, 1: backend.K, 2: 1}
     if not backend.declared[0].supports_variable_windows:
         for rank, said in enumerate(backend.run(_refusal, scheduling)):
             expect(bool(said), f"process {rank}: supports_variable_windows is False, and a schedule is not refused.")
@@ -45,10 +45,10 @@ def check_variable_windows(backend: Backend) -> None:
     B = backend.P * N
     samples = _tails(backend, B * 2 * backend.K)[-1]
     callbacks = [GradientAccumulationScheduler(scheduling)]
-    task = Regression(samples)
-    ran = backend.fit(task, accumulate_grad_batches=1, max_epochs=len(scheduling), callbacks=callbacks)
+    task, what = Regression(samples), f"K by epoch {scheduling}"
+    ran = backend.fit(task, what, accumulate_grad_batches=1, max_epochs=len(scheduling), callbacks=callbacks)
     windows = [window for K in scheduling.values() for window in in_order(samples, B * K)]
-    _compare(backend, task, ran, windows, f"K by epoch {scheduling}")
+    _compare(backend, task, ran, windows, what)
 
 
 def check_uneven_data(backend: Backend) -> None:
@@ -60,8 +60,8 @@ def check_uneven_data(backend: Backend) -> None:
         pieces = deal(lengths, [N, 1, N + 1])
         windows = windows_of(pieces, K)
         task = Regression(sum(map(len, windows)), pieces=pieces)
-        ran = backend.fit(task, max_epochs=EPOCHS)
-        _compare(backend, task, ran, windows * EPOCHS, f"streams of {lengths} micro-batches")
+        what = f"streams of {lengths} micro-batches"
+        _compare(backend, task, backend.fit(task, what, max_epochs=EPOCHS), windows * EPOCHS, what)
 
 
 def _tails(backend: Backend, B: int) -> list[int]:

@@ -94,7 +94,7 @@ def _child(rank: int, P: int, port: int, pipe: Connection, function: Callable[..
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f" ({os.path.basename(last.filename)}, line {last.lineno})"
-        message = None, f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
+        message = None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
     pipe.send_bytes(pickle.dumps(message))  # bytes: tensors sent as tensors would live in this process
     pipe.close()
     os._exit(0)  # no exit handlers: they belong to the parent

@@ -8,23 +8,23 @@ from typing import NamedTuple
 
 import pytest
 
-from engine.conformance.backend import Backend, BrokenPromiseError, NotDeclaredError
+from engine.conformance import CHECKS, Backend, BrokenPromiseError, NotDeclaredError
 
-MODULES = [f"engine.conformance.{name}" for name in ("contract", "traffic", "exactness", "keeping", "failures")]
 QUIET = ["-p", "no:terminal", "-p", "no:cacheprovider"]
-COLLECT = ["-c", os.devnull, "-o", "python_files=*.py", "-o", "python_functions=check_*", "--pyargs", *MODULES]
+COLLECT = ["-c", os.devnull, "-o", "python_files=*.py", "-o", "python_functions=check_*", "--pyargs", *CHECKS]
 
 
 class Promise(NamedTuple):
-    """A promise, and whether it is kept, broken, or not declared."""
+    """A promise, whether it is kept, broken, or not declared, and what was seen where it is broken."""
 
     name: str
     text: str
     verdict: str
+    seen: str = ""
 
 
 class Report:
-    """A plugin: gives the checks their backend, says at once what is broken, and remembers every verdict."""
+    """A plugin: gives the checks their backend, and remembers every verdict."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -47,19 +47,19 @@ class Report:
             self.promises.append(Promise(name, str(reason), "not declared"))
             pytest.skip(str(reason))
         except BrokenPromiseError as broken:
-            self.promises.append(Promise(name, text, "broken"))
-            print(f"BROKEN {name}: {broken}", flush=True)
+            self.promises.append(Promise(name, text, "broken", str(broken)))
             raise
         self.promises.append(Promise(name, text, "kept"))
         return True
 
     def table(self) -> str:
-        """Return all promises with their verdicts, and how many there are of each."""
+        """Return what was seen of those that are broken, all promises with their verdicts, and how many there are."""
+        seen = [f"{p.name}: {p.seen}\n" for p in self.promises if p.seen]
         width = max(len(promise.name) for promise in self.promises)
         rows = [f"{p.verdict:<12}  {p.name:<{width}}  {p.text}" for p in self.promises]
         counts = Counter(p.verdict for p in self.promises)
         sums = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("kept", "broken", "not declared"))
-        return "\n".join([*rows, "", f"{len(self.promises)} promises: {sums}."])
+        return "\n".join([*seen, *rows, "", f"{len(self.promises)} promises: {sums}."])
 
 
 def report(backend: Backend, only: str | None = None) -> Report:
