@@ -8,6 +8,7 @@ import sys
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentParser
 
 from engine.conformance.backend import Backend, started
@@ -48,6 +49,7 @@ def main(arguments: list[str]) -> int:
     except ProcessesFailedError as error:
         if refused := [text for text in error.errors.values() if text.startswith("ValueError")]:
             return _refuse(f"{given.strategy} cannot be set up on {given.processes} processes: {refused[0]}")
+    torch.set_num_threads(1)  # threads do not live through a fork
     from engine.conformance.report import report
 
     found = report(backend, given.only)

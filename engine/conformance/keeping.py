@@ -36,7 +36,7 @@ def check_round_trip(backend: Backend) -> None:
             f"process {rank}: {_what(kept.first, kept.loaded)} is not what was saved, after load_state_dict().",
         )
         expect(
-            _same(kept.second, kept.again),
+            not backend.declared[0].resumes_exactly or _same(kept.second, kept.again),
             f"process {rank}: {_what(kept.second, kept.again)} differs after the same update of what was loaded.",
         )
 

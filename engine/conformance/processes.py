@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import multiprocessing
 import os
 import pickle
+import re
+import signal
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import torch
 import torch._dynamo  # the first optimizer imports it: once here, not in each process
@@ -34,15 +38,18 @@ def run(P: int, function: Callable[..., Any], *args: Any, seconds: float) -> lis
     They are started as torchrun starts them, and make their group themselves. Raises ProcessesFailedError, after
     `seconds` at the latest.
     """
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     context = multiprocessing.get_context("fork")
     children: dict[Any, Any] = {}
     for rank in range(P):
-        ours, theirs = context.Pipe(duplex=False)
-        child = context.Process(target=_child, args=(rank, P, store.port, theirs, function, args))
+        ours, theirs = context.Pipe()
+        places = TemporaryFile("w+")  # noqa: SIM115 - closed below
+        child = context.Process(target=_child, args=(rank, P, theirs, places, function, args))
         child.start()
         theirs.close()
-        children[ours] = rank, child
+        children[ours] = rank, child, places
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    for pipe in children:
+        pipe.send(store.port)  # it has a thread, and to fork beside a thread may leave a lock that nobody opens
     results: list[Any] = [None] * P
     errors: dict[int, str] = {}
     end = time.monotonic() + seconds
@@ -50,21 +57,36 @@ def run(P: int, function: Callable[..., Any], *args: Any, seconds: float) -> lis
     try:
         while waiting and (left := end - time.monotonic()) > 0:
             for pipe in wait(list(waiting), left):
-                rank, child = waiting.pop(pipe)
+                rank, child, _ = waiting.pop(pipe)
                 results[rank], error = _receive(pipe, child)
                 if error:
                     errors[rank] = error
                     end = min(end, time.monotonic() + GRACE)
-        errors |= {rank: f"did not end within {seconds:g} s" for rank, _ in waiting.values()}
+        for rank, child, places in waiting.values():
+            errors[rank] = f"did not end in time ({seconds:g} s, or {GRACE:g} s after another): {_place(child, places)}"
     finally:
-        for _, child in children.values():
+        del store
+        for pipe, (_, child, places) in children.items():
             child.join(0.0 if errors else GRACE)
             if child.is_alive():
                 child.kill()
                 child.join()
+            pipe.close()
+            places.close()
     if errors:
         raise ProcessesFailedError(errors)
     return results
+
+
+def _place(child: Any, places: IO[str]) -> str:
+    """Where the main thread of a process is: the innermost frame that is not torch's."""
+    os.kill(child.pid, signal.SIGUSR2)
+    time.sleep(0.3)
+    places.seek(0)
+    thread = places.read().rpartition("(most recent call first):")[2]
+    frames = re.findall(r'File "(.*)", line (\d+) in (\S+)', thread)
+    file, line, name = next((frame for frame in frames if "/torch/" not in frame[0]), ("nowhere", "0", "?"))
+    return f"it is at {os.path.basename(file)}, line {line}, in {name}"
 
 
 def _receive(pipe: Any, child: Any) -> tuple[Any, str]:
@@ -76,7 +98,10 @@ def _receive(pipe: Any, child: Any) -> tuple[Any, str]:
     return value, error
 
 
-def _child(rank: int, P: int, port: int, pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _child(
+    rank: int, P: int, pipe: Connection, places: IO[str], function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    faulthandler.register(signal.SIGUSR2, places)
     torch.set_num_threads(1)
     gc.freeze()  # what was there before the fork is not this process's to collect
     os.environ.update(
@@ -85,7 +110,7 @@ def _child(rank: int, P: int, port: int, pipe: Connection, function: Callable[..
         WORLD_SIZE=str(P),
         LOCAL_WORLD_SIZE=str(P),
         MASTER_ADDR="localhost",
-        MASTER_PORT=str(port),
+        MASTER_PORT=str(pipe.recv()),
         TORCHELASTIC_USE_AGENT_STORE="True",
         TORCHELASTIC_RESTART_COUNT="0",
     )

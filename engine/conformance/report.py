@@ -10,7 +10,7 @@ import pytest
 
 from engine.conformance import CHECKS, Backend, BrokenPromiseError, NotDeclaredError
 
-QUIET = ["-p", "no:terminal", "-p", "no:cacheprovider"]
+QUIET = ["-p", "no:terminal", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
 COLLECT = ["-c", os.devnull, "-o", "python_files=*.py", "-o", "python_functions=check_*", "--pyargs", *CHECKS]
 
 
