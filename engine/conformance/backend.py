@@ -9,10 +9,12 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from engine.callbacks import Callback
 from engine.conformance.processes import ProcessesFailedError, run
 from engine.conformance.reference import Regression, State, difference, network
+from engine.loop import Loop, LoopOptions
 from engine.schedule import make_schedule
 from engine.stream_source import StreamSource
 from engine.trainer import Trainer
@@ -161,8 +163,10 @@ def started(strategy: Strategy) -> Iterator[Started]:
     strategy.teardown()
 
 
-def run_window(strategy: Strategy, own: Started, task: Regression, K: int, scale: float | Tensor) -> None:
-    """Run one window of `task`, a stream, as the engine would, with this scale of its losses."""
+def run_window(
+    strategy: Strategy, own: Started, optimizer: Optimizer, task: Regression, K: int, scale: float | Tensor
+) -> None:
+    """Run one window of `task`, a stream, as the engine would, but with this scale of its losses."""
     task.rank = strategy.data_parallel_rank
 
     def forward(micro: Any) -> tuple[Tensor, float | Tensor]:
@@ -170,7 +174,9 @@ def run_window(strategy: Strategy, own: Started, task: Regression, K: int, scale
         return loss if isinstance(loss, Tensor) else loss.sum, scale
 
     source = StreamSource(task.train_data(), make_schedule(N, strategy.effective_batch, {0: K}), task, strategy)
-    strategy.run_window(next(source.windows(0, 0, 0)), forward)
+    window = next(source.windows(0, 0, 0))
+    Loop(strategy, own.model, optimizer, None, LoopOptions()).start(window, 0, 0)
+    strategy.run_window(window, forward)
 
 
 def fit(strategy: Strategy | str, task: Regression, settings: Mapping[str, Any]) -> Ran:

@@ -154,7 +154,7 @@ def _run_window(
 ) -> Seen:
     before = strategy.state_dict()["model"]
     scale = case.scale.to(strategy.device) if isinstance(case.scale, torch.Tensor) else case.scale
-    run_window(strategy, own, task, K, scale)
+    run_window(strategy, own, optimizer, task, K, scale)
     norm = strategy.clip(case.max_norm, case.factor).item() if case.clips else math.nan
     optimizer.step()
     strategy.clear_gradients()

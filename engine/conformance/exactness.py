@@ -56,6 +56,8 @@ def check_uneven_data(backend: Backend) -> None:
     if backend.needs_equal_windows:
         raise NotDeclaredError("needs_equal_windows: data that is not even is refused")
     P, K = backend.P, backend.K
+    if backend.processes > P:
+        raise NotDeclaredError("data_parallel_size < processes: those that share a micro-batch take no streams")
     for lengths in ([K + 2, *[1] * (P - 1)], [K + 1, *[0] * (P - 1)], [*[0] * (P - 1), 2 * K]):
         pieces = deal(lengths, [N, 1, N + 1])
         windows = windows_of(pieces, K)

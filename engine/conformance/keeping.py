@@ -104,7 +104,7 @@ def _keep(strategy: Strategy, K: int) -> Kept:
 
 
 def _update(strategy: Strategy, own: Started, optimizer: torch.optim.Optimizer, task: Regression, K: int) -> None:
-    run_window(strategy, own, task, K, 0.1)
+    run_window(strategy, own, optimizer, task, K, 0.1)
     optimizer.step()
     strategy.clear_gradients()
 
