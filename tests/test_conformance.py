@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from broken import DEFECTS, Defect
 
 from engine.conformance import CHECKS, Backend, BrokenPromiseError, NotDeclaredError
 from engine.conformance.__main__ import main
+from engine.conformance.report import Report
 from strategies import DDPStrategy, find
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,6 +119,18 @@ def test_processes_are_bounded_in_time_and_named(monkeypatch: pytest.MonkeyPatch
         BrokenPromiseError, match=r"process 0: did not end.*in hangs; process 1: OSError: the disk is gone"
     ):
         Backend(DDPStrategy, seconds=60).run(hangs)
+
+
+class NoProcesses(DDPStrategy):
+    data_parallel_size = 0
+
+
+def test_what_a_check_cannot_bear_is_a_broken_promise_too() -> None:
+    report = Report(Backend(NoProcesses))
+    with pytest.raises(ZeroDivisionError):
+        report.pytest_pyfunc_call(SimpleNamespace(obj=NAMES["declared"]))
+    assert report.table().startswith("declared: ZeroDivisionError: ")
+    assert report.table().endswith("1 promises: 0 kept, 1 broken, 0 not declared.")
 
 
 MINE = """

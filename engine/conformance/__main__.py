@@ -52,7 +52,10 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)  # threads do not live through a fork
     from engine.conformance.report import report
 
-    found = report(backend, given.only)
+    try:
+        found = report(backend, given.only)
+    except RuntimeError as error:
+        return _refuse(str(error))
     if not found.promises:
         return _refuse(f"no check has a name with {given.only!r} in it.")
     print(f"{given.strategy} on {backend.processes} processes, K={backend.K}\n\n{found.table()}")

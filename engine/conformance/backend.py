@@ -55,7 +55,7 @@ class Started(NamedTuple):
 
 
 class Ran(NamedTuple):
-    """A run as one process saw it: the record of each update, and the parameters at the end."""
+    """A run as one process saw it: the record of each update, and the parameters at the end, where it has them all."""
 
     records: list[dict[str, Any]]
     state: State
@@ -163,19 +163,27 @@ def started(strategy: Strategy) -> Iterator[Started]:
     strategy.teardown()
 
 
+def has_whole_state(strategy: Strategy) -> bool:
+    """Whether `state_dict` on this process is that of the whole model: it always is on process 0."""
+    return strategy.holds_all or strategy.rank == 0
+
+
 def run_window(
     strategy: Strategy, own: Started, optimizer: Optimizer, task: Regression, K: int, scale: float | Tensor
 ) -> None:
     """Run one window of `task`, a stream, as the engine would, but with this scale of its losses."""
     task.rank = strategy.data_parallel_rank
 
+    loop = Loop(strategy, own.model, optimizer, None, LoopOptions())
+
     def forward(micro: Any) -> tuple[Tensor, float | Tensor]:
+        loop.randomness.seed(micro.place)
         loss = task.loss(own.model, micro.batch)
         return loss if isinstance(loss, Tensor) else loss.sum, scale
 
     source = StreamSource(task.train_data(), make_schedule(N, strategy.effective_batch, {0: K}), task, strategy)
     window = next(source.windows(0, 0, 0))
-    Loop(strategy, own.model, optimizer, None, LoopOptions()).start(window, 0, 0)
+    loop.start(window, 0, 0)
     strategy.run_window(window, forward)
 
 
@@ -202,4 +210,5 @@ class _Keep(Callback):
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """Keep the parameters."""
-        self.state = trainer.strategy.state_dict()["model"]
+        state = trainer.strategy.state_dict()["model"]
+        self.state = state if has_whole_state(trainer.strategy) else {}

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from engine.conformance.backend import Backend, N, NotDeclaredError, Started, expect, run_window, started
+from engine.conformance.backend import (
+    Backend,
+    N,
+    NotDeclaredError,
+    Started,
+    expect,
+    has_whole_state,
+    run_window,
+    started,
+)
 from engine.conformance.reference import Regression, deal, in_order, network
 from strategies import Strategy
 
@@ -74,6 +83,9 @@ def check_change_of_P(backend: Backend) -> None:  # noqa: N802 - a word of this 
     backend.expect_equal(back[0].state, task.big_batches(windows), "2 updates, 2 on one process, and 2 again")
 
 
+NOTHING: dict[str, Any] = {"model": {}, "optimizer": {"state": {}}}
+
+
 class Kept(NamedTuple):
     """States after one update, when loaded again after a second, and after the second, both times."""
 
@@ -97,10 +109,11 @@ def _keep(strategy: Strategy, K: int) -> Kept:
         first = strategy.state_dict(optimizer)
         _update(strategy, own, optimizer, task, K)
         second = strategy.state_dict(optimizer)
-        strategy.load_state_dict(first, optimizer)
+        strategy.load_state_dict(strategy.gather(first)[0], optimizer)  # a checkpoint is that of process 0
         loaded = strategy.state_dict(optimizer)
         _update(strategy, own, optimizer, task, K)
-        return Kept(first, loaded, second, strategy.state_dict(optimizer))
+        kept = Kept(first, loaded, second, strategy.state_dict(optimizer))
+        return kept if has_whole_state(strategy) else Kept(NOTHING, NOTHING, NOTHING, NOTHING)
 
 
 def _update(strategy: Strategy, own: Started, optimizer: torch.optim.Optimizer, task: Regression, K: int) -> None:

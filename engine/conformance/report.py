@@ -46,8 +46,9 @@ class Report:
         except NotDeclaredError as reason:
             self.promises.append(Promise(name, str(reason), "not declared"))
             pytest.skip(str(reason))
-        except BrokenPromiseError as broken:
-            self.promises.append(Promise(name, text, "broken", str(broken)))
+        except Exception as error:
+            sentence = str(error) if isinstance(error, BrokenPromiseError) else f"{type(error).__name__}: {error}"
+            self.promises.append(Promise(name, text, "broken", sentence))
             raise
         self.promises.append(Promise(name, text, "kept"))
         return True
@@ -63,9 +64,14 @@ class Report:
 
 
 def report(backend: Backend, only: str | None = None) -> Report:
-    """Run every check on `backend`, or those whose name has `only` in it (as pytest's -k), and return the report."""
+    """Run every check on `backend`, or those whose name has `only` in it (as pytest's -k), and return the report.
+
+    Raises RuntimeError where pytest did not come to the end of them.
+    """
     plugin = Report(backend)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.environ.pop("PYTEST_ADDOPTS", None)
-    pytest.main([*QUIET, *COLLECT, *(["-k", only] if only else [])], plugins=[plugin])
+    status = pytest.main([*QUIET, *COLLECT, *(["-k", only] if only else [])], plugins=[plugin])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise RuntimeError(f"the checks were not run to their end: pytest's status is {int(status)}.")
     return plugin
