@@ -148,7 +148,7 @@ class Mine(DDPStrategy):
 """
 
 
-@pytest.mark.parametrize("lossy", [False, True])
+@pytest.mark.parametrize("lossy", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_command_ends_with_a_table_and_its_status_tells(tmp_path: Path, lossy: bool) -> None:
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --not-an-option\n")
