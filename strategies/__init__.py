@@ -4,7 +4,7 @@ from strategies.base import MicroBatch, Rows, Strategy
 from strategies.ddp import DDPStrategy
 from strategies.dp import DPStrategy
 from strategies.fsdp import FSDPStrategy
-from strategies.names import resolve
+from strategies.names import find, resolve
 from strategies.single import SingleDeviceStrategy
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "Rows",
     "SingleDeviceStrategy",
     "Strategy",
+    "find",
     "resolve",
 ]

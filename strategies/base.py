@@ -40,6 +40,15 @@ class Strategy(ABC):
     name: str = "custom"
     """What the banner and error messages call it."""
 
+    exact_to: float | None = 1e-12
+    """How far an update may be from that of one big batch, relative, in float64; None: it is meant to be another."""
+
+    defers_reduction: bool = True
+    """Whether gradients cross the wire once per window; False: once per micro-batch."""
+
+    resumes_exactly: bool = True
+    """Whether a run that goes on from a checkpoint is to the bit the run that was not interrupted."""
+
     _model: nn.Module
     _parameters: list[nn.Parameter]
     _scale = math.nan

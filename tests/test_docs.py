@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 from mutations import MUTATIONS
+from processes import run
+from toy import Regression, Watch, big_batch_run, in_order, parameters
+
+from engine import Trainer
+from strategies import find
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").glob("*.md")))]
@@ -64,14 +69,61 @@ def test_the_readme_s_own_loop(tmp_path: Path, P: int) -> None:
     assert f"after {4 * -(-1001 // (P * 16))} updates" in lines[0]
 
 
-@pytest.mark.parametrize(("block", "path"), [(0, "my_backend.SecondGPU"), (1, "my_hook.HalfTraffic")])
-def test_a_strategy_of_the_docs_trains(tmp_path: Path, block: int, path: str) -> None:
-    source = blocks("docs/strategies.md")[block]
-    assert len(source.splitlines()) <= 22
-    (tmp_path / f"{path.split('.')[0]}.py").write_text(source)
+def backend(folder: Path, path: str) -> None:
+    """Write the module of docs/strategies.md that holds a strategy, by its class path."""
+    name = f"{path.split('.')[0]}.py"
+    (source,) = (block for block in blocks("docs/strategies.md") if block.startswith(f"# {name}\n"))
+    (folder / name).write_text(source)
+
+
+@pytest.mark.parametrize("path", ["my_backend.SecondGPU", "my_hook.HalfTraffic"])
+def test_a_strategy_of_the_docs_trains(tmp_path: Path, path: str) -> None:
+    backend(tmp_path, path)
     options = ["--trainer.max_epochs=1", f"--trainer.strategy={path}", "--trainer.run_dir=run"]
     python(tmp_path, str(ROOT / "engine" / "run.py"), *options)
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def fit_with(folder: Path, path: str, options: dict[str, int]) -> list[float]:
+    sys.path.insert(0, str(folder))
+    watch = Watch()
+    trainer = Trainer(find(path)(**options), micro_batch_size=4, max_epochs=4, callbacks=watch, shuffle=False)
+    trainer.fit(Regression(44))  # short last windows
+    return parameters(trainer.model).tolist()
+
+
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [("my_hook.HalfTraffic", {}), ("my_local_sgd.LocalSGD", {"every": 4}), ("my_all_reduce.AllReduce", {})],
+)
+def test_the_strategies_of_the_docs_train_on_two_processes(tmp_path: Path, path: str, options: dict[str, int]) -> None:
+    backend(tmp_path, path)
+    one, other = run(2, fit_with, tmp_path, path, options)
+    assert one == other
+    reference = big_batch_run(Regression(44), [in_order(44, 8)] * 4).tolist()
+    distance = max(abs(a - b) for a, b in zip(one, reference, strict=True))
+    assert (
+        distance < {"my_hook.HalfTraffic": 1e-3, "my_local_sgd.LocalSGD": 0.1, "my_all_reduce.AllReduce": 1e-12}[path]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "kept", "not_declared"),
+    [
+        ("my_backend.SecondGPU --processes 1", 19, 0),
+        ("my_hook.HalfTraffic --processes 2", 19, 0),
+        ("my_local_sgd.LocalSGD --processes 2 --every 2", 12, 7),
+        ("my_all_reduce.AllReduce --processes 3", 19, 0),
+    ],
+)
+def test_the_strategies_of_the_docs_keep_what_they_declare(
+    tmp_path: Path, command: str, kept: int, not_declared: int
+) -> None:
+    path, *arguments = command.split()
+    backend(tmp_path, path)
+    printed = python(tmp_path, "-m", "engine.conformance", path, *arguments)
+    assert printed.splitlines()[-1] == f"19 promises: {kept} kept, 0 broken, {not_declared} not declared."
 
 
 def test_the_table_of_faults_is_that_of_the_script() -> None:

@@ -1,0 +1,87 @@
+"""The command: `python -m engine.conformance module.Class --processes 2 [--option value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+
+from engine.conformance.backend import Backend, started
+from engine.conformance.processes import ProcessesFailedError
+from strategies import Strategy, find
+
+PROGRAM = "python -m engine.conformance"
+
+
+def main(arguments: list[str]) -> int:
+    """Check one strategy; return 0 where every promise is kept, 1 where one is broken, 2 where none can be checked."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Run every promise that a Strategy declares, on real processes. Exits 1 where one is broken.",
+        epilog="Other options are those of the strategy's __init__, as in --bucket_cap_mb 1.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("strategy", help="a name (single, dp, ddp, ...) or a class path, as in my_backend.Mine")
+    parser.add_argument("--processes", type=int, default=2, help="how many are started (default: 2)")
+    parser.add_argument("--accumulate", type=int, default=4, metavar="K", help="micro-batches per window (default: 4)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="limit for each run of a check (default: 60)")
+    parser.add_argument("--only", metavar="WORD", help="only the checks whose name has this word, as pytest's -k")
+    given, rest = parser.parse_known_args(arguments)
+    if find_spec("pytest") is None:
+        return _refuse("the kit runs on pytest, which is not installed: pip install 'tally-engine[conformance]'.")
+    if given.processes < 1 or given.accumulate < 1 or not given.seconds > 0:
+        return _refuse("give --processes and --accumulate of at least 1, and --seconds of more than 0.")
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # forked processes cannot use CUDA where this one has
+    try:
+        strategy_class = find(given.strategy)
+        options = _options(strategy_class, rest)
+        strategy_class(**options)
+    except (ValueError, TypeError) as error:
+        return _refuse(str(error))
+    backend = Backend(strategy_class, options, given.processes, given.accumulate, given.seconds)
+    try:
+        backend.attempt(_start)
+    except ProcessesFailedError as error:
+        if refused := [text for text in error.errors.values() if text.startswith("ValueError")]:
+            return _refuse(f"{given.strategy} cannot be set up on {given.processes} processes: {refused[0]}")
+    torch.set_num_threads(1)  # threads do not live through a fork
+    from engine.conformance.report import report
+
+    try:
+        found = report(backend, given.only)
+    except RuntimeError as error:
+        return _refuse(str(error))
+    if not found.promises:
+        return _refuse(f"no check has a name with {given.only!r} in it.")
+    print(f"{given.strategy} on {backend.processes} processes, K={backend.K}\n\n{found.table()}")
+    return int(any(promise.verdict == "broken" for promise in found.promises))
+
+
+def _options(strategy_class: type[Strategy], arguments: list[str]) -> dict[str, Any]:
+    parser = ArgumentParser(prog=PROGRAM, exit_on_error=False, allow_abbrev=False)
+    parser.add_class_arguments(strategy_class)
+    try:
+        return dict(parser.parse_args(arguments).as_dict())
+    except argparse.ArgumentError as error:
+        known = ", ".join(f"--{name}" for name in parser.get_defaults().as_dict()) or "no options"
+        raise ValueError(f"{' '.join(str(error).split())}; {strategy_class.__name__} has {known}.") from None
+
+
+def _start(strategy: Strategy) -> None:
+    with started(strategy):
+        pass
+
+
+def _refuse(message: str) -> int:
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [] if os.getcwd() in sys.path else [os.getcwd()]
+    sys.exit(main(sys.argv[1:]))

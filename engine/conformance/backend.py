@@ -1,0 +1,214 @@
+"""A strategy under test: how it is made, what it declares, and how the checks run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from engine.callbacks import Callback
+from engine.conformance.processes import ProcessesFailedError, run
+from engine.conformance.reference import Regression, State, difference, network
+from engine.loop import Loop, LoopOptions
+from engine.schedule import make_schedule
+from engine.stream_source import StreamSource
+from engine.trainer import Trainer
+from strategies import Strategy
+
+N = 2
+"""Samples per micro-batch in every check."""
+
+
+class BrokenPromiseError(AssertionError):
+    """A promise is broken; the message is one sentence that tells what was expected and what was seen."""
+
+
+class NotDeclaredError(Exception):
+    """The strategy does not make this promise; the message says by which declaration."""
+
+
+class Declared(NamedTuple):
+    """What a strategy says of itself on one process."""
+
+    name: str
+    rank: int
+    local_rank: int
+    data_parallel_size: int
+    data_parallel_rank: int
+    device: str
+    supports_variable_windows: object
+    exact_to: float | None
+    defers_reduction: bool
+    resumes_exactly: bool
+
+
+class Started(NamedTuple):
+    """The user's module, and what `prepare` returned for it."""
+
+    module: nn.Module
+    model: nn.Module
+
+
+class Ran(NamedTuple):
+    """A run as one process saw it: the record of each update, and the parameters at the end, where it has them all."""
+
+    records: list[dict[str, Any]]
+    state: State
+
+
+@dataclass(frozen=True, eq=False)
+class Backend:
+    """A strategy's class and options on so many processes. Each check ends after `seconds`.
+
+    K is `accumulate_grad_batches` of all windows but those of a schedule.
+    """
+
+    strategy_class: type[Strategy]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    processes: int = 2
+    K: int = 4
+    seconds: float = 60.0
+
+    def make(self) -> Strategy:
+        """Return a new instance."""
+        return self.strategy_class(**self.options)
+
+    def run(
+        self, function: Callable[..., Any], *args: Any, processes: int | None = None, what: str = "a run"
+    ) -> list[Any]:
+        """Call `function(strategy, *args)` on each process, with a strategy that is not set up.
+
+        Raises BrokenPromiseError where one of them fails or does not end; it tells of `what`.
+        """
+        try:
+            return self.attempt(function, *args, processes=processes)
+        except ProcessesFailedError as error:
+            raise BrokenPromiseError(f"{what}: expected all processes to end without an error, seen {error}.") from None
+
+    def attempt(self, function: Callable[..., Any], *args: Any, processes: int | None = None) -> list[Any]:
+        """Do the same where failing is what is expected. Raises ProcessesFailedError."""
+        P = self.processes if processes is None else processes
+        return run(P, lambda: function(self.make(), *args), seconds=self.seconds)
+
+    def fit(self, task: Regression, what: str = "a run", strategy: str | None = None, **settings: Any) -> list[Ran]:
+        """Train on all processes, or on one with a strategy of ours; without shuffling, N samples a micro-batch.
+
+        Raises BrokenPromiseError, telling of `what`, where that fails or does not end.
+        """
+        settings = {"micro_batch_size": N, "accumulate_grad_batches": self.K, "shuffle": False, **settings}
+        processes = self.processes if strategy is None else 1
+        return self.run(
+            lambda own: fit(own if strategy is None else strategy, task, settings), processes=processes, what=what
+        )
+
+    @cached_property
+    def declared(self) -> list[Declared]:
+        """What the strategy says of itself on each process, before `setup`."""
+        return self.run(declare)
+
+    @property
+    def P(self) -> int:  # noqa: N802 - a word of this field
+        """Data-parallel processes, as the strategy says."""
+        return self.declared[0].data_parallel_size
+
+    @cached_property
+    def needs_equal_windows(self) -> bool:
+        """Whether the strategy, once it has a model, wants as many micro-batches on each process."""
+
+        def ask(strategy: Strategy) -> bool:
+            with started(strategy):
+                return strategy.needs_equal_windows
+
+        return any(self.run(ask))
+
+    def must_be_exact(self) -> float:
+        """Return how exact an update must be. Raises NotDeclaredError where it is meant to be another."""
+        if (exact_to := self.declared[0].exact_to) is None:
+            raise NotDeclaredError("exact_to = None: its updates are not those of one big batch")
+        return exact_to
+
+    def expect_equal(self, found: State, expected: State, what: str) -> None:
+        """Raise BrokenPromiseError unless `found` is what the strategy promises of `expected`."""
+        limit = self.must_be_exact()
+        expect(
+            (off := difference(found, expected)) <= limit,
+            f"{what}: expected what one big batch gives within {limit:g} (relative), seen {off:.1e}.",
+        )
+
+
+def expect(holds: bool, sentence: str) -> None:
+    """Raise BrokenPromiseError with `sentence` unless it holds."""
+    if not holds:
+        raise BrokenPromiseError(sentence)
+
+
+def declare(strategy: Strategy) -> Declared:
+    """Return what `strategy` says of itself."""
+    values: dict[str, Any] = {name: getattr(strategy, name) for name in Declared._fields}
+    return Declared(**{**values, "device": str(strategy.device)})
+
+
+@contextmanager
+def started(strategy: Strategy) -> Iterator[Started]:
+    """Set `strategy` up, yield the network, and tear it down when all processes are here."""
+    strategy.setup()
+    module = network()
+    yield Started(module, strategy.prepare(module))
+    strategy.barrier()
+    strategy.teardown()
+
+
+def has_whole_state(strategy: Strategy) -> bool:
+    """Whether `state_dict` on this process is that of the whole model: it always is on process 0."""
+    return strategy.holds_all or strategy.rank == 0
+
+
+def run_window(
+    strategy: Strategy, own: Started, optimizer: Optimizer, task: Regression, K: int, scale: float | Tensor
+) -> None:
+    """Run one window of `task`, a stream, as the engine would, but with this scale of its losses."""
+    task.rank = strategy.data_parallel_rank
+
+    loop = Loop(strategy, own.model, optimizer, None, LoopOptions())
+
+    def forward(micro: Any) -> tuple[Tensor, float | Tensor]:
+        loop.seed(micro)
+        loss = task.loss(own.model, micro.batch)
+        return loss if isinstance(loss, Tensor) else loss.sum, scale
+
+    source = StreamSource(task.train_data(), make_schedule(N, strategy.effective_batch, {0: K}), task, strategy)
+    window = next(source.windows(0, 0, 0))
+    loop.start(window, 0, 0)
+    strategy.run_window(window, forward)
+
+
+def fit(strategy: Strategy | str, task: Regression, settings: Mapping[str, Any]) -> Ran:
+    """Train and return what this process saw."""
+    watch = _Keep()
+    callbacks: Sequence[Callback] = settings.get("callbacks", ())
+    trainer = Trainer(strategy, **{**settings, "callbacks": [*callbacks, watch]})
+    task.rank = trainer.strategy.data_parallel_rank
+    trainer.fit(task)
+    return Ran(watch.records, watch.state)
+
+
+class _Keep(Callback):
+    """Keeps each update's record, and the parameters at the end."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.state: State = {}
+
+    def on_update_end(self, trainer: Trainer) -> None:
+        """Keep the record."""
+        self.records.append(dict(trainer.record))
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """Keep the parameters."""
+        state = trainer.strategy.state_dict()["model"]
+        self.state = state if has_whole_state(trainer.strategy) else {}

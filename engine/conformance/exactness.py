@@ -1,0 +1,97 @@
+"""Whole runs against the one big batch: whatever K, tails, weights, schedules and lengths of streams."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from engine import GradientAccumulationScheduler
+from engine.conformance.backend import Backend, N, NotDeclaredError, Ran, expect
+from engine.conformance.reference import Regression, deal, in_order, windows_of
+from engine.trainer import Trainer
+from strategies import Strategy
+
+EPOCHS = 2
+
+
+def check_exact(backend: Backend) -> None:
+    """An update is (sum of losses) / (sum of weights): short last windows, ragged micro-batches, clipping."""
+    backend.must_be_exact()
+    B = backend.P * N * backend.K
+    for samples, max_norm in zip(_tails(backend, B), (0.05, None, 0.05), strict=False):
+        task = Regression(samples)
+        what = f"{samples} samples in updates of {B}" + (f", clipped at {max_norm}" if max_norm else "")
+        ran = backend.fit(task, what, max_epochs=EPOCHS, gradient_clip_norm=max_norm)
+        _compare(backend, task, ran, in_order(samples, B) * EPOCHS, what, max_norm)
+
+
+def check_weights_known_late(backend: Backend) -> None:
+    """Exact where the weights are valid tokens, known only when the window is over."""
+    backend.must_be_exact()
+    B = backend.P * N * backend.K
+    for samples in _tails(backend, B):
+        task = Regression(samples, tokens=True)
+        what = f"tokens of {samples} samples in updates of {B}"
+        _compare(backend, task, backend.fit(task, what, max_epochs=EPOCHS), in_order(samples, B) * EPOCHS, what)
+
+
+def check_variable_windows(backend: Backend) -> None:
+    """K changes during a run and each update stays exact; or a schedule is refused before anything starts."""
+    scheduling = {0: 2, 1: backend.K, 2: 1}
+    if not backend.declared[0].supports_variable_windows:
+        for rank, said in enumerate(backend.run(_refusal, scheduling)):
+            expect(bool(said), f"process {rank}: supports_variable_windows is False, and a schedule is not refused.")
+        raise NotDeclaredError("supports_variable_windows = False: a schedule is refused")
+    B = backend.P * N
+    samples = _tails(backend, B * 2 * backend.K)[-1]
+    callbacks = [GradientAccumulationScheduler(scheduling)]
+    task, what = Regression(samples), f"K by epoch {scheduling}"
+    ran = backend.fit(task, what, accumulate_grad_batches=1, max_epochs=len(scheduling), callbacks=callbacks)
+    windows = [window for K in scheduling.values() for window in in_order(samples, B * K)]
+    _compare(backend, task, ran, windows, what)
+
+
+def check_uneven_data(backend: Backend) -> None:
+    """Processes whose streams end early, or have no micro-batch at all, take part with weight 0 until all end."""
+    if backend.needs_equal_windows:
+        raise NotDeclaredError("needs_equal_windows: data that is not even is refused")
+    P, K = backend.P, backend.K
+    if backend.processes > P:
+        raise NotDeclaredError("data_parallel_size < processes: those that share a micro-batch take no streams")
+    for lengths in ([K + 2, *[1] * (P - 1)], [K + 1, *[0] * (P - 1)], [*[0] * (P - 1), 2 * K]):
+        pieces = deal(lengths, [N, 1, N + 1])
+        windows = windows_of(pieces, K)
+        task = Regression(sum(map(len, windows)), pieces=pieces)
+        what = f"streams of {lengths} micro-batches"
+        _compare(backend, task, backend.fit(task, what, max_epochs=EPOCHS), windows * EPOCHS, what)
+
+
+def _tails(backend: Backend, B: int) -> list[int]:
+    """Numbers of samples of which the last window is full, short, and one sample; all full where windows must be."""
+    return [2 * B] if backend.needs_equal_windows else [2 * B, B + B // 2 + 1, B + 1]
+
+
+def _compare(
+    backend: Backend,
+    task: Regression,
+    ran: Sequence[Ran],
+    windows: Sequence[Sequence[int]],
+    what: str,
+    max_norm: float | None = None,
+) -> None:
+    """Expect each update to have its samples, and process 0 to end where big batches end."""
+    sizes = [len(window) for window in windows]
+    for rank, own in enumerate(ran):
+        seen = [record["effective_batch"] for record in own.records]
+        expect(seen == sizes, f"{what}: expected updates of {sizes} samples, process {rank} has seen {seen}.")
+    if backend.declared[0].exact_to is not None:
+        backend.expect_equal(ran[0].state, task.big_batches(windows, max_norm), what)
+
+
+def _refusal(strategy: Strategy, scheduling: Any) -> str:
+    """What the trainer says to a schedule; nothing where it takes it."""
+    try:
+        Trainer(strategy, max_epochs=3, callbacks=GradientAccumulationScheduler(scheduling))
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,67 @@
+"""What happens when something goes wrong on one process: all hear of it, and none waits for ever."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from engine.conformance.backend import Backend, BrokenPromiseError, N, expect, fit
+from engine.conformance.processes import ProcessesFailedError
+from engine.conformance.reference import Regression, in_order
+
+PLANNED = "this failure was planned"
+
+
+def check_error(backend: Backend) -> None:
+    """A task that raises on one process ends all of them, and the others name that process and its error."""
+    failing = backend.processes - 1
+    samples = 2 * backend.P * N * backend.K
+    settings = {"micro_batch_size": N, "accumulate_grad_batches": backend.K, "shuffle": False, "max_epochs": 1}
+    try:
+        backend.attempt(_fit_failing, failing, samples, settings)
+    except ProcessesFailedError as error:
+        errors = error.errors
+    else:
+        raise BrokenPromiseError(f"process {failing} raised in its second micro-batch, and no process ended with that.")
+    for rank in range(backend.processes):
+        seen = errors.get(rank, "no error")
+        expect(PLANNED in seen, f"process {rank} ended with {seen!r}: expected to hear that {PLANNED!r}.")
+        named = rank == failing or f"process {failing}" in seen
+        expect(named, f"process {rank} ended with {seen!r}: expected the name of process {failing}.")
+
+
+def check_not_finite(backend: Backend) -> None:
+    """An update that is not finite is skipped on all processes, and the next is as if it had not been."""
+    B = backend.P * N * backend.K
+    task = Regression(3 * B)
+    windows = in_order(3 * B, B)
+    task.x[windows[1][-1]] = float("nan")
+    ran = backend.fit(task, max_epochs=1)
+    for rank, own in enumerate(ran):
+        seen = [record["skipped"] for record in own.records]
+        expect(seen == [0, 1, 1], f"process {rank}: expected to skip the second update alone, seen {seen} (a sum).")
+    finite = all(bool(value.isfinite().all()) for value in ran[0].state.values())
+    expect(finite, "parameters are not finite after an update that should have been skipped.")
+    if backend.declared[0].exact_to is not None:
+        backend.expect_equal(ran[0].state, task.big_batches([windows[0], windows[2]]), "the updates around it")
+
+
+class _Failing(Regression):
+    """Raises in the second micro-batch, where it is told to."""
+
+    fails = False
+    _seen = 0
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        """Return the loss, or raise."""
+        self._seen += 1
+        if self.fails and self._seen == 2:
+            raise RuntimeError(PLANNED)
+        return super().loss(model, batch)
+
+
+def _fit_failing(strategy: Any, failing: int, samples: int, settings: dict[str, Any]) -> None:
+    task = _Failing(samples)
+    task.fails = strategy.rank == failing
+    fit(strategy, task, settings)

@@ -1,0 +1,203 @@
+"""The conformance kit: it is green for our strategies, and each of sixteen defects is red where it should be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from broken import DEFECTS, Defect
+
+from engine.conformance import CHECKS, Backend, BrokenPromiseError, NotDeclaredError
+from engine.conformance.__main__ import main
+from engine.conformance.report import Report
+from strategies import DDPStrategy, find
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = {
+    name.removeprefix("check_"): check
+    for module in CHECKS
+    for name, check in vars(import_module(module)).items()
+    if name.startswith("check_")
+}
+
+
+@cache
+def backend(name: str, processes: int, **options: Any) -> Backend:
+    return Backend(find(name), options, processes)
+
+
+@pytest.mark.parametrize("check", NAMES.values(), ids=NAMES)
+def test_ddp_keeps_every_promise(check: Callable[[Backend], None]) -> None:
+    check(backend("ddp", 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "ours",
+    [backend("single", 1), backend("dp", 1, devices=3), backend("ddp", 1), backend("ddp", 3, bucket_cap_mb=1e-4)],
+    ids=["single", "dp3", "ddp1", "ddp3"],
+)
+def test_ours_keep_every_promise(ours: Backend) -> None:
+    assert red(ours) == []
+
+
+def red(subject: Backend) -> list[str]:
+    """The names of the promises that are broken, in the kit's order."""
+    broken = []
+    for name, check in NAMES.items():
+        try:
+            check(subject)
+        except BrokenPromiseError:
+            broken.append(name)
+        except NotDeclaredError:
+            pass
+    return broken
+
+
+def with_defect(defect: Defect) -> Backend:
+    return Backend(defect.strategy, {"timeout_seconds": 2}, seconds=10)
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.strategy.__name__)
+def test_a_defect_is_red_in_the_right_place_and_says_what_was_seen(defect: Defect) -> None:
+    with pytest.raises(BrokenPromiseError) as raised:
+        NAMES[defect.check](with_defect(defect))
+    assert defect.says in str(raised.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.strategy.__name__)
+def test_a_defect_is_red_nowhere_else_than_where_it_must(defect: Defect) -> None:
+    assert set(red(with_defect(defect))) == {defect.check, *defect.others.split()}
+
+
+class ReducesOften(DDPStrategy):
+    """Says that it reduces at each micro-batch, is exact to three digits, keeps no state, and has a K of its own."""
+
+    defers_reduction = False
+    exact_to = None
+    resumes_exactly = False
+    supports_variable_windows = False
+    needs_equal_windows = True
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("one_reduction", "defers_reduction = False"),
+        ("backward", "exact_to = None"),
+        ("exact", "exact_to = None"),
+        ("change_of_P", "exact_to = None"),
+        ("resume", "resumes_exactly = False"),
+        ("variable_windows", "supports_variable_windows = False: a schedule is refused"),
+        ("uneven_data", "needs_equal_windows"),
+    ],
+)
+def test_what_is_not_declared_is_not_checked(name: str, reason: str) -> None:
+    with pytest.raises(NotDeclaredError, match=reason):
+        NAMES[name](Backend(ReducesOften))
+
+
+def hangs(strategy: Any) -> None:
+    if strategy.rank == 1:
+        raise OSError("the disk is gone")
+    time.sleep(1000)
+
+
+def test_processes_are_bounded_in_time_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.conformance.processes.GRACE", 0.5)
+    with pytest.raises(
+        BrokenPromiseError, match=r"process 0: did not end.*in hangs; process 1: OSError: the disk is gone"
+    ):
+        Backend(DDPStrategy, seconds=60).run(hangs)
+
+
+class NoProcesses(DDPStrategy):
+    data_parallel_size = 0
+
+
+def test_what_a_check_cannot_bear_is_a_broken_promise_too() -> None:
+    report = Report(Backend(NoProcesses))
+    with pytest.raises(ZeroDivisionError):
+        report.pytest_pyfunc_call(SimpleNamespace(obj=NAMES["declared"]))
+    assert report.table().startswith("declared: ZeroDivisionError: ")
+    assert report.table().endswith("1 promises: 0 kept, 1 broken, 0 not declared.")
+
+
+MINE = """
+from strategies import DDPStrategy
+
+class Mine(DDPStrategy):
+    supports_variable_windows = False
+
+    def __init__(self, lossy: bool = False) -> None:
+        super().__init__()
+        self.lossy = lossy
+
+    def clip(self, max_norm, factor=1.0):
+        return super().clip(max_norm, factor) * (0.5 if self.lossy else 1)
+"""
+
+
+@pytest.mark.parametrize("lossy", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_the_command_ends_with_a_table_and_its_status_tells(tmp_path: Path, lossy: bool) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --not-an-option\n")
+    words = ["--only=clip or variable", f"--lossy={lossy}".lower()]
+    done = subprocess.run(
+        [sys.executable, "-m", "engine.conformance", "mine.Mine", "--processes", "2", *words],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": "--nor-this"},
+        check=False,
+    )
+    assert done.returncode == int(lossy), done.stdout + done.stderr
+    lines = done.stdout.strip().splitlines()
+    assert lines[-1] == f"2 promises: {1 - lossy} kept, {int(lossy)} broken, 1 not declared."
+    assert lines[-4].startswith("broken " if lossy else "kept ")
+    assert lines[-3].startswith("not declared  variable windows  supports_variable_windows = False")
+    if lossy:
+        assert lines[2].startswith("clip: six windows, clip(None, 1.0) returned the norm")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nope.Nope"], "could not be imported: No module named 'nope'"),
+        (["torch.Tensor"], "<class 'torch.Tensor'> is not a subclass of strategies.Strategy"),
+        (["strategies.Strategy"], "does not give accumulation_context, effective_batch, supports_variable_windows"),
+        (["ddp", "--bucket_cap", "1"], "DDPStrategy has --find_unused_parameters"),
+        (["ddp", "--bucket_cap_mb", "large"], "Expected a <class 'float'>"),
+        (["dp", "--devices", "0"], "devices=0: give the number"),
+        (["ddp", "--processes", "0"], "at least 1"),
+        (["single"], "single cannot be set up on 2 processes: ValueError: strategy 'single' trains in one process"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_usage_is_one_message_and_status_2(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("python -m engine.conformance: ")
+    assert says in said
+    assert len(said.splitlines()) == 1
+
+
+def test_without_pytest_the_kit_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    assert main(["ddp"]) == 2
+    assert "pip install 'tally-engine[conformance]'" in capsys.readouterr().err
