@@ -78,7 +78,7 @@ class Loop:
         self.randomness = ModelRandomness(options.seed, strategy, can_be_resumed=interrupts is not None)
         self.weighed = 0
         """Micro-batches of the window whose loss has been computed."""
-        self._is_alone = strategy.data_parallel_size == 1
+        self._is_alone = strategy.processes == 1
         self._skips_nonfinite = options.skip_nonfinite_updates or options.precision == "fp16"
         self._wants_norm = bool(self._skips_nonfinite or options.gradient_clip_norm or options.measures)
         self._norm = math.nan  # of the update before
@@ -116,6 +116,8 @@ class Loop:
         except Exception as error:
             self._fail(window, error)
             raise
+        if self._receive is None:  # the losses are computed on another process
+            self._send()
         return self.finish(window, update)
 
     def start(self, window: Window, epoch: int, update: int, wishes: Wishes = NOTHING) -> None:

@@ -43,7 +43,7 @@ class ModelRandomness:
         if epoch != self._epoch:
             self._epoch, self._key = epoch, mix(self._seed, MODEL_STREAM, epoch)
         if self._can_be_resumed:
-            seed = mix(self._seed, WINDOW_STREAM, update, self._strategy.rank)
+            seed = mix(self._seed, WINDOW_STREAM, update, self._strategy.data_parallel_rank)
             random.seed(seed)
             numpy.random.seed(seed & 0xFFFFFFFF)
 

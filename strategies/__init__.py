@@ -4,6 +4,7 @@ from strategies.base import MicroBatch, Rows, Strategy
 from strategies.ddp import DDPStrategy
 from strategies.dp import DPStrategy
 from strategies.names import resolve
+from strategies.pipeline import PipelineStrategy
 from strategies.single import SingleDeviceStrategy
 
-__all__ = ["DDPStrategy", "DPStrategy", "MicroBatch", "Rows", "SingleDeviceStrategy", "Strategy", "resolve"]
+__all__ = ["DDPStrategy", "DPStrategy", "MicroBatch", "PipelineStrategy", "Rows", "SingleDeviceStrategy", "Strategy", "resolve"]

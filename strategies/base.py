@@ -38,6 +38,12 @@ class Strategy(ABC):
     name: str = "custom"
     """What the banner and error messages call it."""
 
+    micro_batches: int | None = None
+    """K, where it is fixed when the strategy is built: a window is then run whole, by `run_window`."""
+
+    evaluates_alone: bool = True
+    """Whether a process can leave a validation without another one waiting for it."""
+
     _model: nn.Module
     _parameters: list[nn.Parameter]
     _on_cpu: bool | None = None
@@ -53,7 +59,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def effective_batch(self, N: int, K: int) -> int:
-        """Return the samples behind one full update: K micro-batches of N samples on each process."""
+        """Return the samples behind one full update: K micro-batches of N samples on each of the P."""
 
     @abstractmethod
     def accumulation_context(self, is_last_microbatch: bool) -> AbstractContextManager[Any]:
@@ -80,6 +86,11 @@ class Strategy(ABC):
     def data_parallel_rank(self) -> int:
         """This process among the P, from 0: which micro-batches it gets."""
         return self.rank
+
+    @property
+    def processes(self) -> int:
+        """All that were started together: more than P where several share one model, and its micro-batches."""
+        return self.data_parallel_size
 
     @property
     def device(self) -> torch.device:
@@ -157,16 +168,22 @@ class Strategy(ABC):
         `torch.nn.utils.clip_grad_norm_`. Nothing is read back from the device.
         """
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        if not gradients:
-            return torch.zeros((), device=self.device)
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norm = self.norm(gradients)
         if factor != 1.0:
             norm = norm * factor
+        if not gradients:
+            return norm
         if max_norm is not None:
             torch._foreach_mul_(gradients, factor * torch.clamp(max_norm / (norm + 1e-6), max=1.0))
         elif factor != 1.0:
             torch._foreach_mul_(gradients, factor)
         return norm
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Return the 2-norm (0-dim) of the whole gradient, of which `gradients` are this process's."""
+        if not gradients:
+            return torch.zeros((), device=self.device)
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
     def clear_gradients(self) -> None:
         """Set the gradient of every parameter of the model to None, those that no optimizer holds included.
@@ -175,6 +192,12 @@ class Strategy(ABC):
         """
         for parameter in self._parameters:
             parameter.grad = None
+
+    def evaluate(
+        self, compute: Callable[[nn.Module, Any], Mapping[str, Any]], model: nn.Module, batch: Any
+    ) -> Mapping[str, Any]:
+        """Return `compute(model, batch)`; nothing where another process has it. `model` is the user's, in eval mode."""
+        return compute(model, batch)
 
     # Between processes
 
