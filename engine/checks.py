@@ -77,7 +77,7 @@ def the_scheduler(
 
 
 def check_windows(scheduling: Mapping[int, int], strategy: Strategy) -> None:
-    """Refuse a changing K for a strategy that cannot change it, and any but that it was built for. Raises ValueError."""
+    """Refuse a changing K where the strategy cannot change it, and any but that it was built for. Raises ValueError."""
     if len(set(scheduling.values())) > 1 and not strategy.supports_variable_windows:
         raise ValueError(
             f"strategy {strategy.name!r} does not support variable windows, but the schedule "

@@ -50,7 +50,7 @@ class Accumulator:
         check_windows(scheduling, strategy)
         if strategy.micro_batches is not None:
             raise ValueError(
-                f"strategy {strategy.name!r} runs a window whole, which a loop of one's own cannot ask for: use Trainer."
+                f"strategy {strategy.name!r} runs its windows whole, which a loop of one's own cannot: use Trainer."
             )
         check_optimizer(optimizer if lr_scheduler is None else (optimizer, lr_scheduler), model)
         schedule = make_schedule(micro_batch_size, strategy.effective_batch, scheduling)

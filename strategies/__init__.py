@@ -7,4 +7,13 @@ from strategies.names import resolve
 from strategies.pipeline import PipelineStrategy
 from strategies.single import SingleDeviceStrategy
 
-__all__ = ["DDPStrategy", "DPStrategy", "MicroBatch", "PipelineStrategy", "Rows", "SingleDeviceStrategy", "Strategy", "resolve"]
+__all__ = [
+    "DDPStrategy",
+    "DPStrategy",
+    "MicroBatch",
+    "PipelineStrategy",
+    "Rows",
+    "SingleDeviceStrategy",
+    "Strategy",
+    "resolve",
+]

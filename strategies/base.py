@@ -179,11 +179,12 @@ class Strategy(ABC):
             torch._foreach_mul_(gradients, factor)
         return norm
 
-    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+    def norm(self, gradients: list[Tensor]) -> Tensor:
         """Return the 2-norm (0-dim) of the whole gradient, of which `gradients` are this process's."""
         if not gradients:
             return torch.zeros((), device=self.device)
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        return norm
 
     def clear_gradients(self) -> None:
         """Set the gradient of every parameter of the model to None, those that no optimizer holds included.
