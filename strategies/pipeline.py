@@ -6,7 +6,6 @@ import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import partial
-from itertools import groupby
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from strategies.base import MicroBatch
+from strategies.base import MicroBatch, Rows
 from strategies.environment import started_processes
 from strategies.optimizer_state import load_named_state, named_state
 from strategies.pipeline_chain import Chain
@@ -170,10 +169,7 @@ class PipelineStrategy(ProcessGroupStrategy):
         self._share_buffers()
         with suppress(ElsewhereError):  # that process tells of it
             micros, calls, inputs = self._begin(window, forward)
-            for _, group in groupby(range(len(calls)), key=lambda index: calls[index][:2]):
-                run = list(group)
-                forwards = [partial(forward, micros[i]) for i in run]
-                self._schedules.run([calls[i] for i in run], [inputs[i] for i in run if inputs], forwards)
+            self._schedules.run(calls, inputs, [partial(forward, micro) for micro in micros])
         self._reduce()
 
     def _begin(
@@ -205,10 +201,14 @@ class PipelineStrategy(ProcessGroupStrategy):
         return micros, everyone[0][1], inputs
 
     def join(self, window: Any) -> None:
-        """Take part, with zero, in the reduction of a window. Raises what broke the schedule, if anything did."""
+        """Take part, with zero, in the reduction of a window."""
+        self._reduce()
+
+    def exchange(self, values: Sequence[float]) -> Rows:
+        """Start the message of an update. Raises what broke the schedule: the others wait in it."""
         if self._schedules.broken is not None:
             raise self._schedules.broken
-        self._reduce()
+        return super().exchange(values)
 
     @property
     def _place(self) -> Chain:
@@ -308,12 +308,13 @@ class PipelineStrategy(ProcessGroupStrategy):
         """Load this process's parts of a whole model's state. Raises RuntimeError or ValueError for another's."""
         if differing := {*state["model"]} ^ {*self._names()}:
             raise RuntimeError(f"the state is of another model: {', '.join(sorted(differing)[:3])} is in one of them.")
-        mine = {name: state["model"][plain] for plain, name in self._names(own=True).items()}
-        self._model.load_state_dict(mine, strict=False)
+        for child_name, child in self._children.items():
+            prefix = f"{child_name}."
+            names = {plain: name for plain, name in self._names().items() if name.startswith(prefix)}
+            child.load_state_dict({name.removeprefix(prefix): state["model"][plain] for plain, name in names.items()})
         if optimizer is not None:
             saved = state["optimizer"]
-            own = self._names(own=True)
-            states = {name: value for name, value in saved["state"].items() if name in own}
+            states = {name: value for name, value in saved["state"].items() if name in self._names(own=True)}
             load_named_state(self._model, optimizer, {**saved, "state": states})
 
     def _names(self, own: bool = False) -> dict[str, str]:

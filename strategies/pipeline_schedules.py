@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -63,20 +64,30 @@ class Schedules:
         inputs: Sequence[Tensor],
         forwards: Sequence[Callable[[], tuple[Tensor, float | Tensor]]],
     ) -> None:
-        """Run micro-batches that are called alike. Raises what one of them raised on this process."""
-        kind = calls[0][:2]
-        if kind not in self._likes:
-            self._likes[kind] = self._chain.likes(inputs[0] if inputs else None, calls[0].autocast)
-        schedule = self._schedule(kind, len(calls))
-        self._run, self._error = Run(calls, inputs, forwards, self._likes[kind]), None
-        numbers = torch.arange(len(calls))
-        try:
-            schedule.step(target=numbers, return_outputs=False, micro=numbers)
-        except Exception as error:
-            self.broken = error
-            raise
-        finally:
-            del self._run
+        """Run a window: a schedule for each row of micro-batches that are called alike.
+
+        Raises, when all is over, what one of them raised on this process.
+        """
+        self._error = None
+        for kind, row in groupby(range(len(calls)), key=lambda index: calls[index][:2]):
+            places = list(row)
+            if kind not in self._likes:
+                self._likes[kind] = self._chain.likes(inputs[places[0]] if inputs else None, calls[places[0]].autocast)
+            schedule = self._schedule(kind, len(places))
+            self._run = Run(
+                [calls[place] for place in places],
+                [inputs[place] for place in places if inputs],
+                [forwards[place] for place in places],
+                self._likes[kind],
+            )
+            numbers = torch.arange(len(places))
+            try:
+                schedule.step(target=numbers, return_outputs=False, micro=numbers)
+            except Exception as error:
+                self.broken = error
+                raise
+            finally:
+                del self._run
         if self._error is not None:
             raise self._error
 
