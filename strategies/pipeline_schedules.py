@@ -84,8 +84,9 @@ class Schedules:
             try:
                 schedule.step(target=numbers, return_outputs=False, micro=numbers)
             except Exception as error:
-                self.broken = error
-                raise
+                cause = error.__cause__  # torch describes the tensors of a backward that failed
+                self.broken = cause if isinstance(cause, Exception) else error
+                raise self.broken from None
             finally:
                 del self._run
         if self._error is not None:
@@ -98,11 +99,10 @@ class Schedules:
             try:
                 x, call = run.inputs[index] if activation is None else activation, run.calls[index]
                 self._seed((call.seed + (number + 1) * PART_SEED) & 0xFFFFFFFFFFFFFFFF)
-                output = self._chain.call(number, x, call.autocast)
+                output: Tensor = self._chain.call(number, x, call.autocast)  # of the last part, anything
                 if number == self._chain.last:
                     loss, scale = self._model.with_output(output, run.forwards[index])
-                    scaled: Tensor = loss * scale
-                    return scaled
+                    return loss * scale
                 if Like(tuple(output.shape), output.dtype) != run.likes[number]:
                     raise ValueError(
                         f"part {number} of the pipeline returned {output.dtype} {tuple(output.shape)}, and "
