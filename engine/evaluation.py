@@ -61,7 +61,7 @@ class Evaluation:
         totals: dict[str, Tensor] = {}
         modes = {module: module.training for module in model.modules()}
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self._strategy.evaluation_context(model):
             for batch, size in self._batches():
                 if interrupts.requested and self._strategy.evaluates_alone:
                     break

@@ -135,6 +135,7 @@ class Loop:
         if self._restores_buffers:
             self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self.randomness.start_window(epoch, update)
+        self.strategy.start_window(window.most_micro_batches)
         if window.is_empty:
             self._send()
 

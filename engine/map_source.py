@@ -89,8 +89,9 @@ class MapSource:
         N, rank, P, spread = self._cut
         for window in self._plan.windows(epoch, update, offset):
             count = before[window.stop] - before[window.start]
-            is_empty = window.count(N, P, spread) <= rank
-            yield MapWindow(window.stage, count, is_empty, self._micros(batches, window, before), (epoch, window.stop))
+            pieces = window.count(N, P, spread)
+            micros, position = self._micros(batches, window, before), (epoch, window.stop)
+            yield MapWindow(window.stage, count, -(-pieces // P), pieces <= rank, micros, position)
 
     def _micros(self, batches: Iterator[Any], window: PlannedWindow, before: Sequence[int]) -> Iterator[Micro]:
         to_device = self._to_device
@@ -129,6 +130,7 @@ class MapWindow:
 
     stage: Stage
     samples: int | None
+    most_micro_batches: int
     is_empty: bool
     micros: Iterator[Micro]
     position: tuple[int, int]

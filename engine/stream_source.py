@@ -99,6 +99,7 @@ class StreamWindow:
     ) -> None:
         self._epoch = epoch
         self.stage = stage
+        self.most_micro_batches = stage.accumulate_grad_batches
         self.is_empty = not stream.has_next
         self.more = stream.has_next
         self._stream, self._places, self._to_device, self._batching = stream, places, to_device, batching

@@ -51,7 +51,7 @@ class Trainer:
     """Trains a `Task` on a `Strategy`: one exact update per window of K micro-batches of N samples on P processes.
 
     Args:
-        strategy: "auto", "single", "dp", "ddp", or a `Strategy`.
+        strategy: "auto", "single", "dp", "ddp", "fsdp", or a `Strategy`.
         micro_batch_size: N, samples per micro-batch of map-style data. Ready micro-batches come in their own sizes.
         accumulate_grad_batches: K, micro-batches per process and window.
         effective_batch_size: samples per update over all processes; K follows from P. Instead of K.

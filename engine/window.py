@@ -28,6 +28,8 @@ class Window(Protocol):
     stage: Stage
     samples: int | None
     """Samples over all processes; of a stream it is known after the message of the update."""
+    most_micro_batches: int
+    """The most micro-batches that a process can have in it: the same number on all of them."""
     is_empty: bool
     """Whether this process has no micro-batch in it."""
     more: bool

@@ -3,6 +3,7 @@
 from strategies.base import MicroBatch, Rows, Strategy
 from strategies.ddp import DDPStrategy
 from strategies.dp import DPStrategy
+from strategies.fsdp import FSDPStrategy
 from strategies.names import resolve
 from strategies.pipeline import PipelineStrategy
 from strategies.single import SingleDeviceStrategy
@@ -10,6 +11,7 @@ from strategies.single import SingleDeviceStrategy
 __all__ = [
     "DDPStrategy",
     "DPStrategy",
+    "FSDPStrategy",
     "MicroBatch",
     "PipelineStrategy",
     "Rows",

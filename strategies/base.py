@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any, Protocol
 
@@ -137,6 +137,12 @@ class Strategy(ABC):
 
     # One window
 
+    def start_window(self, most_micro_batches: int) -> None:
+        """Hear, before a window, how many micro-batches a process can have in it: K, or fewer at a known end.
+
+        It is the same number on all processes, for strategies whose every forward communicates.
+        """
+
     def run_window(
         self,
         window: Iterable[MicroBatch],
@@ -167,23 +173,16 @@ class Strategy(ABC):
         The norm is the 2-norm over all parameters, after `factor`. The clipping is that of
         `torch.nn.utils.clip_grad_norm_`. Nothing is read back from the device.
         """
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = self.norm(gradients)
+        gradients = [self._local(p.grad) for p in self._parameters if p.grad is not None]
+        if not gradients:
+            return torch.zeros((), device=self.device)
+        norm = self._norm(gradients)
         if factor != 1.0:
             norm = norm * factor
-        if not gradients:
-            return norm
         if max_norm is not None:
             torch._foreach_mul_(gradients, factor * torch.clamp(max_norm / (norm + 1e-6), max=1.0))
         elif factor != 1.0:
             torch._foreach_mul_(gradients, factor)
-        return norm
-
-    def norm(self, gradients: list[Tensor]) -> Tensor:
-        """Return the 2-norm (0-dim) of the whole gradient, of which `gradients` are this process's."""
-        if not gradients:
-            return torch.zeros((), device=self.device)
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         return norm
 
     def clear_gradients(self) -> None:
@@ -232,6 +231,10 @@ class Strategy(ABC):
     def synchronize_buffers(self, model: nn.Module) -> None:
         """Give all processes the same buffers in `model` (BatchNorm's statistics), those of process 0."""
 
+    def evaluation_context(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Return the context around an evaluation: in it, the forward of `model` communicates with nobody."""
+        return nullcontext()
+
     def fingerprint(self) -> int:
         """Return a number that is the same on all processes when they hold the same replica, to the bit.
 
@@ -240,7 +243,7 @@ class Strategy(ABC):
         """
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for parameter in self._parameters:
-            values = parameter.detach().contiguous()
+            values = self._local(parameter.detach()).contiguous()
             flat = (torch.view_as_real(values) if values.is_complex() else values).view(-1)
             total += flat.view(_WHOLE[flat.element_size()]).sum(dtype=torch.int64)
         return int(total)
@@ -264,11 +267,10 @@ class Strategy(ABC):
         """
         from torch.distributed.checkpoint import state_dict as dcp
 
-        options = dcp.StateDictOptions(full_state_dict=True)
-        state: dict[str, Any] = {"model": dcp.get_model_state_dict(self._user_module, options=options)}
+        state: dict[str, Any] = {"model": dcp.get_model_state_dict(self._user_module)}
         if optimizer is not None:
             state["optimizer"] = named_state(self._user_module, optimizer)
-        copied: dict[str, Any] = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), state)
+        copied: dict[str, Any] = tree_map_only(Tensor, self._copied, state)
         return copied
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
@@ -285,6 +287,19 @@ class Strategy(ABC):
         """The model under the wrapper that `torch.compile` puts around it."""
         module: nn.Module = getattr(self._model, "_orig_mod", self._model)
         return module
+
+    def _local(self, tensor: Tensor) -> Tensor:
+        """The part of a parameter or gradient that this process holds."""
+        return tensor
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        """The 2-norm of the whole gradient, of which these are the parts that this process holds."""
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        return norm
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        """What `state_dict` returns of a tensor."""
+        return tensor.detach().to("cpu", copy=True)
 
     def _gradient_of(self, loss: Tensor, scale: float | Tensor) -> Tensor:
         """The 0-dim tensor `scale`, kept from call to call: making it anew costs more than calling backward."""

@@ -87,11 +87,6 @@ class DDPStrategy(ProcessGroupStrategy):
             gc.collect()  # its hooks must be gone before the group that they use
         super().teardown()
 
-    @property
-    def needs_equal_windows(self) -> bool:
-        """Whether the model has a SyncBatchNorm, and another process to wait for."""
-        return self.data_parallel_size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in self._model.modules())
-
     def prepare(self, model: nn.Module) -> nn.Module:
         """Wrap `model`, and fix the order in which its gradients are summed. Raises ValueError for a refused option."""
         if self.sync_batchnorm:

@@ -9,9 +9,15 @@ from strategies.base import Strategy
 from strategies.ddp import DDPStrategy
 from strategies.dp import DPStrategy
 from strategies.environment import started_processes
+from strategies.fsdp import FSDPStrategy
 from strategies.single import SingleDeviceStrategy
 
-NAMED: dict[str, type[Strategy]] = {"single": SingleDeviceStrategy, "dp": DPStrategy, "ddp": DDPStrategy}
+NAMED: dict[str, type[Strategy]] = {
+    "single": SingleDeviceStrategy,
+    "dp": DPStrategy,
+    "ddp": DDPStrategy,
+    "fsdp": FSDPStrategy,
+}
 
 
 def resolve(strategy: Strategy | str) -> Strategy:

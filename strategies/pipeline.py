@@ -242,9 +242,16 @@ class PipelineStrategy(ProcessGroupStrategy):
                 if count:
                     parameter.grad = total.view_as(parameter)
 
-    def norm(self, gradients: list[Tensor]) -> Tensor:
-        """Return the 2-norm of the gradients of all parts."""
-        squared = super().norm(gradients).double() ** 2
+    def clip(self, max_norm: float | None, factor: float = 1.0) -> Tensor:
+        """Multiply by `factor`, clip and return the norm; also where this process has no gradient."""
+        if any(p.grad is not None for p in self._parameters):
+            return super().clip(max_norm, factor)
+        return self._norm([]) * factor
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        """The 2-norm over all parts: one number is summed."""
+        own = super()._norm(gradients) if gradients else torch.zeros((), device=self.device)
+        squared = own.double() ** 2
         dist.all_reduce(squared, group=self._place.group)
         return squared.sqrt()
 

@@ -96,6 +96,11 @@ class ProcessGroupStrategy(Strategy):
             dist.destroy_process_group(self._host_group)
         self._owns_group, self._host_group, self._notes = False, None, None
 
+    @property
+    def needs_equal_windows(self) -> bool:
+        """Whether the model has a SyncBatchNorm, and another process to wait for."""
+        return self.data_parallel_size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in self._model.modules())
+
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         """Reduce `tensor` in place over the processes by "sum", "min" or "max"; return it."""
         dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[op])

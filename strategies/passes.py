@@ -1,0 +1,144 @@
+"""The collectives of a micro-batch under FSDP, in order, so that a process without one can take part in them.
+
+A forward gathers the parameters of one unit after another and frees them, a backward gathers them again and reduces.
+Which unit comes when is known only from a forward and backward with data. So the first pass of all is written down, and
+read along by the processes that have no data in it; those that come later are held against it.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+END = "end"
+PAUSE = 0.002
+"""Seconds between two looks into the store, in a first pass without data."""
+
+
+class Passes:
+    """Follows the passes of a model: `root`, and its `units`, the FSDP modules with parameters, by name.
+
+    Between `start` and `end` each collective must come in its turn; `finish` takes part in what is left of a pass. The
+    first pass is written into `store`, which `processes` share; nobody waits there for longer than `timeout`. With
+    `stays_gathered` only the first pass of a window gathers.
+    """
+
+    def __init__(
+        self,
+        root: FSDPModule,
+        units: dict[str, FSDPModule],
+        store: Any,
+        processes: int,
+        timeout: timedelta,
+        stays_gathered: bool,
+    ) -> None:
+        self._root, self._units = root, units
+        self._store, self._processes, self._timeout = store, processes, timeout
+        self._stays_gathered = stays_gathered
+        self._first: list[str] = []
+        self._is_known = self._waits = False
+        self._order: list[str] = []
+        self._place = 0
+        self.is_open = False
+        """Whether a pass has begun and not ended."""
+        self.used: set[Any] = set()
+        """FSDP's parameters that had a gradient to reduce, since this was cleared."""
+        root._get_fsdp_state()._lazy_init()
+        self.groups: dict[str, Any] = {name: unit._get_fsdp_state()._fsdp_param_group for name, unit in units.items()}
+        for name in units:
+            self._follow(name)
+
+    def start(self, is_first_of_window: bool) -> None:
+        """Begin a pass."""
+        self.is_open, self._place, self._order = True, 0, self._first
+        if self._stays_gathered and not is_first_of_window:
+            self._order = [event for event in self._first if event.startswith("reduce")]
+
+    def end(self) -> None:
+        """End a pass with data. Raises RuntimeError where it did not do all that the first one did."""
+        self._note(END)
+        self._is_known, self.is_open = True, False
+
+    def finish(self) -> bool:
+        """Take part in what is left of a pass, touching no data; return False where no process has data to lead it."""
+        self.is_open = False
+        if self._place:  # it failed on the way
+            self._root.reset_iter_state()
+        while (event := self._next()) != END:
+            if event is None:
+                return False
+            kind, _, name = event.partition(" ")
+            if kind == "gather":
+                self._units[name].unshard()
+                self._units[name].reshard()
+            else:
+                self.groups[name].post_backward()
+            self._place += 1
+        self._is_known = True
+        self._root._get_fsdp_state()._root_post_backward_final_callback()
+        return True
+
+    def _follow(self, name: str) -> None:
+        """Let a unit tell what it does: FSDP has no hook there."""
+        group = self.groups[name]
+        unshard, post_backward = group.unshard, group.post_backward
+
+        def noted_unshard(async_op: bool = False) -> None:
+            if self.is_open and group._all_gather_result is None and not group.is_unsharded:
+                self._note(f"gather {name}")
+            unshard(async_op)
+
+        def noted_post_backward(*unused: Any) -> None:
+            if self.is_open:
+                self._note(f"reduce {name}")
+            if group.reduce_grads:
+                self.used.update(p for p in group.fsdp_params if _has_gradient(p))
+            post_backward(*unused)
+
+        group.unshard, group.post_backward = noted_unshard, noted_post_backward
+
+    def _note(self, event: str) -> None:
+        """Go on by one event. Raises RuntimeError where another was due."""
+        if self._is_known:
+            due = self._order[self._place] if self._place < len(self._order) else END
+        else:
+            due = self._store.compare_set(str(self._place), "", event).decode()
+            if due != END:
+                self._first.append(due)
+        if due != event:
+            raise RuntimeError(
+                f"FSDP: a micro-batch came to {event!r} where another one came to {due!r}. Each must call the same "
+                "units in the same order: make those that are called only sometimes part of a larger one (wrap=...)."
+            )
+        self._place += 1
+
+    def _next(self) -> str | None:
+        """Return what comes next in the pass; None where all processes ask for it."""
+        if self._is_known:
+            return self._order[self._place] if self._place < len(self._order) else END
+        key, end = str(self._place), time.monotonic() + self._timeout.total_seconds()
+        if self._place == len(self._first):
+            if not self._waits:
+                self._waits = True
+                self._store.add("waiting", 1)
+            while not self._store.check([key]):
+                if self._store.add("waiting", 0) == self._processes:
+                    return None
+                if time.monotonic() > end:
+                    raise dist.DistStoreError("no process went on with the first micro-batch")
+                time.sleep(PAUSE)
+            event: str = self._store.get(key).decode()
+            if event == END:
+                return END
+            self._first.append(event)
+        return self._first[self._place]
+
+
+def _has_gradient(parameter: Any) -> bool:
+    """Whether one of FSDP's parameters has a gradient that is not reduced yet."""
+    unsharded = getattr(parameter, "_unsharded_param", None)
+    return parameter.unsharded_accumulated_grad is not None or (unsharded is not None and unsharded.grad is not None)
