@@ -10,6 +10,7 @@ from strategies.ddp import DDPStrategy
 from strategies.dp import DPStrategy
 from strategies.environment import started_processes
 from strategies.fsdp import FSDPStrategy
+from strategies.pipeline import PipelineStrategy
 from strategies.single import SingleDeviceStrategy
 
 NAMED: dict[str, type[Strategy]] = {
@@ -17,6 +18,7 @@ NAMED: dict[str, type[Strategy]] = {
     "dp": DPStrategy,
     "ddp": DDPStrategy,
     "fsdp": FSDPStrategy,
+    "pipeline": PipelineStrategy,
 }
 
 

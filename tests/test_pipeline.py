@@ -130,6 +130,22 @@ def test_shapes_may_change_within_a_window() -> None:
         torch.testing.assert_close([r["loss"] for r in records], losses, rtol=1e-12, atol=0)
 
 
+def fit_cast(strategy: Any, precision: str | None) -> Any:
+    task = Regression(20, model=lambda: mlp().float())
+    task.x, task.y = task.x.float(), task.y.float()
+    keeps, records, _ = fit(task, strategy, 2, precision=precision)
+    return keeps.parameters, [r["loss"] for r in records]
+
+
+def test_autocast_holds_on_all_stages() -> None:
+    cast, losses = fit_cast("single", "bf16")
+    whole, _ = fit_cast("single", None)
+    assert (cast - whole).abs().max() > 1e-4
+    for found, found_losses in run(2, fit_cast, PipelineStrategy(micro_batches=2), "bf16"):
+        torch.testing.assert_close(found, cast, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found_losses, losses, rtol=1e-5, atol=0)
+
+
 def odd() -> nn.Module:
     """A frozen first stage, a layer that nothing uses, and BatchNorm."""
     layers = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.BatchNorm1d(7), Unused(7), nn.Linear(7, 1)).double()
