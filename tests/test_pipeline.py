@@ -380,7 +380,7 @@ class Fails(nn.Module):
             self.at -= 1
             if self.at == 0 and self.where == "forward":
                 raise LookupError("a layer is gone")
-            if self.at == 0:
+            if self.at == 0 and self.where == "backward":
                 x.register_hook(self.fail)
         return x
 
@@ -434,7 +434,7 @@ def fit_failing(where: str, stage: int, stages: int) -> None:
         ("before the model", 0, 3),
         ("after the model", 2, 3),
         pytest.param("forward", 1, 4, marks=pytest.mark.slow),
-        pytest.param("data", 0, 4, marks=pytest.mark.slow),
+        pytest.param("data", 2, 4, marks=pytest.mark.slow),
         pytest.param("after the model", 1, 4, marks=pytest.mark.slow),
     ],
 )
