@@ -91,6 +91,7 @@ class FSDPStrategy(ProcessGroupStrategy):
         self.find_unused_parameters = find_unused_parameters
         self.broadcast_buffers = broadcast_buffers
         self._mesh: DeviceMesh | None = None
+        self._root: Any = None
         self._most: int | None = None
         self._made = 0  # passes in this window
         self._is_last = False
@@ -118,7 +119,7 @@ class FSDPStrategy(ProcessGroupStrategy):
     def teardown(self) -> None:
         """Destroy the groups that `setup` made; in a group that was found, those of the shards are left too."""
         if self._owns_group:
-            self._mesh = None
+            self._mesh = self._root = None
         super().teardown()
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -135,7 +136,7 @@ class FSDPStrategy(ProcessGroupStrategy):
         for unit in units:
             fully_shard(unit, mesh=self._mesh, reshard_after_forward=frees is not False, mp_policy=policy)
         policy = replace(policy, output_dtype=torch.float32 if self.param_dtype else None)
-        self._root: Any = fully_shard(module, mesh=self._mesh, reshard_after_forward=bool(frees), mp_policy=policy)
+        self._root = fully_shard(module, mesh=self._mesh, reshard_after_forward=bool(frees), mp_policy=policy)
         named = {name or "(root)": m for name, m in module.named_modules() if isinstance(m, FSDPModule)}
         for part in named.values():
             part.set_gradient_divide_factor(1.0)  # a sum, not a mean
@@ -194,9 +195,10 @@ class FSDPStrategy(ProcessGroupStrategy):
 
         Raises ValueError for a model whose processes are gone.
         """
-        if not isinstance(model, FSDPModule):
+        module = getattr(model, "_orig_mod", model)
+        if not isinstance(module, FSDPModule):
             return nullcontext()
-        if self._mesh is None or model is not self._root:
+        if module is not self._root:
             raise ValueError(
                 "the model's parts are on processes whose group has ended. Validate during fit, keep a process group "
                 "of your own open around both, or load model.safetensors."

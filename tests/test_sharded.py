@@ -383,24 +383,27 @@ def test_an_interruption_before_anything_is_known(when: str, tmp_path: Path) -> 
     assert "SIGTERM" in [signal_ for signal_, _ in results]
 
 
-class Fails(nn.Module):
-    """Fails in the middle of a forward, on some processes, the n-th time."""
+class Fails(nn.Linear):
+    """Fails in the forward of a unit, on some processes, the n-th time."""
 
     def __init__(self, ranks: tuple[int, ...], time: int) -> None:
-        super().__init__()
-        self.inner, self.after = Tower(), nn.Linear(1, 1).double()
+        super().__init__(7, 7, dtype=torch.float64)
         self.ranks, self.time = ranks, time
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.inner(x)
         self.time -= 1
         if not self.time and dist.get_rank() in self.ranks:
             raise KeyError("boom")
-        return self.after(x)
+        return super().forward(x)
 
 
 def fail(ranks: tuple[int, ...], time: int) -> Any:
-    train({}, Regression(45, model=lambda: Fails(ranks, time)), 3)
+    def model() -> nn.Module:
+        tower = Tower()
+        tower.blocks[1] = Fails(ranks, time)
+        return tower
+
+    train({}, Regression(45, model=model), 3)
 
 
 @pytest.mark.parametrize("time", [1, 4], ids=["first", "later"])
@@ -466,3 +469,80 @@ def test_uneven_validation_between_updates() -> None:
     for found, reference in zip(run(3, validate, "fsdp"), run(3, validate, "ddp"), strict=True):
         assert len(found) == 3
         assert [m["loss"] for m in found] == pytest.approx([m["loss"] for m in reference], rel=1e-12)
+
+
+def train_as(kind: str) -> Any:
+    task = Regression(45, model=lambda: torch.compile(Tower(), backend="eager"))
+    if kind == "bfloat16":
+        task.model = lambda: Tower().float()
+        task.x, task.y = task.x.float(), task.y.float()
+        return train({"param_dtype": "bfloat16"}, task, 2)
+    return train({}, task, 2)
+
+
+def test_a_compiled_model() -> None:
+    check(run(2, train_as, "compiled")[0][0], expected(45, 2 * N * 2))
+
+
+def test_low_precision_keeps_the_parameters_and_the_reduction_in_float32() -> None:
+    found = run(2, train_as, "bfloat16")[0][0]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected(45, 2 * N * 2), rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "options", [{"reduce": "never"}, {"shard_size": 0}, {"param_dtype": "int8"}, {"reshard_after_forward": 2}], ids=str
+)
+def test_options_that_cannot_be_are_refused_at_once(options: Any) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=.*: (choose|give)"):
+        FSDPStrategy(**options)
+
+
+class Tied(Tower):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[2].weight = self.blocks[1][0].weight
+
+
+def refuse(what: str) -> None:
+    options: dict[str, Any] = {"shard_size": {"shard_size": 3}, "wrap": {"wrap": ["Block"]}}.get(what, {})
+
+    def model() -> nn.Module:
+        tower = Tied() if what == "tied" else Tower()
+        return _mixed(tower) if what == "dtypes" else tower
+
+    train(options, Regression(45, model=model))
+
+
+def _mixed(tower: Tower) -> Tower:
+    tower.last.bias = nn.Parameter(tower.last.bias.float())
+    return tower
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("shard_size", "shard_size=3 does not divide the 2 processes"),
+        ("wrap", "no submodule of class Block; it has Linear, ModuleList, Sequential, Tanh"),
+        ("tied", "is shared between units of FSDP"),
+        ("dtypes", "trainable parameters of dtypes torch.float32, torch.float64"),
+    ],
+)
+def test_models_and_groups_that_cannot_be_are_refused(what: str, message: str) -> None:
+    with pytest.raises(ChildError) as raised:
+        run(2, refuse, what, seconds=20)
+    assert all(message in error for error in raised.value.errors.values())
+
+
+def validate_after(own_group: bool) -> Any:
+    task = Full(adaptive=False)
+    trainer = Trainer("fsdp", 2, max_epochs=1)
+    trainer.fit(task)
+    return trainer.validate(task)
+
+
+def test_validation_after_the_run_needs_the_run_s_processes() -> None:
+    found = run(2, validate_after, False)
+    assert found[0] == found[1]
+    with pytest.raises(ChildError, match="on processes whose group has ended"):
+        run(1, validate_after, True, group=False)

@@ -3,10 +3,10 @@
     python tests/benchmarks/sharded.py
 
 Two processes on the CPU train a tower of 16 layers of 4 MiB each in float32 with AdamW (whose state is twice the
-parameters). Memory is the peak of the larger process above that of a process that trained nothing, so it counts
-parameters, gradients, optimizer state, the activations of one micro-batch (small) and what is in flight. Bytes are those
-of the tensors that a process gives to collectives in an update: gathered is what it gets of the others' parameters,
-reduced what it gives of gradients. The least that an update can do is to reduce each gradient once.
+parameters). Memory is the peak of the larger process above that of one whose model is tiny: parameters, gradients,
+optimizer state, what is in flight, and the activations of one micro-batch (small). Traffic is the size of the tensors
+that collectives fill with parameters (gathered) and are given of gradients (reduced), on each process and in an update.
+The least that an update can do is to reduce each gradient once and, where it is sharded, to gather each parameter once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 UPDATES, N, WIDTH, LAYERS = 3, 8, 1024, 16
 CASES = {
-    "nothing": ("ddp", {}),
+    "tiny": ("ddp", {}),
     "ddp": ("ddp", {}),
     "fsdp, reduce=window": ("fsdp", {}),
     "fsdp, reduce=window, reshard_after_forward=False": ("fsdp", {"reshard_after_forward": False}),
@@ -61,11 +61,12 @@ def train(case: str, K: int) -> None:
     from engine import Callback, Task, Trainer
     from strategies import DDPStrategy, FSDPStrategy
 
+    width = 8 if case == "tiny" else WIDTH
+
     class Tower(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            layers = 1 if case == "nothing" else LAYERS
-            self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers))
+            self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(LAYERS))
 
         def forward(self, x: Tensor) -> Tensor:
             for layer in self.layers:
@@ -80,7 +81,7 @@ def train(case: str, K: int) -> None:
             return torch.optim.AdamW(model.parameters(), lr=1e-4)
 
         def train_data(self) -> torch.utils.data.TensorDataset:
-            return torch.utils.data.TensorDataset(torch.rand(UPDATES * 2 * K * N, WIDTH))
+            return torch.utils.data.TensorDataset(torch.rand(UPDATES * 2 * K * N, width))
 
         def loss(self, model: nn.Module, batch: list[Tensor]) -> Tensor:
             return nn.functional.mse_loss(model(batch[0]), batch[0])
@@ -88,7 +89,9 @@ def train(case: str, K: int) -> None:
     class Traffic(TorchDispatchMode, Callback):
         """Adds up what the last update gave to collectives."""
 
-        sizes = {"_allgather_base_": 0, "_reduce_scatter_base_": 0}
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes = {"_allgather_base_": 0, "_reduce_scatter_base_": 0}
 
         def on_update_end(self, trainer: Trainer) -> None:
             self.result = dict(self.sizes)
@@ -120,11 +123,11 @@ def main() -> None:
     print(f"P=2, {parameters:.0f} MiB of parameters; MiB of peak memory and of traffic per update and process.\n")
     print("| strategy | peak K=1 | peak K=8 | gathered K=1 | K=8 | reduced K=1 | K=8 |")
     print("| --- | --: | --: | --: | --: | --: | --: |")
-    nothing = {K: measure("nothing", K)[0] for K in (1, 8)}
+    tiny = {K: measure("tiny", K)[0] for K in (1, 8)}
     for case in CASES:
-        if case != "nothing":
+        if case != "tiny":
             small, large = measure(case, 1), measure(case, 8)
-            row = [small[0] - nothing[1], large[0] - nothing[8], small[1], large[1], small[2], large[2]]
+            row = [small[0] - tiny[1], large[0] - tiny[8], small[1], large[1], small[2], large[2]]
             print(f"| {case} | {' | '.join(f'{value:.0f}' for value in row)} |", flush=True)
 
 
