@@ -16,7 +16,7 @@ from engine.callbacks.base import Callback
 from engine.plan import Plan
 from engine.precision import check_precision
 from engine.saving import Best
-from engine.schedule import check_accumulation
+from engine.schedule import check_accumulation, make_schedule
 from strategies import Strategy
 
 
@@ -69,18 +69,36 @@ def the_scheduler(
         raise ValueError(
             f"{' and '.join(given)} both say how long a window is: keep one (accumulate_grad_batches=1 says nothing)."
         )
-    if not schedulers:
-        return None
-    check_windows(schedulers[0].scheduling, strategy)
-    return schedulers[0]
+    scheduler = schedulers[0] if schedulers else None
+    scheduling = scheduler.scheduling if scheduler else {0: K}
+    schedule = make_schedule(settings["micro_batch_size"], strategy.effective_batch, scheduling, "epoch", batch)
+    check_windows({stage.first: stage.accumulate_grad_batches for stage in schedule.stages}, strategy)
+    return scheduler
 
 
 def check_windows(scheduling: Mapping[int, int], strategy: Strategy) -> None:
-    """Refuse a changing K for a strategy that cannot change it. Raises ValueError."""
+    """Refuse a changing K where the strategy cannot change it, and any but that it was built for. Raises ValueError."""
     if len(set(scheduling.values())) > 1 and not strategy.supports_variable_windows:
         raise ValueError(
             f"strategy {strategy.name!r} does not support variable windows, but the schedule "
             f"{dict(scheduling)} changes K: use accumulate_grad_batches=K, or another strategy."
+        )
+    built = strategy.micro_batches
+    if built is not None and (others := {*scheduling.values()} - {built}):
+        K = min(others)
+        raise ValueError(
+            f"strategy {strategy.name!r} was built for windows of {built} micro-batches (micro_batches={built}), but "
+            f"those of this run have {K}: use accumulate_grad_batches={built}, or build it with micro_batches={K}."
+        )
+
+
+def check_stream(data: object, strategy: Strategy) -> None:
+    """Refuse ready micro-batches where several processes need the same ones. Raises ValueError."""
+    if strategy.processes > strategy.data_parallel_size:
+        raise ValueError(
+            f"strategy {strategy.name!r}: {strategy.processes // strategy.data_parallel_size} processes share each "
+            f"micro-batch, but data of type {type(data).__name__} gives each process its own. Return a map-style "
+            "dataset (with __getitem__ and __len__)."
         )
 
 

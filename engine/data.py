@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from engine.checks import check_dataset
+from engine.checks import check_dataset, check_stream
 from engine.map_source import LoaderOptions, MapSource
 from engine.order import Order, sequential, shuffled
 from engine.plan import Plan
@@ -73,6 +73,7 @@ def make_source(
 ) -> Source:
     """Return the source of `data`'s windows: in the task's own order, else shuffled, else as it is."""
     if plan is None:
+        check_stream(data, strategy)
         return StreamSource(data, schedule, batching, strategy, seed)
     order: Order = shuffled(plan.samples, seed) if shuffle else sequential(plan.samples)
     if batching.order(0) is not None:

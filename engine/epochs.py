@@ -131,7 +131,7 @@ class Epochs:
     @property
     def _stops_alone(self) -> bool:
         """Whether this process wants to stop and need not ask another."""
-        return self._trainer.stops and self._trainer.strategy.data_parallel_size == 1
+        return self._trainer.stops and self._trainer.strategy.processes == 1
 
     def _validate_if_due(self) -> None:
         every, update = self._settings["validate_every_n_updates"], self._trainer.update

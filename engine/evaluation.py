@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.checks import check_stream
 from engine.data import is_map_style
 from engine.interrupts import Interrupts
 from engine.loss import Loss
@@ -41,6 +42,7 @@ class Evaluation:
         self._evaluate = autocast(task.evaluate, precision, strategy.device.type)
         self._stream: Iterable[Any] | None = None
         if not is_map_style(data):
+            check_stream(data, strategy)
             self._stream = data
             return
         samples = len(data) if max_samples is None else min(len(data), max_samples)
@@ -61,9 +63,9 @@ class Evaluation:
         model.eval()
         with torch.no_grad(), self._strategy.evaluation_context(model):
             for batch, size in self._batches():
-                if interrupts.requested:
+                if interrupts.requested and self._strategy.evaluates_alone:
                     break
-                for name, metric in self._evaluate(model, batch).items():
+                for name, metric in self._strategy.evaluate(self._evaluate, model, batch).items():
                     pair = self._pair(name, metric, size)
                     totals[name] = totals[name] + pair if name in totals else pair
         for module, was_training in modes.items():

@@ -77,10 +77,10 @@ class Loop:
         """The learning rate that the last update was made with (of the first parameter group)."""
         self._loss_scale = LossScale(2.0**16 if options.precision == "fp16" else 1.0)
         self._epoch, self._key = -1, 0
-        self.host_randomness = None if interrupts is None else HostRandomness(options.seed, strategy.rank)
+        self.host_randomness = None if interrupts is None else HostRandomness(options.seed, strategy.data_parallel_rank)
         self.weighed = 0
         """Micro-batches of the window whose loss has been computed."""
-        self._is_alone = strategy.data_parallel_size == 1
+        self._is_alone = strategy.processes == 1
         self._skips_nonfinite = options.skip_nonfinite_updates or options.precision == "fp16"
         self._wants_norm = bool(self._skips_nonfinite or options.gradient_clip_norm or options.measures)
         self._norm = math.nan  # of the update before
@@ -119,6 +119,8 @@ class Loop:
         except Exception as error:
             self._fail(window, error)
             raise
+        if self._receive is None:  # the losses are computed on another process
+            self._send()
         return self.finish(window, update)
 
     def start(self, window: Window, epoch: int, update: int, wishes: Wishes = NOTHING) -> None:

@@ -48,6 +48,10 @@ class Accumulator:
         K = accumulate_grad_batches
         scheduling = check_scheduling(K if isinstance(K, dict) else {0: K})
         check_windows(scheduling, strategy)
+        if strategy.micro_batches is not None:
+            raise ValueError(
+                f"strategy {strategy.name!r} runs its windows whole, which a loop of one's own cannot: use Trainer."
+            )
         check_optimizer(optimizer if lr_scheduler is None else (optimizer, lr_scheduler), model)
         strategy.prepare_optimizer(optimizer)
         schedule = make_schedule(micro_batch_size, strategy.effective_batch, scheduling)

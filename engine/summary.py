@@ -22,7 +22,7 @@ def summarize(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "epoch": trainer.epoch,
         "samples": trainer.samples,
         "seconds": round(seconds, 3),
-        "processes": trainer.strategy.data_parallel_size,
+        "processes": trainer.strategy.processes,
         "strategy": trainer.strategy.describe(),
         "all_reduces_per_update": reductions,
         "bytes_reduced_per_update": size,

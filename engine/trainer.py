@@ -22,6 +22,7 @@ from engine.checks import (
     check_model,
     check_optimizer,
     check_settings,
+    check_windows,
     the_scheduler,
 )
 from engine.data import make_plan, make_source
@@ -193,7 +194,7 @@ class Trainer:
             except BaseException as exception:
                 for callback in self.callbacks:
                     callback.on_exception(self, exception)
-                if self.strategy.data_parallel_size > 1 and not isinstance(exception, ProcessFailureError):
+                if self.strategy.processes > 1 and not isinstance(exception, ProcessFailureError):
                     self._tell_of(exception)
                 raise
             finally:
@@ -275,6 +276,7 @@ class Trainer:
         self.schedule = make_schedule(N, strategy.effective_batch, scheduling, unit, B)
         if saved is not None and self._has_same_windows(saved):
             self.schedule = schedule_of(saved, N, strategy)
+            check_windows({stage.first: stage.accumulate_grad_batches for stage in self.schedule.stages}, strategy)
         data, bounds = task.train_data(), (self.settings["max_epochs"], self.settings["max_updates"])
         self.plan = make_plan(data, task, self.schedule, N, *bounds, B)
         cut = seed, self.settings["shuffle"], self._loader, self.settings["spread_windows"]

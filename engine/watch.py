@@ -47,7 +47,7 @@ class Watch:
         self._doing, self._since = "", time.time()
 
     def __enter__(self) -> Watch:
-        if self._trainer.strategy.data_parallel_size > 1:
+        if self._trainer.strategy.processes > 1:
             self._thread.start()
         return self
 

@@ -5,6 +5,7 @@ from strategies.ddp import DDPStrategy
 from strategies.dp import DPStrategy
 from strategies.fsdp import FSDPStrategy
 from strategies.names import find, resolve
+from strategies.pipeline import PipelineStrategy
 from strategies.single import SingleDeviceStrategy
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "DPStrategy",
     "FSDPStrategy",
     "MicroBatch",
+    "PipelineStrategy",
     "Rows",
     "SingleDeviceStrategy",
     "Strategy",

@@ -49,6 +49,12 @@ class Strategy(ABC):
     resumes_exactly: bool = True
     """Whether a run that goes on from a checkpoint is to the bit the run that was not interrupted."""
 
+    micro_batches: int | None = None
+    """K, where it is fixed when the strategy is built: a window is then run whole, by `run_window`."""
+
+    evaluates_alone: bool = True
+    """Whether a process can leave a validation without another one waiting for it."""
+
     _model: nn.Module
     _parameters: list[nn.Parameter]
     _scale = math.nan
@@ -63,7 +69,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def effective_batch(self, N: int, K: int) -> int:
-        """Return the samples behind one full update: K micro-batches of N samples on each process."""
+        """Return the samples behind one full update: K micro-batches of N samples on each of the P."""
 
     @abstractmethod
     def accumulation_context(self, is_last_microbatch: bool) -> AbstractContextManager[Any]:
@@ -90,6 +96,11 @@ class Strategy(ABC):
     def data_parallel_rank(self) -> int:
         """This process among the P, from 0: which micro-batches it gets."""
         return self.rank
+
+    @property
+    def processes(self) -> int:
+        """All that were started together: more than P where several share one model, and its micro-batches."""
+        return self.data_parallel_size
 
     @property
     def device(self) -> torch.device:
@@ -202,6 +213,12 @@ class Strategy(ABC):
         """
         for parameter in self._parameters:
             parameter.grad = None
+
+    def evaluate(
+        self, compute: Callable[[nn.Module, Any], Mapping[str, Any]], model: nn.Module, batch: Any
+    ) -> Mapping[str, Any]:
+        """Return `compute(model, batch)`; nothing where another process has it. `model` is the user's, in eval mode."""
+        return compute(model, batch)
 
     # Between processes
 

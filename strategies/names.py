@@ -12,6 +12,7 @@ from strategies.ddp import DDPStrategy
 from strategies.dp import DPStrategy
 from strategies.environment import started_processes
 from strategies.fsdp import FSDPStrategy
+from strategies.pipeline import PipelineStrategy
 from strategies.single import SingleDeviceStrategy
 
 NAMED: dict[str, type[Strategy]] = {
@@ -19,6 +20,7 @@ NAMED: dict[str, type[Strategy]] = {
     "dp": DPStrategy,
     "ddp": DDPStrategy,
     "fsdp": FSDPStrategy,
+    "pipeline": PipelineStrategy,
 }
 
 ENTRY_POINTS = "tally.strategies"

@@ -50,6 +50,11 @@ class ProcessGroupStrategy(Strategy):
     @property
     def data_parallel_size(self) -> int:
         """P, all processes of the group."""
+        return self.processes
+
+    @property
+    def processes(self) -> int:
+        """All processes of the group, or of torchrun's environment before there is one."""
         return dist.get_world_size() if dist.is_initialized() else started_processes()
 
     @property
@@ -80,7 +85,7 @@ class ProcessGroupStrategy(Strategy):
                 self._backend, timeout=self.timeout, store=store, rank=started_rank(), world_size=started_processes()
             )
         self._host_group = dist.new_group(backend="gloo", timeout=self.timeout)
-        self._notes = Notes(notes(), self.rank, self.data_parallel_size)
+        self._notes = Notes(notes(), self.rank, self.processes)
 
     def teardown(self) -> None:
         """Destroy the groups that `setup` made."""
@@ -103,7 +108,7 @@ class ProcessGroupStrategy(Strategy):
     def exchange(self, values: Sequence[float]) -> Rows:
         """Start one all-gather of a few doubles on the CPU group; call what comes back to wait and get all rows."""
         mine = torch.tensor(values, dtype=torch.float64)
-        rows = [torch.empty_like(mine) for _ in range(self.data_parallel_size)]
+        rows = [torch.empty_like(mine) for _ in range(self.processes)]
         work = dist.all_gather(rows, mine, group=self._host_group, async_op=True)
 
         def wait() -> list[list[float]]:
@@ -114,7 +119,7 @@ class ProcessGroupStrategy(Strategy):
 
     def gather(self, value: Any) -> list[Any]:
         """Return each process's `value` in rank order, by pickling it to the CPU group."""
-        values: list[Any] = [None] * self.data_parallel_size
+        values: list[Any] = [None] * self.processes
         dist.all_gather_object(values, value, group=self._host_group)
         return values
 
