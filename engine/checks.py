@@ -130,6 +130,11 @@ def check_model(model: object) -> None:
             raise ValueError(f"{name or 'the model'} has sparse gradients, which are not supported: use sparse=False.")
 
 
+def batch_norms(model: nn.Module) -> int:
+    """Return how many layers of `model` normalise over a micro-batch, which accumulation cannot make larger."""
+    return sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
 def check_optimizer(configured: object, model: nn.Module) -> tuple[Optimizer, LRScheduler | None]:
     """Return the optimizer and the LR scheduler, if any, of what a task configured.
 

@@ -1,0 +1,1 @@
+def print_help(parser): parser.print_help()
