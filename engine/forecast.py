@@ -55,30 +55,32 @@ def expected_updates(
             current, before = epoch, samples_before(epoch)
         effective_batch, pieces = before[window.stop] - before[window.start], window.count(N, P, spread)
         samples += effective_batch
-        yield Expected(
-            number + 1, epoch, samples, effective_batch, lrs[number], window.stage, pieces, -(-pieces // P)
-        )
+        yield Expected(number + 1, epoch, samples, effective_batch, lrs[number], window.stage, pieces, -(-pieces // P))
 
 
 def stretches(updates: Iterator[Expected]) -> Iterator[Stretch]:
     """Sum up the updates of each stage."""
     for stage, group in groupby(updates, key=lambda update: update.stage):
-        first = last = next(group)
-        samples, micro_batches, turns = first.effective_batch, first.micro_batches, first.turns
-        for last in group:
-            samples += last.effective_batch
-            micro_batches += last.micro_batches
-            turns += last.turns
-        yield Stretch(
-            stage,
-            (first.epoch, last.epoch),
-            last.update - first.update + 1,
-            samples,
-            micro_batches,
-            turns,
-            last.effective_batch,
-            (first.lr, last.lr),
-        )
+        yield _sum(stage, group)
+
+
+def _sum(stage: Stage, updates: Iterator[Expected]) -> Stretch:
+    first = last = next(updates)
+    samples, micro_batches, turns = first.effective_batch, first.micro_batches, first.turns
+    for last in updates:
+        samples += last.effective_batch
+        micro_batches += last.micro_batches
+        turns += last.turns
+    return Stretch(
+        stage,
+        (first.epoch, last.epoch),
+        last.update - first.update + 1,
+        samples,
+        micro_batches,
+        turns,
+        last.effective_batch,
+        (first.lr, last.lr),
+    )
 
 
 def stretches_of_stream(schedule: Schedule, total: int | None, lrs: Sequence[float]) -> Iterator[Stretch]:

@@ -10,10 +10,10 @@ from html import escape
 from engine.preview import Preview
 
 BUCKETS = 250
-"""Of so many updates' ranges the first, the last, the least and the greatest are drawn: thinned, but never the extremes."""
+"""Of so many ranges of updates the first, the last, the least and the greatest are drawn: the extremes stay."""
 
-WIDTH, HEIGHT, GAP, LEFT, TOP, FOOT = 360, 120, 40, 64, 56, 44
-"""Of one panel, in pixels; `FOOT` is for the names under the last row."""
+WIDTH, HEIGHT, LEFT, TOP, BELOW = 340, 110, 72, 64, 52
+"""Of one panel and of what is around it, in pixels: its ticks at the left, the title above all, its ticks below."""
 
 STYLE = """
 svg { --page: #fff; --ink: #1f2328; --quiet: #59636e; --grid: #d1d9e0; --line: #0969da;
@@ -30,13 +30,16 @@ def draw(preview: Preview) -> str:
     if preview.is_stream:
         raise ValueError("the data is a stream: its updates are not known, so there is no picture of them.")
     updates = list(preview.updates())
-    ends = {"updates": [0.0, *(float(u.update) for u in updates)], "samples": [0.0, *(float(u.samples) for u in updates)]}
+    ends = {
+        "updates": [0.0, *(float(u.update) for u in updates)],
+        "samples": [0.0, *(float(u.samples) for u in updates)],
+    }
     rows = {
         "K": [float(u.stage.accumulate_grad_batches) for u in updates],
         "effective batch": [float(u.effective_batch) for u in updates],
         "learning rate": [u.lr for u in updates],
     }
-    width, height = LEFT + 2 * (WIDTH + GAP), TOP + len(rows) * (HEIGHT + GAP) + FOOT - GAP
+    width, height = 2 * (LEFT + WIDTH) + LEFT // 2, TOP + len(rows) * (HEIGHT + BELOW)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'role="img"><title>{escape(preview.describe())}</title><style>{STYLE}</style>',
@@ -45,7 +48,7 @@ def draw(preview: Preview) -> str:
     ]
     for row, (name, values) in enumerate(rows.items()):
         for column, (unit, edges) in enumerate(ends.items()):
-            panel = _Panel(LEFT + column * (WIDTH + GAP), TOP + row * (HEIGHT + GAP), edges[-1], max(values))
+            panel = _Panel(LEFT + column * (LEFT + WIDTH), TOP + row * (HEIGHT + BELOW), edges[-1], max(values))
             parts += panel.axes(name, unit if row == len(rows) - 1 else "")
             parts.append(f'<path class="curve" d="{panel.steps(edges, values)}"/>')
     return "\n".join([*parts, "</svg>\n"])

@@ -81,7 +81,9 @@ def _place(preview: Preview) -> str:
     if trainer.plan is None:
         return f"{strategy.name}: {processes}, streams of ready micro-batches{epochs}"
     what = "samples" if not preview.is_grouped else "groups of samples"
-    return f"{strategy.name}: {processes}, N {trainer.micro_batch_size}, {trainer.plan.samples:,} {what} an epoch{epochs}"
+    return (
+        f"{strategy.name}: {processes}, N {trainer.micro_batch_size}, {trainer.plan.samples:,} {what} an epoch{epochs}"
+    )
 
 
 def _total(preview: Preview) -> str:
@@ -107,10 +109,10 @@ def _bytes(preview: Preview) -> Iterator[str]:
     elif preview.is_stream:
         yield f"Each update reduces {size(sent)} on each process."
     else:
-        updates, turns = (sum(column) for column in zip(*((s.updates or 0, s.turns or 0) for s in preview.stretches)))
+        updates, turns = (sum(getattr(s, name) or 0 for s in preview.stretches) for name in ("updates", "turns"))
         yield (
-            f"Each reduces {size(sent)} on each process, {size(updates * sent)} in all; a reduction at each micro-batch "
-            f"would make that {size(turns * sent)}: deferring saves {_saved(updates, turns)}."
+            f"Each reduces {size(sent)} on each process, {size(updates * sent)} in all; with a reduction at each "
+            f"micro-batch it would be {size(turns * sent)}: deferring saves {_saved(updates, turns)}."
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from engine.forecast import Expected, Stretch, expected_updates, stretches, stre
 from engine.map_source import samples_before
 from engine.run_state import class_path
 from engine.task import Task
+from strategies.environment import started_processes
 
 if TYPE_CHECKING:
     from engine.trainer import Trainer
@@ -39,8 +41,8 @@ def preview(trainer: Trainer, task: Task) -> Preview:
     trainer.lay_out(task)
     trainer.make_model(task)
     trainer.make_optimizer(task)
-    total = trainer.total_updates
-    return Preview(trainer, task, learning_rates(trainer.optimizer, trainer.lr_scheduler, 1 if total is None else total))
+    updates = 1 if trainer.total_updates is None else trainer.total_updates
+    return Preview(trainer, task, learning_rates(trainer.optimizer, trainer.lr_scheduler, updates))
 
 
 def learning_rates(optimizer: Optimizer, lr_scheduler: LRScheduler | None, updates: int) -> Sequence[float]:
@@ -76,7 +78,7 @@ class Preview:
 
     @property
     def bytes_per_update(self) -> int | None:
-        """What one update's gradients send, on each process; None where the strategy does not know before it is set up."""
+        """What one update's gradients send, on each process; None where the strategy cannot tell before `setup`."""
         return self.trainer.strategy.bytes_to_reduce(self.trainer.model)
 
     def updates(self) -> Iterator[Expected]:
@@ -106,15 +108,17 @@ class Preview:
 
     def _of_the_schedule(self) -> Iterator[str]:
         schedule, plan, reached = self.trainer.schedule, self.trainer.plan, self.stretches
-        for stage in schedule.stages[len(reached) :] if reached else ():
-            yield f"the run ends before {schedule.unit} {stage.first}, where K would become {stage.accumulate_grad_batches}."
+        for stage in schedule.stages[schedule.stages.index(reached[-1].stage) + 1 :]:
+            K = stage.accumulate_grad_batches
+            yield f"the run ends before {schedule.unit} {stage.first}, where K would become {K}."
         for stretch in reached:
-            if plan is not None and stretch.stage.effective_batch > plan.samples:
+            B = stretch.stage.effective_batch
+            if plan is not None and plan.samples < B:
                 yield (
-                    f"a window of {stretch.stage.effective_batch:,} samples is larger than an epoch of {plan.samples:,}: "
-                    "each epoch makes one update, of all that there is."
+                    f"a window of {B:,} samples is larger than an epoch of {plan.samples:,}: each epoch makes one "
+                    "update, of all that there is."
                 )
-        for before, after in zip(reached, reached[1:], strict=False):
+        for before, after in pairwise(reached):
             old, new = before.stage.effective_batch, after.stage.effective_batch
             left, right = before.lr[1], after.lr[0]
             if max(old, new) < JUMP * min(old, new) or left is None or right is None:
@@ -126,7 +130,9 @@ class Preview:
                 )
 
     def _of_the_model(self) -> Iterator[str]:
-        N, norms = self.trainer.micro_batch_size, batch_norms(self.trainer.model)
+        strategy, N, norms = self.trainer.strategy, self.trainer.micro_batch_size, batch_norms(self.trainer.model)
+        if strategy.data_parallel_size == 1 < started_processes():
+            yield f"strategy {strategy.name!r} shares samples with none of the {started_processes()} processes."
         if norms and any(stage.accumulate_grad_batches > 1 for stage in self.trainer.schedule.stages):
             yield (
                 f"{norms} BatchNorm layers take their statistics from one micro-batch of {N}, not from the window: "
