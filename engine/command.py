@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print_help(make_parser())
                 return 0
             parser, config = parse(rest)
+            if modes.plan and started_rank() != 0:
+                return 0
             if modes.plan:
                 _plan(parser, config, getattr(modes, "plan.processes"), getattr(modes, "plan.picture"))
                 return 0
