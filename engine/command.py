@@ -24,13 +24,14 @@ from engine.agreement import NonFiniteError, ProcessFailureError
 from engine.callbacks import Callback
 from engine.checkpoint import CheckpointError
 from engine.interrupts import EXIT_STATUS
-from engine.modes import OneWindow, split
+from engine.modes import OneWindow, options, split
 from engine.plan_picture import draw
 from engine.plan_table import print_plan
 from engine.preview import preview
 from engine.task import Task
 from engine.trainer import Trainer
 from engine.usage import print_help
+from engine.wording import plain
 from strategies.environment import as_if_started, started_processes, started_rank
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,11 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Path(os.environ["TALLY_SAVED"]).touch()
         return EXIT_STATUS
     except ArgumentError as error:
-        return _refuse(error)
+        actions = [*make_parser()._actions, *options()._actions]
+        return _refuse(plain(str(error), [name for action in actions for name in action.option_strings]))
     except WORDS_FOR_THE_USER as error:
-        if not _raised_by_us(error):
+        if (said := _said_by_us(error)) is None:
             raise
-        return _refuse(error)
+        return _refuse(" ".join(str(said).split()))
 
 
 def parse(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
@@ -186,29 +188,31 @@ def _load(text: str) -> Any:
     """A file of options is TOML or YAML; a value on the command line is YAML, as in {0: 8, 4: 4}."""
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
-        return yaml.safe_load(text)
+    except tomllib.TOMLDecodeError as no_toml:
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as no_yaml:
+            why = " ".join(str(no_yaml).split())
+            raise yaml.YAMLError(f"this is neither TOML ({no_toml}) nor YAML ({why}).") from no_yaml
 
 
-def _raised_by_us(error: BaseException) -> bool:
+def _said_by_us(error: BaseException) -> BaseException | None:
+    """Return what our own code said of something that the user can mend, if `error` is that."""
     if isinstance(error, OURS):
-        return True
-    where = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent
-    return error.__cause__ is None and any(where.is_relative_to(ROOT / package) for package in ("engine", "strategies"))
+        return error
+    if "jsonargparse" in _file(error) and error.__cause__ is not None:
+        error = error.__cause__
+    is_ours = any(Path(_file(error)).is_relative_to(ROOT / package) for package in ("engine", "strategies"))
+    return error if is_ours and error.__cause__ is None else None
 
 
-def _refuse(error: BaseException) -> int:
+def _file(error: BaseException) -> str:
+    return traceback.extract_tb(error.__traceback__)[-1].filename
+
+
+def _refuse(message: str) -> int:
     """Say what is wrong, once: process 0 speaks; another does when it is still there after a while."""
     if started_rank() != 0:
         time.sleep(10)  # torchrun ends all processes when the first of them has failed
-    print(f"engine/run.py: {_plain(str(error))}", file=sys.stderr, flush=True)
+    print(f"engine/run.py: {message}", file=sys.stderr, flush=True)
     return 2
-
-
-def _plain(message: str) -> str:
-    """The parser tells of every type that it tried; keep what it found wrong, once."""
-    noise = re.compile(
-        r"Does not validate|Subtypes:|Errors:|Given value|Expected a (path|<class '(NoneType|str|coll))|^$"
-    )
-    lines = (line.strip(" -") for line in message.splitlines())
-    return re.sub(r"<class '(\w+)'>", r"\1", " ".join(dict.fromkeys(line for line in lines if not noise.search(line))))

@@ -29,7 +29,7 @@ def split(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
     P, picture = getattr(modes, "plan.processes"), getattr(modes, "plan.picture")
     modes.plan = modes.plan or P is not None or picture is not None
     if modes.plan and modes.check:
-        raise ValueError("--plan and --check were both given: choose one.")
+        raise ValueError("choose one of --plan and --check, not both.")
     if P is not None:
         check_count("plan.processes", P)
     if picture is not None and (picture.suffix != ".svg" or not picture.parent.is_dir()):

@@ -280,7 +280,7 @@ class Trainer:
             {
                 **self.configuration,
                 "the number of training samples": self.plan.samples if self.plan else None,
-                "the model": {name: tuple(p.shape) for name, p in self.model.named_parameters()},
+                **{f"the shape of {name}": tuple(p.shape) for name, p in self.model.named_parameters()},
                 "whether anything listens": measures,
             },
         )

@@ -112,7 +112,7 @@ def test_modes_are_taken_out_of_the_arguments() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--plan", "--check"], "--plan and --check were both given: choose one"),
+        (["--plan", "--check"], "choose one of --plan and --check"),
         (["--plan.processes=0"], "plan.processes=0: give a whole number of at least 1"),
         (["--plan.processes=many"], "--plan.processes: invalid int value: 'many'"),
         (["--plan.picture=plan.png"], "plan.picture='plan.png': name a file that ends in .svg"),
