@@ -176,8 +176,8 @@ class _Lookahead:
         for number in range(count):
             if next(self._items, self) is self:
                 raise ValueError(
-                    f"the stream ended after {number} micro-batches; {count} had been trained on. To be gone on with, it "
-                    "must give the same ones again, or keep its own place (state_dict and load_state_dict)."
+                    f"the stream ended after {number} micro-batches; {count} had been trained on. To be gone on with "
+                    "it must give the same ones again, or keep its own place (state_dict and load_state_dict)."
                 )
 
     def _read_ahead(self) -> None:

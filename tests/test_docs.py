@@ -7,9 +7,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mutations import MUTATIONS
+
+from engine.command import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").glob("*.md")))]
@@ -72,6 +75,19 @@ def test_a_strategy_of_the_docs_trains(tmp_path: Path, block: int, path: str) ->
     options = ["--trainer.max_epochs=1", f"--trainer.strategy={path}", "--trainer.run_dir=run"]
     python(tmp_path, str(ROOT / "engine" / "run.py"), *options)
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_the_plan_that_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    page = (ROOT / "docs/plan.md").read_text()
+    options = re.findall(r"```bash\npython engine/run.py (.*)\n```", page)[0].split()
+    (tmp_path / "docs" / "images").mkdir(parents=True)
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(options) == 0
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert printed == re.findall(r"```text\n(.*?)```", page, re.DOTALL)[0].splitlines()
+    assert (tmp_path / "docs/images/plan.svg").read_text() == (ROOT / "docs/images/plan.svg").read_text()
 
 
 def test_the_table_of_faults_is_that_of_the_script() -> None:
