@@ -59,6 +59,14 @@ def test_a_plan_under_torchrun_speaks_once_and_counts_its_processes(tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
+def test_one_process_alone_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(["--plan.picture=plan.svg"]) == 0
+    assert capsys.readouterr().out == ""
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_plan_for_a_strategy_that_uses_one_process_says_so(capsys: Any) -> None:
     assert main(["--plan.processes=4", "--trainer.strategy=dp"]) == 0
     assert "strategy 'dp' shares samples with none of the 4 processes" in capsys.readouterr().out
