@@ -83,8 +83,13 @@ def _sum(stage: Stage, updates: Iterator[Expected]) -> Stretch:
     )
 
 
-def stretches_of_stream(schedule: Schedule, total: int | None, lrs: Sequence[float]) -> Iterator[Stretch]:
-    """Yield what is known of each stage without knowing how long an epoch is; `total` updates, if that is known."""
+def stretches_of_stream(
+    schedule: Schedule, epochs: int | None, total: int | None, lrs: Sequence[float]
+) -> Iterator[Stretch]:
+    """Yield what is known of each stage without knowing how long an epoch is.
+
+    `epochs` or `total` updates is where the run ends, where that is known.
+    """
     for stage, following in zip(schedule.stages, [*schedule.stages[1:], None], strict=True):
         counts = schedule.unit == "update"
         start = stage.first if counts or stage.first == 0 else None
@@ -93,7 +98,11 @@ def stretches_of_stream(schedule: Schedule, total: int | None, lrs: Sequence[flo
             if start >= total:
                 return
             stop = None if stop is None else min(stop, total)
-        updates = None if start is None or stop is None else stop - start
+        updates, span = None if start is None or stop is None else stop - start, None
+        if schedule.unit == "epoch" and epochs is not None:
+            if stage.first >= epochs:
+                return
+            span = stage.first, min(epochs, epochs if following is None else following.first) - 1
         at = (start, None if stop is None else stop - 1)
         lr = tuple(lrs[u] if u is not None and u < len(lrs) else None for u in at)
-        yield Stretch(stage, updates=updates, lr=(lr[0], lr[1]))
+        yield Stretch(stage, span, updates, lr=(lr[0], lr[1]))

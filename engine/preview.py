@@ -99,7 +99,8 @@ class Preview:
     def stretches(self) -> list[Stretch]:
         """Return the stages that the run reaches."""
         if self.is_stream:
-            return list(stretches_of_stream(self.trainer.schedule, self.trainer.total_updates, self.lrs))
+            epochs = self.trainer.settings["max_epochs"] if self.trainer.settings["max_updates"] is None else None
+            return list(stretches_of_stream(self.trainer.schedule, epochs, self.trainer.total_updates, self.lrs))
         return list(stretches(self.updates()))
 
     def warnings(self) -> list[str]:
@@ -150,7 +151,10 @@ class Preview:
             yield f"max_time={trainer.settings['max_time']} may end the run before."
         run_dir = trainer.settings["run_dir"]
         if run_dir is not None and checkpoint.candidates(Path(run_dir) / "checkpoints"):
-            yield f"{run_dir} has checkpoints: the run would go on from there, and this is all of it."
+            yield (
+                f"{run_dir} has checkpoints: the run would go on from there, with the effective batches that it began "
+                "with; this plan begins anew."
+            )
 
     def describe(self) -> str:
         """Return what is planned, in one line."""

@@ -197,6 +197,8 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch: pytest.MonkeyPatc
         ({"max_epochs": 3}, [None]),
         ({"max_epochs": None, "max_updates": 9}, [9]),
         ({"max_updates": 9}, [None]),
+        (by({0: 1, 4: 2}), [None, None]),
+        (by({0: 1, 7: 2}), [None]),
         (by({0: 1, 4: 2}, "update"), [4, None]),
         (by({0: 1, 4: 2, 30: 1}, "update", max_epochs=None, max_updates=9), [4, 5]),
         (by({0: 1, 4: 2}, max_epochs=None, max_updates=9), [None, None]),
@@ -211,6 +213,14 @@ def test_a_stream_says_what_cannot_be_known(options: dict[str, Any], known: list
     assert not list(plan.updates())
     with pytest.raises(ValueError, match="no picture"):
         draw(plan)
+
+
+def test_the_epochs_of_a_stream_are_known_where_epochs_end_the_run() -> None:
+    options = by({0: 1, 4: 2, 7: 3})
+    plan = preview(Trainer("single", micro_batch_size=N, **options), Stream(SAMPLES))
+    assert [s.epochs for s in plan.stretches] == [(0, 3), (4, 4)]
+    plan = preview(Trainer("single", micro_batch_size=N, **options, max_updates=2), Stream(SAMPLES))
+    assert [s.epochs for s in plan.stretches] == [None, None, None]
 
 
 def test_the_picture_draws_each_update_up_to_the_extremes() -> None:
