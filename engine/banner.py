@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
+from engine.checks import batch_norms
 
 if TYPE_CHECKING:
     from engine.trainer import Trainer
@@ -29,8 +29,7 @@ def banner(trainer: Trainer) -> str:
         "updates": _updates(trainer),
         "run folder": str(trainer.run.path) if trainer.run is not None else "none: nothing is written",
     }
-    normalises = sum(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    if normalises:
+    if normalises := batch_norms(model):
         where = "of all processes at a time" if strategy.needs_equal_windows else "on one process"
         lines["batch norm"] = f"{normalises} layers normalise over a micro-batch {where}, not over the window"
     if not model.training:

@@ -43,7 +43,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         if settings[name] is not None:
             check_count(name, settings[name])
     if settings["max_epochs"] is None and settings["max_updates"] is None:
-        raise ValueError("neither max_epochs nor max_updates is given: say where the run ends.")
+        raise ValueError("neither max_epochs nor max_updates is given: say where the run ends, as in max_epochs=10.")
     for name in ("max_time", "gradient_clip_norm", "save_every_n_minutes"):
         value = settings[name]
         if value is not None and (
@@ -145,7 +145,13 @@ def check_model(model: object) -> None:
         raise ValueError("the model has no parameter that requires grad: there is nothing to train.")
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
-            raise ValueError(f"{name or 'the model'} has sparse gradients, which are not supported: use sparse=False.")
+            where = f"module {name!r}" if name else "the model"
+            raise ValueError(f"{where} has sparse gradients, which are not supported: use sparse=False.")
+
+
+def batch_norms(model: nn.Module) -> int:
+    """Return how many layers of `model` normalise over a micro-batch, which accumulation cannot make larger."""
+    return sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def check_optimizer(configured: object, model: nn.Module) -> tuple[Optimizer, LRScheduler | None]:
@@ -178,7 +184,7 @@ def check_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
     """Refuse sparse gradients that no module announced; called at the first update. Raises ValueError."""
     for name, parameter in parameters:
         if parameter.grad is not None and parameter.grad.is_sparse:
-            raise ValueError(f"{name} has a sparse gradient, which is not supported: make it dense.")
+            raise ValueError(f"parameter {name!r} has a sparse gradient, which is not supported: use sparse=False.")
 
 
 def check_configurations_agree(strategy: Strategy, configuration: Mapping[str, Any]) -> None:
@@ -186,11 +192,15 @@ def check_configurations_agree(strategy: Strategy, configuration: Mapping[str, A
     everyone = strategy.gather({name: str(value) for name, value in configuration.items()})
     differences = [
         f"{name} is " + ", ".join(f"{row.get(name)} on process {rank}" for rank, row in enumerate(everyone))
-        for name in everyone[0]
+        for name in dict.fromkeys(name for row in everyone for name in row)
         if len({row.get(name) for row in everyone}) > 1
     ]
     if differences:
-        raise ValueError(f"processes were started with different configurations: {'; '.join(differences)}.")
+        more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise ValueError(
+            f"processes were started with different configurations: {'; '.join(differences[:5])}{more}. "
+            "Give all of them the same."
+        )
 
 
 def check_keeping(settings: Mapping[str, Any]) -> None:

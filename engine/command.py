@@ -24,9 +24,15 @@ from engine.agreement import NonFiniteError, ProcessFailureError
 from engine.callbacks import Callback
 from engine.checkpoint import CheckpointError
 from engine.interrupts import EXIT_STATUS
+from engine.modes import OneWindow, options, split
+from engine.plan_picture import draw
+from engine.plan_table import print_plan
+from engine.preview import preview
 from engine.task import Task
 from engine.trainer import Trainer
-from strategies.environment import started_rank
+from engine.usage import print_help
+from engine.wording import plain
+from strategies.environment import as_if_started, started_processes, started_rank
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = ROOT / "launch" / "recipes" / "digits" / "digits.toml"
@@ -36,7 +42,7 @@ WORDS_FOR_THE_USER = (ValueError, FileExistsError, *OURS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train what the options say and return the exit status.
+    """Train what the options say, or plan or check it, and return the exit status.
 
     0 where the run has come to its end, 2 for options or a task that cannot be, and 75 for a run that was interrupted,
     has saved itself and goes on when it is started again.
@@ -44,8 +50,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with (
             nullcontext() if started_rank() == 0 else redirect_stdout(io.StringIO())
-        ):  # --help and --print_config speak once
-            parser, config = parse(list(sys.argv[1:] if arguments is None else arguments))
+        ):  # --help, --print_config and --plan speak once
+            modes, rest = split(sys.argv[1:] if arguments is None else arguments)
+            if modes.help:
+                print_help(make_parser())
+                return 0
+            parser, config = parse(rest)
+            if modes.plan and started_rank() != 0:
+                return 0
+            if modes.plan:
+                _plan(parser, config, getattr(modes, "plan.processes"), getattr(modes, "plan.picture"))
+                return 0
+        if modes.check:
+            _check(parser, config)
+            return 0
+        _forget_earlier_start()
         built = parser.instantiate(config)
         built.trainer.callbacks.append(_KeepCommand(parser.dump(config)))
         built.trainer.fit(built.task)
@@ -55,18 +74,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Path(os.environ["TALLY_SAVED"]).touch()
         return EXIT_STATUS
     except ArgumentError as error:
-        return _refuse(error)
+        actions = [*make_parser()._actions, *options()._actions]
+        return _refuse(plain(str(error), [name for action in actions for name in action.option_strings]))
     except WORDS_FOR_THE_USER as error:
-        if not _raised_by_us(error):
+        if (said := _said_by_us(error)) is None:
             raise
-        return _refuse(error)
+        return _refuse(" ".join(str(said).split()))
 
 
 def parse(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
     """Return the parser and the resolved configuration. Raises ArgumentError."""
-    if not any(a.split("=")[0] in ("--config", "--task", "--help", "-h") for a in arguments):
+    if not any(a.split("=")[0] in ("--config", "--task") for a in arguments):
         arguments = [f"--config={DEFAULT}", *arguments]
     arguments = [re.sub("^--resume(?==|$)", "--trainer.resume", argument) for argument in arguments]
+    parser = make_parser()
+    return parser, parser.parse_args(arguments)
+
+
+def make_parser() -> ArgumentParser:
+    """Return the parser of a run's options."""
     set_loader("tally", _load, exceptions=(yaml.YAMLError,))
     set_dumper("tally", lambda content: yaml.safe_dump(content, sort_keys=False))
     parser = ArgumentParser(
@@ -80,20 +106,51 @@ def parse(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
     parser.add_subclass_arguments(Task, "task", help="what to train: a Task by its class path")
     parser.add_class_arguments(Trainer, "trainer")
     parser.set_defaults({"trainer.progress": True, "trainer.run_dir": _fresh_folder()})
-    return parser, parser.parse_args(arguments)
+    return parser
+
+
+def _plan(parser: ArgumentParser, config: Namespace, processes: int | None, picture: Path | None) -> None:
+    """Tell what the run would do with so many processes; no more than its data and model are made."""
+    with as_if_started(started_processes() if processes is None else processes):
+        built = parser.instantiate(config)
+        found = preview(built.trainer, built.task)
+        print_plan(found)
+        if picture is not None:
+            picture.write_text(draw(found))
+            print(f"drawn: {picture}")
+
+
+def _check(parser: ArgumentParser, config: Namespace) -> None:
+    """Run one window of all that was asked for, but keep nothing: no folder, no loggers, a little validation."""
+    trainer = config.trainer
+    for name in ("run_dir", "loggers", "save_every_n_updates", "keep_best"):
+        trainer[name] = None
+    trainer.progress = False
+    few = trainer.micro_batch_size * started_processes()
+    trainer.max_validation_samples = min(few, trainer.max_validation_samples or few)
+    built = parser.instantiate(config)
+    built.trainer.callbacks.append(OneWindow())
+    built.trainer.fit(built.task)
 
 
 def _fresh_folder() -> str:
     """Name a new folder, or that of the attempt before where torchrun has restarted this process."""
     link = _link_of_this_start()
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        if started_rank() == 0:
-            link.unlink(missing_ok=True)  # of an earlier start by the same name
-    elif link.is_symlink():
+    if _is_restarted() and link.is_symlink():
         return f"runs/{link.readlink()}"
     name = datetime.now().strftime("runs/%Y%m%d-%H%M%S")
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(name for name in names if not Path(name).exists())
+
+
+def _forget_earlier_start() -> None:
+    """Remove the link of an earlier start by the same name, before a restart of this one could follow it."""
+    if started_rank() == 0 and not _is_restarted():
+        _link_of_this_start().unlink(missing_ok=True)
+
+
+def _is_restarted() -> bool:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def _link_of_this_start() -> Path:
@@ -131,29 +188,31 @@ def _load(text: str) -> Any:
     """A file of options is TOML or YAML; a value on the command line is YAML, as in {0: 8, 4: 4}."""
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
-        return yaml.safe_load(text)
+    except tomllib.TOMLDecodeError as no_toml:
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as no_yaml:
+            why = " ".join(str(no_yaml).split())
+            raise yaml.YAMLError(f"this is neither TOML ({no_toml}) nor YAML ({why}).") from no_yaml
 
 
-def _raised_by_us(error: BaseException) -> bool:
+def _said_by_us(error: BaseException) -> BaseException | None:
+    """Return what our own code said of something that the user can mend, if `error` is that."""
     if isinstance(error, OURS):
-        return True
-    where = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent
-    return error.__cause__ is None and any(where.is_relative_to(ROOT / package) for package in ("engine", "strategies"))
+        return error
+    if "jsonargparse" in _file(error) and error.__cause__ is not None:
+        error = error.__cause__
+    is_ours = any(Path(_file(error)).is_relative_to(ROOT / package) for package in ("engine", "strategies"))
+    return error if is_ours and error.__cause__ is None else None
 
 
-def _refuse(error: BaseException) -> int:
+def _file(error: BaseException) -> str:
+    return traceback.extract_tb(error.__traceback__)[-1].filename
+
+
+def _refuse(message: str) -> int:
     """Say what is wrong, once: process 0 speaks; another does when it is still there after a while."""
     if started_rank() != 0:
         time.sleep(10)  # torchrun ends all processes when the first of them has failed
-    print(f"engine/run.py: {_plain(str(error))}", file=sys.stderr, flush=True)
+    print(f"engine/run.py: {message}", file=sys.stderr, flush=True)
     return 2
-
-
-def _plain(message: str) -> str:
-    """The parser tells of every type that it tried; keep what it found wrong, once."""
-    noise = re.compile(
-        r"Does not validate|Subtypes:|Errors:|Given value|Expected a (path|<class '(NoneType|str|coll))|^$"
-    )
-    lines = (line.strip(" -") for line in message.splitlines())
-    return re.sub(r"<class '(\w+)'>", r"\1", " ".join(dict.fromkeys(line for line in lines if not noise.search(line))))

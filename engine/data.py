@@ -32,7 +32,8 @@ def is_map_style(data: object) -> bool:
     if hasattr(data, "__iter__"):
         return False
     raise ValueError(
-        f"data of type {type(data).__name__}: return a map-style dataset, or an iterable of micro-batches."
+        f"train_data() or validation_data() returned {type(data).__name__}: return a map-style dataset, or an iterable "
+        "of micro-batches."
     )
 
 

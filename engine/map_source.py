@@ -80,7 +80,7 @@ class MapSource:
                 "an order must be of one length in all epochs."
             )
         # where each micro-batch begins, counted in samples: a group holds several
-        before = _samples_before(order)
+        before = samples_before(order)
         offset = positions[0][1] if positions and positions[0][0] == epoch else 0
         windows = self._plan.windows(epoch, update, offset)
         self._pieces.now = _fetches(epoch, windows, self._cut, order, before)
@@ -117,7 +117,7 @@ def _fetches(
             yield Piece(epoch, before[start], indices)
 
 
-def _samples_before(order: Sequence[Any]) -> Sequence[int]:
+def samples_before(order: Sequence[Any]) -> Sequence[int]:
     """For each position of an order, the samples before it: the position itself, unless groups are ordered."""
     if isinstance(order[0], Sequence):
         return list(accumulate(map(len, order), initial=0))

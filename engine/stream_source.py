@@ -180,7 +180,10 @@ class _Lookahead:
         log.warning("reading %d micro-batches again, to drop them: the stream has no state_dict to go on from", count)
         for number in range(count):
             if next(self._items, self) is self:
-                raise ValueError(f"the stream ended after {number} micro-batches; {count} had been trained on.")
+                raise ValueError(
+                    f"the stream ended after {number} micro-batches; {count} had been trained on. To be gone on with "
+                    "it must give the same ones again, or keep its own place (state_dict and load_state_dict)."
+                )
 
 
 def _has_state(data: object) -> bool:

@@ -261,7 +261,6 @@ class Trainer:
     def _build(self, task: Task) -> Epochs:
         """Build data, model and optimizer, check each as soon as it is there, and return what runs them."""
         strategy, seed = self.strategy, self.settings["seed"]
-        self.task = task
         for name, value in COUNTERS.items():
             setattr(self, name, copy(value))
         self.positions = None
@@ -269,23 +268,11 @@ class Trainer:
         self._records, self._keeper = Records([]), Keeper(self, self._interrupts)
         saved = self._keeper.find()
         self._prepare_data(task)
-        seed_everything(seed)
-        N, scheduler = self.micro_batch_size, self._scheduler
-        scheduling = scheduler.scheduling if scheduler else {0: self.settings["accumulate_grad_batches"]}
-        unit, B = scheduler.unit if scheduler else "epoch", self.settings["effective_batch_size"]
-        self.schedule = make_schedule(N, strategy.effective_batch, scheduling, unit, B)
-        if saved is not None and self._has_same_windows(saved):
-            self.schedule = schedule_of(saved, N, strategy)
-            check_windows({stage.first: stage.accumulate_grad_batches for stage in self.schedule.stages}, strategy)
-        data, bounds = task.train_data(), (self.settings["max_epochs"], self.settings["max_updates"])
-        self.plan = make_plan(data, task, self.schedule, N, *bounds, B)
+        data, N = self.lay_out(task, saved), self.micro_batch_size
         cut = seed, self.settings["shuffle"], self._loader, self.settings["spread_windows"]
         source = make_source(data, task, strategy, self.schedule, self.plan, N, *cut)
         validation = self._evaluation(task)
-        task.total_updates = self.total_updates
-        seed_everything(seed)
-        self.model = task.configure_model()
-        check_model(self.model)
+        self.make_model(task)
         if self.settings["weights"] is not None and saved is None:
             load_weights(self.model, Path(self.settings["weights"]))
         measures = bool(self.callbacks or self._loggers or self.settings["run_dir"] is not None)
@@ -294,13 +281,13 @@ class Trainer:
             {
                 **self.configuration,
                 "the number of training samples": self.plan.samples if self.plan else None,
-                "the model": {name: tuple(p.shape) for name, p in self.model.named_parameters()},
+                **{f"the shape of {name}": tuple(p.shape) for name, p in self.model.named_parameters()},
                 "whether anything listens": measures,
             },
         )
         prepared = strategy.prepare(self.model)
         check_equal_windows(strategy, self.plan, N, self.settings["spread_windows"])
-        self.optimizer, self.lr_scheduler = check_optimizer(task.configure_optimizer(self.model), self.model)
+        self.make_optimizer(task)
         strategy.prepare_optimizer(self.optimizer)
         kept = ("gradient_clip_norm", "skip_nonfinite_updates", "precision", "seed")
         options = LoopOptions(**{name: self.settings[name] for name in kept}, measures=measures)
@@ -318,6 +305,33 @@ class Trainer:
             self._records = Records([*self._loggers, *([self.run] if self.run else [])])
         self._began = time.perf_counter() - self.seconds
         return Epochs(self, source, compute, validation, self._keeper, self._records, self._interrupts, resumed)
+
+    def lay_out(self, task: Task, saved: Saved | None = None) -> Any:
+        """Cut the run of `task` into stages and windows, and return its training data. Raises ValueError."""
+        self.task = task
+        seed_everything(self.settings["seed"])
+        N, scheduler = self.micro_batch_size, self._scheduler
+        scheduling = scheduler.scheduling if scheduler else {0: self.settings["accumulate_grad_batches"]}
+        unit, B = scheduler.unit if scheduler else "epoch", self.settings["effective_batch_size"]
+        self.schedule = make_schedule(N, self.strategy.effective_batch, scheduling, unit, B)
+        if saved is not None and self._has_same_windows(saved):
+            self.schedule = schedule_of(saved, N, self.strategy)
+            stages = {stage.first: stage.accumulate_grad_batches for stage in self.schedule.stages}
+            check_windows(stages, self.strategy)
+        data, bounds = task.train_data(), (self.settings["max_epochs"], self.settings["max_updates"])
+        self.plan = make_plan(data, task, self.schedule, N, *bounds, B)
+        task.total_updates = self.total_updates
+        return data
+
+    def make_model(self, task: Task) -> None:
+        """Make the model, from the run's seed. Raises ValueError for one that cannot be trained."""
+        seed_everything(self.settings["seed"])
+        self.model = task.configure_model()
+        check_model(self.model)
+
+    def make_optimizer(self, task: Task) -> None:
+        """Make the optimizer and the LR scheduler of the model that there is. Raises ValueError for others."""
+        self.optimizer, self.lr_scheduler = check_optimizer(task.configure_optimizer(self.model), self.model)
 
     def _has_same_windows(self, saved: Saved) -> bool:
         """Whether the settings say the same of windows as those of a checkpoint: its effective batches then stay."""

@@ -12,7 +12,7 @@ gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
 launcher=(--standalone "--nproc_per_node=$((gpus > 0 ? gpus : 2))")
 while [ $# -gt 0 ]; do
     case "$1" in
-        --config* | --task* | --trainer* | --print_config* | --help | -h) break ;;
+        --config* | --task* | --trainer* | --print_config* | --plan* | --check | --help | -h) break ;;
         --standalone | --nproc[-_]per[-_]node=*) launcher+=("$1"); shift ;;
         --rdzv[-_]backend=c10d) export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 ;;& # or torchrun does not take in a host that comes later
         --nnodes* | --rdzv* | --master* | --node*) [ "${launcher[0]}" = --standalone ] && launcher=("${launcher[@]:1}"); launcher+=("$1"); shift ;;

@@ -280,6 +280,10 @@ class Strategy(ABC):
         """Return (collectives, bytes) that one window's gradients cross the wire with, on each process."""
         return 0, 0
 
+    def bytes_to_reduce(self, model: nn.Module) -> int | None:
+        """Return the bytes of `reductions` for `model` before anything is set up; None where they are not known."""
+        return 0 if self.data_parallel_size == 1 else None
+
     def state_dict(self, optimizer: Optimizer | None = None) -> dict[str, Any]:
         """Return a copy of {"model": ..., "optimizer": ...} on the CPU, under the user's own parameter names.
 

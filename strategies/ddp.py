@@ -241,6 +241,10 @@ class DDPStrategy(ProcessGroupStrategy):
         buckets = [int(size) for size in str(sizes).split(",")]
         return len(buckets), sum(buckets)
 
+    def bytes_to_reduce(self, model: nn.Module) -> int:
+        """Return the bytes of all gradients: each is reduced once, in its own dtype."""
+        return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
     def _fix_buckets(self) -> None:
         """Let DDP rebuild its buckets now.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -30,6 +32,21 @@ def started_rank() -> int:
 def started_local_rank() -> int:
     """Return this process among those of its host, from 0; its rank where nothing tells."""
     return int(os.environ.get("LOCAL_RANK", started_rank()))
+
+
+@contextmanager
+def as_if_started(processes: int) -> Iterator[None]:
+    """Let strategies answer as on process 0 of so many, to plan for them; none is started, none may be set up."""
+    told = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    os.environ.update(WORLD_SIZE=str(processes), RANK="0", LOCAL_RANK="0")
+    try:
+        yield
+    finally:
+        for name, value in told.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def rendezvous(timeout: timedelta) -> Any:

@@ -37,6 +37,7 @@ class Mutation(NamedTuple):
 TABLE = "tests/test_table.py::test_ddp_equals_one_big_batch"
 TOKENS = "tests/test_tokens.py::test_tokens_weigh_alike_wherever_they_are"
 STREAMS = "tests/test_streams.py::test_uneven_streams_equal_one_big_batch"
+PREVIEW = "tests/test_preview.py::test_the_plan_is_what_the_run_does"
 COUNTS = "tests/test_collectives.py::test_one_all_reduce_per_bucket_and_one_message_per_update"
 LAYOUT = "tests/test_layout.py::test_every_layout_sees_the_same_samples_at_every_update_and_ends_alike"
 DRAWS = "tests/test_layout.py::test_every_sample_and_micro_batch_of_every_epoch_draws_anew"
@@ -166,6 +167,19 @@ MUTATIONS = [
         "end - stage.first) * -(-self.samples",
         "end - stage.first - 1) * -(-self.samples",
         "tests/test_plan.py",
+    ),
+    Mutation(
+        "plan nominal windows",
+        "engine/forecast.py",
+        "before[window.stop] - before[window.start], window",
+        "window.stage.effective_batch, window",
+        PREVIEW,
+    ),
+    Mutation(
+        "plan the learning rate one update late", "engine/forecast.py", "lrs[number],", "lrs[number - 1],", PREVIEW
+    ),
+    Mutation(
+        "plan the bytes of float32", "strategies/ddp.py", "p.numel() * p.element_size()", "p.numel() * 4", PREVIEW
     ),
     Mutation(
         "change K one epoch late",

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mutations import MUTATIONS
@@ -14,6 +15,7 @@ from processes import run
 from toy import Regression, Watch, big_batch_run, in_order, parameters
 
 from engine import Trainer
+from engine.command import main
 from strategies import find
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,6 +126,19 @@ def test_the_strategies_of_the_docs_keep_what_they_declare(
     backend(tmp_path, path)
     printed = python(tmp_path, "-m", "engine.conformance", path, *arguments)
     assert printed.splitlines()[-1] == f"19 promises: {kept} kept, 0 broken, {not_declared} not declared."
+
+
+def test_the_plan_that_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    page = (ROOT / "docs/plan.md").read_text()
+    options = re.findall(r"```bash\npython engine/run.py (.*)\n```", page)[0].split()
+    (tmp_path / "docs" / "images").mkdir(parents=True)
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(options) == 0
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert printed == re.findall(r"```text\n(.*?)```", page, re.DOTALL)[0].splitlines()
+    assert (tmp_path / "docs/images/plan.svg").read_text() == (ROOT / "docs/images/plan.svg").read_text()
 
 
 def test_the_table_of_faults_is_that_of_the_script() -> None:

@@ -1,0 +1,108 @@
+"""What a run will do, update by update and stage by stage, told from its plan before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+from engine.plan import Plan
+from engine.schedule import Schedule, Stage
+
+
+class Expected(NamedTuple):
+    """One update to come, under the names of its record in metrics.jsonl."""
+
+    update: int
+    epoch: int
+    samples: int
+    """Samples over all processes since the start, those of this update included."""
+    effective_batch: int
+    lr: float
+    stage: Stage
+    micro_batches: int
+    """Of all processes together."""
+    turns: int
+    """Micro-batches of the process that has most of them."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """One stage of the schedule, as far as the run reaches it. None is what cannot be known of a stream."""
+
+    stage: Stage
+    epochs: tuple[int, int] | None = None
+    """The first and the last, from 0."""
+    updates: int | None = None
+    samples: int | None = None
+    micro_batches: int | None = None
+    turns: int | None = None
+    """Reductions that there would be with one at each micro-batch."""
+    last_window: int | None = None
+    """Samples of the stage's last update."""
+    lr: tuple[float | None, float | None] = (None, None)
+    """The learning rate of its first and its last update."""
+
+
+def expected_updates(
+    plan: Plan, N: int, P: int, spread: bool, lrs: Sequence[float], samples_before: Callable[[int], Sequence[int]]
+) -> Iterator[Expected]:
+    """Yield every update of a run; `samples_before(epoch)` counts the samples before each place of its order."""
+    samples, current, before = 0, -1, samples_before(0)
+    for number, (epoch, window) in enumerate(plan.all_windows()):
+        if epoch != current:
+            current, before = epoch, samples_before(epoch)
+        effective_batch, pieces = before[window.stop] - before[window.start], window.count(N, P, spread)
+        samples += effective_batch
+        yield Expected(number + 1, epoch, samples, effective_batch, lrs[number], window.stage, pieces, -(-pieces // P))
+
+
+def stretches(updates: Iterator[Expected]) -> Iterator[Stretch]:
+    """Sum up the updates of each stage."""
+    for stage, group in groupby(updates, key=lambda update: update.stage):
+        yield _sum(stage, group)
+
+
+def _sum(stage: Stage, updates: Iterator[Expected]) -> Stretch:
+    first = last = next(updates)
+    samples, micro_batches, turns = first.effective_batch, first.micro_batches, first.turns
+    for last in updates:
+        samples += last.effective_batch
+        micro_batches += last.micro_batches
+        turns += last.turns
+    return Stretch(
+        stage,
+        (first.epoch, last.epoch),
+        last.update - first.update + 1,
+        samples,
+        micro_batches,
+        turns,
+        last.effective_batch,
+        (first.lr, last.lr),
+    )
+
+
+def stretches_of_stream(
+    schedule: Schedule, epochs: int | None, total: int | None, lrs: Sequence[float]
+) -> Iterator[Stretch]:
+    """Yield what is known of each stage without knowing how long an epoch is.
+
+    `epochs` or `total` updates is where the run ends, where that is known.
+    """
+    for stage, following in zip(schedule.stages, [*schedule.stages[1:], None], strict=True):
+        counts = schedule.unit == "update"
+        start = stage.first if counts or stage.first == 0 else None
+        stop = total if following is None else following.first if counts else None
+        if start is not None and total is not None:
+            if start >= total:
+                return
+            stop = None if stop is None else min(stop, total)
+        updates, span = None if start is None or stop is None else stop - start, None
+        if schedule.unit == "epoch" and epochs is not None:
+            if stage.first >= epochs:
+                return
+            span = stage.first, min(epochs, epochs if following is None else following.first) - 1
+        at = (start, None if stop is None else stop - 1)
+        lr = tuple(lrs[u] if u is not None and u < len(lrs) else None for u in at)
+        yield Stretch(stage, span, updates, lr=(lr[0], lr[1]))

@@ -1,0 +1,74 @@
+"""What `engine/run.py` does instead of training: `--plan` tells what it would do, `--check` tries one window."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.banner import banner
+from engine.callbacks import Callback
+from engine.checks import check_count
+from engine.trainer import Trainer
+
+
+def options() -> ArgumentParser:
+    """Return the options that choose a mode; the rest are the run's own."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--plan", action="store_true", help="tell what the run would do, and end: nothing is started")
+    parser.add_argument("--plan.processes", type=int, metavar="P", help="as if P processes were started")
+    parser.add_argument("--plan.picture", type=Path, metavar="FILE.svg", help="and draw it")
+    parser.add_argument("--check", action="store_true", help="build everything, run one window, write nothing, and end")
+    parser.add_argument("-h", "--help", action="store_true", help="these options; --task.help=CLASS: those of a task")
+    return parser
+
+
+def split(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """Return the mode and the arguments that are left for the run. Raises ArgumentError or ValueError."""
+    modes, rest = options().parse_known_args(arguments)
+    P, picture = getattr(modes, "plan.processes"), getattr(modes, "plan.picture")
+    modes.plan = modes.plan or P is not None or picture is not None
+    if modes.plan and modes.check:
+        raise ValueError("choose one of --plan and --check, not both.")
+    if P is not None:
+        check_count("plan.processes", P)
+    if picture is not None and (picture.suffix != ".svg" or not picture.parent.is_dir()):
+        raise ValueError(f"plan.picture={str(picture)!r}: name a file that ends in .svg, in a folder that exists.")
+    return modes, rest
+
+
+class OneWindow(Callback):
+    """Ends the run after its first window, and tells how that went, on process 0."""
+
+    def __init__(self) -> None:
+        self._has_run = False
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Tell what was built; several processes agree to stop in the window itself."""
+        if trainer.strategy.rank == 0:
+            print(banner(trainer), flush=True)
+        if trainer.strategy.data_parallel_size > 1:
+            trainer.stop()
+
+    def on_update_end(self, trainer: Trainer) -> None:
+        """Stop a single process, at once."""
+        self._has_run = True
+        trainer.stop()
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """Tell how the window went."""
+        if trainer.strategy.rank == 0:
+            print(self._report(trainer), flush=True)
+
+    def _report(self, trainer: Trainer) -> str:
+        if not self._has_run:
+            return "checked: everything was built, and the run is at its end: no window was left."
+        record, P = trainer.record, trainer.strategy.data_parallel_size
+        processes = "1 process" if P == 1 else f"{P} processes"
+        skipped = ", and its update was skipped" if record["skipped"] else ""
+        means = "".join(f", {name} {value:.4g}" for name, value in trainer.metrics.items())
+        return (
+            f"checked: one window of {record['effective_batch']:,} samples on {processes}: loss {record['loss']:.4f}, "
+            f"gradient norm {record['grad_norm']:.3g}{skipped}"
+            f"{'; validated on a few samples' + means if means else ''}. Nothing was written."
+        )

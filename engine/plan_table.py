@@ -1,0 +1,142 @@
+"""A preview in the terminal: a table, or where that is too wide a few lines for each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from engine.forecast import Stretch
+from engine.preview import Preview
+
+UNKNOWN = "?"
+
+Tell = Callable[[Stretch], str]
+"""One cell: what a column says of a stage."""
+
+
+def print_plan(preview: Preview, console: Console | None = None) -> None:
+    """Print what the run would be, stage by stage, and what to think about."""
+    console = console or Console(highlight=False, soft_wrap=False)
+    columns = _columns(preview)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="right", vertical="bottom", no_wrap=True)
+    for stretch in preview.stretches:
+        table.add_row(*(tell(stretch) for tell in columns.values()))
+
+    console.print(Text(preview.describe(), style="bold"))
+    console.print(Text(_place(preview)), end="\n\n")
+    if console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width:
+        console.print(table)
+        console.print()
+    else:
+        for stretch in preview.stretches:
+            lines = Table.grid(padding=(0, 2))
+            for name, tell in columns.items():
+                lines.add_row(name.replace("-\n", "-").replace("\n", " "), tell(stretch))
+            console.print(lines)
+            console.print()
+    console.print(Text(_total(preview)))
+    for warning in preview.warnings():
+        console.print(Text(f"! {warning}", style="yellow"))
+
+
+def size(count: int) -> str:
+    """Return bytes in decimal units: 999 B, 1.5 MB."""
+    value, units = float(count), iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while value >= 999.5 and unit != "TB":
+        value, unit = value / 1000, next(units)
+    return f"{value:.3g} {unit}" if value < 999.5 else f"{value:,.0f} {unit}"
+
+
+def _columns(preview: Preview) -> dict[str, Tell]:
+    trainer, sent = preview.trainer, preview.bytes_per_update
+    unit = trainer.schedule.unit
+    columns: dict[str, Tell] = {} if unit == "epoch" else {f"from\n{unit}": lambda s: f"{s.stage.first:,}"}
+    columns |= {
+        "epochs": lambda s: _span(s.epochs),
+        "K": lambda s: str(s.stage.accumulate_grad_batches),
+        "effective\nbatch": lambda s: _batch(preview, s),
+        "updates": lambda s: _count(s.updates),
+        "micro-\nbatches": lambda s: _count(s.micro_batches),
+        "last\nwindow": lambda s: _count(s.last_window),
+        "first\nLR": lambda s: _rate(s.lr[0]),
+        "last\nLR": lambda s: _rate(s.lr[1]),
+    }
+    if sent:
+        columns["reduced"] = lambda s: UNKNOWN if s.updates is None else size(s.updates * sent)
+        columns["saved"] = lambda s: _saved(s.updates, s.turns)
+    return columns
+
+
+def _place(preview: Preview) -> str:
+    trainer, strategy = preview.trainer, preview.trainer.strategy
+    P, settings = strategy.data_parallel_size, trainer.settings
+    processes = "1 process" if P == 1 else f"{P} processes"
+    epochs = "" if settings["max_epochs"] is None else f", {settings['max_epochs']:,} epochs"
+    if trainer.plan is None:
+        return f"{strategy.name}: {processes}, streams of ready micro-batches{epochs}"
+    what = "samples" if not preview.is_grouped else "groups of samples"
+    return (
+        f"{strategy.name}: {processes}, N {trainer.micro_batch_size}, {trainer.plan.samples:,} {what} an epoch{epochs}"
+    )
+
+
+def _total(preview: Preview) -> str:
+    return " ".join([*_updates(preview), *_bytes(preview)])
+
+
+def _updates(preview: Preview) -> Iterator[str]:
+    total, at_most = preview.trainer.total_updates, preview.trainer.settings["max_updates"]
+    if preview.is_stream:
+        known = "" if total is None else f"{total:,} updates in all. "
+        known = known or ("" if at_most is None else f"At most {at_most:,} updates. ")
+        yield f"{known}A stream has no length: what is marked {UNKNOWN} cannot be known before it has ended."
+    else:
+        yield f"{total:,} updates in all, of {sum(s.samples or 0 for s in preview.stretches):,} samples."
+
+
+def _bytes(preview: Preview) -> Iterator[str]:
+    sent, strategy = preview.bytes_per_update, preview.trainer.strategy
+    if sent is None:
+        yield f"What strategy {strategy.name!r} sends is not known before it is set up."
+    elif not sent:
+        yield "One process reduces nothing."
+    elif preview.is_stream:
+        yield f"Each update reduces {size(sent)} on each process."
+    else:
+        updates, turns = (sum(getattr(s, name) or 0 for s in preview.stretches) for name in ("updates", "turns"))
+        yield (
+            f"Each reduces {size(sent)} on each process, {size(updates * sent)} in all; with a reduction at each "
+            f"micro-batch it would be {size(turns * sent)}: deferring saves {_saved(updates, turns)}."
+        )
+
+
+def _batch(preview: Preview, stretch: Stretch) -> str:
+    if preview.is_stream:
+        return UNKNOWN
+    if preview.is_grouped and stretch.samples and stretch.updates:
+        return f"~{stretch.samples / stretch.updates:,.0f}"
+    return f"{stretch.stage.effective_batch:,}"
+
+
+def _span(epochs: tuple[int, int] | None) -> str:
+    if epochs is None:
+        return UNKNOWN
+    return str(epochs[0]) if epochs[0] == epochs[1] else f"{epochs[0]}-{epochs[1]}"
+
+
+def _count(value: int | None) -> str:
+    return UNKNOWN if value is None else f"{value:,}"
+
+
+def _rate(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.2g}"
+
+
+def _saved(updates: int | None, turns: int | None) -> str:
+    return UNKNOWN if not updates or not turns else f"{1 - updates / turns:.0%}"
