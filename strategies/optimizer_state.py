@@ -54,11 +54,11 @@ def load_named_state(
             "param_groups": [{**g, "params": [next(first) for _ in g["params"]]} for g in saved["param_groups"]],
         }
     )
-    for name, state in states.items():  # torch has cast it all to the parameter's dtype, or taken it as it is
+    for name, state in states.items():  # torch has cast it all to the parameter's dtype
         own = optimizer.state[flat[number[name]]]
         for key, value in state.items():
             if isinstance(value, Tensor) and (own[key] is value or own[key].dtype != value.dtype):
-                own[key] = value.to(own[key].device, copy=True)
+                own[key] = value.to(own[key].device, copy=True)  # or has taken the very tensor
 
 
 def parameter_names(model: nn.Module) -> dict[Tensor, str]:
