@@ -5,16 +5,17 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const plain = text => text.replace(/&/g, "&amp;").replace(/</g, "&lt;"); // plotly reads tags in its texts
 
-/** One line for each run, and above and below it where runs stopped and updates were skipped. */
+/** One line for each run, a stronger one through its medians where it was thinned, and above and below it where runs stopped and updates were skipped. */
 function traces(plot, x) {
   const several = data.runs.length > 1;
   return data.runs.flatMap((run, place) => {
     const series = run.series[plot.name];
     if (!series) return [];
     const ink = colour(`--c${place % 8}`);
+    const median = run.series[`median ${plot.name}`];
     const line = {
       x: series[x], y: series.y, name: plain(run.name), mode: series.y.length > 60 ? "lines" : "lines+markers",
-      line: {color: ink, width: 1.5, shape: plot.steps ? "vh" : "linear"}, marker: {size: 5},
+      opacity: median ? 0.4 : 1, line: {color: ink, width: median ? 1 : 1.5, shape: plot.steps ? "vh" : "linear"}, marker: {size: 5},
       hovertemplate: several ? "%{y:.5~g} %{fullData.name}<extra></extra>" : "%{y:.5~g}<extra></extra>",
     };
     const marks = run.marks.filter(mark => mark.text.length).map(mark => ({
@@ -22,7 +23,8 @@ function traces(plot, x) {
       text: mark.text.map(plain), hovertemplate: "%{text}<extra></extra>",
       marker: {color: colour("--alarm"), size: 8, symbol: mark.kind === "stop" ? "triangle-down" : "x"},
     }));
-    return [line, ...marks];
+    const middle = median ? [{x: median[x], y: median.y, mode: "lines", line: {color: ink, width: 2}, hoverinfo: "skip"}] : [];
+    return [line, ...middle, ...marks];
   });
 }
 
@@ -38,6 +40,7 @@ function layout(plot, x, isLog) {
     hoverlabel: {bgcolor: colour("--ground"), bordercolor: colour("--grid"), font: {color: colour("--text")}},
     xaxis: {
       ...axis, range: [0, data.end[x]], tickformat: "~s", title: {text: x === "update" ? "updates" : "samples", standoff: 8},
+      spikecolor: colour("--quiet"), spikethickness: 1, spikedash: "dot",
       unifiedhovertitle: {text: x === "update" ? "update %{x:,d}" : "after %{x:,d} samples"},
     },
     yaxis: {

@@ -11,10 +11,11 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.report.facts import differing, duration, facts, flat, history, time_split
-from engine.report.reading import Column, Run
-from engine.report.thinning import BINS, thin
+from engine.report.reading import Column, Run, number
+from engine.report.thinning import BINS, medians, thin
 
 TITLES = {
     "loss": "Training loss",
@@ -71,7 +72,8 @@ def page(runs: Sequence[Run]) -> str:
 
 def _data(runs: Sequence[Run]) -> dict[str, Any]:
     """Return what page.js draws."""
-    names = dict.fromkeys(name for run in runs for name in _drawn(run))
+    drawn = [_drawn(run) for run in runs]
+    names = dict.fromkeys(name for series in drawn for name in series if not name.startswith("median "))
     validations = [name for name in names if name.startswith("validation/")]
     order = dict.fromkeys(["loss", *validations, *TITLES, *names])
     ends = {
@@ -83,7 +85,9 @@ def _data(runs: Sequence[Run]) -> dict[str, Any]:
         "plots": [
             {"name": name, "title": TITLES.get(name, name), "steps": name in STEPS} for name in order if name in names
         ],
-        "runs": [{"name": run.name, "series": _drawn(run), "marks": _marks(run)} for run in runs],
+        "runs": [
+            {"name": run.name, "series": series, "marks": _marks(run)} for run, series in zip(runs, drawn, strict=True)
+        ],
     }
 
 
@@ -96,11 +100,14 @@ def _drawn(run: Run) -> dict[str, dict[str, list[Any]]]:
                 name == "weight" and np.array_equal(column, run.updates.get("effective_batch", column[:0]))
             )
             if name not in PLACES and not is_dull:
-                kept = thin(column)
-                series[name] = {"y": _numbers(column[kept])} | {
-                    x: _numbers(table[x][kept], digits=15) for x in ("update", "samples")
-                }
+                series[name] = _points(table, thin(column), column[thin(column)])
+                if name not in STEPS and len(column) > 2 * BINS:
+                    series[f"median {name}"] = _points(table, *medians(column))
     return series
+
+
+def _points(table: dict[str, Column], places: NDArray[np.intp], y: Column) -> dict[str, list[Any]]:
+    return {"y": _numbers(y)} | {x: _numbers(table[x][places], digits=15) for x in ("update", "samples")}
 
 
 def _marks(run: Run) -> list[dict[str, Any]]:
@@ -110,16 +117,17 @@ def _marks(run: Run) -> list[dict[str, Any]]:
     some = places[:: -(-len(places) // (2 * BINS)) or 1]
     skipped: dict[str, Any] = {"kind": "skipped", "text": [f"update {place:,.0f} skipped" for place in update[some]]}
     skipped |= {"update": _numbers(update[some], digits=15), "samples": _numbers(samples[some], digits=15)}
-    stops = run.happened("resume", "interrupt", "fail")
+    stops: dict[float, dict[str, Any]] = {}  # a stop and the resume after it are at one place
+    for event in run.happened("resume", "interrupt", "fail"):
+        stop = stops.setdefault(event["update"], {**event, "text": f"update {event['update']:,.0f}:"})
+        stop["text"] += f" {event['event']} {event.get('reason', '')}".rstrip()
     return [
         skipped,
         {
             "kind": "stop",
-            "text": [
-                f"update {stop['update']:,.0f}: {stop['event']} {stop.get('reason', '')}".rstrip() for stop in stops
-            ],
-            "update": [stop["update"] for stop in stops],
-            "samples": [stop.get("samples") for stop in stops],
+            "text": [stop["text"] for stop in stops.values()],
+            "update": list(stops),
+            "samples": _numbers(np.array([number(stop.get("samples")) for stop in stops.values()]), digits=15),
         },
     ]
 
@@ -138,7 +146,7 @@ def _plots(runs: Sequence[Run]) -> str:
     longest = max(run.length for run in runs)
     thinned = (
         f"<p>Of {longest:,} updates each plot shows the lowest and the highest of {BINS:,} stretches, "
-        "so that no extreme is missing.</p>"
+        "so that no extreme is missing, and a stronger line through their medians.</p>"
         if longest > 2 * BINS
         else ""
     )

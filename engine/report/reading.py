@@ -89,7 +89,7 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     with path.open(errors="replace") as lines:
         for line in lines:
             record = _decoded(line) if line.endswith("\n") else None
-            if isinstance(record, dict) and np.isfinite(_number(record.get("update"))):
+            if isinstance(record, dict) and np.isfinite(number(record.get("update"))):
                 records.append(record)
             else:
                 lost += 1
@@ -120,12 +120,12 @@ def _columns(records: Iterable[dict[str, Any]]) -> dict[str, Column]:
     """Return the fields that hold a number in any record; `update` and `samples` always."""
     rows = list(records)
     names = dict.fromkeys(name for row in rows for name in row)
-    columns = {name: np.array([_number(row.get(name)) for row in rows], dtype=np.float64) for name in names}
+    columns = {name: np.array([number(row.get(name)) for row in rows], dtype=np.float64) for name in names}
     found = {name: column for name, column in columns.items() if np.isfinite(column).any()}
     return {"update": np.zeros(0), "samples": np.full(len(rows), np.nan), **found}
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
     """Return a number that a plot can show; NaN for anything else."""
     try:
         return float(value) if isinstance(value, int | float) and abs(value) <= 1e300 else np.nan

@@ -26,6 +26,14 @@ def thin(values: NDArray[np.float64], bins: int = BINS) -> NDArray[np.intp]:
     return np.unique([0, *lowest, *highest, len(values) - 1])
 
 
+def medians(values: NDArray[np.float64], bins: int = BINS // 4) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Return the middle places of `bins` stretches, and the median of each; NaN for one of nothing else."""
+    edges = np.linspace(0, len(values), bins + 1).astype(np.intp)
+    parts = [values[start:end] for start, end in pairwise(edges)]
+    finite = [part[~np.isnan(part)] for part in parts]
+    return (edges[:-1] + edges[1:]) // 2, np.array([np.median(part) if len(part) else np.nan for part in finite])
+
+
 def _per_bin(values: NDArray[np.float64], edges: NDArray[np.intp]) -> list[int]:
     """Return where each stretch is lowest."""
     return [int(start + values[start:end].argmin()) for start, end in pairwise(edges)]
