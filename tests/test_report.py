@@ -121,7 +121,7 @@ def test_a_run_tells_what_happened_to_it(tmp_path: Path) -> None:
     assert told.updates["update"].tolist() == list(range(1, told.length + 1))
     assert told.validations["update"].tolist()[:2] == [3, 6]
     assert told.validations["samples"].tolist()[:2] == told.updates["samples"][[2, 5]].tolist()
-    assert facts(told)["Micro-batches per update and process (K)"] == "1, 2"
+    assert facts(told)["Accumulated, K"] == "1, 2"
     split, last = time_split(told), told.events[-1]["seconds"]
     assert set(split) >= {"validation", "saving, while training waited"}
     assert sum(split.values()) == pytest.approx(max(last, sum(split.values()) - split["the rest"]))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.report.reading import Column, Run
+from engine.report.reading import VALIDATION, Column, Run
 
 Facts = dict[str, str]
 """What, and how much: a table's rows."""
@@ -39,17 +39,17 @@ def facts(run: Run) -> Facts:
         "Status": status(run),
         "Task": run.config.get("task"),
         "Strategy": begin.get("strategy", run.summary.get("strategy")),
-        "Processes (P)": begin.get("processes", run.summary.get("processes")),
-        "Micro-batch (N)": run.config.get("micro_batch_size"),
-        "Micro-batches per update and process (K)": _stages(run.updates.get("accumulate_grad_batches")),
+        "Processes, P": begin.get("processes", run.summary.get("processes")),
+        "Micro-batch, N": run.config.get("micro_batch_size"),
+        "Accumulated, K": _stages(run.updates.get("accumulate_grad_batches")),
         "Effective batch": _stages(run.updates.get("effective_batch"), is_ragged=True),
         "Updates": f"{updates:,}" + (f", {skipped:,} of them skipped" if skipped else ""),
         "Samples": f"{int(_last(run.updates['samples'], 0.0)):,}",
         "Last loss": _short(_last(run.updates.get("loss"))),
         **{
-            f"Last {name}": _short(_last(column))
+            f"Validation {name.removeprefix(VALIDATION)}": _short(_last(column))
             for name, column in run.validations.items()
-            if name.startswith("validation/")
+            if name.startswith(VALIDATION)
         },
         "Time of running": duration(seconds) if seconds else None,
         "Times resumed": len(run.happened("resume")) or None,

@@ -35,7 +35,7 @@ function layout(plot, x, isLog) {
   return {
     margin: {l: 48, r: 12, t: 8, b: 36}, showlegend: false, hovermode: "x unified",
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", // or a finger could not scroll the page
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: colour("--card"),
     font: {color: colour("--text"), family: "system-ui, sans-serif", size: 12},
     hoverlabel: {bgcolor: colour("--ground"), bordercolor: colour("--grid"), font: {color: colour("--text")}},
     xaxis: {

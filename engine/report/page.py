@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.report.facts import differing, duration, facts, flat, history, time_split
-from engine.report.reading import Column, Run, number
+from engine.report.reading import VALIDATION, Column, Run, number
 from engine.report.thinning import BINS, medians, thin
 
 TITLES = {
@@ -74,7 +74,7 @@ def _data(runs: Sequence[Run]) -> dict[str, Any]:
     """Return what page.js draws."""
     drawn = [_drawn(run) for run in runs]
     names = dict.fromkeys(name for series in drawn for name in series if not name.startswith("median "))
-    validations = [name for name in names if name.startswith("validation/")]
+    validations = [name for name in names if name.startswith(VALIDATION)]
     order = dict.fromkeys(["loss", *validations, *TITLES, *names])
     ends = {
         x: max((float(run.updates[x][np.isfinite(run.updates[x])].max(initial=1.0)) for run in runs), default=1.0)
@@ -83,7 +83,9 @@ def _data(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "end": ends,
         "plots": [
-            {"name": name, "title": TITLES.get(name, name), "steps": name in STEPS} for name in order if name in names
+            {"name": name, "title": TITLES.get(name, name.replace(VALIDATION, "Validation: ")), "steps": name in STEPS}
+            for name in order
+            if name in names
         ],
         "runs": [
             {"name": run.name, "series": series, "marks": _marks(run)} for run, series in zip(runs, drawn, strict=True)

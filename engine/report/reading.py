@@ -15,6 +15,10 @@ Column = NDArray[np.float64]
 """One number for each record; NaN where a record has none."""
 
 
+VALIDATION = "validation/"
+"""Begins the names of validation means."""
+
+
 class NotARunError(ValueError):
     """The folder is not that of a run; the message tells the way out."""
 
