@@ -13,7 +13,7 @@ from test_report import record, write
 
 from engine.report.__main__ import main
 
-EVIL = "</script><script>document.title='hacked'</script><img src=x onerror=\"document.title='hacked'\">"
+EVIL = "<b></script><script>document.title='hacked'</script><img src=x onerror=\"document.title='hacked'\">"
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,7 @@ def test_hovering_tells_the_values(browser: Any, files: dict[str, Path]) -> None
     with opened(browser, files["compared"]) as page:
         assert page.locator("main h1").inner_text() == "3 runs"
         assert "many" in hover(page, "loss", 0.618)
+        assert "<b>" in hover(page, "loss", 0.001)  # plotly would read it as a tag
 
 
 def test_the_spike_of_a_long_run_is_drawn(browser: Any, files: dict[str, Path]) -> None:
