@@ -117,8 +117,8 @@ class Epochs:
             trainer.call("on_update_end")
         self._validate_if_due()
         over = outcome.stop or self._stops_alone or trainer.update == self._settings["max_updates"]
-        if not over and not trainer.interrupted:
-            keeper.save_if_due(outcome.save)
+        if not over and not trainer.interrupted and keeper.save_if_due(outcome.save):
+            self._records.restart_clock()
         return over or bool(trainer.interrupted)
 
     @property
@@ -142,12 +142,14 @@ class Epochs:
         trainer = self._trainer
         if self._validation is None or trainer.validated == trainer.update:
             return
+        started = time.perf_counter()
         metrics = self._validation.run(trainer.model, self._interrupts)
         if metrics is None:
             self._note_interruption()
             return
         trainer.metrics, trainer.validated = metrics, trainer.update
         self._records.of_validation(trainer.update, trainer.epoch, metrics)
+        self._keeper.tell("validation", took=round(time.perf_counter() - started, 3))
         trainer.call("on_validation_end")
         self._forget_draws()
         self._keeper.save_if_best()

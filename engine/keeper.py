@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from engine.checkpoint import FORMAT, CheckpointError
 from engine.interrupts import Interrupts
@@ -50,10 +54,18 @@ class Keeper:
             try:
                 self.run = RunFolder(self._folder, takes_over=self._settings["resume"] != "never")
                 self.run.write("config.json", {MARK: FORMAT, **configuration})
-                self.run.rewind(self._trainer.update, self._trainer.validated)
+                undone = self.run.rewind(self._trainer.update, self._trainer.validated)
                 self._saver = Saver(self._folder / "checkpoints", self._settings["keep_last_checkpoints"])
                 if saved is not None:
                     self._saver.take_up(saved.path, saved["best"])
+                self.tell(
+                    "start" if saved is None else "resume",
+                    undone=undone,
+                    processes=self._strategy.data_parallel_size,
+                    strategy=self._strategy.describe(),
+                    torch=torch.__version__,
+                    python=platform.python_version(),
+                )
             except OSError as error:
                 problem = error
         self._raise_together(problem)
@@ -70,6 +82,23 @@ class Keeper:
                 f"run_dir={str(self._folder)!r} of process 0 is not there for processes {blind}: name a folder on a "
                 "disk that all hosts share, or use resume='never' for a run that cannot be gone on with."
             )
+
+    def tell(self, event: str, **facts: Any) -> None:
+        """Note in events.jsonl what happens to the run, when, and where in it; on process 0, at boundaries only."""
+        if self.run is None:
+            return
+        trainer = self._trainer
+        self.run.tell(
+            {
+                "event": event,
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "update": trainer.update,
+                "epoch": trainer.epoch,
+                "samples": trainer.samples,
+                "seconds": round(trainer.elapsed, 3),
+                **facts,
+            }
+        )
 
     @property
     def last(self) -> str:
@@ -88,11 +117,13 @@ class Keeper:
         is_late = minutes is not None and time.perf_counter() - self._saved_at > 60 * minutes
         return self._interrupts.wants_save or (is_late and self._strategy.rank == 0)
 
-    def save_if_due(self, is_asked: bool) -> None:
-        """Save after an update, where all processes have agreed to or it is the n-th."""
+    def save_if_due(self, is_asked: bool) -> bool:
+        """Save after an update, where all processes have agreed to or it is the n-th; return whether it was so."""
         every = self._settings["save_every_n_updates"]
-        if is_asked or (every is not None and self._trainer.update % every == 0):
+        is_due = is_asked or (every is not None and self._trainer.update % every == 0)
+        if is_due:
             self.save()
+        return is_due
 
     def save_if_best(self) -> None:
         """Save after a validation that is the best of those that have been kept."""
@@ -120,7 +151,9 @@ class Keeper:
             known = best if best is not None else self._saver.best
             state["best"] = None if known is None else {"value": known, "is_this": best is not None}
             self._saver.save(self._trainer.update, model, state, best)
-        self._stalled += time.perf_counter() - started
+        took = time.perf_counter() - started
+        self._stalled += took
+        self.tell("save", took=round(took, 3))
         self._saved_at, self._saved_place = time.perf_counter(), self._place
         self._interrupts.wants_save = False
 

@@ -49,14 +49,23 @@ class RunFolder:
         self._unwritten = b""
         self._is_full = False
 
-    def rewind(self, update: int, validated: int) -> None:
-        """Cut what metrics.jsonl has of updates after `update` and validations after `validated`: they come again."""
+    def rewind(self, update: int, validated: int) -> int:
+        """Cut what metrics.jsonl has of updates after `update` and validations after `validated`: they come again.
+
+        Returns how many updates that were.
+        """
         history = self.path / "metrics.jsonl"
         part = history.with_suffix(".part")
         history.touch()
+        undone = 0
         with history.open(errors="replace") as lines, part.open("w") as kept:
-            kept.writelines(line for line in lines if _is_before(line, update, validated))
+            for line in lines:
+                if _is_before(line, update, validated):
+                    kept.write(line)
+                else:
+                    undone += '"loss"' in line and line.endswith("\n")
         part.replace(history)
+        return undone
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; where the disk is full, keep it for the next time."""
@@ -76,6 +85,14 @@ class RunFolder:
                     "metrics.jsonl could not be written: %s. Training goes on and keeps the lines for later.", error
                 )
             self._is_full = True
+
+    def tell(self, event: Mapping[str, Any]) -> None:
+        """Append one line to events.jsonl, which no resume cuts: what happened to the run, and when."""
+        try:
+            with (self.path / "events.jsonl").open("a") as events:
+                events.write(self._encode(_finite(event)) + "\n")
+        except OSError as error:
+            log.error("events.jsonl could not be written: %s. Training goes on without the line.", error)
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write one JSON file, whole or not at all."""

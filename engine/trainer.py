@@ -194,6 +194,8 @@ class Trainer:
             except BaseException as exception:
                 for callback in self.callbacks:
                     callback.on_exception(self, exception)
+                if "_keeper" in vars(self):
+                    self._keeper.tell("fail", reason=f"{type(exception).__name__}: {exception}")
                 if self.strategy.processes > 1 and not isinstance(exception, ProcessFailureError):
                     self._tell_of(exception)
                 raise
@@ -299,11 +301,11 @@ class Trainer:
             restore(self, saved, self.settings["resume_with_changes"])
             resumed = saved["positions"]
             self.positions = resumed and resumed[strategy.data_parallel_rank % len(resumed)]
+        self._began = time.perf_counter() - self.seconds
         self._keeper.open({"task": class_path(task), **self.configuration}, saved)
         self.run = self._keeper.run
         if strategy.rank == 0:
             self._records = Records([*self._loggers, *([self.run] if self.run else [])])
-        self._began = time.perf_counter() - self.seconds
         return Epochs(self, source, compute, validation, self._keeper, self._records, self._interrupts, resumed)
 
     def lay_out(self, task: Task, saved: Saved | None = None) -> Any:
@@ -358,6 +360,7 @@ class Trainer:
         self._keeper.finish()
         self.costs = self._keeper.costs
         if self.interrupted:
+            self._keeper.tell("interrupt", reason=self.interrupted)
             if self.strategy.rank == 0:
                 log.warning(
                     "%s: stopped after update %d and saved %s. Start the same command again to go on.",
@@ -371,6 +374,7 @@ class Trainer:
             if self.run is not None:
                 self.run.write("summary.json", {**summarize(self, self.seconds), **self.costs})
                 self.run.save_weights(parts["model"])
+            self._keeper.tell("end")
         self.call("on_fit_end")
 
     def _tell_of(self, exception: BaseException) -> None:

@@ -1,0 +1,76 @@
+"""Make the pictures of the docs from a real run, and check in the browser what they show.
+
+    python docs/images/make.py                     # minutes on two idle cores
+    python docs/images/make.py --functions=1000    # a smaller run
+    python docs/images/make.py --run=FOLDER        # of a run that is there
+
+The run is `stdlib_lm` on two processes, K = 1, 2, 4 by epoch; it is interrupted after its first epoch and resumed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CLIP = {"x": 0, "y": 0, "width": 1100, "height": 1270}
+"""The upper part of a page: what all is about."""
+
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from browser import check_readable, chromium, hover, opened  # noqa: E402
+
+from engine.report.__main__ import main as report  # noqa: E402
+
+
+def train(folder: Path, functions: int) -> None:
+    """Train the recipe, with an interruption after the first epoch."""
+    command = [
+        *(sys.executable, str(ROOT / "launch" / "start.py"), "--standalone", "--nproc_per_node=2"),
+        *(str(ROOT / "engine" / "run.py"), f"--config={ROOT / 'launch' / 'recipes' / 'stdlib_lm' / 'stdlib_lm.toml'}"),
+        *(f"--task.functions={functions}", f"--trainer.run_dir={folder}"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    history = folder / "metrics.jsonl"
+    with subprocess.Popen(command, env=environment) as first:
+        while first.poll() is None and not (history.exists() and "validation/" in history.read_text()):
+            time.sleep(0.2)
+        first.send_signal(signal.SIGTERM)
+    subprocess.run(command, env=environment, check=True)
+
+
+def picture_of_the_report(browser: Any, folder: Path) -> None:
+    """Take the report in both themes; look at it on a phone too."""
+    report([str(folder)])
+    for theme in ("light", "dark"):
+        with opened(browser, folder / "report.html", theme, width=1100) as page:
+            check_readable(page, 1100)
+            assert hover(page, "loss", 0.5).startswith("update ")
+            page.screenshot(path=HERE / f"report-{theme}.png", full_page=True, clip=CLIP)
+        with opened(browser, folder / "report.html", theme, width=360) as page:
+            check_readable(page, 360)
+
+
+def main() -> None:
+    """Make all pictures."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--functions", type=int, default=6000, help="how many samples to train on")
+    parser.add_argument("--run", type=Path, help="the folder of a run to take instead of training one")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as parent, chromium() as browser:
+        folder = options.run or Path(parent) / "stdlib_lm"
+        if options.run is None:
+            train(folder, options.functions)
+        picture_of_the_report(browser, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What is worth saying of a run in words and figures. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from engine.report.reading import VALIDATION, Column, Run
+
+Facts = dict[str, str]
+"""What, and how much: a table's rows."""
+
+
+def status(run: Run) -> str:
+    """Return where the run stands, as far as its folder knows."""
+    stays = run.happened("start", "resume", "interrupt", "fail", "end")
+    if not stays:
+        return "finished" if run.summary else "unfinished: nothing tells why"
+    last = stays[-1]
+    kind, update, reason = last["event"], _whole(last.get("update")), last.get("reason", "")
+    if kind in ("start", "resume"):
+        return "running, or killed"
+    return {
+        "end": "finished",
+        "interrupt": f"interrupted by {reason} after update {update}, and saved",
+        "fail": f"failed after update {update}: {reason}",
+    }[kind]
+
+
+def facts(run: Run) -> Facts:
+    """Return a run's figures by name; what its folder does not tell is left out."""
+    begin = (run.happened("start", "resume") or [{}])[-1]
+    versions = run.summary.get("versions")
+    versions = versions if isinstance(versions, dict) else {}
+    updates, skipped = run.length, int(_last(run.updates.get("skipped"), 0.0))
+    seconds = sum(time_split(run).values())
+    told: dict[str, Any] = {
+        "Status": status(run),
+        "Task": run.config.get("task"),
+        "Strategy": begin.get("strategy", run.summary.get("strategy")),
+        "Processes, P": begin.get("processes", run.summary.get("processes")),
+        "Micro-batch, N": run.config.get("micro_batch_size"),
+        "Accumulated, K": _stages(run.updates.get("accumulate_grad_batches")),
+        "Effective batch": _stages(run.updates.get("effective_batch"), is_ragged=True),
+        "Updates": f"{updates:,}" + (f", {skipped:,} of them skipped" if skipped else ""),
+        "Samples": f"{int(_last(run.updates['samples'], 0.0)):,}",
+        "Last loss": _short(_last(run.updates.get("loss"))),
+        **{
+            f"Validation {name.removeprefix(VALIDATION)}": _short(_last(column))
+            for name, column in run.validations.items()
+            if name.startswith(VALIDATION)
+        },
+        "Time of running": duration(seconds) if seconds else None,
+        "Times resumed": len(run.happened("resume")) or None,
+        "All-reduces per update": run.summary.get("all_reduces_per_update"),
+        "Bytes reduced per update": _thousands(run.summary.get("bytes_reduced_per_update")),
+        "torch": begin.get("torch", versions.get("torch")),
+        "Python": begin.get("python", versions.get("python")),
+    }
+    return {name: str(value) for name, value in told.items() if value is not None}
+
+
+def time_split(run: Run) -> dict[str, float]:
+    """Return the seconds of running by what they went into.
+
+    Updates by their throughput, validations and saves by their events, the rest by the difference. What a resume undid
+    is not in it, as it is not in the run's own clock.
+    """
+    sizes, rates = run.updates.get("effective_batch"), run.updates.get("samples_per_second")
+    if sizes is None or rates is None:
+        return {}
+    is_timed = (rates > 0) & np.isfinite(sizes)
+    split = {"updates: data, forward, backward, reduction, step": float((sizes[is_timed] / rates[is_timed]).sum())}
+    kept: list[dict[str, Any]] = []
+    for event in run.events:
+        if event.get("event") in ("start", "resume"):
+            kept = [before for before in kept if before["update"] <= event["update"]]
+        kept.append(event)
+    for kind, name in (("validation", "validation"), ("save", "saving, while training waited")):
+        took = sum(_seconds(event.get("took")) for event in kept if event.get("event") == kind)
+        if took:
+            split[name] = took
+    clocks = [_seconds(event.get("seconds")) for event in kept] or [_seconds(run.summary.get("seconds"))]
+    rest = "the rest" if run.events else "the rest, with validation and saving"
+    return {**split, rest: max(0.0, clocks[-1] - sum(split.values()))}
+
+
+def history(run: Run) -> list[tuple[str, str, str]]:
+    """Return (when, where, what) of each start, interruption, failure and end."""
+    rows = []
+    for event in run.happened("start", "resume", "interrupt", "fail", "end"):
+        kind, reason, undone = event["event"], event.get("reason", ""), _whole(event.get("undone"))
+        processes = f"on {event.get('processes', '?')} processes: {event.get('strategy', '?')}"
+        lost = f"; {undone} updates after the checkpoint were made again" if undone not in ("0", "?") else ""
+        what = {
+            "start": f"started {processes}{lost}",
+            "resume": f"resumed {processes}{lost}",
+            "interrupt": f"interrupted by {reason}, and saved",
+            "fail": f"failed: {reason}",
+            "end": "came to its end",
+        }[kind]
+        rows.append((str(event.get("time", "?")), f"update {_whole(event.get('update'))}", what))
+    return rows
+
+
+def differing(tables: list[Facts]) -> list[str]:
+    """Return the names whose values are not the same in all tables."""
+    names = dict.fromkeys(name for table in tables for name in table)
+    return [name for name in names if len({table.get(name) for table in tables}) > 1]
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> Facts:
+    """Return nested options by dotted names."""
+    found: Facts = {}
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            found.update(flat(value, f"{prefix}{name}."))
+        elif f"{prefix}{name}" != "a run of Tally":
+            found[f"{prefix}{name}"] = str(value)
+    return found
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people say them."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.3g} s"
+
+
+def _stages(column: Column | None, is_ragged: bool = False) -> str | None:
+    """Return the values in order of appearance; of effective batches, those that came more than once in a row."""
+    values = column[np.isfinite(column)] if column is not None else np.zeros(0)
+    if is_ragged and len(values) > 1:
+        values = values[1:][values[1:] == values[:-1]] if (values[1:] == values[:-1]).any() else values
+    names = [f"{value:,.0f}" for value in values[np.flatnonzero(np.diff(values, prepend=-1))]]
+    return ", ".join(names if len(names) <= 8 else [*names[:6], "…", names[-1]]) or None
+
+
+def _last(column: Column | None, otherwise: float = np.nan) -> float:
+    finite = column[np.isfinite(column)] if column is not None else np.zeros(0)
+    return float(finite[-1]) if len(finite) else otherwise
+
+
+def _seconds(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and 0 <= value < 1e12 else 0.0
+
+
+def _short(value: float) -> str | None:
+    return f"{value:.4g}" if np.isfinite(value) else None
+
+
+def _whole(value: Any) -> str:
+    return f"{value:,.0f}" if isinstance(value, int | float) else "?"
+
+
+def _thousands(value: Any) -> Any:
+    return f"{value:,}" if isinstance(value, int) else value
