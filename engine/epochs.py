@@ -96,6 +96,7 @@ class Epochs:
         trainer.positions = window.position
         trainer.update += 1
         trainer.samples += outcome.samples
+        trainer.weight += outcome.weight
         trainer.skipped += outcome.skipped
         trainer.skipped_in_a_row = trainer.skipped_in_a_row + 1 if outcome.overflowed else 0
         if trainer.skipped_in_a_row == self._settings["stop_after_n_skipped"]:

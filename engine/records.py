@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.agreement import Outcome
-from engine.run_folder import Logger
+from engine.loggers import Logger
 
 
 class Records:

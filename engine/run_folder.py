@@ -11,23 +11,11 @@ import time
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from torch import Tensor
 
 log = logging.getLogger("tally")
-
-
-class Logger(Protocol):
-    """Anything that takes records; called on process 0."""
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Take one update's record, or one of validation means (`validation/...` beside `update` and `epoch`)."""
-        ...
-
-    def close(self) -> None:
-        """Flush; the run is over."""
-        ...
 
 
 class RunFolder:

@@ -38,6 +38,7 @@ COUNTERS: dict[str, Any] = {
     "epoch": 0,
     "update": 0,
     "samples": 0,
+    "weight": 0.0,
     "skipped": 0,
     "skipped_in_a_row": 0,
     "validated": 0,

@@ -29,13 +29,14 @@ from engine.epochs import Epochs
 from engine.evaluation import Evaluation
 from engine.interrupts import Interrupts
 from engine.keeper import Keeper
+from engine.loggers import Logger, Start, make_loggers, opened
 from engine.loop import Loop, LoopOptions
 from engine.map_source import LoaderOptions
 from engine.plan import Plan
 from engine.precision import autocast, numerics
 from engine.randomness import seed_everything
 from engine.records import Records
-from engine.run_folder import Logger, RunFolder
+from engine.run_folder import RunFolder
 from engine.run_state import COUNTERS, WINDOWS, Saved, class_path, load_weights, restore, schedule_of
 from engine.schedule import Schedule, make_schedule
 from engine.summary import summarize
@@ -64,7 +65,8 @@ class Trainer:
         spread_windows: cut each window into as many pieces of like size for all processes, so that none waits for
             another in a window that does not divide; dropout and augmentation then depend on P (map-style data).
         callbacks: one `Callback` or several.
-        loggers: objects with `log(record)` and `close()`, used on process 0.
+        loggers: "csv", "tensorboard" (both write into `run_dir`), objects with `log(record)` and `close()`, or several;
+            used on process 0. One that fails ends nothing.
         run_dir: a folder to write the run into, on a disk that all hosts share; nothing is written without it.
         resume: "auto" goes on with what is in `run_dir`, "never" wants a new one; or the path of a checkpoint.
         resume_with_changes: go on although the data, the seed, the windows or the optimizer are others than before.
@@ -103,7 +105,7 @@ class Trainer:
         shuffle: bool = True,
         spread_windows: bool = False,
         callbacks: Callback | Sequence[Callback] | None = None,
-        loggers: Logger | Sequence[Logger] | None = None,
+        loggers: Logger | str | Sequence[Logger | str] | None = None,
         run_dir: str | None = None,
         resume: str = "auto",
         resume_with_changes: bool = False,
@@ -130,7 +132,7 @@ class Trainer:
         self.settings = arguments
         self.strategy = resolve(strategy)
         self.callbacks = _as_list(callbacks) + ([Progress()] if progress else [])
-        self._loggers: list[Logger] = _as_list(loggers)
+        self._loggers = make_loggers(loggers, run_dir)
         self._scheduler = the_scheduler(arguments, self.callbacks, self.strategy)
         self._loader = LoaderOptions(num_workers, pin_memory, persistent_workers)
         self.epoch = 0
@@ -139,6 +141,8 @@ class Trainer:
         """Updates made since the start, skipped ones included."""
         self.samples = 0
         """Samples trained on since the start, over all processes."""
+        self.weight = 0.0
+        """Their weight: samples, or valid tokens."""
         self.skipped = 0
         """Updates skipped since the start."""
         self.skipped_in_a_row = 0
@@ -312,7 +316,9 @@ class Trainer:
         self._keeper.open({"task": class_path(task), **self.configuration}, saved)
         self.run = self._keeper.run
         if strategy.rank == 0:
-            self._records = Records([*self._loggers, *([self.run] if self.run else [])])
+            folder = self.run.path if self.run is not None else None
+            start = Start(folder, self.update, self.validated, self.record, self.weight, self.configuration)
+            self._records = Records([*([self.run] if self.run else []), *opened(self._loggers, start)])
         self._began = time.perf_counter() - self.seconds
         return Epochs(self, source, compute, validation, self._keeper, self._records, self._interrupts, resumed)
 
