@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from engine.agreement import NonFiniteError, Wishes
+from engine.callbacks.base import validating
 from engine.evaluation import Evaluation
 from engine.interrupts import Interrupts
 from engine.keeper import Keeper
@@ -52,7 +53,7 @@ class Epochs:
         self._records.restart_clock()
         self._validate_if_due()  # an interruption may have come between an update and its validation
         over = self._is_over
-        while not (over or self._stops_alone or trainer.interrupted):
+        while not (over or self._stops_now or trainer.interrupted):
             over = self._run_epoch()
         if not trainer.interrupted:
             self._validate()
@@ -106,11 +107,13 @@ class Epochs:
             )
         if trainer.loop.options.measures:
             counts = {name: getattr(trainer, name) for name in ("update", "epoch", "samples", "skipped")}
+            if self._settings["lr_rule"] != "none":
+                counts["lr_factor"] = window.stage.lr_factor
             K = window.stage.accumulate_grad_batches
             trainer.record = self._records.of_update(counts, outcome, trainer.loop.lr, K)
             trainer.call("on_update_end")
         self._validate_if_due()
-        over = outcome.stop or self._stops_alone or trainer.update == self._settings["max_updates"]
+        over = outcome.stop or self._stops_now or trainer.update == self._settings["max_updates"]
         if not over and not trainer.interrupted:
             keeper.save_if_due(outcome.save)
         return over or bool(trainer.interrupted)
@@ -123,9 +126,10 @@ class Epochs:
         return any(end is not None and here >= end for here, end in ends)
 
     @property
-    def _stops_alone(self) -> bool:
+    def _stops_now(self) -> bool:
         """Whether this process wants to stop and need not ask another."""
-        return self._trainer.stops and self._trainer.strategy.data_parallel_size == 1
+        trainer = self._trainer
+        return trainer.stops and (trainer.stops_together or trainer.strategy.data_parallel_size == 1)
 
     def _validate_if_due(self) -> None:
         every, update = self._settings["validate_every_n_updates"], self._trainer.update
@@ -136,7 +140,8 @@ class Epochs:
         trainer = self._trainer
         if self._validation is None or trainer.validated == trainer.update:
             return
-        metrics = self._validation.run(trainer.model, self._interrupts)
+        with validating(trainer):
+            metrics = self._validation.run(trainer.model, self._interrupts)
         if metrics is None:
             self._note_interruption()
             return

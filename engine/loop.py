@@ -176,11 +176,12 @@ class Loop:
         self._norm = norm
         overflowed = self._skips_nonfinite and not math.isfinite(norm)
         skipped = overflowed or facts.weight == 0
+        lr_factor = window.stage.lr_factor
         if not skipped:
-            self.optimizer.step()
+            self._step(lr_factor)
         if self.options.precision == "fp16":
             self._loss_scale.update(overflowed)
-        self.lr = float(self.optimizer.param_groups[0]["lr"])
+        self.lr = lr_factor * float(self.optimizer.param_groups[0]["lr"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self.strategy.clear_gradients()
@@ -190,6 +191,19 @@ class Loop:
         return Outcome(
             facts.weight, mean, int(facts.samples), norm, skipped, overflowed, facts.stop > 0, facts.save > 0
         )
+
+    def _step(self, lr_factor: float) -> None:
+        """Let the optimizer step; what it and its schedule know of the learning rate is without the factor."""
+        if lr_factor == 1.0:
+            self.optimizer.step()
+            return
+        groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = lr_factor * group["lr"]
+        self.optimizer.step()
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next update needs of those before."""

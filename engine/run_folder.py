@@ -71,13 +71,13 @@ class RunFolder:
         part.write_text(json.dumps(_finite(content), indent=2, default=str) + "\n")
         part.replace(self.path / name)
 
-    def save_weights(self, state: Mapping[str, Any]) -> None:
-        """Write model.safetensors, under the user's own parameter names: tensors, and no extra state."""
+    def save_weights(self, state: Mapping[str, Any], name: str = "model.safetensors") -> None:
+        """Write a model under the user's own parameter names: tensors, and no extra state."""
         from safetensors.torch import save_file
 
         save_file(
             {name: tensor.contiguous() for name, tensor in state.items() if isinstance(tensor, Tensor)},
-            self.path / "model.safetensors",
+            self.path / name,
         )
 
     def close(self) -> None:

@@ -29,6 +29,8 @@ DECIDES = (
     "shuffle",
     "spread_windows",
     "precision",
+    "lr_rule",
+    "lr_reference_batch",
     "gradient_clip_norm",
     "skip_nonfinite_updates",
 )

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from engine.agreement import ProcessFailureError
 from engine.callbacks import Callback, Progress
+from engine.callbacks.base import validating
 from engine.checks import (
     check_configurations_agree,
     check_equal_windows,
@@ -38,7 +39,7 @@ from engine.randomness import seed_everything
 from engine.records import Records
 from engine.run_folder import RunFolder
 from engine.run_state import COUNTERS, WINDOWS, Saved, class_path, load_weights, restore, schedule_of
-from engine.schedule import Schedule, make_schedule
+from engine.schedule import Schedule, make_schedule, with_lr_rule
 from engine.summary import summarize
 from engine.task import Task
 from engine.watch import FAILURE, Watch, lost_contact
@@ -58,6 +59,9 @@ class Trainer:
         max_epochs: where the run ends, in epochs; this or `max_updates` is needed.
         max_updates: where the run ends, in updates; with both, whichever comes first.
         max_time: seconds of training after which the run ends with the update that is under way.
+        lr_rule: how the learning rate follows the effective batch of each stage: "none", or "linear" or "sqrt" in its
+            ratio to `lr_reference_batch`.
+        lr_reference_batch: the effective batch, in samples, that the task's learning rate is for.
         gradient_clip_norm: clips the 2-norm of an update's whole gradient.
         precision: "fp32", "bf16" or "fp16" (autocast); None keeps the model's own dtype.
         seed: of the model's parameters, the data order, dropout and augmentation.
@@ -99,6 +103,8 @@ class Trainer:
         max_epochs: int | None = None,
         max_updates: int | None = None,
         max_time: float | None = None,
+        lr_rule: str = "none",
+        lr_reference_batch: int | None = None,
         gradient_clip_norm: float | None = None,
         precision: str | None = None,
         seed: int = 0,
@@ -177,6 +183,10 @@ class Trainer:
         self._keeper: Keeper
         self.stops = False
         """Whether `stop()` was called."""
+        self.stops_together = False
+        """Whether it was called on all processes alike."""
+        self.validates = False
+        """Whether there is validation data."""
         self._began = 0.0
 
     def fit(self, task: Task) -> None:
@@ -220,7 +230,8 @@ class Trainer:
             evaluation = self._evaluation(task)
             if evaluation is None:
                 raise ValueError(f"{type(task).__name__}.validation_data() is None: there is nothing to validate on.")
-            self.metrics = evaluation.run(self.model) or {}
+            with validating(self):
+                self.metrics = evaluation.run(self.model) or {}
             return self.metrics
         finally:
             self.strategy.teardown()
@@ -237,9 +248,12 @@ class Trainer:
         """Seconds of running, of earlier starts too."""
         return time.perf_counter() - self._began
 
-    def stop(self) -> None:
-        """End the run: at once in one process; with several, all together after the next update."""
-        self.stops = True
+    def stop(self, together: bool = False) -> None:
+        """End the run: at once in one process; with several, all together after the next update.
+
+        `together` says that all processes call this in the same event: then they need not tell each other.
+        """
+        self.stops, self.stops_together = True, together
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -268,7 +282,7 @@ class Trainer:
         for name, value in COUNTERS.items():
             setattr(self, name, copy(value))
         self.positions = None
-        self.interrupted, self.stops = "", False
+        self.interrupted, self.stops, self.stops_together = "", False, False
         self._records, self._keeper = Records([]), Keeper(self, self._interrupts)
         saved = self._keeper.find()
         self._prepare_data(task)
@@ -279,11 +293,13 @@ class Trainer:
         self.schedule = make_schedule(N, strategy.effective_batch, scheduling, unit, B)
         if saved is not None and self._has_same_windows(saved):
             self.schedule = schedule_of(saved, N, strategy)
+        self.schedule = with_lr_rule(self.schedule, self.settings["lr_rule"], self.settings["lr_reference_batch"])
         data, bounds = task.train_data(), (self.settings["max_epochs"], self.settings["max_updates"])
         self.plan = make_plan(data, task, self.schedule, N, *bounds, B)
         cut = seed, self.settings["shuffle"], self._loader, self.settings["spread_windows"]
         source = make_source(data, task, strategy, self.schedule, self.plan, N, *cut)
         validation = self._evaluation(task)
+        self.validates = validation is not None
         task.total_updates = self.total_updates
         seed_everything(seed)
         self.model = task.configure_model()
@@ -347,6 +363,7 @@ class Trainer:
         self._keeper.finish()
         self.costs = self._keeper.costs
         if self.interrupted:
+            self.call("on_interruption")
             if self.strategy.rank == 0:
                 log.warning(
                     "%s: stopped after update %d and saved %s. Start the same command again to go on.",

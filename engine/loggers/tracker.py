@@ -20,14 +20,15 @@ class TrackerLogger(GroupedLogger):
     """
 
     def __init__(self, run: Any, options: Mapping[str, Any] | None = None) -> None:
-        self._run = run
+        self._given = run
         self._options = options or {}
 
     def open(self, start: Start) -> None:
         """Start the tracker's run, if it is not started yet."""
         super().open(start)
-        if isinstance(self._run, str):
-            self._run = import_module(self._run).init(**{"config": dict(start.configuration), **self._options})
+        self._run = self._given
+        if isinstance(self._given, str):
+            self._run = import_module(self._given).init(**{"config": dict(start.configuration), **self._options})
 
     def write(self, update: int, values: Mapping[str, float], is_update: bool) -> None:
         """Log the numbers at the update; a tracker leaves out what it has been told before the run was resumed."""
