@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -82,6 +83,8 @@ class Loop:
         self._skips_nonfinite = options.skip_nonfinite_updates or options.precision == "fp16"
         self._wants_norm = bool(self._skips_nonfinite or options.gradient_clip_norm or options.measures)
         self._norm = math.nan  # of the update before
+        self._busy = self._began = 0.0
+        self._rows: list[list[float]] = []  # of the last message
         self._late_weight = 0.0  # the weight of the update before, where it was not what was expected
         self._total = torch.zeros((), dtype=torch.float64, device=strategy.device)
         self._interrupts = interrupts or Interrupts()
@@ -133,6 +136,8 @@ class Loop:
         if self._restores_buffers:
             self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self.randomness.start_window(epoch, update)
+        if not self._is_alone:
+            self._began = time.perf_counter()
         if window.is_empty:
             self._send()
 
@@ -205,6 +210,11 @@ class Loop:
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
 
+    @property
+    def busy(self) -> list[float]:
+        """Seconds that each process has spent by itself in windows so far, by rank; empty where there is only one."""
+        return [Facts(*row).busy for row in self._rows]
+
     def state_dict(self) -> dict[str, Any]:
         """Return what the next update needs of those before."""
         scale = self._loss_scale
@@ -241,13 +251,14 @@ class Loop:
     def _facts(self, failed: bool = False) -> Facts:
         """Read what the device has summed: the one place in a window where the host waits for it."""
         if failed:
-            return Facts(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, self._norm)
+            return Facts(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, self._busy, self._norm)
         if self._least_weight is not None and not 0 <= (least := self._least_weight.item()) < math.inf:
             raise ValueError(f"a micro-batch's loss has weight {least}: weights are finite and not negative.")
         loss = self._total.item() if self.options.measures else math.nan
         wishes, abort = self._wishes, self._interrupts.requested
         more = self._window.more
-        return Facts(float(self._weight), loss, self._samples, more, wishes.stop, wishes.save, abort, 0.0, self._norm)
+        wanted = wishes.stop, wishes.save, abort
+        return Facts(float(self._weight), loss, self._samples, more, *wanted, 0.0, self._busy, self._norm)
 
     def _agreed(self, update: int) -> Facts:
         """Return the sums over all processes. Raises what they must hear of together."""
@@ -255,7 +266,7 @@ class Loop:
             return self._facts()
         if self._receive is None:
             raise ValueError("backward was not called for the window's last micro-batch: call it for each.")
-        rows = self._receive()
+        rows = self._rows = self._receive()
         facts = Facts(*map(total, zip(*rows, strict=True)))
         if facts.failed:
             raise self._other_failure(update)
@@ -281,6 +292,7 @@ class Loop:
     def _send(self, failed: bool = False) -> None:
         """Start the update's message, to travel while the last backward runs."""
         if not self._is_alone:
+            self._busy += time.perf_counter() - self._began
             self._receive = self.strategy.exchange(self._facts(failed))
 
     def _fail(self, window: Window, error: Exception) -> None:

@@ -40,7 +40,7 @@ class GroupedLogger(Logger):
             rate, batch = record["samples_per_second"], record["effective_batch"]
             values["speed/weight_per_second"] = round(rate * record["weight"] / batch, 1) if batch else 0.0
         beside = {"data/samples": self._samples, "data/weight": self._weight}
-        self.write(record["update"], {**values, **beside}, is_update)
+        self.write(record["update"], {**beside, **values}, is_update)
 
     @abstractmethod
     def write(self, update: int, values: Mapping[str, float], is_update: bool) -> None:
