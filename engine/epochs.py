@@ -36,6 +36,7 @@ class Epochs:
     ) -> None:
         self._trainer = trainer
         self._settings = trainer.settings
+        self._has_lr_rule = trainer.settings["lr_rule"] != "none"
         self._source = source
         self._compute = compute
         self._validation = validation
@@ -107,7 +108,7 @@ class Epochs:
             )
         if trainer.loop.options.measures:
             counts = {name: getattr(trainer, name) for name in ("update", "epoch", "samples", "skipped")}
-            if self._settings["lr_rule"] != "none":
+            if self._has_lr_rule:
                 counts["lr_factor"] = window.stage.lr_factor
             K = window.stage.accumulate_grad_batches
             trainer.record = self._records.of_update(counts, outcome, trainer.loop.lr, K)

@@ -182,7 +182,9 @@ class Loop:
         overflowed = self._skips_nonfinite and not math.isfinite(norm)
         skipped = overflowed or facts.weight == 0
         lr_factor = window.stage.lr_factor
-        if not skipped:
+        if not skipped and lr_factor == 1.0:
+            self.optimizer.step()
+        elif not skipped:
             self._step(lr_factor)
         if self.options.precision == "fp16":
             self._loss_scale.update(overflowed)
@@ -198,10 +200,7 @@ class Loop:
         )
 
     def _step(self, lr_factor: float) -> None:
-        """Let the optimizer step; what it and its schedule know of the learning rate is without the factor."""
-        if lr_factor == 1.0:
-            self.optimizer.step()
-            return
+        """Let the optimizer step with other learning rates, and put back those that its schedule goes on from."""
         groups = self.optimizer.param_groups
         rates = [group["lr"] for group in groups]
         for group in groups:
@@ -255,6 +254,8 @@ class Loop:
         if self._least_weight is not None and not 0 <= (least := self._least_weight.item()) < math.inf:
             raise ValueError(f"a micro-batch's loss has weight {least}: weights are finite and not negative.")
         loss = self._total.item() if self.options.measures else math.nan
+        if not self._is_alone:
+            self._busy += time.perf_counter() - self._began
         wishes, abort = self._wishes, self._interrupts.requested
         more = self._window.more
         wanted = wishes.stop, wishes.save, abort
@@ -292,7 +293,6 @@ class Loop:
     def _send(self, failed: bool = False) -> None:
         """Start the update's message, to travel while the last backward runs."""
         if not self._is_alone:
-            self._busy += time.perf_counter() - self._began
             self._receive = self.strategy.exchange(self._facts(failed))
 
     def _fail(self, window: Window, error: Exception) -> None:
