@@ -15,7 +15,7 @@ from processes import ChildError, run
 from safetensors.torch import load_file
 from test_resume import same
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 from toy import Regression, Samples, data, parameters
 
 from engine import Callback, Loss, Trainer
@@ -100,8 +100,9 @@ def test_a_plateau_lowers_the_learning_rate_on_all_processes() -> None:
     assert [rates for _, rates in found] == [expected, expected]
 
 
-def halves_every_second_epoch(optimizer: Any) -> Any:
-    return StepLR(optimizer, 2, 0.5)
+def falls_by_epoch(optimizer: Any) -> Any:
+    """Moves the rate when it is made, too."""
+    return LambdaLR(optimizer, lambda epoch: 1 / (2 + epoch))
 
 
 def fit_everything(folder: str, dies_at: int = 0, callbacks: Any = None, signals_at: int = 0) -> Any:
@@ -111,6 +112,7 @@ def fit_everything(folder: str, dies_at: int = 0, callbacks: Any = None, signals
         def on_update_end(self, trainer: Trainer) -> None:
             super().on_update_end(trainer)
             if trainer.update == dies_at:
+                assert trainer._keeper.last  # waits until the save before is written
                 os.kill(os.getpid(), signal.SIGKILL)
 
     class Validated(Regression):
@@ -127,7 +129,7 @@ def fit_everything(folder: str, dies_at: int = 0, callbacks: Any = None, signals
         max_epochs=5,
         validate_every_n_updates=2,
         save_every_n_updates=2,
-        callbacks=[Dies(), ema, EarlyStopping(patience=99), *(callbacks or [EpochLR(halves_every_second_epoch)])],
+        callbacks=[Dies(), ema, EarlyStopping(patience=99), *(callbacks or [EpochLR(falls_by_epoch)])],
         run_dir=folder,
     )
     trainer.fit(Validated(13))
@@ -141,13 +143,15 @@ def fit_everything(folder: str, dies_at: int = 0, callbacks: Any = None, signals
 def test_a_resume_does_not_show(P: int, plateau: bool, tmp_path: Path) -> None:
     callbacks = [PlateauLR(patience=1, factor=0.5, threshold=0.1)] if plateau else None
     expected = run(P, fit_everything, str(tmp_path / "whole"), 0, callbacks)
-    for dies_at in (3, 8):
+    for dies_at in (3, 9):  # the second within an epoch
         with pytest.raises(ChildError):
             run(P, fit_everything, str(tmp_path / "parts"), dies_at, callbacks)
     for found, reference in zip(run(P, fit_everything, str(tmp_path / "parts"), 0, callbacks), expected, strict=True):
         assert same(found, reference)
-    rates = [record["lr"] for record in expected[0][1] if "lr" in record]
-    assert len(set(rates)) > 1
+    rates = {record["epoch"]: record["lr"] for record in expected[0][1] if "lr" in record}
+    assert len(set(rates.values())) > 1
+    if not plateau:
+        assert rates == {epoch: 0.1 * (1 / (2 + epoch)) for epoch in range(5)}
 
 
 def test_an_interrupted_validation_leaves_the_parameters_and_not_their_average(tmp_path: Path) -> None:
@@ -263,7 +267,7 @@ class WithScheduler(Scripted):
         (lambda: EarlyStopping(), Regression(4), "EarlyStopping looks at validation means, but Regression.validation_"),
         (lambda: PlateauLR(), Regression(4), "PlateauLR looks at validation means"),
         (lambda: PlateauLR(factor=2.0), None, "factor=2.0"),
-        (lambda: EpochLR(halves_every_second_epoch), WithScheduler([1.0]), "EpochLR and the task's StepLR both set"),
+        (lambda: EpochLR(falls_by_epoch), WithScheduler([1.0]), "EpochLR and the task's StepLR both set"),
         (lambda: EMA(decay=1.0), None, "decay=1.0"),
         (lambda: Profiler(3, 2), None, "first=3, last=2"),
         (lambda: Profiler(), Regression(4), "give a run_dir"),
