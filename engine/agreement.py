@@ -25,7 +25,7 @@ class NonFiniteError(RuntimeError):
 
 
 class Facts(NamedTuple):
-    """What one process tells the others of its part in a window: one message of nine doubles an update."""
+    """What one process tells the others of its part in a window: one message of ten doubles an update."""
 
     weight: float
     loss: float
@@ -35,6 +35,7 @@ class Facts(NamedTuple):
     save: float  # after this update
     abort: float  # before this update: it is not made
     failed: float
+    busy: float  # seconds spent in windows so far, up to this message: nothing in them waits for another process
     norm_before: float
 
 

@@ -26,6 +26,7 @@ def banner(trainer: Trainer) -> str:
         "strategy": strategy.describe(),
         "precision": dtypes + (f", autocast to {settings['precision']}" if settings["precision"] else ""),
         "window": _windows(trainer),
+        "lr rule": _lr_rule(trainer),
         "updates": _updates(trainer),
         "run folder": str(trainer.run.path) if trainer.run is not None else "none: nothing is written",
     }
@@ -34,7 +35,7 @@ def banner(trainer: Trainer) -> str:
         lines["batch norm"] = f"{normalises} layers normalise over a micro-batch {where}, not over the window"
     if not model.training:
         lines["mode"] = "eval, as configure_model() left it: dropout is off (call model.train() there)"
-    return "\n".join(f"{name + ':':<{INDENT}}{text}" for name, text in lines.items())
+    return "\n".join(f"{name + ':':<{INDENT}}{text}" for name, text in lines.items() if text)
 
 
 def _windows(trainer: Trainer) -> str:
@@ -46,6 +47,17 @@ def _windows(trainer: Trainer) -> str:
             f"{since}P {P} x N {N} x K {stage.accumulate_grad_batches} = effective batch {stage.effective_batch}"
         )
     return ("\n" + " " * INDENT).join(lines)
+
+
+def _lr_rule(trainer: Trainer) -> str:
+    rule, reference, schedule = trainer.settings["lr_rule"], trainer.settings["lr_reference_batch"], trainer.schedule
+    if rule == "none":
+        return ""
+    parts = (
+        f"x {stage.lr_factor:.4g}" + (f" from {schedule.unit} {stage.first}" if len(schedule.stages) > 1 else "")
+        for stage in schedule.stages
+    )
+    return f"{rule}, learning rates are for an effective batch of {reference}: {', '.join(parts)}"
 
 
 def _updates(trainer: Trainer) -> str:

@@ -16,7 +16,7 @@ from engine.callbacks.base import Callback
 from engine.plan import Plan
 from engine.precision import check_precision
 from engine.saving import Best
-from engine.schedule import check_accumulation, make_schedule
+from engine.schedule import check_accumulation, check_lr_rule, make_schedule
 from strategies import Strategy
 
 
@@ -52,6 +52,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={value!r}: give a positive number, or None.")
     if settings["run_dir"] == "":
         raise ValueError("run_dir='': name a folder, or None to write nothing.")
+    check_lr_rule(settings["lr_rule"], settings["lr_reference_batch"])
     check_precision(settings["precision"])
     check_keeping(settings)
 
@@ -170,7 +171,8 @@ def check_optimizer(configured: object, model: nn.Module) -> tuple[Optimizer, LR
         )
     for unwanted in (optimizer, lr_scheduler):
         if isinstance(unwanted, LBFGS | ReduceLROnPlateau):
-            raise ValueError(f"{type(unwanted).__name__} wants more than step() once per update: use another.")
+            instead = "the callback PlateauLR" if isinstance(unwanted, ReduceLROnPlateau) else "another"
+            raise ValueError(f"{type(unwanted).__name__} wants more than step() once per update: use {instead}.")
     known = {id(p) for p in model.parameters()}
     if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from engine.agreement import NOTHING, NonFiniteError, Wishes
+from engine.callbacks.base import validating
 from engine.evaluation import Evaluation
 from engine.interrupts import Interrupts
 from engine.keeper import Keeper
@@ -35,6 +36,7 @@ class Epochs:
     ) -> None:
         self._trainer = trainer
         self._settings = trainer.settings
+        self._has_lr_rule = trainer.settings["lr_rule"] != "none"
         self._source = source
         self._compute = compute
         self._validation = validation
@@ -52,7 +54,7 @@ class Epochs:
         self._records.restart_clock()
         self._validate_if_due()  # an interruption may have come between an update and its validation
         over = self._is_over
-        while not (over or self._stops_alone or trainer.interrupted):
+        while not (over or self._stops_now or trainer.interrupted):
             over = self._run_epoch()
         if not trainer.interrupted:
             self._validate()
@@ -98,6 +100,7 @@ class Epochs:
         trainer.positions = window.position
         trainer.update += 1
         trainer.samples += outcome.samples
+        trainer.weight += outcome.weight
         trainer.skipped += outcome.skipped
         trainer.skipped_in_a_row = trainer.skipped_in_a_row + 1 if outcome.overflowed else 0
         if trainer.skipped_in_a_row == self._settings["stop_after_n_skipped"]:
@@ -106,17 +109,19 @@ class Epochs:
                 f"would not come back by itself. The last good checkpoint: {keeper.last}."
             )
         if trainer.loop.options.measures:
-            counts = {
+            counts: dict[str, float] = {
                 "update": trainer.update,
                 "epoch": trainer.epoch,
                 "samples": trainer.samples,
                 "skipped": trainer.skipped,
             }
+            if self._has_lr_rule:
+                counts["lr_factor"] = window.stage.lr_factor
             K = window.stage.accumulate_grad_batches
             trainer.record = self._records.of_update(counts, outcome, trainer.loop.lr, K)
             trainer.call("on_update_end")
         self._validate_if_due()
-        over = outcome.stop or self._stops_alone or trainer.update == self._settings["max_updates"]
+        over = outcome.stop or self._stops_now or trainer.update == self._settings["max_updates"]
         if not over and not trainer.interrupted and keeper.save_if_due(outcome.save):
             self._records.restart_clock()
         return over or bool(trainer.interrupted)
@@ -129,9 +134,10 @@ class Epochs:
         return any(end is not None and here >= end for here, end in ends)
 
     @property
-    def _stops_alone(self) -> bool:
+    def _stops_now(self) -> bool:
         """Whether this process wants to stop and need not ask another."""
-        return self._trainer.stops and self._trainer.strategy.processes == 1
+        trainer = self._trainer
+        return trainer.stops and (trainer.stops_together or trainer.strategy.processes == 1)
 
     def _validate_if_due(self) -> None:
         every, update = self._settings["validate_every_n_updates"], self._trainer.update
@@ -143,7 +149,8 @@ class Epochs:
         if self._validation is None or trainer.validated == trainer.update:
             return
         started = time.perf_counter()
-        metrics = self._validation.run(trainer.model, self._interrupts)
+        with validating(trainer):
+            metrics = self._validation.run(trainer.model, self._interrupts)
         if metrics is None:
             self._note_interruption()
             return

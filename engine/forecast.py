@@ -55,7 +55,8 @@ def expected_updates(
             current, before = epoch, samples_before(epoch)
         effective_batch, pieces = before[window.stop] - before[window.start], window.count(N, P, spread)
         samples += effective_batch
-        yield Expected(number + 1, epoch, samples, effective_batch, lrs[number], window.stage, pieces, -(-pieces // P))
+        lr, stage = lrs[number] * window.stage.lr_factor, window.stage
+        yield Expected(number + 1, epoch, samples, effective_batch, lr, stage, pieces, -(-pieces // P))
 
 
 def stretches(updates: Iterator[Expected]) -> Iterator[Stretch]:
@@ -104,5 +105,5 @@ def stretches_of_stream(
                 return
             span = stage.first, min(epochs, epochs if following is None else following.first) - 1
         at = (start, None if stop is None else stop - 1)
-        lr = tuple(lrs[u] if u is not None and u < len(lrs) else None for u in at)
+        lr = tuple(lrs[u] * stage.lr_factor if u is not None and u < len(lrs) else None for u in at)
         yield Stretch(stage, span, updates, lr=(lr[0], lr[1]))

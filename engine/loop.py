@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -84,6 +85,8 @@ class Loop:
         self._skips_nonfinite = options.skip_nonfinite_updates or options.precision == "fp16"
         self._wants_norm = bool(self._skips_nonfinite or options.gradient_clip_norm or options.measures)
         self._norm = math.nan  # of the update before
+        self._busy = self._began = 0.0
+        self._rows: list[list[float]] = []  # of the last message
         self._late_weight = 0.0  # the weight of the update before, where it was not what was expected
         self._losses: list[Tensor] = []
         self._share = 1
@@ -141,6 +144,8 @@ class Loop:
         if self.host_randomness is not None:
             self.host_randomness.start_window(update)
         self.strategy.start_window(window.most_micro_batches)
+        if not self._is_alone:
+            self._began = time.perf_counter()
         if window.is_empty:
             self._send()
 
@@ -188,11 +193,14 @@ class Loop:
         self._norm = norm
         overflowed = self._skips_nonfinite and not math.isfinite(norm)
         skipped = overflowed or facts.weight == 0
-        if not skipped:
+        lr_factor = window.stage.lr_factor
+        if not skipped and lr_factor == 1.0:
             self.optimizer.step()
+        elif not skipped:
+            self._step(lr_factor)
         if self.options.precision == "fp16":
             self._loss_scale.update(overflowed)
-        self.lr = float(self.optimizer.param_groups[0]["lr"])
+        self.lr = lr_factor * float(self.optimizer.param_groups[0]["lr"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self.strategy.clear_gradients()
@@ -202,6 +210,21 @@ class Loop:
         return Outcome(
             facts.weight, mean, int(facts.samples), norm, skipped, overflowed, facts.stop > 0, facts.save > 0
         )
+
+    def _step(self, lr_factor: float) -> None:
+        """Let the optimizer step with other learning rates, and put back those that its schedule goes on from."""
+        groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = lr_factor * group["lr"]
+        self.optimizer.step()
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+
+    @property
+    def busy(self) -> list[float]:
+        """Seconds that each process has spent by itself in windows so far, by rank; empty where there is only one."""
+        return [Facts(*row).busy for row in self._rows]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next update needs of those before."""
@@ -252,13 +275,16 @@ class Loop:
     def _facts(self, failed: bool = False) -> Facts:
         """Read what the device has summed: the one place in a window where the host waits for it."""
         if failed:
-            return Facts(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, self._norm)
+            return Facts(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, self._busy, self._norm)
         if self._least_weight is not None and not 0 <= (least := self._least_weight.item()) < math.inf:
             raise ValueError(f"a micro-batch's loss has weight {least}: weights are finite and not negative.")
         loss = self._share * self._sum_of_losses().item() if self._losses else 0.0
+        if not self._is_alone:
+            self._busy += time.perf_counter() - self._began
         wishes, abort = self._wishes, self._interrupts.requested
         more = self._window.more
-        return Facts(float(self._weight), loss, self._samples, more, wishes.stop, wishes.save, abort, 0.0, self._norm)
+        wanted = wishes.stop, wishes.save, abort
+        return Facts(float(self._weight), loss, self._samples, more, *wanted, 0.0, self._busy, self._norm)
 
     def _agreed(self, update: int) -> Facts:
         """Return the sums over all processes. Raises what they must hear of together."""
@@ -266,7 +292,7 @@ class Loop:
             return self._facts()
         if self._receive is None:
             raise ValueError("backward was not called for the window's last micro-batch: call it for each.")
-        rows = self._receive()
+        rows = self._rows = self._receive()
         facts = Facts(*map(total, zip(*rows, strict=True)))
         if facts.failed:
             raise self._other_failure(update)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.agreement import Outcome
-from engine.run_folder import Logger
+from engine.loggers import Logger
 
 
 class Records:
@@ -21,7 +21,7 @@ class Records:
         """Count throughput from now on: what came before was no training."""
         self._since = time.perf_counter()
 
-    def of_update(self, place: Mapping[str, int], outcome: Outcome, lr: float, K: int) -> dict[str, Any]:
+    def of_update(self, place: Mapping[str, float], outcome: Outcome, lr: float, K: int) -> dict[str, Any]:
         """Return, and log, the record of an update; `place` says where the run is after it."""
         now = time.perf_counter()
         rate = outcome.samples / (now - self._since)

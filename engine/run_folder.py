@@ -11,23 +11,11 @@ import time
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from torch import Tensor
 
 log = logging.getLogger("tally")
-
-
-class Logger(Protocol):
-    """Anything that takes records; called on process 0."""
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Take one update's record, or one of validation means (`validation/...` beside `update` and `epoch`)."""
-        ...
-
-    def close(self) -> None:
-        """Flush; the run is over."""
-        ...
 
 
 class RunFolder:
@@ -100,13 +88,13 @@ class RunFolder:
         part.write_text(json.dumps(_finite(content), indent=2, default=str) + "\n")
         part.replace(self.path / name)
 
-    def save_weights(self, state: Mapping[str, Any]) -> None:
-        """Write model.safetensors, under the user's own parameter names: tensors, and no extra state."""
+    def save_weights(self, state: Mapping[str, Any], name: str = "model.safetensors") -> None:
+        """Write a model under the user's own parameter names: tensors, and no extra state."""
         from safetensors.torch import save_file
 
         save_file(
             {name: tensor.contiguous() for name, tensor in state.items() if isinstance(tensor, Tensor)},
-            self.path / "model.safetensors",
+            self.path / name,
         )
 
     def close(self) -> None:

@@ -29,6 +29,8 @@ DECIDES = (
     "shuffle",
     "spread_windows",
     "precision",
+    "lr_rule",
+    "lr_reference_batch",
     "gradient_clip_norm",
     "skip_nonfinite_updates",
 )
@@ -38,6 +40,7 @@ COUNTERS: dict[str, Any] = {
     "epoch": 0,
     "update": 0,
     "samples": 0,
+    "weight": 0.0,
     "skipped": 0,
     "skipped_in_a_row": 0,
     "validated": 0,

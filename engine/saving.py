@@ -22,15 +22,16 @@ BEST = "best"
 class Best:
     """Which of two validations is better: `"min:loss"` or `"max:accuracy"`."""
 
-    def __init__(self, rule: str) -> None:
+    def __init__(self, rule: str, asked_by: str = "keep_best") -> None:
+        self._asked_by = asked_by
         self.mode, _, self.metric = rule.partition(":")
         if self.mode not in ("min", "max") or not self.metric:
-            raise ValueError(f"keep_best={rule!r}: give min:METRIC or max:METRIC, as in max:accuracy.")
+            raise ValueError(f"{asked_by}={rule!r}: give min:METRIC or max:METRIC, as in max:accuracy.")
 
     def value(self, metrics: Mapping[str, float]) -> float:
         """Return the metric that decides. Raises ValueError where it is missing."""
         if self.metric not in metrics:
-            raise ValueError(f"keep_best={self.mode}:{self.metric}: evaluate() returns {', '.join(metrics)}.")
+            raise ValueError(f"{self._asked_by}={self.mode}:{self.metric}: evaluate() returns {', '.join(metrics)}.")
         return float(metrics[self.metric])
 
     def improves(self, value: float, best: float | None) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import sqrt
 from typing import Literal, get_args
 
 Unit = Literal["epoch", "update", "sample"]
@@ -21,6 +22,8 @@ class Stage:
     first: int
     accumulate_grad_batches: int
     effective_batch: int
+    lr_factor: float = 1.0
+    """What the learning rate of the optimizer and its schedule is multiplied by."""
 
 
 def check_accumulation(value: object, name: str = "accumulate_grad_batches") -> int:
@@ -97,3 +100,30 @@ def solve(
     """Return the stages of `{first: samples of a full window}`: K is what the busiest of these processes needs."""
     share = effective_batch(N, 1)
     return Schedule(tuple(Stage(first, -(-B // share), B) for first, B in effective_batches.items()), unit)
+
+
+LR_RULES: dict[str, Callable[[float], float]] = {"none": lambda times: 1.0, "linear": lambda times: times, "sqrt": sqrt}
+"""What the learning rate is multiplied by where the effective batch is so many times the reference."""
+
+
+def check_lr_rule(rule: object, reference_batch: object) -> None:
+    """Raise ValueError unless `rule` is one, and has a reference if it needs one."""
+    if rule not in LR_RULES:
+        raise ValueError(f"lr_rule={rule!r}: give one of {', '.join(LR_RULES)}.")
+    if rule == "none":
+        if reference_batch is not None:
+            raise ValueError(f"lr_reference_batch={reference_batch!r} without an lr_rule: give linear or sqrt.")
+    elif isinstance(reference_batch, bool) or not isinstance(reference_batch, int) or reference_batch < 1:
+        raise ValueError(
+            f"lr_rule={rule!r} with lr_reference_batch={reference_batch!r}: give the effective batch, in samples, that "
+            "the task's learning rate is for."
+        )
+
+
+def with_lr_rule(schedule: Schedule, rule: str, reference_batch: int | None) -> Schedule:
+    """Return the schedule with each stage's LR factor, of its nominal effective batch against the reference."""
+    if reference_batch is None:
+        return schedule
+    factor = LR_RULES[rule]
+    stages = (replace(stage, lr_factor=factor(stage.effective_batch / reference_batch)) for stage in schedule.stages)
+    return replace(schedule, stages=tuple(stages))

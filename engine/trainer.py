@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from engine.agreement import ProcessFailureError
 from engine.callbacks import Callback, Progress
+from engine.callbacks.base import validating
 from engine.checks import (
     check_configurations_agree,
     check_equal_windows,
@@ -30,15 +31,16 @@ from engine.epochs import Epochs
 from engine.evaluation import Evaluation
 from engine.interrupts import Interrupts
 from engine.keeper import Keeper
+from engine.loggers import Logger, Start, make_loggers, opened
 from engine.loop import Loop, LoopOptions
 from engine.map_source import LoaderOptions
 from engine.plan import Plan
 from engine.precision import autocast, numerics
 from engine.randomness import seed_everything
 from engine.records import Records
-from engine.run_folder import Logger, RunFolder
+from engine.run_folder import RunFolder
 from engine.run_state import COUNTERS, WINDOWS, Saved, class_path, load_weights, restore, schedule_of
-from engine.schedule import Schedule, make_schedule
+from engine.schedule import Schedule, make_schedule, with_lr_rule
 from engine.summary import summarize
 from engine.task import Task
 from engine.watch import FAILURE, Watch, lost_contact
@@ -58,6 +60,9 @@ class Trainer:
         max_epochs: where the run ends, in epochs; this or `max_updates` is needed.
         max_updates: where the run ends, in updates; with both, whichever comes first.
         max_time: seconds of training after which the run ends with the update that is under way.
+        lr_rule: how the learning rate follows the effective batch of each stage: "none", or "linear" or "sqrt" in its
+            ratio to `lr_reference_batch`.
+        lr_reference_batch: the effective batch, in samples, that the task's learning rate is for.
         gradient_clip_norm: clips the 2-norm of an update's whole gradient.
         precision: "fp32", "bf16" or "fp16" (autocast); None keeps the model's own dtype.
         seed: of the model's parameters, the data order, dropout and augmentation.
@@ -65,7 +70,8 @@ class Trainer:
         spread_windows: cut each window into as many pieces of like size for all processes, so that none waits for
             another in a window that does not divide; dropout and augmentation then depend on P (map-style data).
         callbacks: one `Callback` or several.
-        loggers: objects with `log(record)` and `close()`, used on process 0.
+        loggers: "csv", "tensorboard" (both write into `run_dir`), objects with `log(record)` and `close()`, or several;
+            used on process 0. One that fails ends nothing.
         run_dir: a folder to write the run into, on a disk that all hosts share; nothing is written without it.
         resume: "auto" goes on with what is in `run_dir`, "never" wants a new one; or the path of a checkpoint.
         resume_with_changes: go on although the data, the seed, the windows or the optimizer are others than before.
@@ -98,13 +104,15 @@ class Trainer:
         max_epochs: int | None = None,
         max_updates: int | None = None,
         max_time: float | None = None,
+        lr_rule: str = "none",
+        lr_reference_batch: int | None = None,
         gradient_clip_norm: float | None = None,
         precision: str | None = None,
         seed: int = 0,
         shuffle: bool = True,
         spread_windows: bool = False,
         callbacks: Callback | Sequence[Callback] | None = None,
-        loggers: Logger | Sequence[Logger] | None = None,
+        loggers: Logger | str | Sequence[Logger | str] | None = None,
         run_dir: str | None = None,
         resume: str = "auto",
         resume_with_changes: bool = False,
@@ -131,7 +139,7 @@ class Trainer:
         self.settings = arguments
         self.strategy = resolve(strategy)
         self.callbacks = _as_list(callbacks) + ([Progress()] if progress else [])
-        self._loggers: list[Logger] = _as_list(loggers)
+        self._loggers = make_loggers(loggers, run_dir)
         self._scheduler = the_scheduler(arguments, self.callbacks, self.strategy)
         self._loader = LoaderOptions(num_workers, pin_memory, persistent_workers)
         self.epoch = 0
@@ -140,6 +148,8 @@ class Trainer:
         """Updates made since the start, skipped ones included."""
         self.samples = 0
         """Samples trained on since the start, over all processes."""
+        self.weight = 0.0
+        """Their weight: samples, or valid tokens."""
         self.skipped = 0
         """Updates skipped since the start."""
         self.skipped_in_a_row = 0
@@ -174,6 +184,10 @@ class Trainer:
         self._keeper: Keeper
         self.stops = False
         """Whether `stop()` was called."""
+        self.stops_together = False
+        """Whether it was called on all processes alike."""
+        self.validates = False
+        """Whether there is validation data."""
         self._began = 0.0
 
     def fit(self, task: Task) -> None:
@@ -219,7 +233,8 @@ class Trainer:
             evaluation = self._evaluation(task)
             if evaluation is None:
                 raise ValueError(f"{type(task).__name__}.validation_data() is None: there is nothing to validate on.")
-            self.metrics = evaluation.run(self.model) or {}
+            with validating(self):
+                self.metrics = evaluation.run(self.model) or {}
             return self.metrics
         finally:
             self.strategy.teardown()
@@ -236,9 +251,12 @@ class Trainer:
         """Seconds of running, of earlier starts too."""
         return time.perf_counter() - self._began
 
-    def stop(self) -> None:
-        """End the run: at once in one process; with several, all together after the next update."""
-        self.stops = True
+    def stop(self, together: bool = False) -> None:
+        """End the run: at once in one process; with several, all together after the next update.
+
+        `together` says that all processes call this in the same event: then they need not tell each other.
+        """
+        self.stops, self.stops_together = True, together
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -266,7 +284,7 @@ class Trainer:
         for name, value in COUNTERS.items():
             setattr(self, name, copy(value))
         self.positions = None
-        self.interrupted, self.stops = "", False
+        self.interrupted, self.stops, self.stops_together = "", False, False
         self._records, self._keeper = Records([]), Keeper(self, self._interrupts)
         saved = self._keeper.find()
         self._prepare_data(task)
@@ -274,6 +292,7 @@ class Trainer:
         cut = seed, self.settings["shuffle"], self._loader, self.settings["spread_windows"]
         source = make_source(data, task, strategy, self.schedule, self.plan, N, *cut)
         validation = self._evaluation(task)
+        self.validates = validation is not None
         self.make_model(task)
         if self.settings["weights"] is not None and saved is None:
             load_weights(self.model, Path(self.settings["weights"]))
@@ -305,7 +324,9 @@ class Trainer:
         self._keeper.open({"task": class_path(task), **self.configuration}, saved)
         self.run = self._keeper.run
         if strategy.rank == 0:
-            self._records = Records([*self._loggers, *([self.run] if self.run else [])])
+            folder = self.run.path if self.run is not None else None
+            start = Start(folder, self.update, self.validated, self.record, self.weight, self.configuration)
+            self._records = Records([*([self.run] if self.run else []), *opened(self._loggers, start)])
         return Epochs(self, source, compute, validation, self._keeper, self._records, self._interrupts, resumed)
 
     def lay_out(self, task: Task, saved: Saved | None = None) -> Any:
@@ -320,6 +341,7 @@ class Trainer:
             self.schedule = schedule_of(saved, N, self.strategy)
             stages = {stage.first: stage.accumulate_grad_batches for stage in self.schedule.stages}
             check_windows(stages, self.strategy)
+        self.schedule = with_lr_rule(self.schedule, self.settings["lr_rule"], self.settings["lr_reference_batch"])
         data, bounds = task.train_data(), (self.settings["max_epochs"], self.settings["max_updates"])
         self.plan = make_plan(data, task, self.schedule, N, *bounds, B)
         task.total_updates = self.total_updates
@@ -361,6 +383,7 @@ class Trainer:
         self.costs = self._keeper.costs
         if self.interrupted:
             self._keeper.tell("interrupt", reason=self.interrupted)
+            self.call("on_interruption")
             if self.strategy.rank == 0:
                 log.warning(
                     "%s: stopped after update %d and saved %s. Start the same command again to go on.",

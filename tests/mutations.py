@@ -410,6 +410,66 @@ MUTATIONS = [
         "self._folder is None",
         "tests/test_interrupts.py -k finite",
     ),
+    # what people see, and what they ask for
+    Mutation(
+        "let the schedule see the rate of a rule",
+        LOOP,
+        'group["lr"] = rate\n',
+        "pass\n",
+        "tests/test_lr_rules.py -k multiplies",
+    ),
+    Mutation(
+        "report a rate without its factor", LOOP, "lr_factor * float(", "float(", "tests/test_lr_rules.py -k multiplies"
+    ),
+    Mutation(
+        "train on with the average",
+        "engine/callbacks/ema.py",
+        "finally:\n            self._swap()",
+        "finally:\n            pass",
+        "tests/test_callbacks.py -k average",
+    ),
+    Mutation(
+        "forget how long a stop has waited",
+        "engine/callbacks/early_stopping.py",
+        'self.best, self.waited = state["best"], state["waited"]',
+        "pass",
+        "tests/test_callbacks.py -k early",
+    ),
+    Mutation(
+        "stop each process by itself",
+        "engine/callbacks/early_stopping.py",
+        "together=True",
+        "together=False",
+        "tests/test_callbacks.py -k early",
+    ),
+    Mutation(
+        "make a schedule anew",
+        "engine/callbacks/learning_rate.py",
+        "group.update(values)",
+        "pass",
+        "tests/test_callbacks.py -k resume",
+    ),
+    Mutation(
+        "let a logger end the run",
+        "engine/loggers/base.py",
+        "except Exception as error:",
+        "except ZeroDivisionError as error:",
+        "tests/test_loggers.py -k away",
+    ),
+    Mutation(
+        "keep rows that come again",
+        "engine/loggers/csv_tables.py",
+        " and int(number) <= update",
+        "",
+        "tests/test_loggers.py -k history",
+    ),
+    Mutation(
+        "tell TensorBoard nothing of a resume",
+        "engine/loggers/tensorboard_events.py",
+        "purge_step=first",
+        "purge_step=None",
+        "tests/test_loggers.py -k history",
+    ),
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +26,10 @@ class Callback:
     def on_update_end(self, trainer: Trainer) -> None:
         """An update was made (or skipped) and the gradients are cleared; `trainer.record` tells of it."""
 
+    def around_validation(self, trainer: Trainer) -> AbstractContextManager[None]:
+        """Return a context that a validation runs in; it is left also where the validation is interrupted."""
+        return nullcontext()
+
     def on_validation_end(self, trainer: Trainer) -> None:
         """`trainer.metrics` holds new means."""
 
@@ -32,6 +38,9 @@ class Callback:
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """The run is over; the process group still stands."""
+
+    def on_interruption(self, trainer: Trainer) -> None:
+        """The run was interrupted and has saved itself: this comes in place of `on_fit_end`."""
 
     def on_exception(self, trainer: Trainer, exception: BaseException) -> None:
         """The run ends by `exception`, which is raised again afterwards. Call no collective here."""
@@ -42,3 +51,21 @@ class Callback:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
+
+
+@contextmanager
+def validating(trainer: Trainer) -> Iterator[None]:
+    """Enter what the callbacks put around a validation."""
+    with ExitStack() as contexts:
+        for callback in trainer.callbacks:
+            contexts.enter_context(callback.around_validation(trainer))
+        yield
+
+
+def check_validates(trainer: Trainer, callback: Callback) -> None:
+    """Raise ValueError where a callback waits for a validation and there is none."""
+    if not trainer.validates:
+        name = type(callback).__name__
+        raise ValueError(
+            f"{name} looks at validation means, but {type(trainer.task).__name__}.validation_data() is None."
+        )

@@ -1,87 +1,164 @@
-"""A banner before the run and progress while it runs: a bar in a terminal, plain lines elsewhere, on process 0."""
+"""A banner before the run and progress while it runs: live in a terminal, plain lines elsewhere, on process 0."""
 
 from __future__ import annotations
 
+import math
+import resource
 import sys
+import textwrap
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
+import torch
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from engine.banner import banner
 from engine.callbacks.base import Callback
+from engine.callbacks.pace import Pace
 
 if TYPE_CHECKING:
     from engine.trainer import Trainer
 
 
 class Progress(Callback):
-    """Prints what is about to run, and how it goes; a plain line at most every `seconds` where there is no terminal."""
+    """Prints what is about to run, and how it goes.
+
+    In a terminal a few lines are kept up to date; elsewhere (a file, a pipe, CI) there is a line at most every
+    `seconds`. Between these an update costs one look at the clock. `NO_COLOR` and `TERM=dumb` are heeded.
+    """
 
     def __init__(self, seconds: float = 5.0) -> None:
         self._seconds = seconds
-        self._speaks = False
+        self._due = math.inf
+        self._pace = Pace()
+        self._live: Live | None = None
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Print the banner."""
-        self._speaks = trainer.strategy.rank == 0
-        self._samples, self._since, self._told = 0, time.perf_counter(), time.perf_counter()
-        if self._speaks:
-            print(banner(trainer), flush=True)
-            self._bar: Any = tqdm(
-                total=trainer.total_updates,
-                unit=" updates",
-                disable=not sys.stdout.isatty(),
-                file=sys.stdout,
-                leave=False,
-            )
+        self._due, self._live = math.inf, None
+        if trainer.strategy.rank != 0:
+            return
+        print(banner(trainer), flush=True)
+        self._console = Console(file=sys.stdout, highlight=False, markup=False)
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+        self._every = 0.25 if self._live else self._seconds
+        self._restart(trainer)
 
     def on_update_end(self, trainer: Trainer) -> None:
-        """Move the bar, or print a line from time to time."""
-        if not self._speaks:
+        """Show how it goes, from time to time."""
+        now = time.perf_counter()
+        if now < self._due:
             return
-        if not self._bar.disable:
-            if self._bar.update():
-                self._bar.set_postfix_str(_describe(trainer), refresh=False)
-        elif time.perf_counter() - self._told > self._seconds:
-            self._told = time.perf_counter()
-            print(f"update {trainer.update}{_of(trainer.total_updates)}  {_describe(trainer)}", flush=True)
+        self._due = now + self._every
+        self._pace.see(trainer, now)
+        if self._live is not None:
+            self._live.update(_picture(trainer, self._pace, self._console.width), refresh=True)
+        else:
+            left = self._pace.left(trainer)
+            here = [f"epoch {trainer.epoch}", f"update {_place(trainer)}", *_details(trainer, self._pace)]
+            print("  ".join([*here, *([f"{left} left"] if left is not None else [])]), flush=True)
+
+    @contextmanager
+    def around_validation(self, trainer: Trainer) -> Iterator[None]:
+        """Stop counting while it lasts."""
+        if self._due < math.inf:
+            self._pace.see(trainer, time.perf_counter())
+        yield
 
     def on_validation_end(self, trainer: Trainer) -> None:
         """Print the means."""
-        if self._speaks:
-            rate = (trainer.samples - self._samples) / max(time.perf_counter() - self._since, 1e-9)
-            self._samples, self._since = trainer.samples, time.perf_counter()
-            means = "  ".join(f"{name} {value:.4g}" for name, value in trainer.metrics.items())
-            tqdm.write(
-                f"epoch {trainer.epoch}  update {trainer.update}{_of(trainer.total_updates)}  "
-                f"loss {trainer.record['loss']:.4f}  |  validation: {means}  |  {rate:,.0f} samples/s",
-                file=sys.stdout,
-            )
-            sys.stdout.flush()
+        if self._due == math.inf:
+            return
+        means = "  ".join(f"{name} {value:.4g}" for name, value in trainer.metrics.items())
+        rate, _ = self._pace.rates()
+        line = (
+            f"epoch {trainer.epoch}  update {_place(trainer)}  loss {trainer.record['loss']:.4f}  |  "
+            f"validation: {means}" + (f"  |  {rate:,.0f} samples/s" if rate else "")
+        )
+        if self._live is not None:
+            self._console.print(line)
+        else:
+            print(line, flush=True)
+        self._restart(trainer)
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """Say where the run is."""
-        if self._speaks:
-            self._bar.close()
+        if self._due < math.inf:
+            self._close()
             skipped = f", {trainer.skipped} of them skipped" if trainer.skipped else ""
             where = f": {trainer.run.path}" if trainer.run is not None else ""
             print(f"done: {trainer.update} updates{skipped}, {trainer.samples} samples{where}", flush=True)
 
+    def on_interruption(self, trainer: Trainer) -> None:
+        """Leave the terminal clean."""
+        self._close()
+
     def on_exception(self, trainer: Trainer, exception: BaseException) -> None:
         """Leave the terminal clean."""
-        if self._speaks:
-            self._bar.close()
+        self._close()
+
+    def _restart(self, trainer: Trainer) -> None:
+        now = time.perf_counter()
+        self._due = now + self._every
+        self._pace.restart(trainer, now)
+
+    def _close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
 
-def _describe(trainer: Trainer) -> str:
-    record = trainer.record
-    skipped = f"  skipped {record['skipped']}" if record["skipped"] else ""
-    return (
-        f"loss {record['loss']:.4f}  grad norm {record['grad_norm']:.3g}  lr {record['lr']:.3g}  "
-        f"K {record['accumulate_grad_batches']}{skipped}"
-    )
+def _picture(trainer: Trainer, pace: Pace, width: int) -> Group:
+    """The epoch, a bar and the time left in one line; below it the details, in as many lines as they need."""
+    left, total = pace.left(trainer), trainer.total_updates
+    head = Table.grid(padding=(0, 1), expand=True)
+    head.add_column(no_wrap=True, style="bold")
+    head.add_column(ratio=1)
+    head.add_column(no_wrap=True)
+    bar = ProgressBar(total=total, completed=trainer.update, pulse=total is None, complete_style="cyan")
+    head.add_row(f"epoch {trainer.epoch}", bar, f"{_place(trainer)}" + (f"  {left} left" if left is not None else ""))
+    space = "\N{NO-BREAK SPACE}"
+    unbroken = "  ".join(detail.replace(" ", space) for detail in _details(trainer, pace))
+    lines = textwrap.wrap(unbroken, width, break_on_hyphens=False)
+    return Group(head, *(Text(line.replace(space, " "), no_wrap=True) for line in lines))
 
 
-def _of(total: int | None) -> str:
-    return "" if total is None else f"/{total}"
+def _details(trainer: Trainer, pace: Pace) -> list[str]:
+    record, (samples, weight) = trainer.record, pace.rates()
+    details = [
+        f"loss {record['loss']:.4f}",
+        f"grad norm {record['grad_norm']:.3g}",
+        f"lr {record['lr']:.3g}",
+        f"K {record['accumulate_grad_batches']}",
+        f"batch {record['effective_batch']:,}",
+        f"{samples:,.0f} samples/s",
+    ]
+    if not math.isclose(samples, weight):
+        details.append(f"{weight:,.0f} weight/s")
+    details.append(f"{_peak_memory(trainer) / 2**20:,.0f} MiB")
+    if record["skipped"]:
+        details.append(f"{record['skipped']} skipped")
+    slow = pace.slow_process()
+    return [*details, slow] if slow else details
+
+
+def _place(trainer: Trainer) -> str:
+    total = trainer.total_updates
+    return f"{trainer.update}" if total is None else f"{trainer.update}/{total}"
+
+
+def _peak_memory(trainer: Trainer) -> int:
+    """The most bytes that this process has held so far: on its GPU where it has one, else on the host."""
+    device = trainer.strategy.device
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,61 @@
+"""Stop when validation has nothing left to gain."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from engine.callbacks.base import Callback, check_validates
+from engine.saving import Best
+
+if TYPE_CHECKING:
+    from engine.trainer import Trainer
+
+
+class EarlyStopping(Callback):
+    """Ends the run after `patience` validations in a row whose `metric` was no better than the best before.
+
+    `mode` is "min" or "max"; better means by more than `min_delta`, and NaN never is. All processes hold the same
+    means, so all stop at the same update, whatever P is. Raises ValueError for arguments that cannot be, and for a
+    metric that is not there.
+    """
+
+    def __init__(self, metric: str = "loss", patience: int = 3, mode: str = "min", min_delta: float = 0.0) -> None:
+        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+            raise ValueError(f"EarlyStopping(patience={patience!r}): give a whole number of at least 1.")
+        if not min_delta >= 0:
+            raise ValueError(f"EarlyStopping(min_delta={min_delta!r}): give a number of at least 0.")
+        self._rule = Best(f"{mode}:{metric}", "EarlyStopping")
+        self._patience = patience
+        self._least_gain = min_delta if mode == "max" else -min_delta
+        self.best: float | None = None
+        """The best value so far."""
+        self.waited = 0
+        """Validations since then."""
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Stop at once where a resumed run had stopped."""
+        check_validates(trainer, self)
+        if trainer.update == 0:
+            self.best, self.waited = None, 0
+        self._stop_if_due(trainer)
+
+    def on_validation_end(self, trainer: Trainer) -> None:
+        """Compare, and count."""
+        value = self._rule.value(trainer.metrics)
+        if self._rule.improves(value, None if self.best is None else self.best + self._least_gain):
+            self.best, self.waited = value, 0
+        else:
+            self.waited += 1
+        self._stop_if_due(trainer)
+
+    def _stop_if_due(self, trainer: Trainer) -> None:
+        if self.waited >= self._patience:
+            trainer.stop(together=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best value and the count."""
+        return {"best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them back."""
+        self.best, self.waited = state["best"], state["waited"]

@@ -1,0 +1,100 @@
+"""Learning rates that move once per epoch or by validation; those that move once per update are the task's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from engine.callbacks.base import Callback, check_validates
+from engine.saving import Best
+
+if TYPE_CHECKING:
+    from engine.trainer import Trainer
+
+
+class EpochLR(Callback):
+    """Moves one of torch's LR schedulers at the end of each epoch: `EpochLR(lambda optimizer: StepLR(optimizer, 3))`.
+
+    Raises ValueError where the task has an LR scheduler of its own: both would set the same number.
+    """
+
+    def __init__(self, make: Callable[[Optimizer], LRScheduler]) -> None:
+        self._make = make
+        self._scheduler: Any = None
+        self._saved: dict[str, Any] = {}
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Make the scheduler, or put it where it was."""
+        if trainer.lr_scheduler is not None:
+            raise ValueError(
+                f"{type(self).__name__} and the task's {type(trainer.lr_scheduler).__name__} both set the learning "
+                "rate: keep one."
+            )
+        groups = trainer.optimizer.param_groups
+        before = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        self._scheduler = self._make(trainer.optimizer)
+        if self._saved:
+            self._scheduler.load_state_dict(self._saved)
+            for group, values in zip(groups, before, strict=True):  # making it has moved what was resumed
+                group.update(values)
+            self._saved = {}
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """Move it."""
+        self._scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scheduler's state."""
+        return dict(self._scheduler.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep it for `on_fit_start`."""
+        self._saved = state
+
+
+class PlateauLR(EpochLR):
+    """Multiplies the learning rate by `factor` after more than `patience` validations without a better `metric`.
+
+    It is torch's ReduceLROnPlateau, and `threshold`, `cooldown` and `min_lr` are its own. Raises ValueError as
+    `EpochLR` does, and for a metric that is not there.
+    """
+
+    def __init__(
+        self,
+        metric: str = "loss",
+        mode: str = "min",
+        factor: float = 0.1,
+        patience: int = 10,
+        threshold: float = 1e-4,
+        cooldown: int = 0,
+        min_lr: float = 0.0,
+    ) -> None:
+        self._rule = Best(f"{mode}:{metric}", "PlateauLR")
+        if not 0 < factor < 1:
+            raise ValueError(f"PlateauLR(factor={factor!r}): give a number between 0 and 1.")
+        super().__init__(
+            lambda optimizer: ReduceLROnPlateau(
+                optimizer,
+                "min" if mode == "min" else "max",
+                factor,
+                patience,
+                threshold,
+                cooldown=cooldown,
+                min_lr=min_lr,
+            )
+        )
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Make the scheduler, or put it where it was."""
+        check_validates(trainer, self)
+        super().on_fit_start(trainer)
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """Wait for a validation."""
+
+    def on_validation_end(self, trainer: Trainer) -> None:
+        """Tell it of the metric."""
+        self._scheduler.step(self._rule.value(trainer.metrics))

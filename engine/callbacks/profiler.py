@@ -1,0 +1,75 @@
+"""Where the time of a few updates goes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.profiler import profile, record_function
+
+from engine.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from engine.trainer import Trainer
+
+
+class Profiler(Callback):
+    """Traces the updates `first` to `last` (from 1) on process 0 into `trace-FIRST-LAST.json` in the run_dir.
+
+    The file is a Chrome trace: drop it on https://ui.perfetto.dev. Each update is a span by that name. Choose updates
+    after the first few, which are slow, and not many: a trace has thousands of events an update. Raises ValueError for
+    numbers that cannot be, and without a `run_dir`.
+    """
+
+    def __init__(self, first: int = 10, last: int = 12) -> None:
+        if not 1 <= first <= last:
+            raise ValueError(f"Profiler(first={first!r}, last={last!r}): give 1 <= first <= last.")
+        self._first, self._last = first, last
+        self._profile: profile | None = None
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Begin, where it is to be from the first update on."""
+        if trainer.settings["run_dir"] is None:
+            raise ValueError("Profiler writes into the run's folder: give a run_dir.")
+        self._begin_if_due(trainer)
+
+    def on_update_end(self, trainer: Trainer) -> None:
+        """Begin, go on to the next update, or end."""
+        if self._profile is None:
+            self._begin_if_due(trainer)
+        elif trainer.update in (self._last, trainer.total_updates):
+            self._end(trainer)
+        else:
+            self._span.__exit__(None, None, None)
+            self._enter_span(trainer)
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        """End, where the run is shorter."""
+        self._end(trainer)
+
+    def on_interruption(self, trainer: Trainer) -> None:
+        """End early."""
+        self._end(trainer)
+
+    def on_exception(self, trainer: Trainer, exception: BaseException) -> None:
+        """End early; there may be nothing to write to."""
+        if self._profile is not None:
+            self._profile.stop()
+            self._profile = None
+
+    def _begin_if_due(self, trainer: Trainer) -> None:
+        if trainer.run is not None and trainer.update == self._first - 1:
+            self._profile = profile()
+            self._profile.start()
+            self._enter_span(trainer)
+
+    def _enter_span(self, trainer: Trainer) -> None:
+        self._span = record_function(f"update {trainer.update + 1}")
+        self._span.__enter__()  # type: ignore[no-untyped-call]
+
+    def _end(self, trainer: Trainer) -> None:
+        if self._profile is None or trainer.run is None:
+            return
+        self._span.__exit__(None, None, None)
+        self._profile.stop()
+        self._profile.export_chrome_trace(str(trainer.run.path / f"trace-{self._first}-{self._last}.json"))
+        self._profile = None

@@ -1,0 +1,78 @@
+"""What a logger is, and why it cannot end a run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+log = logging.getLogger("tally")
+
+
+class Logger(Protocol):
+    """Anything that takes records; used on process 0. Where it has `open(start: Start)`, that is called first."""
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Take one update's record, or one of validation means (`validation/...` beside `update` and `epoch`)."""
+        ...
+
+    def close(self) -> None:
+        """Flush; the run is over."""
+        ...
+
+
+class Start(NamedTuple):
+    """Where a run begins, or goes on: what a logger was told of later updates and validations comes again."""
+
+    folder: Path | None
+    """The `run_dir`."""
+    update: int
+    validated: int
+    """The update of the last validation that counts."""
+    record: Mapping[str, Any]
+    """That of the last update; empty at the start."""
+    weight: float
+    """What the updates weigh together: samples, or valid tokens."""
+    configuration: Mapping[str, Any]
+
+
+def opened(loggers: Iterable[Logger], start: Start) -> list[Logger]:
+    """Open loggers and return those that could be, guarded: none of their failures ends the run."""
+    guarded = [_Guarded(logger) for logger in loggers]
+    return [logger for logger in guarded if logger.open(start)]
+
+
+class _Guarded:
+    """A logger that is warned of once when it fails; it is told of later updates all the same."""
+
+    def __init__(self, logger: Logger) -> None:
+        self._logger = logger
+        self._has_failed = False
+
+    def open(self, start: Start) -> bool:
+        opens = getattr(self._logger, "open", None)
+        return opens is None or self._try(opens, start)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        self._try(self._logger.log, record)
+
+    def close(self) -> None:
+        self._try(self._logger.close)
+
+    def _try(self, method: Callable[..., object], *arguments: Any) -> bool:
+        try:
+            method(*arguments)
+        except Exception as error:  # a service that is away, a full disk: whatever it is, the run matters more
+            if not self._has_failed:
+                name, what = type(self._logger).__name__, method.__name__
+                log.warning(
+                    "%s failed in %s(): %s: %s. Training goes on; metrics.jsonl in the run_dir has every update.",
+                    name,
+                    what,
+                    type(error).__name__,
+                    error,
+                )
+            self._has_failed = True
+            return False
+        return True

@@ -1,0 +1,43 @@
+"""TensorBoard: `tensorboard --logdir runs` shows all runs beside one another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from engine.loggers.base import Start
+from engine.loggers.grouped import GroupedLogger
+
+
+class TensorBoardLogger(GroupedLogger):
+    """Writes scalars by update into `tensorboard/` in the run_dir. Raises ValueError where TensorBoard is missing."""
+
+    needs_run_dir = True
+
+    def __init__(self) -> None:
+        if find_spec("tensorboard") is None:
+            raise ValueError("the tensorboard logger needs TensorBoard: pip install 'tally-engine[tensorboard]'.")
+
+    def open(self, start: Start) -> None:
+        """Tell TensorBoard to forget what comes again."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        super().open(start)
+        assert start.folder is not None
+        is_whole = start.validated == start.update  # or its validation may be there and come again
+        first = start.update + 1 if is_whole else start.update
+        self._writer: Any = SummaryWriter(str(start.folder / "tensorboard"), purge_step=first, flush_secs=1)
+        if not is_whole:
+            self._weight -= start.record["weight"]
+            self.log(start.record)
+
+    def write(self, update: int, values: Mapping[str, float], is_update: bool) -> None:
+        """Write scalars; what stands beside a validation stands at its update already."""
+        for name, value in values.items():
+            if is_update or not name.startswith("data/"):
+                self._writer.add_scalar(name, value, update)
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+        self._writer.close()
