@@ -1,0 +1,53 @@
+"""Lightning: a LightningModule and its Trainer, in its own mode for measuring overhead, and as it comes."""
+
+import contextlib
+import logging
+import os
+import tempfile
+import warnings
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from benchmarks.problem import Data, loss_fn, make_model, make_optimizer
+
+
+class Linear(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = make_model()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.model)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        return loss_fn(self.model(x), y)
+
+
+class LoggedLinear(Linear):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss)
+        return loss
+
+
+def everything_off(data: Data, K: int) -> nn.Module:
+    return train(Linear(), data, K, barebones=True)
+
+
+def as_shipped(data: Data, K: int) -> nn.Module:
+    """With its defaults: a checkpoint, progress, and a logger that is given the loss at each 50th update."""
+    with tempfile.TemporaryDirectory() as folder:
+        return train(LoggedLinear(), data, K, default_root_dir=folder)
+
+
+def train(module: Linear, data: Data, K: int, **options: Any) -> nn.Module:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):
+        warnings.simplefilter("ignore")
+        trainer = Trainer(accelerator="cpu", devices=1, max_epochs=1, accumulate_grad_batches=K, **options)
+        trainer.fit(module, data)
+    return module.model
