@@ -29,7 +29,9 @@ Run = Callable[[str, int, Event, Event], object]
 """Lets the one of this name train with windows of K, and calls the two events around what is to be counted."""
 
 
-def compare(script: str, description: str, names: Sequence[str], run: Run, check: Callable[[list[str]], list[str]]) -> None:
+def compare(
+    script: str, description: str, names: Sequence[str], run: Run, check: Callable[[list[str]], list[str]]
+) -> None:
     """Print what a micro-batch costs each of `names`, beside the first of them: the command line of `script`.
 
     `check` gets those that were chosen, and returns those that can be measured.
@@ -101,5 +103,7 @@ def _print_table(names: Sequence[str], called: list[list[float]], counted: list[
     for k, K in enumerate(WINDOWS):
         for i, name in enumerate(names):
             in_calls = f"{called[i][k]:.1f} ({called[i][k] / called[0][k]:.2f})"
-            in_instructions = f"{counted[i][k]:,.0f} ({counted[i][k] / counted[0][k]:.3f})" if counted else "not counted"
+            in_instructions = "not counted"
+            if counted:
+                in_instructions = f"{counted[i][k]:,.0f} ({counted[i][k] / counted[0][k]:.3f})"
             print(f"| {name} | {K} | {in_calls} | {in_instructions} |")

@@ -99,7 +99,7 @@ def cpu_seconds(P: int, source: str) -> float:
         subprocess.Popen([sys.executable, "-c", source], env={**fixed, **group, "RANK": str(r), "LOCAL_RANK": str(r)})
         for r in range(P)
     ]
-    assert not any([process.wait() for process in processes])
+    assert [process.wait() for process in processes] == [0] * P
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

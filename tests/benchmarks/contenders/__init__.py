@@ -1,4 +1,4 @@
-"""Those who are measured beside each other, one file each: functions `(data, K) -> model`, as their own docs write it."""
+"""Those who are measured, one file each: functions `(data, K) -> model`, written as their own docs would."""
 
 from __future__ import annotations
 
