@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
+import torch
 from benchmarks.contenders import contender
 from benchmarks.counting import Event, calls
 from benchmarks.problem import Feed
@@ -14,8 +17,8 @@ CEILINGS = {
     ("Tally as shipped", 8): 34,
 }
 """Calls per micro-batch that may be more than the textbook's. Lower them when you can."""
-SLACK = 1
-"""Another Python or torch counts a few calls otherwise."""
+SLACK = 0 if sys.version_info[:2] == (3, 11) and torch.__version__.startswith("2.13.") else 4
+"""Another Python or torch makes a few calls more or less."""
 
 
 def run(name: str, K: int, start: Event, stop: Event) -> None:
