@@ -17,6 +17,7 @@ WHERE = {
     "TorchTNT": "torchtnt.train",
     "Lightning, everything off": "lightning.everything_off",
     "Lightning as shipped": "lightning.as_shipped",
+    "Lightning, loss logged": "lightning.logging_the_loss",
 }
 """By name, the file and the function in it."""
 

@@ -40,13 +40,22 @@ def everything_off(data: Data, K: int) -> nn.Module:
 
 
 def as_shipped(data: Data, K: int) -> nn.Module:
-    """With its defaults: a checkpoint, progress, and a logger that is given the loss at each 50th update.
+    """With its defaults: progress, a checkpoint and a logger, which is given nothing."""
+    return with_defaults(Linear(), data, K)
 
-    The bar is that of a plain installation. Where `rich` is installed the default one is drawn by a thread, by time, of
-    which a count of instructions could tell nothing.
+
+def logging_the_loss(data: Data, K: int) -> nn.Module:
+    """The same, where the model logs its loss, of which the logger writes each 50th update's."""
+    return with_defaults(LoggedLinear(), data, K)
+
+
+def with_defaults(module: Linear, data: Data, K: int) -> nn.Module:
+    """The bar is that of a plain installation.
+
+    Where `rich` is installed the default one is drawn by a thread, by time, of which a count could tell nothing.
     """
     with tempfile.TemporaryDirectory() as folder:
-        return train(LoggedLinear(), data, K, default_root_dir=folder, callbacks=TQDMProgressBar())
+        return train(module, data, K, default_root_dir=folder, callbacks=TQDMProgressBar())
 
 
 def train(module: Linear, data: Data, K: int, **options: Any) -> nn.Module:
