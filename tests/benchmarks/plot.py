@@ -12,7 +12,7 @@ text { font: 13px system-ui, sans-serif; fill: #24292f }
   .K1 { fill: #6e7681 } .K8 { fill: #58a6ff } .base { stroke: #ff7b72 }
 }
 """
-LEFT, UNIT, ROW, TOP = 180, 85, 42, 40
+LEFT, UNIT, ROW, TOP = 180, 60, 42, 40
 """Pixels: where the bars begin, a ratio of 1, a contender, the legend."""
 
 
@@ -21,7 +21,8 @@ def plot(table: str) -> str:
     rows = re.findall(r"^\| (.+?) \| (\d+) \| [^|]* \| [\d,]+ \(([\d.]+)\) \|$", table, re.MULTILINE)
     names = list(dict.fromkeys(name for name, _, _ in rows))
     places = {K: (13 * i, f"K{K}") for i, K in enumerate(dict.fromkeys(K for _, K, _ in rows))}
-    parts = []
+    height, width = TOP + len(names) * ROW, LEFT + 60 + UNIT * max(float(ratio) for *_, ratio in rows)
+    parts = [f'<path class="base" d="M{LEFT + UNIT} {TOP - 6}V{height - 8}" stroke-dasharray="3"/>']
     for name, K, ratio in rows:
         y, width = TOP + names.index(name) * ROW + places[K][0], float(ratio) * UNIT
         parts.append(f'<rect class="{places[K][1]}" x="{LEFT}" y="{y}" width="{width:.0f}" height="12"/>')
@@ -31,9 +32,9 @@ def plot(table: str) -> str:
     for i, (K, (_, of_K)) in enumerate(places.items()):
         parts.append(f'<rect class="{of_K}" x="{LEFT + 80 * i}" y="10" width="12" height="12"/>')
         parts.append(f'<text x="{LEFT + 80 * i + 18}" y="21">K = {K}</text>')
-    height, width = TOP + len(names) * ROW, LEFT + 60 + UNIT * max(float(ratio) for *_, ratio in rows)
-    parts.append(f'<path class="base" d="M{LEFT + UNIT} {TOP - 6}V{height - 8}" stroke-dasharray="3"/>')
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}">'
-        f"<style>{STYLE}</style>\n" + "\n".join(parts) + "\n</svg>\n"
+        f"<title>Instructions per micro-batch, over the textbook loop's</title><style>{STYLE}</style>\n"
+        + "\n".join(parts)
+        + "\n</svg>\n"
     )

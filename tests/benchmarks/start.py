@@ -1,6 +1,6 @@
 """From nothing to the first update: CPU seconds of fresh processes that import, build, make one update and end.
 
-    python tests/benchmarks/start.py [--repetitions 11] [--imports]
+    python tests/benchmarks/start.py [--repetitions 7] [--imports]
 
 Tally against a plain loop with the same model and data, alone and as two processes of DistributedDataParallel. The
 repetitions are interleaved, and their medians compared. `--imports` lists what the import of Tally takes beside torch.
@@ -119,7 +119,7 @@ def print_imports(most: int = 15) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=11)
+    parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--imports", action="store_true", help="list what takes longest to import")
     options = parser.parse_args()
     for _, P, source in CASES[3:5]:
