@@ -24,9 +24,9 @@ def plot(table: str) -> str:
     height, width = TOP + len(names) * ROW, LEFT + 60 + UNIT * max(float(ratio) for *_, ratio in rows)
     parts = [f'<path class="base" d="M{LEFT + UNIT} {TOP - 6}V{height - 8}" stroke-dasharray="3"/>']
     for name, K, ratio in rows:
-        y, width = TOP + names.index(name) * ROW + places[K][0], float(ratio) * UNIT
-        parts.append(f'<rect class="{places[K][1]}" x="{LEFT}" y="{y}" width="{width:.0f}" height="12"/>')
-        parts.append(f'<text x="{LEFT + width + 5:.0f}" y="{y + 11}">{float(ratio):.2f}</text>')
+        y, length = TOP + names.index(name) * ROW + places[K][0], float(ratio) * UNIT
+        parts.append(f'<rect class="{places[K][1]}" x="{LEFT}" y="{y}" width="{length:.0f}" height="12"/>')
+        parts.append(f'<text x="{LEFT + length + 5:.0f}" y="{y + 11}">{float(ratio):.2f}</text>')
     for i, name in enumerate(names):
         parts.append(f'<text x="{LEFT - 8}" y="{TOP + i * ROW + 17}" text-anchor="end">{name}</text>')
     for i, (K, (_, of_K)) in enumerate(places.items()):
