@@ -1,0 +1,147 @@
+"""Counting what a run costs, in figures that do not depend on the machine's mood, and a table of them.
+
+- calls: of Python and of C functions, as `sys.setprofile` sees them;
+- instructions: as the processor counts them, or callgrind where it cannot be asked; the two differ by 0.5 % at most.
+  Unlike seconds they hardly differ from run to run, or on a busy machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from benchmarks.problem import MEASURED, WINDOWS
+from benchmarks.processor import InstructionCounter
+
+REPETITIONS = 5
+FIXED = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+"""The environment of those who are counted."""
+
+Event = Callable[[], None]
+Run = Callable[[str, int, Event, Event], object]
+"""Lets the one of this name train with windows of K, and calls the two events around what is to be counted."""
+
+
+def compare(
+    script: str, description: str, names: Sequence[str], run: Run, check: Callable[[list[str]], list[str]]
+) -> None:
+    """Print what a micro-batch costs each of `names`, beside the first of them: the command line of `script`.
+
+    `check` gets those that were chosen, and returns those that can be measured.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls-only", action="store_true", help="do not count instructions")
+    parser.add_argument("--valgrind", action="store_true", help="count instructions with callgrind in any case: slowly")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help="; ".join(names))
+    parser.add_argument("--count", choices=names, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.count:
+        (_dump if options.valgrind else _print_counts)([partial(run, options.count, K) for K in WINDOWS])
+        return
+    names = check(list(dict.fromkeys([names[0], *options.only])))
+    called = [[calls(run, name, K) for K in WINDOWS] for name in names]
+    counted = None
+    if not options.calls_only:
+        count = _instructions_by_callgrind if options.valgrind or not _has_counter() else _instructions
+        if count is _instructions or shutil.which("valgrind"):
+            counted = [count(script, name) for name in names]
+        else:
+            print("This processor's counter cannot be read, and valgrind is not installed: calls only.\n")
+    _print_table(names, called, counted)
+
+
+def calls(run: Run, name: str, K: int) -> float:
+    """Count calls per micro-batch."""
+    count = 0
+
+    def see(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    run(name, K, lambda: sys.setprofile(see), lambda: sys.setprofile(None))
+    return count / MEASURED
+
+
+def _has_counter() -> bool:
+    try:
+        InstructionCounter()
+    except OSError:
+        return False
+    return True
+
+
+def _instructions(script: str, name: str) -> list[float]:
+    """Count instructions per micro-batch, for each of WINDOWS.
+
+    Each name has a process of its own: some of those who are measured change torch for all others.
+    """
+    command = [sys.executable, script, "--count", name]
+    done = subprocess.run(command, env={**os.environ, **FIXED}, stdout=subprocess.PIPE, text=True, check=True)
+    return [float(count) / MEASURED for count in done.stdout.splitlines()[-1].split()]
+
+
+def _print_counts(runs: Sequence[Callable[[Event, Event], object]]) -> None:
+    """Print the median of each run's counts: what `_instructions` starts."""
+    medians = []
+    for run in runs:
+        counts = []
+        for _ in range(REPETITIONS):
+            counter = InstructionCounter()
+            run(_after_a_collection(counter.start), counter.stop)
+            counts.append(counter.count)
+        medians.append(sorted(counts)[REPETITIONS // 2])
+    print(*medians)
+
+
+def _instructions_by_callgrind(script: str, name: str) -> list[float]:
+    with tempfile.TemporaryDirectory() as folder:
+        valgrind = ["valgrind", "--tool=callgrind", "--collect-atstart=no", f"--callgrind-out-file={folder}/out"]
+        command = [*valgrind, sys.executable, script, "--valgrind", "--count", name]
+        done = subprocess.run(command, env={**os.environ, **FIXED}, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{name}: valgrind ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        # out.1 is the first run, and so on; `out` is what came after the last
+        dumps = [Path(folder, f"out.{number}").read_text() for number in range(1, len(WINDOWS) + 1)]
+    return [sum(map(int, re.findall(r"^totals: (\d+)", dump, re.M))) / MEASURED for dump in dumps]
+
+
+def _dump(runs: Sequence[Callable[[Event, Event], object]]) -> None:
+    """Let callgrind write a file for each run: what `_instructions_by_callgrind` starts."""
+    for run in runs:
+        run(_after_a_collection(torch._C._valgrind_toggle), torch._C._valgrind_toggle_and_dump_stats)
+
+
+def _after_a_collection(start: Event) -> Event:
+    """Return `start` after a full collection: or one, over all that imports made, would be charged to whom it meets."""
+
+    def begin() -> None:
+        gc.collect()
+        gc.freeze()
+        start()
+
+    return begin
+
+
+def _print_table(names: Sequence[str], called: list[list[float]], counted: list[list[float]] | None) -> None:
+    print(f"Per micro-batch, over {MEASURED} of them; in brackets: over that of *{names[0]}*.\n")
+    print("| contender | K | calls | instructions |\n| --- | --: | --: | --: |")
+    for k, K in enumerate(WINDOWS):
+        for i, name in enumerate(names):
+            in_calls = f"{called[i][k]:.1f} ({called[i][k] / called[0][k]:.2f})"
+            in_instructions = "not counted"
+            if counted:
+                in_instructions = f"{counted[i][k]:,.0f} ({counted[i][k] / counted[0][k]:.3f})"
+            print(f"| {name} | {K} | {in_calls} | {in_instructions} |")

@@ -1,0 +1,55 @@
+"""Run the benchmarks, and write what they print, and a plot of it, into docs/benchmarks.md.
+
+    python tests/benchmarks/run.py [NAME ...]
+
+Without names all of them, one after the other: it takes a while, on a machine that has nothing else to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.plot import plot
+
+FOLDER = Path(__file__).resolve().parent
+DOCS = FOLDER.parents[1] / "docs"
+NAMES = ("overhead", "in_memory", "memory", "start", "wire", "checkpoints")
+"""Scripts beside this one, and the markers on the page between which their output stands."""
+
+
+def output(name: str) -> str:
+    print(f"{name} ...", flush=True)
+    return subprocess.run([sys.executable, FOLDER / f"{name}.py"], stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def publish(name: str, text: str) -> None:
+    """Write `text` between the markers `<!-- name -->` and `<!-- /name -->` of the page."""
+    page = DOCS / "benchmarks.md"
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+    before, _, rest = page.read_text().partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{page} has no `{begin.strip()}` with a `{end.strip()}` after it.")
+    page.write_text(f"{before}{begin}\n{text.strip()}\n\n{end}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
+    names = parser.parse_args().names
+    if unknown := set(names) - set(NAMES):
+        parser.error(f"no benchmark {', '.join(unknown)}: choose from {', '.join(NAMES)}")
+    for name in names or NAMES:
+        text = output(name)
+        publish(name, text)
+        if name == "overhead" and "not counted" not in text:
+            (DOCS / "images" / "overhead.svg").write_text(plot(text))
+
+
+if __name__ == "__main__":
+    main()
