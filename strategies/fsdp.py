@@ -19,6 +19,7 @@ from strategies.environment import notes
 from strategies.passes import Passes
 from strategies.processes import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
+from strategies.units import check_units, in_lists
 
 _BUCKET = 1 << 28
 """Bytes of buffers that are sent together."""
@@ -128,7 +129,7 @@ class FSDPStrategy(ProcessGroupStrategy):
         self._model = model
         module = self._user_module
         units = self.units(module)
-        _check_units(module, units)
+        check_units(module, units)
         for tensor in [*module.parameters(), *module.buffers()]:
             dist.broadcast(tensor.detach(), 0, group=self._host_group if tensor.device.type == "cpu" else None)
         dtypes = [None if name is None else getattr(torch, name) for name in (self.param_dtype, self.reduce_dtype)]
@@ -149,6 +150,7 @@ class FSDPStrategy(ProcessGroupStrategy):
         parts = [p for group in self._passes.groups.values() for p in group.fsdp_params]
         self._trainable = [p for p in parts if p.sharded_param.requires_grad]
         self._is_closing: bool | None = None
+        self._made, self._most = 0, None
         return model
 
     def units(self, model: nn.Module) -> list[nn.Module]:
@@ -159,7 +161,7 @@ class FSDPStrategy(ProcessGroupStrategy):
                 names = ", ".join(sorted({type(m).__name__ for m in model.modules() if m is not model}))
                 raise ValueError(f"wrap: the model has no submodule of class {', '.join(missing)}; it has {names}.")
             return found[::-1]  # inner ones first
-        return list(dict.fromkeys(_in_lists(model)))
+        return list(dict.fromkeys(in_lists(model)))
 
     def start_window(self, most_micro_batches: int) -> None:
         """Hear how many passes all processes make in the window to come."""
@@ -319,48 +321,3 @@ class FSDPStrategy(ProcessGroupStrategy):
             self._root.set_reshard_after_forward(self.reshard_after_forward is not False)
             self._root.set_reshard_after_forward(bool(self.reshard_after_forward), recurse=False)
             self._root.reset_iter_state()  # FSDP keeps a list of forwards for the next backward
-
-
-def _in_lists(module: nn.Module) -> Iterator[nn.Module]:
-    """The children of the outermost ModuleLists that have parameters and a forward."""
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield from _members(child)
-        else:
-            yield from _in_lists(child)
-
-
-def _members(container: nn.Module) -> Iterator[nn.Module]:
-    for child in container.children():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield from _members(child)
-        elif any(True for _ in child.parameters()):
-            yield child
-
-
-def _check_units(model: nn.Module, units: Sequence[nn.Module]) -> None:
-    """Refuse what FSDP would refuse later, or not at all. Raises ValueError."""
-    home: dict[nn.Module, int] = {}
-    for number, unit in enumerate(units):  # inner ones first
-        for module in unit.modules():
-            home.setdefault(module, number)
-    owners: dict[nn.Parameter, set[int]] = {}
-    dtypes: dict[int, set[torch.dtype]] = {}
-    names = {p: name for name, p in model.named_parameters()}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(parameter, set()).add(home.get(module, -1))
-            if parameter.requires_grad:
-                dtypes.setdefault(home.get(module, -1), set()).add(parameter.dtype)
-    for parameter, units_of_it in owners.items():
-        if len(units_of_it) > 1:
-            raise ValueError(
-                f"{names[parameter]} is shared between units of FSDP, which it cannot be: choose others with "
-                "FSDPStrategy(wrap=...), so that all modules that share it are in one (wrap=[] makes the model one)."
-            )
-    for kinds in dtypes.values():
-        if len(kinds) > 1:
-            raise ValueError(
-                f"a unit of FSDP has trainable parameters of dtypes {', '.join(sorted(map(str, kinds)))}: it needs "
-                "one. Make them one dtype, or choose other units with FSDPStrategy(wrap=...)."
-            )

@@ -44,6 +44,7 @@ DRAWS = "tests/test_layout.py::test_every_sample_and_micro_batch_of_every_epoch_
 KILLED = "'tests/test_resume.py::test_killed_twice_and_continued_is_uninterrupted_to_the_bit[3-boundary]'"
 
 LOOP, DDP, BASE, PLAN = "engine/loop.py", "strategies/ddp.py", "strategies/base.py", "engine/plan.py"
+FSDP = "strategies/fsdp.py"
 
 MUTATIONS = [
     # the arithmetic of an update
@@ -276,6 +277,56 @@ MUTATIONS = [
         "return self.data_parallel_size * N * K",
         "return N * K",
         "tests/test_strategies.py::test_effective_batches",
+    ),
+    # shards
+    Mutation(
+        "sharded: reduce every micro-batch",
+        FSDP,
+        'set_requires_gradient_sync(is_last or self.reduce == "micro_batch")',
+        "set_requires_gradient_sync(True)",
+        "'tests/test_sharded.py::test_collectives_of_a_window[window-3]'",
+    ),
+    Mutation(
+        "sharded: average over the processes",
+        FSDP,
+        "part.set_gradient_divide_factor(1.0)",
+        "part.set_gradient_divide_factor(2.0)",
+        "'tests/test_sharded.py::test_fsdp_equals_one_big_batch[2-micro_batch]'",
+    ),
+    Mutation(
+        "sharded: a norm of this process's part",
+        FSDP,
+        "        dist.all_reduce(square, group=self._shards)\n",
+        "",
+        "'tests/test_sharded.py::test_token_weights_and_clipping[window-0.1]'",
+    ),
+    Mutation(
+        "sharded: reduce at one's own last micro-batch",
+        FSDP,
+        "            is_last = self._made + 1 == self._most\n",
+        "            pass\n",
+        "tests/test_sharded.py -k uneven_streams",
+    ),
+    Mutation(
+        "sharded: reduce no zeros without data",
+        "strategies/passes.py",
+        "self.groups[name].post_backward()",
+        "pass",
+        "'tests/test_sharded.py::test_processes_that_never_had_a_micro_batch_learn_the_order_from_the_others[2-1]'",
+    ),
+    Mutation(
+        "sharded: go on from the middle of a forward that failed",
+        "strategies/passes.py",
+        "        if self._place:  # it failed on the way\n",
+        "        if False:\n",
+        "tests/test_sharded.py -k forward_that_fails",
+    ),
+    Mutation(
+        "sharded: validate with the list of the forwards before",
+        FSDP,
+        "            self._root.reset_iter_state()  # FSDP",
+        "            pass  # FSDP",
+        "tests/test_sharded.py::test_uneven_validation_between_updates",
     ),
     # interruptions
     Mutation(
