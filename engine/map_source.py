@@ -30,13 +30,16 @@ class LoaderOptions:
     persistent_workers: bool = True
 
     def build(self, fetch: Dataset[Any], pieces: Iterable[Piece], pin: bool) -> Any:
-        """Return the DataLoader for these pieces, which `fetch` collates."""
+        """Return what iterates over these pieces, which `fetch` collates: a DataLoader where it has something to do."""
+        pins = pin if self.pin_memory is None else self.pin_memory
+        if not self.num_workers and not pins:
+            return _InProcess(fetch, pieces)
         return DataLoader(
             fetch,
             batch_sampler=pieces,  # type: ignore[arg-type]
             collate_fn=_as_it_is,
             num_workers=self.num_workers,
-            pin_memory=pin if self.pin_memory is None else self.pin_memory,
+            pin_memory=pins,
             persistent_workers=self.persistent_workers and self.num_workers > 0,
             generator=torch.Generator(),  # its base seed must not come from the model's generator
         )
@@ -148,6 +151,17 @@ class _Pieces:
 
     def __iter__(self) -> Iterator[Piece]:
         return self.now
+
+
+@dataclass
+class _InProcess:
+    """What a DataLoader without workers does, less a profiler's range for each piece."""
+
+    fetch: Any
+    pieces: Iterable[Piece]
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.fetch.__getitems__, self.pieces)
 
 
 def _as_it_is(batch: Any) -> Any:

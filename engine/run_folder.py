@@ -13,6 +13,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
+import orjson
 from torch import Tensor
 
 log = logging.getLogger("tally")
@@ -32,7 +33,6 @@ class RunFolder:
             raise FileExistsError(f"run_dir={str(path)!r} is taken: a run never overwrites another; {way_out}.")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.path / LOCK)
-        self._encode = json.JSONEncoder(allow_nan=False).encode
         self._metrics: FileIO | None = None
         self._unwritten = b""
         self._is_full = False
@@ -57,11 +57,7 @@ class RunFolder:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; where the disk is full, keep it for the next time."""
-        try:
-            line = self._encode(record)
-        except ValueError:  # JSON has no NaN
-            line = self._encode(_finite(record))
-        self._unwritten += line.encode() + b"\n"
+        self._unwritten += orjson.dumps(record) + b"\n"  # a number that is not finite becomes null
         try:
             if self._metrics is None:
                 self._metrics = (self.path / "metrics.jsonl").open("ab", buffering=0)  # a killed run keeps every line
@@ -77,8 +73,8 @@ class RunFolder:
     def tell(self, event: Mapping[str, Any]) -> None:
         """Append one line to events.jsonl, which no resume cuts: what happened to the run, and when."""
         try:
-            with (self.path / "events.jsonl").open("a") as events:
-                events.write(self._encode(_finite(event)) + "\n")
+            with (self.path / "events.jsonl").open("ab") as events:
+                events.write(orjson.dumps(event) + b"\n")
         except OSError as error:
             log.error("events.jsonl could not be written: %s. Training goes on without the line.", error)
 

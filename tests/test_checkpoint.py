@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 import safetensors.torch
 import torch
@@ -337,7 +338,7 @@ def test_training_goes_on_while_the_disk_is_full(disk: Path, caplog: pytest.LogC
 
 def test_each_update_is_kept_once_wherever_the_file_ends(tmp_path: Path) -> None:
     kinds = [(1, "loss"), (2, "loss"), (2, "validation/loss"), (3, "loss")]
-    lines = [json.dumps({"update": update, kind: 0.5}) + "\n" for update, kind in kinds]
+    lines = [orjson.dumps({"update": update, kind: 0.5}).decode() + "\n" for update, kind in kinds]
     RunFolder(tmp_path).write("config.json", {MARK: 1})
     for saved, newest in enumerate([(0, 0), (1, 0), (2, 0), (2, 2), (3, 2)]):  # and the run was killed later
         for end in range(len("".join(lines[:saved])), len("".join(lines)) + 1):
