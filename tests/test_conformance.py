@@ -41,6 +41,7 @@ def test_ddp_keeps_every_promise(check: Callable[[Backend], None]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "ours",
     [backend("single", 1), backend("dp", 1, devices=3), backend("ddp", 1), backend("ddp", 3, bucket_cap_mb=1e-4)],
@@ -64,7 +65,7 @@ def red(subject: Backend) -> list[str]:
 
 
 def with_defect(defect: Defect) -> Backend:
-    return Backend(defect.strategy, {"timeout_seconds": 2}, seconds=10)
+    return Backend(defect.strategy, {"timeout_seconds": 5}, seconds=30)
 
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.strategy.__name__)
@@ -75,6 +76,7 @@ def test_a_defect_is_red_in_the_right_place_and_says_what_was_seen(defect: Defec
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.strategy.__name__)
 def test_a_defect_is_red_nowhere_else_than_where_it_must(defect: Defect) -> None:
     assert set(red(with_defect(defect))) == {defect.check, *defect.others.split()}

@@ -26,12 +26,12 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-def python(folder: Path, *arguments: str) -> str:
+def python(folder: Path, *arguments: str, seconds: float = 100) -> str:
     done = subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=seconds,
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         check=False,
@@ -110,6 +110,7 @@ def test_the_strategies_of_the_docs_train_on_two_processes(tmp_path: Path, path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("command", "kept", "not_declared"),
     [
@@ -124,7 +125,7 @@ def test_the_strategies_of_the_docs_keep_what_they_declare(
 ) -> None:
     path, *arguments = command.split()
     backend(tmp_path, path)
-    printed = python(tmp_path, "-m", "engine.conformance", path, *arguments)
+    printed = python(tmp_path, "-m", "engine.conformance", path, *arguments, seconds=500)
     assert printed.splitlines()[-1] == f"19 promises: {kept} kept, 0 broken, {not_declared} not declared."
 
 
