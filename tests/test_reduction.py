@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from toy import Regression
 
 import engine.loop
-from engine import GradientAccumulationScheduler, Trainer
+from engine import Callback, GradientAccumulationScheduler, Trainer
 from engine.reduction import HIDDEN, Costs
 from engine.scaling import Link, calibrated
 from strategies import DDPStrategy
@@ -25,9 +25,11 @@ SAMPLES, N = 42, 2
 
 class Clock:
     now = 0.0
+    reads = 0
 
     @classmethod
     def read(cls) -> float:
+        cls.reads += 1
         return cls.now
 
 
@@ -48,7 +50,7 @@ class Working(Regression):
         return Stepping(model.parameters(), lr=self.lr)
 
     def loss(self, model: nn.Module, batch: Any) -> Any:
-        Clock.now += MICRO_BATCH
+        Clock.now += MICRO_BATCH if self.seen else 10 * MICRO_BATCH  # the first one warms up
         return super().loss(model, batch)
 
 
@@ -75,6 +77,17 @@ def test_it_is_not_known_without_other_processes_or_micro_batches(
     P: int, strategy: str, K: int, tmp_path: Path
 ) -> None:
     assert run(P, reduction, strategy, [K], tmp_path / "run")[0] is None
+
+
+def reads_per_update(K: int) -> float:
+    engine.loop.time = SimpleNamespace(perf_counter=Clock.read)  # type: ignore[assignment]
+    trainer = Trainer("ddp", N, accumulate_grad_batches=K, max_epochs=1, callbacks=Callback())
+    trainer.fit(Working(48))
+    return Clock.reads / trainer.update
+
+
+def test_a_longer_window_does_not_look_at_the_clock_more_often() -> None:
+    assert run(2, reads_per_update, 2) == run(2, reads_per_update, 6)
 
 
 @pytest.mark.parametrize("reduction", [0.0, 0.1, 1.0, 7.0, 100.0])

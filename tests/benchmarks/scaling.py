@@ -35,7 +35,7 @@ from engine import Callback, Task, Trainer
 from engine.scaling import Link, Scaling, calibrated
 
 PROCESSES, WINDOWS, CALIBRATION = (1, 2, 4), (1, 4, 16), (2, 4)
-N, FEATURES, LAYERS = 2, 1024, 2
+N, FEATURES, LAYERS = 2, 768, 2
 FORWARD, BACKWARD = 0.005, 0.010  # seconds of sleep per layer
 WARM_UP = 2  # updates
 BEYOND = ((8, 4), (8, 16), (2, 64))
@@ -138,14 +138,11 @@ def measure(hosts: Sequence[Host], P: int, updates: int, folder: Path) -> None:
 
 
 def print_table(model: Scaling, measured: dict[tuple[int, int], float]) -> None:
-    link, P0, K0 = model.link, *CALIBRATION
-    print(
-        f"Two hosts at 200 Mbit/s, {model.size:,} bytes in {model.collectives} collectives; calibrated at P={P0}, K={K0}:"
-    )
+    link, (P0, K0) = model.link, CALIBRATION
+    print(f"{model.size:,} bytes in {model.collectives} collectives; calibrated at P={P0}, K={K0}:")
     print(f"a micro-batch {1000 * model.micro_batch:.1f} ms, step {1000 * model.step:.1f} ms, ", end="")
-    print(
-        f"{8e-6 * link.bandwidth:.0f} Mbit/s, latency {1000 * link.latency:.2f} ms, overlap {1000 * model.overlap:.1f} ms.\n"
-    )
+    print(f"{8e-6 * link.bandwidth:.0f} Mbit/s, latency {1000 * link.latency:.2f} ms, ", end="")
+    print(f"overlap {1000 * model.overlap:.1f} ms.\n")
     print("| P | K | updates/s predicted | measured | error |\n| --: | --: | --: | --: | --: |")
     errors = []
     for (P, K), rate in measured.items():
