@@ -31,6 +31,7 @@ from engine.interrupts import Interrupted, Interrupts
 from engine.loss import Loss
 from engine.precision import LossScale
 from engine.randomness import ODD, SEED_BITS, epoch_key
+from engine.reduction import Meter
 from engine.window import Micro, Window
 from strategies import Rows, Strategy
 
@@ -85,7 +86,9 @@ class Loop:
         self._skips_nonfinite = options.skip_nonfinite_updates or options.precision == "fp16"
         self._wants_norm = bool(self._skips_nonfinite or options.gradient_clip_norm or options.measures)
         self._norm = math.nan  # of the update before
-        self._busy = self._began = 0.0
+        self._busy = self._began = self._last_began = 0.0
+        self.meter = Meter() if options.measures and _can_time(strategy) else None
+        """What the reduction costs; None where there is none, or the host's clock does not see it."""
         self._rows: list[list[float]] = []  # of the last message
         self._late_weight = 0.0  # the weight of the update before, where it was not what was expected
         self._losses: list[Tensor] = []
@@ -107,10 +110,13 @@ class Loop:
 
         self.start(window, epoch, update, wishes)
         interrupts, seed, key = self._interrupts, self.strategy.seed, self._key
+        is_timed = self.meter is not None
 
         def forward(micro: Micro) -> tuple[Tensor, float]:
             if interrupts.requested:
                 raise Interrupted
+            if is_timed and micro.is_last:
+                self._last_began = time.perf_counter()
             seed(key + micro.place * ODD & SEED_BITS)
             return self.weigh(compute(self.model, micro.batch), micro)
 
@@ -172,12 +178,15 @@ class Loop:
         return value, share * self._scale
 
     def seed(self, micro: Micro) -> None:
-        """Seed what the forward of a micro-batch draws from."""
+        """Seed what the forward of a micro-batch draws from: it begins."""
+        if micro.is_last:
+            self._last_began = time.perf_counter()
         self.strategy.seed(self._key + micro.place * ODD & SEED_BITS)
 
     def finish(self, window: Window, update: int) -> Outcome:
         """Correct, clip, step: once per window, the same on all processes."""
         facts = self._agreed(update)
+        reduced = time.perf_counter() if self.meter is not None else 0.0
         if facts.abort:
             return self._drop()
         if update == 0:
@@ -206,6 +215,8 @@ class Loop:
         self.strategy.clear_gradients()
         if facts.weight:
             self._late_weight = facts.weight if facts.weight != self._expected else 0.0
+        if self.meter is not None and self.weighed == (K := window.stage.accumulate_grad_batches):
+            self.meter.add(K, self._began, self._last_began, reduced, time.perf_counter())
         mean = facts.loss / facts.weight if self.options.measures and facts.weight else math.nan
         return Outcome(
             facts.weight, mean, int(facts.samples), norm, skipped, overflowed, facts.stop > 0, facts.save > 0
@@ -336,6 +347,12 @@ class Loop:
         return ProcessFailureError(
             "; ".join(f"process {rank} failed in update {update}: {text}" for rank, text in failures)
         )
+
+
+def _can_time(strategy: Strategy) -> bool:
+    """Whether the host's clock, at a window's boundaries, sees a reduction: not one that a device does by itself."""
+    is_deferred = strategy.defers_reduction and strategy.micro_batches is None
+    return strategy.data_parallel_size > 1 and is_deferred and strategy.device.type == "cpu"
 
 
 def _loss_message(value: Tensor) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 def summarize(trainer: Trainer, seconds: float) -> dict[str, Any]:
     """Return the content of summary.json: final metrics, what was done, what crossed the wire, versions."""
     reductions, size = trainer.strategy.reductions()
+    costs = trainer.loop.meter.costs if trainer.loop.meter is not None else None
     return {
         **{f"validation/{name}": mean for name, mean in trainer.metrics.items()},
         "loss": trainer.record.get("loss"),
@@ -26,5 +27,6 @@ def summarize(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "strategy": trainer.strategy.describe(),
         "all_reduces_per_update": reductions,
         "bytes_reduced_per_update": size,
+        "reduction": costs.summary() if costs is not None else None,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }

@@ -26,6 +26,7 @@ from engine.checks import (
     check_windows,
     the_scheduler,
 )
+from engine.compiling import check_compiles, compile_in_place
 from engine.data import make_plan, make_source
 from engine.epochs import Epochs
 from engine.evaluation import Evaluation
@@ -65,6 +66,7 @@ class Trainer:
         lr_reference_batch: the effective batch, in samples, that the task's learning rate is for.
         gradient_clip_norm: clips the 2-norm of an update's whole gradient.
         precision: "fp32", "bf16" or "fp16" (autocast); None keeps the model's own dtype.
+        compile_model: compile the model in place with torch.compile ("single" and "ddp").
         seed: of the model's parameters, the data order, dropout and augmentation.
         shuffle: a new global order each epoch; `Task.order` gives another one.
         spread_windows: cut each window into as many pieces of like size for all processes, so that none waits for
@@ -108,6 +110,7 @@ class Trainer:
         lr_reference_batch: int | None = None,
         gradient_clip_norm: float | None = None,
         precision: str | None = None,
+        compile_model: bool = False,
         seed: int = 0,
         shuffle: bool = True,
         spread_windows: bool = False,
@@ -138,6 +141,7 @@ class Trainer:
         check_settings(arguments)
         self.settings = arguments
         self.strategy = resolve(strategy)
+        check_compiles(compile_model, self.strategy)
         self.callbacks = _as_list(callbacks) + ([Progress()] if progress else [])
         self._loggers = make_loggers(loggers, run_dir)
         self._scheduler = the_scheduler(arguments, self.callbacks, self.strategy)
@@ -296,6 +300,8 @@ class Trainer:
         self.make_model(task)
         if self.settings["weights"] is not None and saved is None:
             load_weights(self.model, Path(self.settings["weights"]))
+        if self.settings["compile_model"]:
+            compile_in_place(self.model)
         measures = bool(self.callbacks or self._loggers or self.settings["run_dir"] is not None)
         check_configurations_agree(
             strategy,

@@ -52,6 +52,9 @@ class Strategy(ABC):
     micro_batches: int | None = None
     """K, where it is fixed when the strategy is built: a window is then run whole, by `run_window`."""
 
+    compiles_in_place: bool = True
+    """Whether a forward calls the user's model as a whole, so that it can be compiled; False: copies or parts of it."""
+
     evaluates_alone: bool = True
     """Whether a process can leave a validation without another one waiting for it."""
 

@@ -28,6 +28,7 @@ class DPStrategy(SingleDeviceStrategy):
     """
 
     name = "dp"
+    compiles_in_place = False
 
     def __init__(self, devices: int | None = None, device_type: Literal["cuda", "cpu"] | None = None) -> None:
         kind = device_type or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -58,6 +58,7 @@ class FSDPStrategy(ProcessGroupStrategy):
 
     name = "fsdp"
     supports_variable_windows = True
+    compiles_in_place = False
     holds_all = False
 
     def __init__(

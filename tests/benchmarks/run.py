@@ -18,7 +18,7 @@ from benchmarks.plot import plot
 
 FOLDER = Path(__file__).resolve().parent
 DOCS = FOLDER.parents[1] / "docs"
-NAMES = ("overhead", "in_memory", "memory", "start", "wire", "checkpoints")
+NAMES = ("overhead", "in_memory", "memory", "start", "wire", "scaling", "checkpoints")
 """Scripts beside this one, and the markers on the page between which their output stands."""
 
 

@@ -1,0 +1,111 @@
+"""What the reduction costs, measured by a clock that only the work moves; and the model that is calibrated with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from processes import run
+from torch import Tensor, nn
+from toy import Regression
+
+import engine.loop
+from engine import Callback, GradientAccumulationScheduler, Trainer
+from engine.reduction import HIDDEN, Costs
+from engine.scaling import Link, calibrated
+from strategies import DDPStrategy
+
+MICRO_BATCH, REDUCTION, STEP = 10.0, 30.0, 5.0
+SAMPLES, N = 42, 2
+
+
+class Clock:
+    now = 0.0
+    reads = 0
+
+    @classmethod
+    def read(cls) -> float:
+        cls.reads += 1
+        return cls.now
+
+
+class Reducing(DDPStrategy):
+    def backward(self, loss: Tensor, scale: float | Tensor) -> None:
+        super().backward(loss, scale)
+        Clock.now += REDUCTION * self._ddp.require_backward_grad_sync
+
+
+class Stepping(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        Clock.now += STEP
+        return super().step(closure)
+
+
+class Working(Regression):
+    def configure_optimizer(self, model: nn.Module) -> Any:
+        return Stepping(model.parameters(), lr=self.lr)
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        Clock.now += MICRO_BATCH if self.seen else 10 * MICRO_BATCH  # the first one warms up
+        return super().loss(model, batch)
+
+
+def reduction(strategy: Any, Ks: list[int], folder: Path) -> Any:
+    """Return what summary.json says of it; the last window of each epoch is short."""
+    engine.loop.time = SimpleNamespace(perf_counter=Clock.read)  # type: ignore[assignment]
+    scheduler = GradientAccumulationScheduler(dict(enumerate(Ks)))
+    Trainer(strategy, N, callbacks=scheduler, max_epochs=len(Ks), run_dir=str(folder)).fit(Working(SAMPLES))
+    return json.loads((folder / "summary.json").read_text())["reduction"]
+
+
+@pytest.mark.parametrize(("Ks", "K"), [([2], 2), ([1, 2, 3, 1], 3)])
+def test_the_share_of_an_update(Ks: list[int], K: int, tmp_path: Path) -> None:
+    found = run(2, reduction, Reducing(), Ks, tmp_path / "run")[0]
+    assert found["accumulate_grad_batches"] == K
+    assert found["seconds_per_micro_batch"] == MICRO_BATCH
+    assert found["seconds"] == REDUCTION
+    assert found["seconds_of_step"] == STEP
+    assert found["share_of_update"] == REDUCTION / (K * MICRO_BATCH + REDUCTION + STEP)
+
+
+@pytest.mark.parametrize(("P", "strategy", "K"), [(1, "single", 2), (2, "ddp", 1)])
+def test_it_is_not_known_without_other_processes_or_micro_batches(
+    P: int, strategy: str, K: int, tmp_path: Path
+) -> None:
+    assert run(P, reduction, strategy, [K], tmp_path / "run")[0] is None
+
+
+def reads_per_update(K: int) -> float:
+    engine.loop.time = SimpleNamespace(perf_counter=Clock.read)  # type: ignore[assignment]
+    trainer = Trainer("ddp", N, accumulate_grad_batches=K, max_epochs=1, callbacks=Callback())
+    trainer.fit(Working(48))
+    return Clock.reads / trainer.update
+
+
+def test_a_longer_window_does_not_look_at_the_clock_more_often() -> None:
+    assert run(2, reads_per_update, 2) == run(2, reads_per_update, 6)
+
+
+@pytest.mark.parametrize("reduction", [0.0, 0.1, 1.0, 7.0, 100.0])
+def test_the_K_that_hides_it_is_the_least(reduction: float) -> None:
+    costs = Costs(4, 0.7, reduction, 0.2)
+    K = next(K for K in range(1, 10_000) if costs.share(K) < HIDDEN)
+    assert costs.hiding == K
+
+
+def test_the_model_gives_back_the_run_it_was_calibrated_with() -> None:
+    link, costs = Link(bandwidth=1000.0, latency=0.01), Costs(4, 0.5, 1.25, 0.125)
+    summary = {"processes": 2, "all_reduces_per_update": 3, "bytes_reduced_per_update": 2000}
+    model = calibrated({**summary, "reduction": costs.summary()}, link)
+    assert model.seconds(P=2, K=4) == pytest.approx(costs.update(4))
+    # by hand: of four processes each sends 2 x 3/4 of the bytes, in 6 messages for each of three collectives
+    ring = {2: 2000 / 1000 + 2 * 0.01 * 3, 4: 1.5 * 2000 / 1000 + 6 * 0.01 * 3}
+    overlap = ring[2] - 1.25
+    assert model.seconds(P=4, K=2) == pytest.approx(2 * 0.5 + ring[4] - overlap + 0.125)
+    assert model.seconds(P=1, K=2) == pytest.approx(2 * 0.5 + 0.125)
+    with pytest.raises(ValueError, match="K >= 2"):
+        calibrated({**summary, "reduction": None}, link)
