@@ -127,7 +127,7 @@ def test_a_scheduler_moves_by_update_or_by_epoch() -> None:
 def test_given_data_comes_first_and_a_loader_that_shuffles_is_shuffled_by_the_trainer() -> None:
     small = TensorDataset(*data(8))
     assert torch.equal(fit(Duck, "single", train=small)[0], fit(Duck, "single", train=DataLoader(small))[0])
-    task = Lightning(Duck(), train=DataLoader(small, shuffle=True, collate_fn=len))
+    task = Lightning(Duck(), train=DataLoader(small, shuffle=True, collate_fn=len), validation=small)
     assert task.train_data() is small
     assert task.order(0) is None
     assert task.collate([1, 2, 3]) == 3
@@ -218,10 +218,10 @@ def test_what_cannot_be_carried_over_is_refused_by_name(kind: str, methods: dict
 
 def test_a_real_module_is_told_that_there_is_no_epoch_to_ask_for() -> None:
     base = type(real())
-    with pytest.raises(ValueError, match="self.trainer.current_epoch, which self.current_epoch may ask for"):
+    with pytest.raises(ValueError, match=r"self.trainer.current_epoch, which self.current_epoch may ask for"):
         fit(lambda: of(base, training_step=lambda self, batch: self.current_epoch), "single")
 
 
 def test_what_is_no_such_module_is_refused() -> None:
-    with pytest.raises(ValueError, match="Linear cannot be carried over .* training_step and configure_optimizers"):
+    with pytest.raises(ValueError, match=r"Linear cannot be carried over .* training_step and configure_optimizers"):
         Lightning(nn.Linear(1, 1))

@@ -119,7 +119,8 @@ class Lightning(Task):
         """Return what `training_step` returns."""
         self._index["validation_step"] = 0
         found = self._step(model, "training_step", batch)
-        return found["loss"] if isinstance(found, Mapping) else found
+        loss: Loss | Tensor = found["loss"] if isinstance(found, Mapping) else found
+        return loss
 
     def evaluate(self, model: nn.Module, batch: Any) -> Mapping[str, Loss | Tensor]:
         """Return what `validation_step` logs; if it logs nothing, its returned loss."""
@@ -143,22 +144,24 @@ class Lightning(Task):
         if self._data is None:
             if _defines(self.module, "setup"):
                 self._ours("setup", "fit")
-            own = [
+            own: list[Any] = [
                 self._ours(name) if _defines(self.module, name) else None
                 for name in ("train_dataloader", "val_dataloader")
             ]
             train, validation = (mine if given is None else given for given, mine in zip(self._given, own, strict=True))
             if train is None:
                 _refuse("a module without train_dataloader", "give the data: Lightning(module, train=dataset)")
-            loaders = [loader for loader in (train, validation) if _shuffles_or_reads(loader)]
+            found = [(data, _shuffles_or_reads(data)) for data in (train, validation)]
+            loaders = [data for data, is_plain in found if is_plain]
             if len({loader.collate_fn for loader in loaders}) > 1:
                 _refuse("two DataLoaders with different collate_fn", "use one for both")
             if loaders:
                 self._collate = loaders[0].collate_fn
                 log.info("DataLoader: the dataset is read; its batch_size and num_workers are the trainer's to say")
-            if train in loaders and isinstance(train.sampler, SequentialSampler):
+            if found[0][1] and isinstance(train.sampler, SequentialSampler):
                 self._in_order = len(train.dataset)
-            self._data = tuple(data.dataset if data in loaders else data for data in (train, validation))  # type: ignore
+            first, second = (data.dataset if is_plain else data for data, is_plain in found)
+            self._data = first, second
         return self._data
 
     def _log(self, name: str, value: Any, *_: Any, batch_size: int | None = None, **options: Any) -> None:
@@ -200,7 +203,7 @@ class Steps(nn.Module):
         return getattr(self.own, step)(*arguments)
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         """The module's own mode."""
         return self.own.training
 
