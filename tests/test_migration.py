@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run
-from test_docs import blocks
+from test_docs import ROOT, blocks, python
 from torch import Tensor
 from toy import in_order
 
@@ -56,6 +56,12 @@ def program(page: str, number: int) -> tuple[Tensor, int]:
     return line.detach(), int(found["updates"])
 
 
+def alone(page: str) -> tuple[Tensor, int]:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        del os.environ[name]
+    return program(page, 0)
+
+
 BEFORE = [
     ("docs/from-a-plain-loop.md", "torch", full_windows_only, 31),
     ("docs/from-lightning.md", "lightning.pytorch", each_divided_by_K, 32),
@@ -73,7 +79,7 @@ AFTER = [
 def test_before(page: str, package: str, rule: Any, updates: int, tmp_path: Path, monkeypatch: Any) -> None:
     pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
-    ((line, made),) = run(1, program, page, 0, group=False)
+    ((line, made),) = run(1, alone, page, group=False)
     torch.testing.assert_close(line.double(), trained(rule), rtol=0, atol=2e-6)
     assert made == updates
 
@@ -89,3 +95,11 @@ def test_after(page: str, number: int, P: int) -> None:
 def test_the_rules_come_out_apart() -> None:
     lines = [trained(rule) for rule in (as_one_batch, each_divided_by_K, full_windows_only)]
     assert min((a - b).abs().max() for a, b in [lines[:2], lines[1:], lines[::2]]) > 1e-3
+
+
+@pytest.mark.slow
+def test_the_table_of_short_windows_is_what_the_script_prints() -> None:
+    for package in ("lightning", "accelerate", "ignite", "torchtnt"):
+        pytest.importorskip(package)
+    printed = python(ROOT, "tests/benchmarks/short_window.py")
+    assert printed.strip() in (ROOT / "docs/comparison.md").read_text()
