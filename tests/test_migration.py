@@ -97,6 +97,16 @@ def test_the_rules_come_out_apart() -> None:
     assert min((a - b).abs().max() for a, b in [lines[:2], lines[1:], lines[::2]]) > 1e-3
 
 
+def test_the_model_of_transformers_trains_alike_on_one_and_two_processes() -> None:
+    pytest.importorskip("transformers")
+    page = "docs/transformers.md"
+    (one, updates), *others = [*run(1, program, page, 0), *run(2, program, page, 0)]
+    assert updates == 3 * -(-50 // 16)
+    for other, made in others:
+        assert made == updates
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-2)  # AdamW in float32 enlarges rounding
+
+
 @pytest.mark.slow
 def test_the_table_of_short_windows_is_what_the_script_prints() -> None:
     for package in ("lightning", "accelerate", "ignite", "torchtnt"):
