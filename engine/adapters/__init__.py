@@ -1,0 +1,6 @@
+"""Tasks made of what was written for other libraries; none of them is imported before it is used."""
+
+from engine.adapters.lightning import Lightning
+from engine.adapters.transformers import CausalLM, SequenceClassification
+
+__all__ = ["CausalLM", "Lightning", "SequenceClassification"]

@@ -1,0 +1,162 @@
+"""Models of Hugging Face's `transformers` as tasks, weighted by what they predict; imported only to make a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
+
+from engine.loss import Loss
+from engine.task import Task
+
+IGNORED = -100
+"""The label of what is not predicted, as everywhere in `transformers`."""
+
+
+class _Pretrained(Task):
+    """One model of `transformers` and its tokenised data."""
+
+    auto_class: str
+
+    def __init__(
+        self,
+        model: Any,
+        dataset: Dataset[Any] | Iterable[Any],
+        validation: Dataset[Any] | Iterable[Any] | None = None,
+        lr: float = 5e-5,
+        weight_decay: float = 0.0,
+    ) -> None:
+        self.source = model
+        self.dataset, self.validation = dataset, validation
+        self.lr, self.weight_decay = lr, weight_decay
+        self._pad = 0
+
+    def configure_model(self) -> nn.Module:
+        """Return the model in training mode. Raises ValueError for one whose loss is another."""
+        model = self._model()
+        self.check(model.config)
+        self._pad = getattr(model.config, "pad_token_id", None) or 0
+        return model.train()  # type: ignore[no-any-return]
+
+    def _model(self) -> Any:
+        if isinstance(self.source, nn.Module):
+            return self.source
+        auto = getattr(import_module("transformers"), self.auto_class)
+        return auto.from_pretrained(self.source) if isinstance(self.source, str) else auto.from_config(self.source)
+
+    def check(self, config: Any) -> None:
+        """Raise ValueError for a model that would need another loss."""
+        if getattr(config, "output_router_logits", False):
+            raise ValueError(
+                "output_router_logits=True adds a loss of the router, which this task would leave out: "
+                "write loss() yourself, with that term times the weight, or set it to False."
+            )
+
+    def configure_optimizer(self, model: nn.Module) -> Optimizer | tuple[Optimizer, LRScheduler]:
+        """Return AdamW."""
+        return AdamW(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+
+    def train_data(self) -> Dataset[Any] | Iterable[Any]:
+        """Return the dataset."""
+        return self.dataset
+
+    def validation_data(self) -> Dataset[Any] | Iterable[Any] | None:
+        """Return the data to evaluate on, if any."""
+        return self.validation
+
+    def collate(self, samples: list[Any]) -> dict[str, Tensor]:
+        """Pad to the longest sample on the right: labels with -100, `input_ids` with the model's padding, else 0.
+
+        Makes an `attention_mask` where there is none. Raises ValueError for a column that is no number.
+        """
+        if "attention_mask" not in samples[0]:
+            samples = [{**sample, "attention_mask": [1] * len(sample["input_ids"])} for sample in samples]
+        return {name: self._column(name, [sample[name] for sample in samples]) for name in samples[0]}
+
+    def _column(self, name: str, values: list[Any]) -> Tensor:
+        try:
+            tensors = [torch.as_tensor(value) for value in values]
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"the data's column {name!r} holds {type(values[0]).__name__}: keep only what the model takes, "
+                "as in dataset.remove_columns(...)."
+            ) from None
+        if not tensors[0].ndim:
+            return torch.stack(tensors)
+        return pad_sequence(tensors, True, {"labels": IGNORED, "input_ids": self._pad}.get(name, 0))
+
+
+class CausalLM(_Pretrained):
+    """Predicts each next token; an update's gradient is the mean over all predicted tokens of its window.
+
+    `model` is a causal language model, its config (then it begins at random, from the run's seed), or a name or path
+    for `AutoModelForCausalLM.from_pretrained`. Samples are dictionaries of token numbers, of any length: `input_ids`,
+    and `labels` (the same positions, not shifted; -100: not to be predicted) where not all of them are predicted.
+    """
+
+    auto_class = "AutoModelForCausalLM"
+
+    def collate(self, samples: list[Any]) -> dict[str, Tensor]:
+        """Pad to the longest sample; padding is neither looked at nor predicted."""
+        return super().collate([s if "labels" in s else {**s, "labels": _predicted(s)} for s in samples])
+
+    def loss(self, model: nn.Module, batch: Any) -> Loss:
+        """Return the sum of cross-entropies and the number of predicted tokens: each sample's but its first."""
+        labels = batch["labels"][:, 1:]
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False).logits
+        return _cross_entropy(logits[:, :-1].transpose(1, 2), labels)
+
+
+class SequenceClassification(_Pretrained):
+    """Gives each sequence one of several labels; `accuracy` is a metric of the validation.
+
+    `model` is a model for sequence classification, its config, or a name or path for
+    `AutoModelForSequenceClassification.from_pretrained`. Samples are dictionaries of `input_ids` and `labels`, one
+    whole number (-100: none). Raises ValueError for regression and several labels at a time.
+    """
+
+    auto_class = "AutoModelForSequenceClassification"
+
+    def check(self, config: Any) -> None:
+        """Raise ValueError for a model that does not choose one of several labels."""
+        super().check(config)
+        if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
+            raise ValueError(
+                f"num_labels={config.num_labels} with problem_type={config.problem_type!r}: this task is for one of "
+                "several labels; override loss() for others."
+            )
+
+    def loss(self, model: nn.Module, batch: Any) -> Loss:
+        """Return the sum of cross-entropies and the number of labelled sequences."""
+        return _cross_entropy(*_classified(model, batch))
+
+    def evaluate(self, model: nn.Module, batch: Any) -> Mapping[str, Loss | Tensor]:
+        """Return cross-entropy and accuracy."""
+        logits, labels = _classified(model, batch)
+        loss = _cross_entropy(logits, labels)
+        return {"loss": loss, "accuracy": Loss((logits.argmax(1) == labels).sum(), loss.weight)}
+
+
+def _classified(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return model(**{name: value for name, value in batch.items() if name != "labels"}).logits, batch["labels"]
+
+
+def _predicted(sample: Mapping[str, Any]) -> Tensor:
+    """The tokens themselves; none where the sample's own mask is 0 (padding that is there already)."""
+    tokens = torch.as_tensor(sample["input_ids"])
+    mask = sample.get("attention_mask")
+    return tokens if mask is None else tokens.masked_fill(torch.as_tensor(mask) == 0, IGNORED)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Loss:
+    """Sum in float32 or wider over all labels but -100; `logits` has its classes in dim 1."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = nn.functional.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="sum")
+    return Loss(total, (labels != IGNORED).sum())
