@@ -16,6 +16,8 @@ from test_torchrun import JOB, OPTIONS, UPDATES, reach, records
 
 from engine.interrupts import EXIT_STATUS
 
+pytestmark = pytest.mark.timeout(400)
+
 CLUSTERS = ROOT / "launch" / "clusters"
 SCRIPTS = sorted(p for p in (ROOT / "launch").rglob("*") if p.suffix == ".sh")
 
@@ -58,6 +60,7 @@ def sbatch(folder: Path, *options: str) -> Started:
         PATH=f"{folder / 'bin'}:{os.environ['PATH']}",
         PYTHON=sys.executable,
         PROCESSES="1",
+        RESTARTS="0",  # torchrun starts workers that were refused as often, each after ten seconds
         SLURM_JOB_ID=str(os.getpid()),
         SLURM_JOB_NUM_NODES="2",
         SLURM_JOB_NODELIST="localhost,localhost",
@@ -70,7 +73,9 @@ def test_scripts_are_sound(script: Path) -> None:
     checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if checker is None:
         pytest.skip("shellcheck is not installed")
-    done = subprocess.run([checker, "--source-path=SCRIPTDIR", "-x", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [checker, "--source-path=SCRIPTDIR", "-x", script], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -112,11 +117,11 @@ def test_a_slurm_job_is_put_back_and_goes_on_unless_it_was_cancelled(folder: Pat
             if is_cancelled:
                 start.process.terminate()
             os.kill(int((folder / "srun.pid").read_text()), signal.SIGTERM)
-            assert start.wait(60) == EXIT_STATUS, start.output
+            assert start.wait(120) == EXIT_STATUS, start.output
         assert update <= len(records(run)) < UPDATES
         assert requeued.read_text().split() == [job]
     with sbatch(folder) as last:
-        assert last.wait(90) == 0, last.output
+        assert last.wait(120) == 0, last.output
     assert requeued.read_text().split() == [job]
     assert [record["update"] for record in records(run)] == list(range(1, UPDATES + 1))
     assert {record["effective_batch"] for record in records(run)} == {16, 4}
@@ -125,7 +130,7 @@ def test_a_slurm_job_is_put_back_and_goes_on_unless_it_was_cancelled(folder: Pat
 @pytest.mark.slow
 def test_a_slurm_job_that_is_wrong_is_not_put_back(folder: Path) -> None:
     with sbatch(folder, "--trainer.micro_batch_size=0") as refused:
-        assert refused.wait(60) == 2, refused.output
+        assert refused.wait(120) == 2, refused.output
     assert "micro_batch_size=0" in refused.output
     assert not (folder / "requeued").exists()
 
@@ -156,6 +161,6 @@ def test_hosts_without_a_scheduler_lose_one_and_take_it_in_again(folder: Path) -
             assert leaves.wait(40) == EXIT_STATUS, leaves.output
         reach(run, 100, stays)
         with start(hosts[1]) as comes:
-            assert [host.wait(60) for host in (stays, comes)] == [0, 0], stays.output + comes.output
+            assert [host.wait(120) for host in (stays, comes)] == [0, 0], stays.output + comes.output
     assert [record["update"] for record in records(run)] == list(range(1, UPDATES + 1))
     assert {record["effective_batch"] for record in records(run)} == {16, 4}

@@ -21,7 +21,7 @@ from hosts import ROOT, Started, until
 
 from engine.interrupts import EXIT_STATUS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 PACKAGES = {"engine", "strategies", "launch"}
 DATA = {
@@ -74,7 +74,7 @@ class Next(Task):
 class Patient(DDPStrategy):
     def backward(self, loss, scale):
         import time
-        time.sleep(0.01)
+        time.sleep(0.02)
         super().backward(loss, scale)
 """
 SETTINGS = """
@@ -84,11 +84,11 @@ class_path = "mine.Next"
 [trainer]
 strategy = "mine.Patient"
 micro_batch_size = 4
-accumulate_grad_batches = 3
-max_epochs = 8
+accumulate_grad_batches = 2
+max_epochs = 4
 run_dir = "runs/mine"
 """
-UPDATES = 8 * 25
+UPDATES = 4 * 38  # 600 samples in windows of 16
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ class Place:
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **environment},
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=200,
             check=False,
         )
 
@@ -147,10 +147,10 @@ def test_the_wheel_holds_three_packages_and_nothing_else(built: Path) -> None:
     with zipfile.ZipFile(path) as wheel:
         names = {name for name in wheel.namelist() if not name.endswith("/")}
         (metadata,) = (wheel.read(name).decode() for name in names if name.endswith("/METADATA"))
-    of_pip, ours = {n for n in names if re.match(r"tally_engine-[^/]*\.(dist-info|data)/", n)}, set()
+    of_pip = {name for name in names if re.match(r"tally_engine-[^/]*\.(dist-info|data)/", name)}
     ours = names - of_pip
     assert {PurePosixPath(name).parts[0] for name in ours} == PACKAGES
-    assert DATA <= ours
+    assert ours >= DATA
     assert {name for name in ours if name.endswith(".py")} == {
         str(file.relative_to(ROOT)) for package in PACKAGES for file in (ROOT / package).rglob("*.py")
     }
@@ -192,15 +192,15 @@ def test_from_an_empty_folder_to_a_resumed_run_and_its_report(place: Place) -> N
         return Started([*torchrun, "--config=mine.toml"], place.folder, PYTHONPATH="")
 
     with start() as first:
-        until(lambda: history.exists() and len(history.read_text().splitlines()) > 30, 90, first.output)
+        until(lambda: history.exists() and len(history.read_text().splitlines()) > 30, 120, "30 updates")
         first.process.send_signal(signal.SIGTERM)
-        assert first.wait(60) == EXIT_STATUS, first.output
+        assert first.wait(120) == EXIT_STATUS, first.output
     assert 30 < len(history.read_text().splitlines()) < UPDATES
     with start() as second:
-        assert second.wait(90) == 0, second.output
+        assert second.wait(120) == 0, second.output
     records = [json.loads(line) for line in history.read_text().splitlines()]
     assert [record["update"] for record in records] == list(range(1, UPDATES + 1))
-    assert records[-1]["samples"] == 8 * 600
+    assert records[-1]["samples"] == 4 * 600
     assert records[-1]["loss"] < records[0]["loss"]
 
     report = place.do(place.python, "-m", "engine.report", "runs/mine")
