@@ -1,23 +1,48 @@
-"""The command line: `torchrun --nproc_per_node=P engine/run.py [--config FILE] [--dotted.option VALUE ...]`."""
+"""The command line: `torchrun --nproc_per_node=P engine/run.py [--config FILE] [--dotted.option VALUE ...]`.
+
+Installed it is `tally [...]` or, for torchrun, `-m engine.run [...]`.
+"""
 
 import os
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+OURS = ("engine", "strategies", "launch")
+
+
+def _refuse_if_hidden() -> None:
+    """End with a message where one of our packages was found in another place than beside this one."""
+    for name in OURS:
+        file = str(__import__(name).__file__)
+        if Path(file).resolve().parent != ROOT / name:
+            sys.exit(
+                f"engine/run.py: another package called '{name}' hides ours: {file} was imported instead of "
+                f"{ROOT / name}. Uninstall it, or use a virtual environment of its own."
+            )
+
+
+def _refuse_if_mixed(error: ImportError) -> None:
+    """End with a message where another distribution has put its files into one of our packages."""
+    name = (error.name or "").split(".")[0]
+    if name in OURS:
+        owners = " and ".join(sorted(set(packages_distributions().get(name, []))))
+        sys.exit(
+            f"engine/run.py: {ROOT / name} is no longer ours alone ({error}). It belongs to {owners or 'nobody'}: "
+            "install tally-engine anew in a virtual environment of its own."
+        )
+
 
 if __name__ == "__main__":
     if sys.path[0] == str(ROOT / "engine"):  # a script's own folder comes first: its modules would hide the user's
-        sys.path[:1] = [str(ROOT), os.getcwd()]
-
-    import engine
-
-    if Path(str(engine.__file__)).resolve().parent != ROOT / "engine":
-        sys.exit(
-            f"engine/run.py: another package called 'engine' hides ours: {engine.__file__} was imported instead of "
-            f"{ROOT / 'engine'}. Uninstall it, or use a virtual environment of its own."
-        )
-
-    from engine.command import main
+        del sys.path[0]
+    sys.path[:0] = [str(ROOT), os.getcwd()]
+    try:
+        _refuse_if_hidden()
+        from engine.command import main
+    except ImportError as error:
+        _refuse_if_mixed(error)
+        raise
 
     sys.exit(main())

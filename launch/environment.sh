@@ -1,7 +1,8 @@
+# shellcheck shell=bash
 # Sourced by train.sh and test.sh: makes .venv beside the code when it is missing or its requirements have changed.
 # PYTHON chooses the interpreter (3.11 or newer); pip's own variables choose its index.
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 wanted=$(cat pyproject.toml constraints.txt | cksum)
 if [ "$(cat .venv/.requirements 2>/dev/null)" != "$wanted" ]; then
     echo "making .venv (once) ..." >&2
