@@ -177,7 +177,7 @@ MUTATIONS = [
         PREVIEW,
     ),
     Mutation(
-        "plan the learning rate one update late", "engine/forecast.py", "lrs[number],", "lrs[number - 1],", PREVIEW
+        "plan the learning rate one update late", "engine/forecast.py", "lrs[number] *", "lrs[number - 1] *", PREVIEW
     ),
     Mutation(
         "plan the bytes of float32", "strategies/ddp.py", "p.numel() * p.element_size()", "p.numel() * 4", PREVIEW
