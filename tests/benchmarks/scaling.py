@@ -3,7 +3,7 @@
     python tests/benchmarks/scaling.py [--updates 12]
 
 P = 1, 2, 4 processes on two hosts at 200 Mbit/s (network namespaces: Linux, as root), K = 1, 4, 16.
-The link is measured by two all-reduces between two processes, the rest is the summary.json of the run with P = 2, K = 4.
+The link is measured by two all-reduces between two processes, the rest is the summary.json of the run with P=2, K=4.
 
 A micro-batch's work is real and small; beside it, forward and backward sleep, as processors of their own would work:
 four processes would disturb each other on fewer processors, which the model does not describe.
