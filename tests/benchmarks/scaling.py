@@ -1,9 +1,9 @@
 """How well the model of `engine/scaling.py` predicts updates/s: calibrated from one run, beside real runs of others.
 
-    python tests/benchmarks/scaling.py [--updates 12]
+    python tests/benchmarks/scaling.py [--updates 6]
 
-P = 1, 2, 4 processes on two hosts at 200 Mbit/s (network namespaces: Linux, as root), K = 1, 4, 16.
-The link is measured by two all-reduces between two processes, the rest is the summary.json of the run with P=2, K=4.
+P = 1, 2, 4 processes on two hosts at 200 Mbit/s (network namespaces: Linux, as root), K = 1, 4, 16. The link is
+measured by two all-reduces between two processes, the rest is the summary.json of the run with P = 2, K = 4.
 
 A micro-batch's work is real and small; beside it, forward and backward sleep, as processors of their own would work:
 four processes would disturb each other on fewer processors, which the model does not describe.
@@ -157,7 +157,7 @@ def print_table(model: Scaling, measured: dict[tuple[int, int], float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=12)
+    parser.add_argument("--updates", type=int, default=6)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.folder:
