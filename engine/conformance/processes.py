@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -12,9 +13,10 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from tempfile import TemporaryFile
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import torch
 import torch._dynamo  # the first optimizer imports it: once here, not in each process
@@ -22,6 +24,10 @@ import torch.distributed as dist
 
 GRACE = 10.0
 """Seconds in which the others must end when one process has failed."""
+
+
+_attempts = itertools.count()
+"""Each run meets in the same store, as the restarts of a torchrun do, under a number of its own."""
 
 
 class ProcessesFailedError(Exception):
@@ -39,17 +45,15 @@ def run(P: int, function: Callable[..., Any], *args: Any, seconds: float) -> lis
     `seconds` at the latest.
     """
     context = multiprocessing.get_context("fork")
+    port, attempt = _store().port, next(_attempts)
     children: dict[Any, Any] = {}
     for rank in range(P):
-        ours, theirs = context.Pipe()
+        ours, theirs = context.Pipe(duplex=False)
         places = TemporaryFile("w+")  # noqa: SIM115 - closed below
-        child = context.Process(target=_child, args=(rank, P, theirs, places, function, args))
+        child = context.Process(target=_child, args=(rank, P, (port, attempt), theirs, places, function, args))
         child.start()
         theirs.close()
         children[ours] = rank, child, places
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    for pipe in children:
-        pipe.send(store.port)  # it has a thread, and to fork beside a thread may leave a lock that nobody opens
     results: list[Any] = [None] * P
     errors: dict[int, str] = {}
     end = time.monotonic() + seconds
@@ -65,7 +69,6 @@ def run(P: int, function: Callable[..., Any], *args: Any, seconds: float) -> lis
         for rank, child, places in waiting.values():
             errors[rank] = f"did not end in time ({seconds:g} s, or {GRACE:g} s after another): {_place(child, places)}"
     finally:
-        del store
         for pipe, (_, child, places) in children.items():
             child.join(0.0 if errors else GRACE)
             if child.is_alive():
@@ -89,6 +92,14 @@ def _place(child: Any, places: IO[str]) -> str:
     return f"it is at {os.path.basename(file)}, line {line}, in {name}"
 
 
+@cache
+def _store() -> Any:
+    """The store in which all runs meet, in this process as it is in torchrun's."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    time.sleep(0.2)  # who connects in its first moments may never be answered (torch 2.13: 13 of 400 tries)
+    return store
+
+
 def _receive(pipe: Any, child: Any) -> tuple[Any, str]:
     try:
         value, error = pickle.loads(pipe.recv_bytes())
@@ -99,7 +110,13 @@ def _receive(pipe: Any, child: Any) -> tuple[Any, str]:
 
 
 def _child(
-    rank: int, P: int, pipe: Connection, places: IO[str], function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    P: int,
+    meeting: tuple[int, int],
+    pipe: Connection,
+    places: IO[str],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     faulthandler.register(signal.SIGUSR2, places)
     torch.set_num_threads(1)
@@ -110,16 +127,19 @@ def _child(
         WORLD_SIZE=str(P),
         LOCAL_WORLD_SIZE=str(P),
         MASTER_ADDR="localhost",
-        MASTER_PORT=str(pipe.recv()),
+        MASTER_PORT=str(meeting[0]),
         TORCHELASTIC_USE_AGENT_STORE="True",
-        TORCHELASTIC_RESTART_COUNT="0",
+        TORCHELASTIC_RESTART_COUNT=str(meeting[1]),
     )
     try:
-        message = function(*args), ""
+        _end(pipe, (function(*args), ""))
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f" ({os.path.basename(last.filename)}, line {last.lineno})"
-        message = None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
+        _end(pipe, (None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"))
+
+
+def _end(pipe: Connection, message: tuple[Any, str]) -> NoReturn:
+    """Send and exit: nothing is freed (DDP may wait for ever in it), no exit handler runs (they are the parent's)."""
     pipe.send_bytes(pickle.dumps(message))  # bytes: tensors sent as tensors would live in this process
-    pipe.close()
-    os._exit(0)  # no exit handlers: they belong to the parent
+    os._exit(0)
