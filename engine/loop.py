@@ -294,8 +294,8 @@ class Loop:
             self._busy += time.perf_counter() - self._began
         wishes, abort = self._wishes, self._interrupts.requested
         more = self._window.more
-        wanted = wishes.stop, wishes.save, abort
-        return Facts(float(self._weight), loss, self._samples, more, *wanted, 0.0, self._busy, self._norm)
+        weight, samples = float(self._weight), self._samples
+        return Facts(weight, loss, samples, more, wishes.stop, wishes.save, abort, 0.0, self._busy, self._norm)
 
     def _agreed(self, update: int) -> Facts:
         """Return the sums over all processes. Raises what they must hear of together."""
