@@ -104,7 +104,7 @@ def test_the_model_of_transformers_trains_alike_on_one_and_two_processes() -> No
     assert updates == 3 * -(-50 // 16)
     for other, made in others:
         assert made == updates
-        torch.testing.assert_close(other, one, rtol=0, atol=1e-2)  # AdamW in float32 enlarges rounding
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-3)  # AdamW in float32 enlarges rounding
 
 
 @pytest.mark.slow
