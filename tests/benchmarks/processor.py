@@ -10,20 +10,22 @@ import sys
 
 SYSTEM_CALL = {"x86_64": 298, "aarch64": 241}
 HARDWARE, INSTRUCTIONS = 0, 1
-DISABLED, WITHOUT_KERNEL, WITHOUT_HYPERVISOR = 1 << 0, 1 << 5, 1 << 6
+DISABLED, PINNED, WITHOUT_KERNEL, WITHOUT_HYPERVISOR = 1 << 0, 1 << 2, 1 << 5, 1 << 6
 ENABLE, DISABLE = 0x2400, 0x2401
 SIZE = 128
 """Bytes of the kernel's `perf_event_attr`, of which all but four fields stay 0."""
 
 
 class InstructionCounter:
-    """Counts between `start` and `stop`. Raises OSError where there is nothing to count with, as in many a cloud."""
+    """Counts once, from `start` to `stop`. Raises OSError where there is nothing to count with, as in many a cloud."""
+
+    count = 0
 
     def __init__(self) -> None:
         number = SYSTEM_CALL.get(os.uname().machine)
         if sys.platform != "linux" or number is None:
             raise OSError(f"no instruction counter is known for {sys.platform} on {os.uname().machine}")
-        options = DISABLED | WITHOUT_KERNEL | WITHOUT_HYPERVISOR
+        options = DISABLED | PINNED | WITHOUT_KERNEL | WITHOUT_HYPERVISOR
         attributes = struct.pack("IIQQQQQ", HARDWARE, SIZE, INSTRUCTIONS, 0, 0, 0, options).ljust(SIZE, b"\0")
         self._file = ctypes.CDLL(None, use_errno=True).syscall(number, attributes, 0, -1, -1, 0)
         if self._file < 0:
@@ -33,8 +35,10 @@ class InstructionCounter:
         fcntl.ioctl(self._file, ENABLE, 0)
 
     def stop(self) -> None:
+        """Raises OSError where the processor had no counter left for this one."""
         fcntl.ioctl(self._file, DISABLE, 0)
-
-    @property
-    def count(self) -> int:
-        return int(struct.unpack("Q", os.read(self._file, 8))[0])
+        found = os.read(self._file, 8)
+        os.close(self._file)
+        if not found:
+            raise OSError("others use all of this processor's counters: an instruction may have gone uncounted")
+        self.count = int.from_bytes(found, sys.byteorder)
