@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from strategies.hooks import Hook, check_hook, make_hook
+from strategies.hooks import EXACT_TO, Hook, check_hook, make_hook
 from strategies.optimizer_state import load_named_state, merged, parameter_names
 from strategies.processes import ProcessGroupStrategy
 from strategies.shards import Shards
@@ -94,6 +94,8 @@ class DDPStrategy(ProcessGroupStrategy):
         self.broadcast_buffers = broadcast_buffers
         self.sync_batchnorm = sync_batchnorm
         self.communication_hook = communication_hook
+        if communication_hook is not None:
+            self.exact_to = EXACT_TO[communication_hook]
         self.powersgd_rank = powersgd_rank
         self.powersgd_start = powersgd_start
         self.shard_optimizer = shard_optimizer
@@ -122,6 +124,8 @@ class DDPStrategy(ProcessGroupStrategy):
             self._shards.remove()
         self._shards = self._hook = None
         if hasattr(self, "_ddp"):
+            for part in ("reducer", "logger"):  # an exception's frames may hold the wrapper, and free it too late
+                vars(self._ddp).pop(part, None)
             del self._ddp
             gc.collect()  # its hooks must be gone before the group that they use
         super().teardown()

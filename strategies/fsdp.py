@@ -85,6 +85,7 @@ class FSDPStrategy(ProcessGroupStrategy):
         if shard_size is not None and (isinstance(shard_size, bool) or shard_size < 1):
             raise ValueError(f"shard_size={shard_size!r}: give the number of processes that share a model, or None.")
         self.reduce = reduce
+        self.defers_reduction = reduce == "window"
         self.shard_size = shard_size
         self.reshard_after_forward = reshard_after_forward
         self.param_dtype = param_dtype

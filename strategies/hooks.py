@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket  # torch.distributed's, whose types are not told
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
-HOOKS = ("fp16", "bf16", "powersgd")
-"""The names."""
+EXACT_TO = {"fp16": 1e-2, "bf16": 1e-1, "powersgd": None}
+"""The names, and how near their updates are to those of one big batch (relative); None: they are meant to be others."""
 
 NOT_ZERO = 1e-30
 """Added to a norm, so that a gradient of zeros is not divided by 0."""
@@ -143,9 +143,9 @@ def make_hook(name: str | None, rank: int, start: int) -> Hook | None:
 
 def check_hook(name: str | None, rank: int, start: int) -> None:
     """Raise ValueError for a hook or an option of it that cannot be."""
-    if name is not None and name not in HOOKS:
+    if name is not None and name not in EXACT_TO:
         raise ValueError(
-            f"communication_hook={name!r}: choose one of {', '.join(HOOKS)}, or None to send gradients whole."
+            f"communication_hook={name!r}: choose one of {', '.join(EXACT_TO)}, or None to send gradients whole."
         )
     for option, value, least in (("powersgd_rank", rank, 1), ("powersgd_start", start, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
