@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from broken import DEFECTS, Defect
 
-from engine.conformance import CHECKS, Backend, BrokenPromiseError, NotDeclaredError
+from engine.conformance import CHECKS, Backend, BrokenPromiseError, NotDeclaredError, processes
 from engine.conformance.__main__ import main
 from engine.conformance.report import Report
 from strategies import DDPStrategy, find
@@ -206,3 +206,10 @@ def test_without_pytest_the_kit_says_what_to_install(
     monkeypatch.setitem(sys.modules, "pytest", None)
     assert main(["ddp"]) == 2
     assert "pip install 'tally-engine[conformance]'" in capsys.readouterr().err
+
+
+def test_the_process_that_forks_has_no_store() -> None:
+    """Where it had one, a child forked while the store's thread looked up an address waited for ever for a lock."""
+    before = os.listdir("/proc/self/task")
+    assert processes._port.__wrapped__() > 0
+    assert os.listdir("/proc/self/task") == before

@@ -45,7 +45,7 @@ def run(P: int, function: Callable[..., Any], *args: Any, seconds: float) -> lis
     `seconds` at the latest.
     """
     context = multiprocessing.get_context("fork")
-    port, attempt = _store().port, next(_attempts)
+    port, attempt = _port(), next(_attempts)
     children: dict[Any, Any] = {}
     for rank in range(P):
         ours, theirs = context.Pipe(duplex=False)
@@ -93,11 +93,28 @@ def _place(child: Any, places: IO[str]) -> str:
 
 
 @cache
-def _store() -> Any:
-    """The store in which all runs meet, in this process as it is in torchrun's."""
+def _port() -> int:
+    """The port of the store in which all runs meet. It is in a process of its own, as it is in torchrun's agent.
+
+    A store's thread looks up who has connected, under a lock of glibc. A process forked meanwhile inherits the lock,
+    taken, and waits for ever when it looks up an address itself: so who forks has no store.
+    """
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    life, alive = os.pipe()
+    context.Process(target=_serve, args=(theirs, life, alive), daemon=True).start()
+    theirs.close()
+    os.close(life)
+    return int(ours.recv())
+
+
+def _serve(pipe: Connection, life: int, alive: int) -> NoReturn:
+    """Keep a store until all who could ask it have ended, however they did."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    time.sleep(0.2)  # who connects in its first moments may never be answered (torch 2.13: 13 of 400 tries)
-    return store
+    pipe.send(store.port)
+    os.close(alive)
+    os.read(life, 1)
+    os._exit(0)
 
 
 def _receive(pipe: Any, child: Any) -> tuple[Any, str]:
