@@ -153,7 +153,9 @@ class Keeper:
             self._saver.save(self._trainer.update, model, state, best)
         took = time.perf_counter() - started
         self._stalled += took
-        self.tell("save", took=round(took, 3))
+        meter = self._trainer.loop.meter
+        spent = meter.spent if meter is not None else {}
+        self.tell("save", took=round(took, 3), spent={what: round(seconds, 3) for what, seconds in spent.items()})
         self._saved_at, self._saved_place = time.perf_counter(), self._place
         self._interrupts.wants_save = False
 

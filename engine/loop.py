@@ -29,9 +29,9 @@ from engine.checks import check_gradients
 from engine.host_randomness import HostRandomness
 from engine.interrupts import Interrupted, Interrupts
 from engine.loss import Loss
+from engine.meter import Meter
 from engine.precision import LossScale
 from engine.randomness import ODD, SEED_BITS, epoch_key
-from engine.reduction import Meter
 from engine.window import Micro, Window
 from strategies import Rows, Strategy
 
@@ -87,8 +87,8 @@ class Loop:
         self._wants_norm = bool(self._skips_nonfinite or options.gradient_clip_norm or options.measures)
         self._norm = math.nan  # of the update before
         self._busy = self._began = self._last_began = 0.0
-        self.meter = Meter() if options.measures and _can_time(strategy) else None
-        """What the reduction costs; None where there is none, or the host's clock does not see it."""
+        self.meter = _meter(strategy) if options.measures else None
+        """Where the time of updates goes; None where nobody listens."""
         self._rows: list[list[float]] = []  # of the last message
         self._late_weight = 0.0  # the weight of the update before, where it was not what was expected
         self._losses: list[Tensor] = []
@@ -109,8 +109,8 @@ class Loop:
         """
 
         self.start(window, epoch, update, wishes)
-        interrupts, seed, key = self._interrupts, self.strategy.seed, self._key
-        is_timed = self.meter is not None
+        interrupts, seed, key, meter = self._interrupts, self.strategy.seed, self._key, self.meter
+        is_timed = meter is not None and meter.sees_reduction
 
         def forward(micro: Micro) -> tuple[Tensor, float]:
             if interrupts.requested:
@@ -120,8 +120,10 @@ class Loop:
             seed(key + micro.place * ODD & SEED_BITS)
             return self.weigh(compute(self.model, micro.batch), micro)
 
+        place = update % window.stage.accumulate_grad_batches
+        micros = window if meter is None or window.is_empty else meter.watched(window, place)
         try:
-            self.strategy.run_window(window, forward)
+            self.strategy.run_window(micros, forward)
         except Interrupted:
             self._send()
             self.strategy.join(window)
@@ -150,8 +152,8 @@ class Loop:
         if self.host_randomness is not None:
             self.host_randomness.start_window(update)
         self.strategy.start_window(window.most_micro_batches)
-        if not self._is_alone:
-            self._began = time.perf_counter()
+        if not self._is_alone or self.meter is not None:
+            self._began = self._last_began = time.perf_counter()
         if window.is_empty:
             self._send()
 
@@ -349,10 +351,11 @@ class Loop:
         )
 
 
-def _can_time(strategy: Strategy) -> bool:
-    """Whether the host's clock, at a window's boundaries, sees a reduction: not one that a device does by itself."""
+def _meter(strategy: Strategy) -> Meter:
     is_deferred = strategy.defers_reduction and strategy.micro_batches is None
-    return strategy.data_parallel_size > 1 and is_deferred and strategy.device.type == "cpu"
+    return Meter(
+        strategy.processes == 1, strategy.device.type == "cpu", is_deferred and strategy.data_parallel_size > 1
+    )
 
 
 def _loss_message(value: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Is the reduction hidden? What it costs an update, told from the windows that a run makes."""
+"""Is the reduction hidden? What it costs an update, and which K would hide it."""
 
 from __future__ import annotations
 
@@ -52,37 +52,3 @@ class Costs(NamedTuple):
         K, least = self.accumulate_grad_batches, self.hiding
         more = f"; less than {HIDDEN:.0%} at K={least}" if least > K else ""
         return f"the reduction, and waiting for others, cost {self.share(K):.1%} of an update at K={K}{more}"
-
-
-class Meter:
-    """Adds up the clock readings at the boundaries of one process's full windows; of the newest K that is 2 or more.
-
-    The first window of each K does not count: it warms up. Where reading data takes time, the reduction is understated
-    by K / (K - 1) micro-batches' reading: K of them lie before the last forward, and K - 1 micro-batches.
-    """
-
-    def __init__(self) -> None:
-        self._K = self._windows = 0
-        self._before = self._last = self._step = 0.0
-
-    def add(self, K: int, began: float, last_began: float, reduced: float, ended: float) -> None:
-        """Add a window: when it began, its last micro-batch began, its gradient was there, and its update was made."""
-        if K < 2:
-            return
-        if K != self._K:
-            self._K, self._windows = K, -1
-            self._before = self._last = self._step = 0.0
-        self._windows += 1
-        if self._windows:
-            self._before += last_began - began
-            self._last += reduced - last_began
-            self._step += ended - reduced
-
-    @property
-    def costs(self) -> Costs | None:
-        """The means; None where nothing is known: every window had one micro-batch, or there were none."""
-        if self._windows < 1:
-            return None
-        micro_batch = self._before / self._windows / (self._K - 1)
-        reduction = max(0.0, self._last / self._windows - micro_batch)
-        return Costs(self._K, micro_batch, reduction, self._step / self._windows)

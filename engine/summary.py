@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 def summarize(trainer: Trainer, seconds: float) -> dict[str, Any]:
     """Return the content of summary.json: final metrics, what was done, what crossed the wire, versions."""
     reductions, size = trainer.strategy.reductions()
-    costs = trainer.loop.meter.costs if trainer.loop.meter is not None else None
+    meter = trainer.loop.meter
+    costs = meter.costs if meter is not None else None
     return {
         **{f"validation/{name}": mean for name, mean in trainer.metrics.items()},
         "loss": trainer.record.get("loss"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from toy import Regression
 
 import engine.loop
+import engine.meter
 from engine import Callback, GradientAccumulationScheduler, Trainer
+from engine.meter import Meter
 from engine.reduction import HIDDEN, Costs
 from engine.scaling import Link, calibrated
 from strategies import DDPStrategy
 
-MICRO_BATCH, REDUCTION, STEP = 10.0, 30.0, 5.0
+DATA, MICRO_BATCH, REDUCTION, STEP = 3.0, 10.0, 30.0, 5.0
 SAMPLES, N = 42, 2
 
 
@@ -49,14 +52,22 @@ class Working(Regression):
     def configure_optimizer(self, model: nn.Module) -> Any:
         return Stepping(model.parameters(), lr=self.lr)
 
+    def collate(self, samples: list[Any]) -> Any:
+        Clock.now += DATA
+        return super().collate(samples)
+
     def loss(self, model: nn.Module, batch: Any) -> Any:
         Clock.now += MICRO_BATCH if self.seen else 10 * MICRO_BATCH  # the first one warms up
         return super().loss(model, batch)
 
 
+def put_clock() -> None:
+    engine.loop.time = engine.meter.time = SimpleNamespace(perf_counter=Clock.read)  # type: ignore[assignment]
+
+
 def reduction(strategy: Any, Ks: list[int], folder: Path) -> Any:
     """Return what summary.json says of it; the last window of each epoch is short."""
-    engine.loop.time = SimpleNamespace(perf_counter=Clock.read)  # type: ignore[assignment]
+    put_clock()
     scheduler = GradientAccumulationScheduler(dict(enumerate(Ks)))
     Trainer(strategy, N, callbacks=scheduler, max_epochs=len(Ks), run_dir=str(folder)).fit(Working(SAMPLES))
     return json.loads((folder / "summary.json").read_text())["reduction"]
@@ -66,10 +77,10 @@ def reduction(strategy: Any, Ks: list[int], folder: Path) -> Any:
 def test_the_share_of_an_update(Ks: list[int], K: int, tmp_path: Path) -> None:
     found = run(2, reduction, Reducing(), Ks, tmp_path / "run")[0]
     assert found["accumulate_grad_batches"] == K
-    assert found["seconds_per_micro_batch"] == MICRO_BATCH
+    assert found["seconds_per_micro_batch"] == DATA + MICRO_BATCH
     assert found["seconds"] == REDUCTION
     assert found["seconds_of_step"] == STEP
-    assert found["share_of_update"] == REDUCTION / (K * MICRO_BATCH + REDUCTION + STEP)
+    assert found["share_of_update"] == REDUCTION / (K * (DATA + MICRO_BATCH) + REDUCTION + STEP)
 
 
 @pytest.mark.parametrize(("P", "strategy", "K"), [(1, "single", 2), (2, "ddp", 1)])
@@ -79,8 +90,67 @@ def test_it_is_not_known_without_other_processes_or_micro_batches(
     assert run(P, reduction, strategy, [K], tmp_path / "run")[0] is None
 
 
+def spent(strategy: Any, K: int, windows: int, folder: Path) -> dict[str, float]:
+    """Return what the save at the end of two epochs, with so many full windows each, says of one of them."""
+    put_clock()
+    Trainer(strategy, N, accumulate_grad_batches=K, max_epochs=2, run_dir=str(folder)).fit(Working(SAMPLES))
+    told = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    (found,) = (event["spent"] for event in told if event["event"] == "save")
+    warming = 9 * MICRO_BATCH  # the first micro-batch
+    return {what: (seconds - warming * ("forward" in what)) / (2 * windows) for what, seconds in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "K", "windows", "expected"),
+    [
+        ("single", 1, 21, {"waiting for data": DATA, "forward and backward": MICRO_BATCH}),
+        ("single", 3, 7, {"waiting for data": 3 * DATA, "forward and backward": 3 * MICRO_BATCH}),
+        (
+            Reducing(),
+            3,
+            3,
+            {
+                "waiting for data": 3 * DATA,
+                "forward and backward": 3 * MICRO_BATCH,
+                "reduction, and waiting for others": REDUCTION,
+            },
+        ),
+        (
+            Reducing(),
+            1,
+            11,
+            {
+                "waiting for data": DATA,
+                "forward and backward, reduction, and waiting for others": MICRO_BATCH + REDUCTION,
+            },
+        ),
+    ],
+)
+def test_where_the_time_of_updates_goes(
+    strategy: Any, K: int, windows: int, expected: dict[str, float], tmp_path: Path
+) -> None:
+    P = 2 if isinstance(strategy, Reducing) else 1
+    assert run(P, spent, strategy, K, windows, tmp_path / "run")[0] == pytest.approx({**expected, "step": STEP})
+
+
+def test_the_wait_that_is_seen_is_that_of_another_micro_batch_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.meter, "time", SimpleNamespace(perf_counter=Clock.read))
+    meter = Meter(is_alone=True, sees_device=True, defers=True)
+
+    def window() -> Iterator[float]:
+        for wait in (1.0, 2.0, 4.0):
+            Clock.now += wait
+            yield wait
+
+    for update in range(6):
+        assert [*meter.watched(window(), update % 3)] == [1.0, 2.0, 4.0]  # type: ignore[arg-type, comparison-overlap]
+        meter.add(3, 0.0, 0.0, 0.0, 0.0)
+    assert meter.spent["waiting for data"] == 6 * (1.0 + 2.0 + 4.0)
+
+
 def reads_per_update(K: int) -> float:
-    engine.loop.time = SimpleNamespace(perf_counter=Clock.read)  # type: ignore[assignment]
+    put_clock()
+    Clock.reads = 0
     trainer = Trainer("ddp", N, accumulate_grad_batches=K, max_epochs=1, callbacks=Callback())
     trainer.fit(Working(48))
     return Clock.reads / trainer.update

@@ -141,6 +141,21 @@ def test_what_a_resume_undid_is_not_counted_twice(tmp_path: Path) -> None:
     assert list(split.values()) == [8.0, 2.5, 1.5]
 
 
+def test_within_updates_the_saves_of_each_start_have_told(tmp_path: Path) -> None:
+    at = {"epoch": 0, "samples": 0, "time": "now"}
+    events = [
+        {"event": "start", "update": 0, "seconds": 0.0, **at},
+        {"event": "save", "update": 1, "seconds": 2.0, "spent": {"waiting for data": 1.0, "step": 1.0}, **at},
+        {"event": "save", "update": 2, "seconds": 4.0, "spent": {"waiting for data": 1.0, "step": 3.0}, **at},
+        {"event": "save", "update": 3, "seconds": 5.0, "spent": {"waiting for data": 9.0, "step": 9.0}, **at},
+        {"event": "resume", "update": 2, "seconds": 4.0, **at},
+        {"event": "save", "update": 4, "seconds": 9.0, "spent": {"waiting for data": 3.0, "step": 1.0}, **at},
+        {"event": "end", "update": 4, "seconds": 12.0, **at},
+    ]
+    split = time_split(read(write(tmp_path / "run", [record(n) for n in range(1, 5)], events)))
+    assert split == {"updates: waiting for data": 4.0, "updates: step": 4.0, "the rest": 4.0}
+
+
 @pytest.mark.parametrize(
     "damage",
     ['{"update": 4, "loss": 0.', "\0\0\0\n", "[1, 2]\n", '{"update": "4", "loss": 1}\n', "[" * 100_000 + "\n"],

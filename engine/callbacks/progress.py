@@ -96,7 +96,7 @@ class Progress(Callback):
             skipped = f", {trainer.skipped} of them skipped" if trainer.skipped else ""
             where = f": {trainer.run.path}" if trainer.run is not None else ""
             print(f"done: {trainer.update} updates{skipped}, {trainer.samples} samples{where}", flush=True)
-            if (meter := trainer.loop.meter) is not None:
+            if (meter := trainer.loop.meter) is not None and meter.sees_reduction:
                 print(
                     meter.costs or "what the reduction costs is not known: that takes full windows of K >= 2",
                     flush=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -64,19 +65,19 @@ def facts(run: Run) -> Facts:
 def time_split(run: Run) -> dict[str, float]:
     """Return the seconds of running by what they went into.
 
-    Updates by their throughput, validations and saves by their events, the rest by the difference. What a resume undid
-    is not in it, as it is not in the run's own clock.
+    Updates by their throughput, and within them as process 0's clock has told; validations and saves by their events,
+    the rest by the difference. What a resume undid is not in it, as it is not in the run's own clock.
     """
     sizes, rates = run.updates.get("effective_batch"), run.updates.get("samples_per_second")
     if sizes is None or rates is None:
         return {}
     is_timed = (rates > 0) & np.isfinite(sizes)
-    split = {"updates: data, forward, backward, reduction, step": float((sizes[is_timed] / rates[is_timed]).sum())}
     kept: list[dict[str, Any]] = []
     for event in run.events:
         if event.get("event") in ("start", "resume"):
             kept = [before for before in kept if before["update"] <= event["update"]]
         kept.append(event)
+    split = _within_updates(kept, float((sizes[is_timed] / rates[is_timed]).sum()))
     for kind, name in (("validation", "validation"), ("save", "saving, while training waited")):
         took = sum(_seconds(event.get("took")) for event in kept if event.get("event") == kind)
         if took:
@@ -84,6 +85,21 @@ def time_split(run: Run) -> dict[str, float]:
     clocks = [_seconds(event.get("seconds")) for event in kept] or [_seconds(run.summary.get("seconds"))]
     rest = "the rest" if run.events else "the rest, with validation and saving"
     return {**split, rest: max(0.0, clocks[-1] - sum(split.values()))}
+
+
+def _within_updates(events: list[dict[str, Any]], seconds: float) -> dict[str, float]:
+    """Share out the seconds of updates as the last save after each start has told of those since that start."""
+    starts: list[dict[str, Any]] = [{}]
+    for event in events:
+        if event.get("event") in ("start", "resume"):
+            starts.append({})
+        elif isinstance(event.get("spent"), dict):
+            starts[-1] = event["spent"]
+    told = {what: sum(_seconds(spent.get(what)) for spent in starts) for what in dict.fromkeys(chain(*starts))}
+    whole = sum(told.values())
+    if not whole:
+        return {"updates: data, forward, backward, reduction, step": seconds}
+    return {f"updates: {what}": seconds * part / whole for what, part in told.items()}
 
 
 def history(run: Run) -> list[tuple[str, str, str]]:

@@ -30,7 +30,7 @@ TITLES = {
 """The plots, in their order; validations come after the loss, and other fields of a record by their own names."""
 
 PLACES = ("update", "samples", "epoch")
-UNMEASURED = "Within updates, waiting for data, compute and the reduction are not measured apart."
+MEASURED = "Within updates as process 0's clock tells: of the wait for data it looks at one micro-batch of each window."
 STEPS = ("accumulate_grad_batches", "effective_batch", "skipped")
 """What changes at once, and is drawn so."""
 
@@ -177,7 +177,7 @@ def _split(runs: Sequence[Run]) -> str:
         parts.append(f'{_heading(run, runs)}<div class="wide"><table class="split">{rows}</table></div>')
     if not parts:
         return ""
-    return f"<h2>Where the time went</h2>{''.join(parts)}<p>{escape(UNMEASURED)}</p>"
+    return f"<h2>Where the time went</h2>{''.join(parts)}<p>{escape(MEASURED)}</p>"
 
 
 def _history(run: Run) -> str:
