@@ -450,6 +450,20 @@ MUTATIONS = [
         "tests/test_callbacks.py -k resume",
     ),
     Mutation(
+        "look at the wait for the first micro-batch only",
+        LOOP,
+        "place = update % window.stage.accumulate_grad_batches",
+        "place = 0",
+        "tests/test_reduction.py -k another",
+    ),
+    Mutation(
+        "call the wait for data computing",
+        "engine/meter.py",
+        "(self.before - self.data) / self.windows",
+        "self.before / self.windows",
+        "tests/test_reduction.py -k goes",
+    ),
+    Mutation(
         "let a logger end the run",
         "engine/loggers/base.py",
         "except Exception as error:",

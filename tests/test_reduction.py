@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,6 @@ from toy import Regression
 import engine.loop
 import engine.meter
 from engine import Callback, GradientAccumulationScheduler, Trainer
-from engine.meter import Meter
 from engine.reduction import HIDDEN, Costs
 from engine.scaling import Link, calibrated
 from strategies import DDPStrategy
@@ -49,6 +47,8 @@ class Stepping(torch.optim.SGD):
 
 
 class Working(Regression):
+    fetched = 0
+
     def configure_optimizer(self, model: nn.Module) -> Any:
         return Stepping(model.parameters(), lr=self.lr)
 
@@ -133,19 +133,22 @@ def test_where_the_time_of_updates_goes(
     assert run(P, spent, strategy, K, windows, tmp_path / "run")[0] == pytest.approx({**expected, "step": STEP})
 
 
-def test_the_wait_that_is_seen_is_that_of_another_micro_batch_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.meter, "time", SimpleNamespace(perf_counter=Clock.read))
-    meter = Meter(is_alone=True, sees_device=True, defers=True)
+class Uneven(Working):
+    def collate(self, samples: list[Any]) -> Any:
+        Clock.now += DATA * (self.fetched % 3) ** 2
+        self.fetched += 1
+        return Regression.collate(self, samples)
 
-    def window() -> Iterator[float]:
-        for wait in (1.0, 2.0, 4.0):
-            Clock.now += wait
-            yield wait
 
-    for update in range(6):
-        assert [*meter.watched(window(), update % 3)] == [1.0, 2.0, 4.0]  # type: ignore[arg-type, comparison-overlap]
-        meter.add(3, 0.0, 0.0, 0.0, 0.0)
-    assert meter.spent["waiting for data"] == 6 * (1.0 + 2.0 + 4.0)
+def waited(folder: Path) -> float:
+    put_clock()
+    Trainer("single", N, accumulate_grad_batches=3, max_updates=12, run_dir=str(folder)).fit(Uneven(SAMPLES))
+    told = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return sum(event["spent"]["waiting for data"] for event in told if event["event"] == "save")
+
+
+def test_the_wait_that_is_seen_is_that_of_another_micro_batch_each_time(tmp_path: Path) -> None:
+    assert run(1, waited, tmp_path / "run")[0] == 12 * (0 + 1 + 4) * DATA
 
 
 def reads_per_update(K: int) -> float:
