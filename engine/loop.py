@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -32,14 +31,12 @@ from engine.loss import Loss
 from engine.meter import Meter
 from engine.precision import LossScale
 from engine.randomness import ODD, SEED_BITS, epoch_key
+from engine.sums import Sums
 from engine.window import Micro, Window
 from strategies import Rows, Strategy
 
 Compute = Callable[[nn.Module, Any], Loss | Tensor]
 """From the prepared model and a batch to the loss, as `Task.loss` does."""
-
-TOO_NARROW = {torch.float16, torch.bfloat16}
-"""Dtypes in which a sum of losses would lose digits."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +77,8 @@ class Loop:
         self._loss_scale = LossScale(2.0**16 if options.precision == "fp16" else 1.0)
         self._epoch, self._key = -1, 0
         self.host_randomness = None if interrupts is None else HostRandomness(options.seed, strategy.data_parallel_rank)
-        self.weighed = 0
-        """Micro-batches of the window whose loss has been computed."""
+        self.sums = Sums(1.0, options.measures)
+        """What the window's losses add up to."""
         self._is_alone = strategy.processes == 1
         self._skips_nonfinite = options.skip_nonfinite_updates or options.precision == "fp16"
         self._wants_norm = bool(self._skips_nonfinite or options.gradient_clip_norm or options.measures)
@@ -91,8 +88,6 @@ class Loop:
         """Where the time of updates goes; None where nobody listens."""
         self._rows: list[list[float]] = []  # of the last message
         self._late_weight = 0.0  # the weight of the update before, where it was not what was expected
-        self._losses: list[Tensor] = []
-        self._share = 1
         self._interrupts = interrupts or Interrupts()
         self._restores_buffers = interrupts is not None and any(True for _ in model.buffers())
         self._buffers: dict[str, Tensor] = {}
@@ -138,13 +133,9 @@ class Loop:
         """Begin a window: nothing is summed yet."""
         self._expected = float(window.samples or window.stage.effective_batch)
         self._unit = 2.0 ** round(math.log2(self._late_weight)) if self._late_weight else self._expected
-        self._scale = self._loss_scale.value / self._unit
         self._window, self._wishes = window, wishes
         self._receive: Rows | None = None
-        self._weight: float | Tensor = 0.0
-        self._least_weight: Tensor | None = None
-        self._samples = self.weighed = 0
-        self._losses = []
+        self.sums = Sums(self._loss_scale.value / self._unit, self.options.measures)
         if self._restores_buffers:
             self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         if epoch != self._epoch:
@@ -159,25 +150,10 @@ class Loop:
 
     def weigh(self, loss: Loss | Tensor, micro: Micro) -> tuple[Tensor, float]:
         """Add a micro-batch's loss to the window's and return what backward needs: the tensor, and its scale."""
-        if isinstance(loss, Tensor):  # the mean over the samples
-            value, share = loss, micro.size
-            self._weight += share
-        elif isinstance(loss, Loss):
-            value, share = loss.sum, 1
-            if not isinstance(value, Tensor):
-                raise ValueError(f"the loss's sum is a {type(value).__name__}: return Loss(sum, weight) with a tensor.")
-            self._add_weight(loss.weight)
-        else:
-            raise ValueError(f"loss() returned {type(loss).__name__}: return a 0-dim tensor, or Loss(sum, weight).")
-        if value.dtype in TOO_NARROW or (not self.weighed and (value.ndim or not value.requires_grad)):
-            raise ValueError(_loss_message(value))
-        self._samples += micro.size
-        self.weighed += 1
-        if self.options.measures:
-            self._add_loss(value.detach(), share)
+        weighed = self.sums.add(loss, micro)
         if micro.is_last:
             self._send()
-        return value, share * self._scale
+        return weighed
 
     def seed(self, micro: Micro) -> None:
         """Seed what the forward of a micro-batch draws from: it begins."""
@@ -217,7 +193,7 @@ class Loop:
         self.strategy.clear_gradients()
         if facts.weight:
             self._late_weight = facts.weight if facts.weight != self._expected else 0.0
-        if self.meter is not None and self.weighed == (K := window.stage.accumulate_grad_batches):
+        if self.meter is not None and self.sums.micro_batches == (K := window.stage.accumulate_grad_batches):
             self.meter.add(K, self._began, self._last_began, reduced, time.perf_counter())
         mean = facts.loss / facts.weight if self.options.measures and facts.weight else math.nan
         return Outcome(
@@ -261,42 +237,15 @@ class Loop:
                     buffer.copy_(self._buffers[name])
         return Outcome(0.0, math.nan, 0, math.nan, False, False, stop=True, save=False, aborted=True)
 
-    def _add_weight(self, weight: float | Tensor) -> None:
-        """Add a weight. Of those on the device keep the least (NaN, if there was one): they are looked at later."""
-        if isinstance(weight, Tensor):
-            if weight.ndim or weight.dtype in TOO_NARROW:
-                raise ValueError(
-                    f"a loss's weight is a {weight.dtype} of shape {tuple(weight.shape)}: give one number."
-                )
-            weight = weight.detach()
-            self._least_weight = weight if self._least_weight is None else torch.minimum(self._least_weight, weight)
-        elif not isinstance(weight, Real) or not 0 <= weight < math.inf:
-            raise ValueError(f"a micro-batch's loss has weight {weight}: weights are finite and not negative.")
-        self._weight = self._weight + weight
-
-    def _add_loss(self, value: Tensor, share: int) -> None:
-        """Keep a loss in units of the first one's share. Sixteen become one: a longer window keeps no more of them."""
-        if not self._losses:
-            self._share = share
-        self._losses.append(value if share == self._share else value.double() * (share / self._share))
-        if len(self._losses) == 16:
-            self._losses = [self._sum_of_losses()]
-
-    def _sum_of_losses(self) -> Tensor:
-        return self._losses[0] if len(self._losses) == 1 else torch.stack(self._losses).sum(dtype=torch.float64)
-
     def _facts(self, failed: bool = False) -> Facts:
         """Read what the device has summed: the one place in a window where the host waits for it."""
         if failed:
             return Facts(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, self._busy, self._norm)
-        if self._least_weight is not None and not 0 <= (least := self._least_weight.item()) < math.inf:
-            raise ValueError(f"a micro-batch's loss has weight {least}: weights are finite and not negative.")
-        loss = self._share * self._sum_of_losses().item() if self._losses else 0.0
+        weight, loss = self.sums.read()
         if not self._is_alone:
             self._busy += time.perf_counter() - self._began
         wishes, abort = self._wishes, self._interrupts.requested
-        more = self._window.more
-        weight, samples = float(self._weight), self._samples
+        more, samples = self._window.more, self.sums.samples
         return Facts(weight, loss, samples, more, wishes.stop, wishes.save, abort, 0.0, self._busy, self._norm)
 
     def _agreed(self, update: int) -> Facts:
@@ -356,11 +305,3 @@ def _meter(strategy: Strategy) -> Meter:
     return Meter(
         strategy.processes == 1, strategy.device.type == "cpu", is_deferred and strategy.data_parallel_size > 1
     )
-
-
-def _loss_message(value: Tensor) -> str:
-    if value.ndim:
-        return f"the loss has shape {tuple(value.shape)}: return a 0-dim tensor (a mean), or Loss(sum, weight)."
-    if not value.requires_grad:
-        return "the loss does not require grad: compute it from the model's output, without detach() or no_grad()."
-    return f"the loss is {value.dtype}: sum losses in float32 or wider, as in `loss.float()`."

@@ -69,7 +69,11 @@ class Watch:
     def _describe(self, frame: FrameType | None) -> str:
         trainer = self._trainer
         loop = getattr(trainer, "loop", None)
-        micro = f"micro-batch {loop.weighed + 1} of update {trainer.update}" if loop is not None else "a micro-batch"
+        micro = (
+            f"micro-batch {loop.sums.micro_batches + 1} of update {trainer.update}"
+            if loop is not None
+            else "a micro-batch"
+        )
         while frame is not None:
             code = frame.f_code
             for (file, name), doing in DOINGS.items():

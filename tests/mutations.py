@@ -57,9 +57,15 @@ MUTATIONS = [
         TABLE,
     ),
     Mutation("divide by P twice", DDP, "scale * self.data_parallel_size)", "scale)", TABLE),
-    Mutation("average the averages of ragged micro-batches", LOOP, "= loss, micro.size", "= loss, 1", TABLE),
     Mutation(
-        "divide by this process's weight", LOOP, "self._unit / facts.weight", "self._unit / float(self._weight)", TOKENS
+        "average the averages of ragged micro-batches", "engine/sums.py", "= loss, micro.size", "= loss, 1", TABLE
+    ),
+    Mutation(
+        "divide by this process's weight",
+        LOOP,
+        "self._unit / facts.weight",
+        "self._unit / float(self.sums._weight)",
+        TOKENS,
     ),
     Mutation(
         "divide by the weight of the update before",
@@ -72,7 +78,7 @@ MUTATIONS = [
         "a unit that processes do not share",
         LOOP,
         "facts.weight if facts.weight !=",
-        "self._samples if facts.weight !=",
+        "self.sums.samples if facts.weight !=",
         TOKENS,
     ),
     Mutation(
@@ -135,7 +141,7 @@ MUTATIONS = [
         "report this process's loss",
         LOOP,
         "mean = facts.loss / facts.weight",
-        "mean = self._sum_of_losses().item() / facts.weight",
+        "mean = self.sums.read()[1] / facts.weight",
         "tests/test_loop.py::test_the_loss_of_a_record_is_the_mean_over_its_window",
     ),
     # windows and data
