@@ -34,13 +34,24 @@ OTHERS = {"launch/test.sh", "lint-imports", "mkdocs", "mypy", "py-spy", "ruff", 
 """Programs whose options are not ours."""
 
 
+def write_files(page: str, folder: Path) -> None:
+    """Write what a page shows of files."""
+    for block in [*blocks(page), *blocks(page, "toml")]:
+        if named := re.match(r"# (\w+\.\w+)\n", block):
+            (folder / named[1]).write_text(block)
+
+
 def prepare(page: str, folder: Path) -> None:
     """Put the files that a page shows into a folder, beside this repository's own."""
     for top in TOPS:
         (folder / top).symlink_to(ROOT / top)
-    for block in [*blocks(page), *blocks(page, "toml")]:
-        if named := re.match(r"# (\w+\.\w+)\n", block):
-            (folder / named[1]).write_text(block)
+    write_files(page, folder)
+
+
+def commands(page: str) -> list[list[str]]:
+    """Return the commands of a page, each as its words."""
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def within(folder: Path) -> None:
@@ -65,9 +76,9 @@ def test_the_programs_of_a_page_run(page: str, tmp_path: Path) -> None:
             run(1, run_program, tmp_path, block, group=False, seconds=100)
 
 
-def check_commands(folder: Path, commands: list[list[str]]) -> None:
+def check_commands(folder: Path, given: list[list[str]]) -> None:
     within(folder)
-    for words in commands:
+    for words in given:
         try:
             check(words)
         except (Exception, SystemExit) as error:
@@ -142,9 +153,7 @@ def test_the_commands_of_a_page_can_be_given(page: str, tmp_path: Path) -> None:
     prepare(page, tmp_path)
     for block in blocks(page, "toml"):
         tomllib.loads(block)
-    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
-    commands = [words for line in lines if (words := shlex.split(line, comments=True))]
-    run(1, check_commands, tmp_path, commands, group=False)
+    run(1, check_commands, tmp_path, commands(page), group=False)
     elsewhere = "\n".join(blocks(page, "") + blocks(page, "text"))
     assert not re.findall(r"^(?:torchrun|python|pip|launch/\w+\.sh|tally) .*", elsewhere, re.MULTILINE), (
         "not in ```bash"
