@@ -155,6 +155,5 @@ def test_the_commands_of_a_page_can_be_given(page: str, tmp_path: Path) -> None:
         tomllib.loads(block)
     run(1, check_commands, tmp_path, commands(page), group=False)
     elsewhere = "\n".join(blocks(page, "") + blocks(page, "text"))
-    assert not re.findall(r"^(?:torchrun|python|pip|launch/\w+\.sh|tally) .*", elsewhere, re.MULTILINE), (
-        "not in ```bash"
-    )
+    outside = re.findall(r"^(?:torchrun|python|pip|launch/\w+\.sh|tally) .*", elsewhere, re.MULTILINE)
+    assert not outside, "commands outside of ```bash"
