@@ -19,11 +19,13 @@ from engine.command import main
 from strategies import find
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").glob("*.md")))]
+PAGES = ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").rglob("*.md")))]
 
 
-def blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+def blocks(page: str, language: str = "python") -> list[str]:
+    """Return the blocks of code of a page that are in this language."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    return [block for name, block in found if name == language]
 
 
 def python(folder: Path, *arguments: str, seconds: float = 100) -> str:

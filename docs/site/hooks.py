@@ -1,0 +1,42 @@
+"""What the site has and GitHub gives by itself: the pages above docs/, and formulas, as MathML (no script, no font)."""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[2]
+ABOVE = ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the files of the repository's root that the site shows."""
+    for name in ABOVE:
+        files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Turn links that are right in the repository into links that are right on the site, whose root is docs/."""
+    if page.file.src_uri in ABOVE:
+        return markdown.replace("](docs/", "](")
+    return re.sub(r"\]\(\.\./(README|CHANGELOG|CONTRIBUTING)\.md", _on_the_site, markdown)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Draw formulas."""
+    content = re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', _drawn("inline"), content, flags=re.DOTALL)
+    return re.sub(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', _drawn("block"), content, flags=re.DOTALL)
+
+
+def _on_the_site(link: re.Match[str]) -> str:
+    return f"]({'index' if link[1] == 'README' else link[1]}.md"
+
+
+def _drawn(display: str) -> Any:
+    return lambda formula: convert(html.unescape(formula[1]), display=display)
