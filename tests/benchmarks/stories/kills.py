@@ -3,8 +3,8 @@
     python tests/benchmarks/stories/kills.py
 
 The recipe `digits` under torchrun, N=16, K=2, a checkpoint after each 20th update. Each kill is a `kill -9` at a random
-moment, of one process or of all with torchrun itself, as where a host is lost. Then the same command is given again. The
-second run changes the number of processes each time; its effective batch stays.
+moment, of one process, or of all with torchrun itself, as where a host is lost. Then the same command is given again.
+The second run changes the number of processes each time; its effective batch stays.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[place]) for place in (3, 2)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from hosts import TORCHRUN, Started, until
@@ -64,13 +65,11 @@ class Witness(Callback):
     def __init__(self, start: int) -> None:
         self.start = start
 
-    def on_fit_start(self, trainer: Trainer) -> None:
-        self.file = open(f"seen-{trainer.strategy.rank}", "a", buffering=1)
-
     def on_update_end(self, trainer: Trainer) -> None:
         assert isinstance(trainer.task, NumberedDigits)
         line = {"start": self.start, "update": trainer.update, "epoch": trainer.epoch, "seen": trainer.task.seen}
-        self.file.write(json.dumps(line) + "\n")
+        with Path(f"seen-{trainer.strategy.rank}").open("a") as file:
+            file.write(json.dumps(line) + "\n")
         trainer.task.seen.clear()
 
 
@@ -146,10 +145,10 @@ def run(folder: Path, processes: Sequence[int], updates: int = UPDATES) -> Outco
             if start == len(processes) - 1:
                 assert torchrun.wait(300) == 0, torchrun.output
                 break
+            workers = torchrun.new_workers(P)
             goal = round(updates * (start + draw.uniform(0.7, 1.3)) / len(processes))
             until(lambda: _made(folder, start, torchrun) >= goal, 120, f"update {goal}")  # noqa: B023
             time.sleep(draw.uniform(0, 0.02))
-            workers = torchrun.workers
             rank = draw.randrange(P)
             targets = {rank: workers[rank]} if start % 2 == 0 else {-1: torchrun.process.pid, **workers}
             for target in targets.values():
@@ -210,7 +209,7 @@ def picture(alone: Outcome, outcomes: dict[str, Outcome]) -> str:
         notes = [(0.35, 1e-11, "no difference: 0 is at the bottom")] if not any(v for _, v in apart[0][1]) else ()
         rows[1].append(Panel("difference of the loss", apart, 1e-12, 10, log=True, bands=bands, notes=notes))
     legend = ["left alone", *(f"killed five times, {name}" for name in outcomes)]
-    return draw("The loss of a run that is killed five times, and of the run left alone", legend, rows)
+    return draw("The loss of a run that is killed five times, and of the run left alone", legend, rows, "made again")
 
 
 def main() -> None:

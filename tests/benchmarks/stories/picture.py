@@ -14,10 +14,10 @@ WIDTH, HEIGHT, LEFT, TOP, BELOW = 330, 150, 68, 66, 52
 """Of one panel and of what is around it, in pixels: its ticks at the left, title and legend above all, ticks below."""
 
 STYLE = """
-svg { --page: #fff; --ink: #1f2328; --quiet: #59636e; --grid: #d1d9e0; --band: #ffd8d3;
+svg { --page: #fff; --ink: #1f2328; --quiet: #59636e; --grid: #d1d9e0; --band: #ffebe9;
       --c0: #54aeff; --c1: #bc4c00; --c2: #6639ba; font: 12px system-ui, sans-serif }
 @media (prefers-color-scheme: dark) {
-  svg { --page: #0d1117; --ink: #f0f6fc; --quiet: #9198a1; --grid: #3d444d; --band: #67060c;
+  svg { --page: #0d1117; --ink: #f0f6fc; --quiet: #9198a1; --grid: #3d444d; --band: #3c1618;
         --c0: #1f6feb; --c1: #f0883e; --c2: #d2a8ff } }
 .page { fill: var(--page) } text { fill: var(--quiet) } .name { fill: var(--ink); font-weight: 600 }
 .grid { stroke: var(--grid) } .band { fill: var(--band) } .curve { fill: none; stroke-linejoin: round }
@@ -29,9 +29,9 @@ svg { --page: #fff; --ink: #1f2328; --quiet: #59636e; --grid: #d1d9e0; --band: #
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot over updates: curves by colour (0 to 2), each of (update, value); what is 0 on a `log` axis is at its bottom.
+    """One plot over updates: curves by colour (0 to 2), each of (update, value); on a `log` axis 0 is at the bottom.
 
-    `bands` are ranges of updates to mark, `notes` texts at (share of the width, value).
+    `bands` are updates to mark, from and to, `notes` texts at (share of the width, value).
     """
 
     title: str
@@ -43,17 +43,19 @@ class Panel:
     notes: Sequence[tuple[float, float, str]] = ()
 
 
-def draw(title: str, legend: Sequence[str], rows: Sequence[Sequence[Panel]]) -> str:
-    """Return the picture: rows of panels, and one legend of the colours for all."""
+def draw(title: str, legend: Sequence[str], rows: Sequence[Sequence[Panel]], band: str = "") -> str:
+    """Return the picture: rows of panels, and one legend for all, of the colours and of what a `band` is."""
     width, height = LEFT // 2 + len(rows[0]) * (LEFT + WIDTH), TOP + len(rows) * (HEIGHT + BELOW) + 12
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'role="img"><title>{escape(title)}</title><style>{STYLE}</style>',
         f'<rect class="page" width="{width}" height="{height}"/>',
     ]
+    signs = [(f'<path class="curve c{colour}" d="M0 22h28"/>', name) for colour, name in enumerate(legend)]
+    signs += [('<rect class="band" y="15" width="28" height="14"/>', band)] if band else []
     x = float(LEFT)
-    for colour, name in enumerate(legend):
-        parts.append(f'<path class="curve c{colour}" d="M{x:.0f} 22h28"/><text x="{x + 36:.0f}" y="26">{escape(name)}</text>')
+    for sign, name in signs:
+        parts.append(f'<g transform="translate({x:.0f})">{sign}<text x="36" y="26">{escape(name)}</text></g>')
         x += 60 + 6.5 * len(name)
     for row, panels in enumerate(rows):
         for column, panel in enumerate(panels):
