@@ -27,9 +27,9 @@ def output(name: str) -> str:
     return subprocess.run([sys.executable, FOLDER / f"{name}.py"], stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
-def publish(name: str, text: str) -> None:
-    """Write `text` between the markers `<!-- name -->` and `<!-- /name -->` of the page."""
-    page = DOCS / "benchmarks.md"
+def publish(name: str, text: str, page_name: str = "benchmarks.md") -> None:
+    """Write `text` between the markers `<!-- name -->` and `<!-- /name -->` of a page of the docs."""
+    page = DOCS / page_name
     begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
     before, _, rest = page.read_text().partition(begin)
     _, found, after = rest.partition(end)
