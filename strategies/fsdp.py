@@ -19,6 +19,7 @@ from strategies.environment import notes
 from strategies.passes import Passes
 from strategies.processes import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
+from strategies.torch_parts import FSDP, check_torch
 from strategies.units import check_units, in_lists
 
 _BUCKET = 1 << 28
@@ -111,7 +112,12 @@ class FSDPStrategy(ProcessGroupStrategy):
         return super().describe() + (f", {replicas} replicas" if replicas > 1 else "")
 
     def setup(self) -> None:
-        """Join the processes. Raises ValueError for a `shard_size` that does not divide them."""
+        """Join the processes.
+
+        Raises ValueError for a `shard_size` that does not divide them, RuntimeError for a torch that lacks what is
+        used.
+        """
+        check_torch(self.name, FSDP)
         P, size = self.data_parallel_size, self.shard_size or self.data_parallel_size
         if P % size:
             raise ValueError(f"shard_size={size} does not divide the {P} processes: choose a divisor of {P}, or None.")

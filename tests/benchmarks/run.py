@@ -1,4 +1,4 @@
-"""Run the benchmarks, and write what they print, and a plot of it, into docs/benchmarks.md.
+"""Run the benchmarks, and write what they print, and a plot of it, into the pages of docs/ that tell of it.
 
     python tests/benchmarks/run.py [NAME ...]
 
@@ -18,8 +18,12 @@ from benchmarks.plot import plot
 
 FOLDER = Path(__file__).resolve().parent
 DOCS = FOLDER.parents[1] / "docs"
-NAMES = ("overhead", "in_memory", "memory", "start", "wire", "scaling", "checkpoints")
-"""Scripts beside this one, and the markers on the page between which their output stands."""
+PAGES = {
+    **dict.fromkeys(("overhead", "in_memory", "memory", "start", "wire", "scaling", "checkpoints"), "benchmarks.md"),
+    "strategies": "strategies.md",
+    "faults": "reliability.md",
+}
+"""Scripts beside this one, and the page on which their output stands, between markers of that name."""
 
 
 def output(name: str) -> str:
@@ -27,7 +31,7 @@ def output(name: str) -> str:
     return subprocess.run([sys.executable, FOLDER / f"{name}.py"], stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
-def publish(name: str, text: str, page_name: str = "benchmarks.md") -> None:
+def publish(name: str, text: str, page_name: str) -> None:
     """Write `text` between the markers `<!-- name -->` and `<!-- /name -->` of a page of the docs."""
     page = DOCS / page_name
     begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
@@ -40,13 +44,13 @@ def publish(name: str, text: str, page_name: str = "benchmarks.md") -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PAGES))
     names = parser.parse_args().names
-    if unknown := set(names) - set(NAMES):
-        parser.error(f"no benchmark {', '.join(unknown)}: choose from {', '.join(NAMES)}")
-    for name in names or NAMES:
+    if unknown := set(names) - set(PAGES):
+        parser.error(f"no benchmark {', '.join(unknown)}: choose from {', '.join(PAGES)}")
+    for name in names or PAGES:
         text = output(name)
-        publish(name, text)
+        publish(name, text, PAGES[name])
         if name == "overhead" and "not counted" not in text:
             (DOCS / "images" / "overhead.svg").write_text(plot(text))
 

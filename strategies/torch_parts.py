@@ -1,0 +1,43 @@
+"""Parts of torch that are private, or newer than the oldest torch that can be installed with Tally."""
+
+from __future__ import annotations
+
+from pkgutil import resolve_name
+
+import torch
+
+TESTED = "2.13"
+"""The torch with which all of them are tested."""
+
+
+FSDP = (
+    "torch.distributed:_broadcast_coalesced",
+    "torch.distributed.fsdp:FSDPModule._get_fsdp_state",
+    "torch.distributed.fsdp:FSDPModule.reset_iter_state",
+    "torch.distributed.fsdp:FSDPModule.set_force_sum_reduction_for_comms",
+    "torch.distributed.fsdp:FSDPModule.set_reduce_scatter_unused_params",
+    "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._fsdp_param_group",
+    "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._lazy_init",
+    "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._root_post_backward_final_callback",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup.is_unsharded",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup.post_backward",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup.unshard",
+)
+"""What `strategies.fsdp` and `strategies.passes` use."""
+
+
+def check_torch(name: str, parts: tuple[str, ...]) -> None:
+    """Raise RuntimeError where this torch lacks one of `parts`, "module:attribute" each, that strategy `name` uses."""
+    if missing := [part for part in parts if not _exists(part)]:
+        raise RuntimeError(
+            f"strategy {name!r} uses {', '.join(missing)}, which torch {torch.__version__} does not have. It is tested "
+            f"with torch {TESTED}: install that, or use another strategy."
+        )
+
+
+def _exists(part: str) -> bool:
+    try:
+        resolve_name(part)
+    except (ImportError, AttributeError):
+        return False
+    return True
