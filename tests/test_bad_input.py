@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from commands import RUN, python
 from processes import ChildError, run
 from torch import nn
 from torch.utils.data import TensorDataset
 from toy import Regression
 
 from engine import Callback, GradientAccumulationScheduler, Trainer
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(
@@ -203,17 +202,6 @@ def test_a_task_that_fails_on_one_process_stops_all_and_names_it(where: str) -> 
 # The command line
 
 
-def command(*options: str, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "engine" / "run.py"), *options],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        check=False,
-    )
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -235,7 +223,7 @@ def command(*options: str, launcher: tuple[str, ...] = (), **environment: str) -
 def test_the_command_line_says_one_thing_and_exits_with_2(
     options: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
-    done = command(*options, f"--trainer.run_dir={tmp_path / 'run'}")
+    done = python(RUN, *options, "--trainer.run_dir=run", folder=tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     assert message in done.stderr
@@ -244,18 +232,29 @@ def test_the_command_line_says_one_thing_and_exits_with_2(
     assert not (tmp_path / "run").exists()
 
 
+def print_config(path: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, RUN, "--print_config"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "PYTHONPATH": str(path)},
+        check=False,
+    )
+
+
 def test_another_package_called_engine_does_not_hide_ours(tmp_path: Path) -> None:
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine" / "__init__.py").write_text("raise RuntimeError('not this one')")
-    done = command("--print_config", PYTHONPATH=str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    done = print_config(tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_another_engine_that_was_imported_first_is_named(tmp_path: Path) -> None:
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine" / "__init__.py").write_text("")
     (tmp_path / "sitecustomize.py").write_text("import engine")
-    done = command("--print_config", PYTHONPATH=str(tmp_path))
+    done = print_config(tmp_path)
     assert done.returncode != 0
     assert "another package called 'engine' hides ours" in done.stderr
     assert str(tmp_path) in done.stderr

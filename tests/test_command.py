@@ -9,35 +9,35 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import ROOT, RUN, python
 from safetensors.torch import load_file
 
 from launch.recipes.digits import Digits
 
-ROOT = Path(__file__).resolve().parents[1]
 SHORT = ("--trainer.max_epochs=2", "--trainer.micro_batch_size=64")
 
 
-def launch(tmp_path: Path, *options: str, P: int = 1, module: bool = False) -> subprocess.CompletedProcess[str]:
-    target = ["-m", "engine.run"] if module else [str(ROOT / "engine" / "run.py")]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={P}"] if P > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if module:
-        environment["PYTHONPATH"] = str(ROOT)
+def finished(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def started(folder: Path, *words: str, **environment: str) -> str:
+    """What these words print, started from nothing."""
     done = subprocess.run(
-        [sys.executable, *launcher, *target, *options],
+        [sys.executable, *words],
         capture_output=True,
         text=True,
         timeout=110,
-        cwd=tmp_path,
-        env=environment,
+        cwd=folder,
+        env={**os.environ, **environment},
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    return finished(done)
 
 
 def test_torchrun_trains_digits_and_keeps_the_run(tmp_path: Path) -> None:
-    done = launch(tmp_path, P=2)
+    printed = started(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", RUN)
     folder = tmp_path / "runs" / "latest"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["validation/accuracy"] >= 0.96
@@ -50,19 +50,28 @@ def test_torchrun_trains_digits_and_keeps_the_run(tmp_path: Path) -> None:
     assert len([r for r in records if "validation/accuracy" in r]) == 20
     weights = load_file(folder / "model.safetensors")
     Digits().configure_model().load_state_dict(weights)
-    lines = done.stdout.splitlines()
+    lines = printed.splitlines()
     assert "window:     P 2 x N 16 x K 2 = effective batch 64" in lines
     assert "updates:    460, 23 an epoch of 1,437 samples" in lines
     assert len([line for line in lines if line.startswith("task:")]) == 1  # one process speaks
-    assert "epoch 19  update 460/460" in done.stdout
+    assert "epoch 19  update 460/460" in printed
 
 
 def test_the_resolved_options_train_the_same_again(tmp_path: Path) -> None:
     for name, options in (("first", SHORT), ("second", ("--config=runs/first/config.yaml",))):
-        launch(tmp_path, *options, f"--trainer.run_dir=runs/{name}")
+        finished(python(RUN, *options, f"--trainer.run_dir=runs/{name}", folder=tmp_path))
         assert (tmp_path / "runs" / "latest").resolve().name == name
     first, second = (load_file(tmp_path / "runs" / name / "model.safetensors") for name in ("first", "second"))
     assert all(first[name].equal(second[name]) for name in first)
+
+
+MINE = (
+    "--trainer.strategy=mine.Mine",
+    "--trainer.strategy.bucket_cap_mb=1",
+    "--trainer.accumulate_grad_batches=1",
+    "--trainer.callbacks=engine.GradientAccumulationScheduler",
+    "--trainer.callbacks.scheduling={0: 4, 1: 2}",
+)
 
 
 @pytest.mark.parametrize("P", [1, 2])
@@ -70,30 +79,25 @@ def test_as_a_module_with_a_user_s_strategy_and_a_schedule(tmp_path: Path, P: in
     (tmp_path / "mine.py").write_text(
         "from strategies import DDPStrategy\nclass Mine(DDPStrategy):\n    '''Mine.'''\n    name = 'mine'\n"
     )
-    done = launch(
-        tmp_path,
-        *SHORT,
-        "--trainer.strategy=mine.Mine",
-        "--trainer.strategy.bucket_cap_mb=1",
-        "--trainer.accumulate_grad_batches=1",
-        "--trainer.callbacks=engine.GradientAccumulationScheduler",
-        "--trainer.callbacks.scheduling={0: 4, 1: 2}",
-        P=P,
-        module=True,
-    )
-    assert f"strategy:   mine: {P} x cpu, gloo" in done.stdout
+    words = ("-m", "engine.run", *SHORT, *MINE)
+    if P == 1:
+        printed = started(tmp_path, *words, PYTHONPATH=str(ROOT))
+    else:
+        printed = finished(python(*words, folder=tmp_path, P=P))
+    assert f"strategy:   mine: {P} x cpu, gloo" in printed
     records = [json.loads(line) for line in (tmp_path / "runs/latest/metrics.jsonl").read_text().splitlines()]
     assert {(r["epoch"], r["accumulate_grad_batches"]) for r in records if "weight" in r} == {(0, 4), (1, 2)}
 
 
 def test_dp_on_the_cpu(tmp_path: Path) -> None:
-    done = launch(tmp_path, *SHORT, "--trainer.strategy=strategies.DPStrategy", "--trainer.strategy.devices=3")
-    assert "strategy:   dp: each micro-batch split over 3 cpu devices" in done.stdout
+    options = ("--trainer.strategy=strategies.DPStrategy", "--trainer.strategy.devices=3")
+    printed = finished(python(RUN, *SHORT, *options, folder=tmp_path))
+    assert "strategy:   dp: each micro-batch split over 3 cpu devices" in printed
 
 
 def test_help_and_print_config(tmp_path: Path) -> None:
-    assert "--trainer.accumulate_grad_batches" in launch(tmp_path, "--help").stdout
-    assert "class_path: launch.recipes.digits.Digits" in launch(tmp_path, "--print_config").stdout
+    assert "--trainer.accumulate_grad_batches" in finished(python(RUN, "--help", folder=tmp_path))
+    assert "class_path: launch.recipes.digits.Digits" in finished(python(RUN, "--print_config", folder=tmp_path))
     assert not (tmp_path / "runs").exists()
 
 

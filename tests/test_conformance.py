@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,13 +14,13 @@ from typing import Any
 
 import pytest
 from broken import DEFECTS, Defect
+from commands import python
 
 from engine.conformance import CHECKS, Backend, BrokenPromiseError, NotDeclaredError, processes
 from engine.conformance.__main__ import main
 from engine.conformance.report import Report
 from strategies import DDPStrategy, find
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = {
     name.removeprefix("check_"): check
     for module in CHECKS
@@ -154,19 +153,15 @@ class Mine(DDPStrategy):
 
 
 @pytest.mark.parametrize("lossy", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_the_command_ends_with_a_table_and_its_status_tells(tmp_path: Path, lossy: bool) -> None:
+def test_the_command_ends_with_a_table_and_its_status_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lossy: bool
+) -> None:
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --not-an-option\n")
     words = ["--only=clip or variable", f"--lossy={lossy}".lower()]
-    done = subprocess.run(
-        [sys.executable, "-m", "engine.conformance", "mine.Mine", "--processes", "2", *words],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": "--nor-this"},
-        check=False,
-    )
+    with monkeypatch.context() as environment:
+        environment.setenv("PYTEST_ADDOPTS", "--nor-this")
+        done = python("-m", "engine.conformance", "mine.Mine", "--processes", "2", *words, folder=tmp_path)
     assert done.returncode == int(lossy), done.stdout + done.stderr
     lines = done.stdout.strip().splitlines()
     assert lines[-1] == f"2 promises: {1 - lossy} kept, {int(lossy)} broken, 1 not declared."

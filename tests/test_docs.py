@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import ROOT, RUN, python
 from mutations import MUTATIONS
 from processes import run
 from toy import Regression, Watch, big_batch_run, in_order, parameters
@@ -18,7 +17,6 @@ from engine import Trainer
 from engine.command import main
 from strategies import find
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").rglob("*.md")))]
 
 
@@ -28,16 +26,8 @@ def blocks(page: str, language: str = "python") -> list[str]:
     return [block for name, block in found if name == language]
 
 
-def python(folder: Path, *arguments: str, seconds: float = 100) -> str:
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+def printed(*words: str, folder: Path, P: int = 1, seconds: float = 100) -> str:
+    done = python(*words, folder=folder, P=P, seconds=seconds)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -45,8 +35,7 @@ def python(folder: Path, *arguments: str, seconds: float = 100) -> str:
 @pytest.mark.parametrize("P", [1, 3])
 def test_the_readme_s_task(tmp_path: Path, P: int) -> None:
     (tmp_path / "line.py").write_text(blocks("README.md")[0])
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={P}"] if P > 1 else []
-    lines = python(tmp_path, *launcher, "line.py").splitlines()
+    lines = printed("line.py", folder=tmp_path, P=P).splitlines()
     assert len(lines) == 1
     updates, _, weight, bias = lines[0].split()
     assert int(updates) == sum(4 * -(-1001 // (P * 8 * K)) for K in (8, 4, 1))
@@ -57,17 +46,15 @@ def test_the_readme_s_task(tmp_path: Path, P: int) -> None:
 def test_the_readme_s_task_on_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "line.py").write_text(blocks("README.md")[0])
     options = ["--task=line.Line", "--trainer.max_epochs=3", "--trainer.effective_batch_size=256"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    printed = python(tmp_path, *launcher, str(ROOT / "engine" / "run.py"), *options)
-    assert "window:     P 2 x N 32 x K 4 = effective batch 256" in printed
-    assert "done: 12 updates, 3003 samples" in printed
+    text = printed(RUN, *options, folder=tmp_path, P=2)
+    assert "window:     P 2 x N 32 x K 4 = effective batch 256" in text
+    assert "done: 12 updates, 3003 samples" in text
 
 
 @pytest.mark.parametrize("P", [1, 3])
 def test_the_readme_s_own_loop(tmp_path: Path, P: int) -> None:
     (tmp_path / "own.py").write_text(blocks("README.md")[1])
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={P}"] if P > 1 else []
-    lines = python(tmp_path, *launcher, "own.py").splitlines()
+    lines = printed("own.py", folder=tmp_path, P=P).splitlines()
     assert len(lines) == P
     assert len(set(lines)) == 1
     assert f"after {4 * -(-1001 // (P * 16))} updates" in lines[0]
@@ -84,7 +71,7 @@ def backend(folder: Path, path: str) -> None:
 def test_a_strategy_of_the_docs_trains(tmp_path: Path, path: str) -> None:
     backend(tmp_path, path)
     options = ["--trainer.max_epochs=1", f"--trainer.strategy={path}", "--trainer.run_dir=run"]
-    python(tmp_path, str(ROOT / "engine" / "run.py"), *options)
+    printed(RUN, *options, folder=tmp_path)
     assert (tmp_path / "run" / "summary.json").exists()
 
 
@@ -127,8 +114,8 @@ def test_the_strategies_of_the_docs_keep_what_they_declare(
 ) -> None:
     path, *arguments = command.split()
     backend(tmp_path, path)
-    printed = python(tmp_path, "-m", "engine.conformance", path, *arguments, seconds=500)
-    assert printed.splitlines()[-1] == f"19 promises: {kept} kept, 0 broken, {not_declared} not declared."
+    text = printed("-m", "engine.conformance", path, *arguments, folder=tmp_path, seconds=500)
+    assert text.splitlines()[-1] == f"19 promises: {kept} kept, 0 broken, {not_declared} not declared."
 
 
 def test_the_plan_that_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -139,8 +126,8 @@ def test_the_plan_that_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     assert main(options) == 0
-    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert printed == re.findall(r"```text\n(.*?)```", page, re.DOTALL)[0].splitlines()
+    told = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert told == re.findall(r"```text\n(.*?)```", page, re.DOTALL)[0].splitlines()
     assert (tmp_path / "docs/images/plan.svg").read_text() == (ROOT / "docs/images/plan.svg").read_text()
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import RUN, python
 from processes import run
 from toy import Regression, Watch
 
 from engine import Trainer
 from engine.command import main, make_parser
 from engine.modes import OneWindow, split
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -26,17 +23,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def torchrun(folder: Path, *options: str) -> str:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-            *(str(ROOT / "engine" / "run.py"), *options),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        cwd=folder,
-        check=False,
-    )
+    done = python(RUN, *options, folder=folder, P=2)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
