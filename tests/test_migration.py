@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run
-from test_docs import ROOT, blocks, python
+from test_docs import ROOT, blocks, printed
 from torch import Tensor
 from toy import in_order
 
@@ -111,5 +111,5 @@ def test_the_model_of_transformers_trains_alike_on_one_and_two_processes() -> No
 def test_the_table_of_short_windows_is_what_the_script_prints() -> None:
     for package in ("lightning", "accelerate", "ignite", "torchtnt"):
         pytest.importorskip(package)
-    printed = python(ROOT, "tests/benchmarks/short_window.py")
-    assert printed.strip() in (ROOT / "docs/comparison.md").read_text()
+    table = printed("tests/benchmarks/short_window.py", folder=ROOT)
+    assert table.strip() in (ROOT / "docs/comparison.md").read_text()
