@@ -22,7 +22,11 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Turn links that are right in the repository into links that are right on the site, whose root is docs/."""
+    """Turn links that are right in the repository into links that are right on the site, and files into pages.
+
+    The site has its root in docs/, and shows a page's title where the repository shows its file's name.
+    """
+    markdown = re.sub(r"\[(?:docs/)?([\w-]+\.md)\]\(", _by_its_title, markdown)
     if page.file.src_uri in ABOVE:
         return markdown.replace("](docs/", "](")
     return re.sub(r"\]\(\.\./(README|CHANGELOG|CONTRIBUTING)\.md", _on_the_site, markdown)
@@ -32,6 +36,12 @@ def on_page_content(content: str, **_: Any) -> str:
     """Draw formulas."""
     content = re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', _drawn("inline"), content, flags=re.DOTALL)
     return re.sub(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', _drawn("block"), content, flags=re.DOTALL)
+
+
+def _by_its_title(link: re.Match[str]) -> str:
+    file = next(path for path in (ROOT / "docs" / link[1], ROOT / link[1]) if path.exists())
+    title = file.read_text().splitlines()[0].removeprefix("# ")
+    return f"[{title}]("
 
 
 def _on_the_site(link: re.Match[str]) -> str:
