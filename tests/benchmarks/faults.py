@@ -2,11 +2,12 @@
 
     python tests/benchmarks/faults.py [--repetitions 5]
 
-Fresh processes train a small model on the CPU, with a checkpoint after every fifth update. After the twentieth:
+Processes train a small model on the CPU, with a checkpoint after every fifth update. After the twentieth:
 
 - one is killed with SIGKILL, or stopped with SIGSTOP, and the clock runs until the last of the others has ended, each
-  with the error that names a lost contact. No torchrun is there that could end them;
-- one is killed under `torchrun --max-restarts=1`, and the clock runs until the first update of the restarted run.
+  with the error that names a lost contact. They are forked, and no torchrun is there that could end them;
+- one is killed under `torchrun --max-restarts=1`, and the clock runs until all processes are new, and until each of
+  them, which imports torch, meets the others and reads the checkpoint, has made an update.
 
 The kinds of fault take turns, and medians are told, with the least and the most. Seconds depend on the machine, and on
 what else it does.
@@ -15,6 +16,7 @@ what else it does.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import signal
 import socket
@@ -23,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ FAULTS = {
     "process 0 is killed": "until the others have ended",
     f"the last process stands still, `timeout_seconds={TIMEOUT:.0f}`": "until the others have ended",
     "a process is killed under `torchrun --max-restarts=1`": "until all processes are new",
-    "the same": "until the first update after the restart",
+    "the same": "until each has made an update",
 }
 KILLED_LAST, KILLED_FIRST, STOPPED, RENEWED, RESTARTED = FAULTS
 
@@ -91,11 +92,10 @@ def traced(folder: Path, rank: int) -> list[list[tuple[int, float]]]:
     return starts
 
 
-def wait_for(folder: Path, start: int, update: int, P: int, of: Started) -> list[float]:
+def wait_for(folder: Path, start: int, update: int, P: int) -> list[float]:
     """Return when the n-th starts of all processes made their first update from `update` on."""
 
     def found() -> list[float]:
-        assert of.process.poll() is None, of.output
         starts = [traced(folder, rank) for rank in range(P)]
         firsts = [
             next((at for made, at in own[start] if made >= update), None) if start < len(own) else None
@@ -110,36 +110,48 @@ def lost(folder: Path, P: int, rank: int, how: signal.Signals) -> float:
     """Return the seconds from a signal to one of P processes until the others have ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": str(P), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    with ExitStack() as stack:
-        started = [
-            stack.enter_context(
-                Started(
-                    [sys.executable, __file__, f"--folder={folder}"], folder, RANK=str(r), LOCAL_RANK=str(r), **group
-                )
-            )
-            for r in range(P)
-        ]
-        wait_for(folder, 0, AFTER, P, started[0])
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=member, args=(folder, r, P, port), daemon=True) for r in range(P)]
+    try:
+        for process in processes:
+            process.start()
+        wait_for(folder, 0, AFTER, P)
         began = time.monotonic()
-        started[rank].process.send_signal(how)
-        others = [each for r, each in enumerate(started) if r != rank]
-        assert [each.wait(PATIENCE) for each in others] == [1] * (P - 1), others[0].output
+        os.kill(processes[rank].pid or 0, how)
+        others = [r for r in range(P) if r != rank]
+        for r in others:
+            processes[r].join(PATIENCE)
         seconds = time.monotonic() - began
-        assert all("lost contact with another process" in each.output for each in others), others[0].output
+        errors = [(folder / f"error-{r}").read_text() for r in others]
+        assert all("lost contact with another process" in error for error in errors), errors
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
     return seconds
+
+
+def member(folder: Path, rank: int, P: int, port: int) -> None:
+    """Be one of P processes, and leave the error that ends it."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": P, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    try:
+        work(folder)
+    except RuntimeError as error:
+        (folder / f"error-{rank}").write_text(str(error))
+    os._exit(1)
 
 
 def restarted(folder: Path, P: int) -> tuple[float, float]:
     """Return the seconds from a kill until all processes are new, and until the first update that follows."""
     command = [*TORCHRUN, "--standalone", f"--nproc-per-node={P}", "--max-restarts=1", __file__, f"--folder={folder}"]
     with Started(command, folder) as torchrun:
-        wait_for(folder, 0, AFTER, P, torchrun)
+        wait_for(folder, 0, AFTER, P)
         worker = torchrun.workers[P - 1]
         began = time.monotonic()
         os.kill(worker, signal.SIGKILL)
-        updated = wait_for(folder, 1, 1, P, torchrun)
+        updated = wait_for(folder, 1, 1, P)
         renewed = [traced(folder, rank)[1][0][1] for rank in range(P)]
     return max(renewed) - began, max(updated) - began
 
@@ -168,6 +180,11 @@ def main() -> None:
     if options.folder:
         work(options.folder)
         return
+    import torch
+
+    import engine  # noqa: F401 - once here, not in each process
+
+    torch.set_num_threads(1)
     load = os.getloadavg()[0]
     found: dict[tuple[str, int], list[float]] = defaultdict(list)
     for _ in range(options.repetitions):

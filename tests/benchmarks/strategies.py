@@ -36,7 +36,7 @@ SMALL, LARGE = 1, 8
 """The windows of which memory and bytes are told."""
 N = 16
 LONG = (2, 8, 32)
-LONG_N, LONG_WIDTH = 2048, 128
+LONG_N, LONG_WIDTH = 1024, 64
 MIB = footprint.MIB
 
 Rows = Iterator[tuple[object, ...]]
@@ -100,7 +100,7 @@ def long_windows() -> Rows:
         if case.name == "single" or (case.name.startswith("pipeline") and case.processes == 2):
             peaks = [footprint.footprint(case, K, LONG_N, LONG_WIDTH).peak for K in LONG]
             each = (peaks[-1] - peaks[-2]) / (LONG[-1] - LONG[-2])
-            yield case.name, *(f"{peak:.0f}" for peak in peaks), f"{each:.1f}"
+            yield case.name, *(f"{peak:.1f}" for peak in peaks), f"{each:.2f}"
 
 
 def hooks_of_ddp() -> Rows:
@@ -129,7 +129,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "kept": lambda: print_table(f"N={exactness.N}, K={exactness.K}.", kept()),
     "costs": print_costs,
     "windows": lambda: print_table(
-        f"MiB of peak memory where {4 * LONG_N * LONG_WIDTH / MIB:.0f} MiB pass between two layers.", long_windows()
+        f"MiB of peak memory where {4 * LONG_N * LONG_WIDTH / MIB:g} MiB pass between two layers.", long_windows()
     ),
     "hooks": lambda: print_table(f"The digits recipe, {hooks.EPOCHS} epochs on two processes.", hooks_of_ddp()),
 }
