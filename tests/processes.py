@@ -14,9 +14,11 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+import safetensors.torch  # noqa: F401 - this, and the next two, are imported late: once here, not in each process
 import torch
-import torch._dynamo  # the first optimizer imports it: once here, not in each process
+import torch._dynamo  # by the first optimizer
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict  # by the first checkpoint
 
 
 class ChildError(AssertionError):
