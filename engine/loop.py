@@ -105,6 +105,7 @@ class Loop:
 
         self.start(window, epoch, update, wishes)
         interrupts, seed, key, meter = self._interrupts, self.strategy.seed, self._key, self.meter
+        model, add = self.model, self.sums.add
         is_timed = meter is not None and meter.sees_reduction
 
         def forward(micro: Micro) -> tuple[Tensor, float]:
@@ -113,7 +114,10 @@ class Loop:
             if is_timed and micro.is_last:
                 self._last_began = time.perf_counter()
             seed(key + micro.place * ODD & SEED_BITS)
-            return self.weigh(compute(self.model, micro.batch), micro)
+            loss = add(compute(model, micro.batch), micro)
+            if micro.is_last:
+                self._send()
+            return loss
 
         place = update % window.stage.accumulate_grad_batches
         micros = window if meter is None or window.is_empty else meter.watched(window, place)

@@ -82,14 +82,17 @@ def run(P: int, function: Callable[..., Any], *args: Any, seconds: float) -> lis
 
 
 def _place(child: Any, places: IO[str]) -> str:
-    """Where the main thread of a process is: the innermost frame that is not torch's."""
+    """Where the main thread of a process is: its innermost frame that is not torch's, and its innermost."""
     os.kill(child.pid, signal.SIGUSR2)
     time.sleep(0.3)
     places.seek(0)
     thread = places.read().rpartition("(most recent call first):")[2]
-    frames = re.findall(r'File "(.*)", line (\d+) in (\S+)', thread)
-    file, line, name = next((frame for frame in frames if "/torch/" not in frame[0]), ("nowhere", "0", "?"))
-    return f"it is at {os.path.basename(file)}, line {line}, in {name}"
+    frames = re.findall(r'File "(.*)", line (\d+) in (\S+)', thread) or [("nowhere", "0", "?")]
+    ours = next((frame for frame in frames if "/torch/" not in frame[0]), frames[0])
+    told = (
+        f"{os.path.basename(file)}, line {line}, in {name}" for file, line, name in dict.fromkeys((ours, frames[0]))
+    )
+    return f"it is at {', and in it '.join(told)}"
 
 
 @cache
