@@ -35,6 +35,9 @@ from engine.sums import Sums
 from engine.window import Micro, Window
 from strategies import Rows, Strategy
 
+GOLDEN = (5**0.5 - 1) / 2
+"""Its multiples are spread evenly between whole numbers, whichever updates one takes: each n-th, too."""
+
 Compute = Callable[[nn.Module, Any], Loss | Tensor]
 """From the prepared model and a batch to the loss, as `Task.loss` does."""
 
@@ -119,7 +122,7 @@ class Loop:
                 self._send()
             return loss
 
-        place = update % window.stage.accumulate_grad_batches
+        place = int(GOLDEN * update % 1.0 * window.stage.accumulate_grad_batches)
         micros = window if meter is None or window.is_empty else meter.watched(window, place)
         try:
             self.strategy.run_window(micros, forward)

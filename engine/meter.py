@@ -10,7 +10,7 @@ from itertools import chain, islice
 from engine.reduction import Costs
 from engine.window import Micro
 
-DATA, COMPUTE, STEP = "waiting for data", "forward and backward", "step"
+DATA, COMPUTE, STEP = "waiting for data", "forward and backward", "optimizer's step"
 REDUCTION = "reduction, and waiting for others"
 
 
@@ -32,7 +32,7 @@ class Times:
     @property
     def computing(self) -> float:
         """Forward and backward of a micro-batch that is not the last; K is 2 or more, and there are windows."""
-        return (self.before - self.data) / self.windows / (self.K - 1)
+        return max(0.0, self.before - self.data) / self.windows / (self.K - 1)
 
 
 class Meter:

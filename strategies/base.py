@@ -167,7 +167,8 @@ class Strategy(ABC):
     ) -> None:
         """Run one window: afterwards `p.grad` holds the sum over processes and micro-batches of scale x d(loss).
 
-        `forward(micro)` returns a micro-batch's loss, a 0-dim tensor, and the scale of its gradient.
+        `forward(micro)` returns a micro-batch's loss, a 0-dim tensor, and the scale of its gradient. Of `window`, count
+        on nothing but that it can be iterated over once.
         """
         micro = None
         for micro in window:

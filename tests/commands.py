@@ -7,6 +7,7 @@ tests/test_command.py show, and the slow tests of torchrun, clusters and packagi
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import sys
 import traceback
@@ -33,8 +34,14 @@ def python(*words: str, folder: Path, P: int = 1, seconds: float = 100) -> Compl
 def _interpret(words: tuple[str, ...], folder: Path, output: list[Path]) -> int:
     """Become the interpreter of these words, as far as a program can see; return its exit status."""
     if os.environ["WORLD_SIZE"] == "1":
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        for name in [
+            name for name in os.environ if re.match("RANK|LOCAL_RANK|.*WORLD_SIZE|MASTER_|TORCHELASTIC_", name)
+        ]:
             del os.environ[name]
+    else:
+        os.environ["TORCHELASTIC_RUN_ID"] = output[
+            0
+        ].parent.name  # the same for its processes, and for no other command
     os.chdir(folder)
     sys.stdout, sys.stderr = (path.open("a", buffering=1) for path in output)
     for number, stream in enumerate((sys.stdout, sys.stderr), 1):

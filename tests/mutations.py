@@ -458,15 +458,15 @@ MUTATIONS = [
     Mutation(
         "look at the wait for the first micro-batch only",
         LOOP,
-        "place = update % window.stage.accumulate_grad_batches",
+        "place = int(GOLDEN * update % 1.0 * window.stage.accumulate_grad_batches)",
         "place = 0",
         "tests/test_reduction.py -k another",
     ),
     Mutation(
         "call the wait for data computing",
         "engine/meter.py",
-        "(self.before - self.data) / self.windows",
-        "self.before / self.windows",
+        "max(0.0, self.before - self.data)",
+        "self.before",
         "tests/test_reduction.py -k goes",
     ),
     Mutation(

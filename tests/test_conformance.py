@@ -203,8 +203,14 @@ def test_without_pytest_the_kit_says_what_to_install(
     assert "pip install 'tally-engine[conformance]'" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_the_process_that_forks_has_no_store() -> None:
     """Where it had one, a child forked while the store's thread looked up an address waited for ever for a lock."""
     before = os.listdir("/proc/self/task")
     assert processes._port.__wrapped__() > 0
     assert os.listdir("/proc/self/task") == before
+
+
+def test_runs_within_a_run_meet_elsewhere() -> None:
+    """Where they did not, a later run of this process found the addresses of theirs, which are gone."""
+    assert processes.run(1, processes._port, seconds=30)[0] != processes._port()

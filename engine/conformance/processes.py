@@ -139,6 +139,7 @@ def _child(
     args: tuple[Any, ...],
 ) -> None:
     faulthandler.register(signal.SIGUSR2, places)
+    _port.cache_clear()  # what this process starts meets in a store of its own: here, names would come twice
     torch.set_num_threads(1)
     gc.freeze()  # what was there before the fork is not this process's to collect
     os.environ.update(
