@@ -26,7 +26,7 @@ def plot(table: str) -> str:
     for name, K, ratio in rows:
         y, length = TOP + names.index(name) * ROW + places[K][0], float(ratio) * UNIT
         parts.append(f'<rect class="{places[K][1]}" x="{LEFT}" y="{y}" width="{length:.0f}" height="12"/>')
-        parts.append(f'<text x="{LEFT + length + 5:.0f}" y="{y + 11}">{float(ratio):.2f}</text>')
+        parts.append(f'<text x="{LEFT + length + 5:.0f}" y="{y + 11}">{ratio}</text>')
     for i, name in enumerate(names):
         parts.append(f'<text x="{LEFT - 8}" y="{TOP + i * ROW + 17}" text-anchor="end">{name}</text>')
     for i, (K, (_, of_K)) in enumerate(places.items()):
