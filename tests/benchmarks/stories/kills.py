@@ -68,7 +68,7 @@ class Witness(Callback):
     def on_update_end(self, trainer: Trainer) -> None:
         assert isinstance(trainer.task, NumberedDigits)
         line = {"start": self.start, "update": trainer.update, "epoch": trainer.epoch, "seen": trainer.task.seen}
-        with Path(f"seen-{trainer.strategy.rank}").open("a") as file:
+        with Path(f"seen-{self.start}-{trainer.strategy.rank}").open("a") as file:
             file.write(json.dumps(line) + "\n")
         trainer.task.seen.clear()
 
@@ -119,8 +119,10 @@ class Outcome:
         return times_seen(witnessed(self.folder))
 
 
-def witnessed(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for file in folder.glob("seen-*") for line in file.read_text().splitlines()]
+def witnessed(folder: Path, files: str = "seen-*") -> list[dict[str, Any]]:
+    """Return what was written down; a last line that is half written, or was when its process was killed, is none."""
+    texts = [file.read_text() for file in folder.glob(files)]
+    return [json.loads(line) for text in texts for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def times_seen(lines: Sequence[dict[str, Any]]) -> list[Counter[int]]:
@@ -164,9 +166,7 @@ def run(folder: Path, processes: Sequence[int], updates: int = UPDATES) -> Outco
 def _made(folder: Path, start: int, torchrun: Started) -> int:
     """Return the last update that process 0 has made in this start."""
     assert torchrun.process.poll() is None, torchrun.output
-    file = folder / "seen-0"
-    lines = file.read_text().splitlines()[-1:] if file.exists() else []
-    return next((found["update"] for found in map(json.loads, lines) if found["start"] == start), 0)
+    return max((line["update"] for line in witnessed(folder, f"seen-{start}-0")), default=0)
 
 
 def distance(alone: Outcome, killed: Outcome) -> tuple[list[float], float]:
