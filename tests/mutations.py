@@ -133,8 +133,8 @@ MUTATIONS = [
     Mutation(
         "move the learning rate with each micro-batch",
         LOOP,
-        "            loss = add(compute(model, micro.batch), micro)\n",
-        "            loss = add(compute(model, micro.batch), micro)\n            self.lr_scheduler and self.lr_scheduler.step()\n",
+        "loss = add(compute(model, micro.batch), micro)",
+        "loss = add(compute(model, micro.batch), micro); self.lr_scheduler and self.lr_scheduler.step()",
         "tests/test_loop.py::test_the_learning_rate_moves_once_per_update",
     ),
     Mutation(
