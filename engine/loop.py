@@ -35,9 +35,6 @@ from engine.sums import Sums
 from engine.window import Micro, Window
 from strategies import Rows, Strategy
 
-GOLDEN = (5**0.5 - 1) / 2
-"""Its multiples are spread evenly between whole numbers, whichever updates one takes: each n-th, too."""
-
 Compute = Callable[[nn.Module, Any], Loss | Tensor]
 """From the prepared model and a batch to the loss, as `Task.loss` does."""
 
@@ -117,13 +114,12 @@ class Loop:
             if is_timed and micro.is_last:
                 self._last_began = time.perf_counter()
             seed(key + micro.place * ODD & SEED_BITS)
-            loss = add(compute(model, micro.batch), micro)
+            weighed = add(compute(model, micro.batch), micro)  # what `weigh` does, less a call per micro-batch
             if micro.is_last:
                 self._send()
-            return loss
+            return weighed
 
-        place = int(GOLDEN * update % 1.0 * window.stage.accumulate_grad_batches)
-        micros = window if meter is None or window.is_empty else meter.watched(window, place)
+        micros = window if meter is None or window.is_empty else meter.watched(window, update)
         try:
             self.strategy.run_window(micros, forward)
         except Interrupted:
@@ -310,5 +306,7 @@ class Loop:
 def _meter(strategy: Strategy) -> Meter:
     is_deferred = strategy.defers_reduction and strategy.micro_batches is None
     return Meter(
-        strategy.processes == 1, strategy.device.type == "cpu", is_deferred and strategy.data_parallel_size > 1
+        is_alone=strategy.processes == 1,
+        sees_device=strategy.device.type == "cpu",
+        defers=is_deferred and strategy.data_parallel_size > 1,
     )

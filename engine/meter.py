@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 
 from engine.reduction import Costs
-from engine.window import Micro
+from engine.window import Micro, Window
 
 DATA, COMPUTE, STEP = "waiting for data", "forward and backward", "optimizer's step"
 REDUCTION = "reduction, and waiting for others"
+GOLDEN = (5**0.5 - 1) / 2
+"""Its multiples are spread evenly between whole numbers, whichever updates one takes: each n-th, too."""
 
 
 @dataclass
@@ -52,8 +54,9 @@ class Meter:
         self._K = 0  # the newest that is 2 or more
         self._wait = 0.0
 
-    def watched(self, window: Iterable[Micro], place: int) -> Iterator[Micro]:
-        """Yield the micro-batches of `window`, with an eye on the one at `place`."""
+    def watched(self, window: Window, update: int) -> Iterator[Micro]:
+        """Yield the micro-batches of `window`, with an eye on one, at a place that follows no rhythm of data."""
+        place = int(GOLDEN * update % 1.0 * window.stage.accumulate_grad_batches)
         micros = iter(window)
         return chain(islice(micros, place), self._next_of(micros), micros)
 

@@ -133,8 +133,8 @@ MUTATIONS = [
     Mutation(
         "move the learning rate with each micro-batch",
         LOOP,
-        "loss = add(compute(model, micro.batch), micro)",
-        "loss = add(compute(model, micro.batch), micro); self.lr_scheduler and self.lr_scheduler.step()",
+        "weighed = add(compute(model, micro.batch), micro)",
+        "weighed = add(compute(model, micro.batch), micro); self.lr_scheduler and self.lr_scheduler.step()",
         "tests/test_loop.py::test_the_learning_rate_moves_once_per_update",
     ),
     Mutation(
@@ -457,7 +457,7 @@ MUTATIONS = [
     ),
     Mutation(
         "look at the wait for the first micro-batch only",
-        LOOP,
+        "engine/meter.py",
         "place = int(GOLDEN * update % 1.0 * window.stage.accumulate_grad_batches)",
         "place = 0",
         "tests/test_reduction.py -k another",
