@@ -8,20 +8,24 @@ Prints the table of docs/testing.md. Fails if a fault survives, or no longer app
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+import processes  # noqa: F401 - torch, imported once: not by each pytest
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("engine", "strategies", "launch", "tests", "pyproject.toml")
 WORKERS = int(os.environ.get("TEST_WORKERS", "2"))
+FORK = multiprocessing.get_context("fork")
 
 
 class Mutation(NamedTuple):
@@ -507,11 +511,24 @@ def copy_into(folder: str) -> Path:
 
 def test(copy: Path, selection: str) -> tuple[int, str]:
     """Run tests in a copy; return pytest's exit status and the name of the first that failed."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *shlex.split(selection)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+?)(?:\[| |$)", done.stdout, re.MULTILINE)
-    return done.returncode, failed[1] if failed else done.stdout[-500:]
+    output = copy.parent / "output"
+    process = FORK.Process(target=_test, args=(copy, selection, output))
+    process.start()
+    process.join()
+    said = output.read_text()
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+?)(?:\[| |$)", said, re.MULTILINE)
+    return process.exitcode or 0, failed[1] if failed else said[-500:]
+
+
+def _test(copy: Path, selection: str, output: Path) -> None:
+    """Become a pytest in `copy`, as far as a test can see."""
+    os.chdir(copy)
+    sys.path = [str(copy), *(folder for folder in sys.path if folder != str(ROOT / "tests"))]
+    for stream in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    status = pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", *shlex.split(selection)])
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def apply(mutation: Mutation) -> str:
@@ -532,7 +549,7 @@ def main(words: list[str]) -> int:
     chosen = [m for m in MUTATIONS if not words or any(word in m.fault for word in words)]
     print("| fault | where | goes red |\n| --- | --- | --- |", flush=True)
     wrong = 0
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with ProcessPoolExecutor(WORKERS, FORK) as pool:
         for mutation, outcome in zip(chosen, pool.map(apply, chosen), strict=True):
             wrong += not outcome.startswith("`")
             print(f"| {mutation.fault} | `{mutation.file}` | {outcome} |", flush=True)
