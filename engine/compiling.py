@@ -7,10 +7,8 @@ from torch import nn
 from strategies import Strategy
 
 
-def check_compiles(compile_model: object, strategy: Strategy) -> None:
-    """Refuse what is no bool, and a strategy under which nothing would be compiled. Raises ValueError."""
-    if not isinstance(compile_model, bool):
-        raise ValueError(f"compile_model={compile_model!r}: give True or False.")
+def check_compiles(compile_model: bool, strategy: Strategy) -> None:
+    """Refuse a strategy under which nothing would be compiled. Raises ValueError."""
     if compile_model and not strategy.compiles_in_place:
         raise ValueError(
             f"compile_model=True: strategy {strategy.name!r} calls copies or parts of the model, and nothing "

@@ -30,6 +30,7 @@ from engine.compiling import check_compiles, compile_in_place
 from engine.data import make_plan, make_source
 from engine.epochs import Epochs
 from engine.evaluation import Evaluation
+from engine.fusing import fuse
 from engine.interrupts import Interrupts
 from engine.keeper import Keeper
 from engine.loggers import Logger, Start, make_loggers, opened
@@ -67,6 +68,7 @@ class Trainer:
         gradient_clip_norm: clips the 2-norm of an update's whole gradient.
         precision: "fp32", "bf16" or "fp16" (autocast); None keeps the model's own dtype.
         compile_model: compile the model in place with torch.compile ("single" and "ddp").
+        fused_optimizer: step in torch's fused kernel, where the task's optimizer has one (SGD, Adam, AdamW).
         seed: of the model's parameters, the data order, dropout and augmentation.
         shuffle: a new global order each epoch; `Task.order` gives another one.
         spread_windows: cut each window into as many pieces of like size for all processes, so that none waits for
@@ -111,6 +113,7 @@ class Trainer:
         gradient_clip_norm: float | None = None,
         precision: str | None = None,
         compile_model: bool = False,
+        fused_optimizer: bool = False,
         seed: int = 0,
         shuffle: bool = True,
         spread_windows: bool = False,
@@ -362,6 +365,8 @@ class Trainer:
     def make_optimizer(self, task: Task) -> None:
         """Make the optimizer and the LR scheduler of the model that there is. Raises ValueError for others."""
         self.optimizer, self.lr_scheduler = check_optimizer(task.configure_optimizer(self.model), self.model)
+        if self.settings["fused_optimizer"]:
+            fuse(self.optimizer)
 
     def _has_same_windows(self, saved: Saved) -> bool:
         """Whether the settings say the same of windows as those of a checkpoint: its effective batches then stay."""

@@ -28,6 +28,10 @@ def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**parts[0], "state": {name: state for part in parts for name, state in part["state"].items()}}
 
 
+HOW_TO_STEP = ("foreach", "fused")
+"""What groups say of the kernels that step: a run that goes on has its own."""
+
+
 def load_named_state(
     model: nn.Module, optimizer: Optimizer, saved: dict[str, Any], elsewhere: Collection[Tensor] = ()
 ) -> None:
@@ -48,11 +52,12 @@ def load_named_state(
         _check_shapes(optimizer, name, flat[number[name]], state)
     states = {name: state for name, state in saved["state"].items() if flat[number[name]] not in elsewhere}
     first = iter(range(len(flat)))
+    loaded = []
+    for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        own = {name: group[name] for name in HOW_TO_STEP if name in group}
+        loaded.append({**saved_group, **own, "params": [next(first) for _ in group["params"]]})
     optimizer.load_state_dict(
-        {
-            "state": {number[name]: state for name, state in states.items()},
-            "param_groups": [{**g, "params": [next(first) for _ in g["params"]]} for g in saved["param_groups"]],
-        }
+        {"state": {number[name]: state for name, state in states.items()}, "param_groups": loaded}
     )
     for name, state in states.items():  # torch has cast it all to the parameter's dtype
         own = optimizer.state[flat[number[name]]]

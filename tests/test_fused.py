@@ -1,0 +1,131 @@
+"""`fused_optimizer=True`: the update of a plain step, up to rounding, where the task has left the choice open."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import pytest
+import torch
+from processes import ChildError, run
+from toy import Regression, in_order, parameters
+
+from engine import Trainer
+
+SAMPLES, N, K, EPOCHS = 24, 2, 2, 3
+
+
+class Optimized(Regression):
+    def __init__(self, optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW, **options: Any) -> None:
+        super().__init__(SAMPLES)
+        self.optimizer, self.options = optimizer, options
+
+    def configure_optimizer(self, model: Any) -> Any:
+        return self.optimizer(model.parameters(), lr=0.01, **self.options)
+
+
+class Fused:
+    """Counts the fused kernels that are called."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __enter__(self) -> Fused:
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._profile.__exit__(*raised)
+        self.calls = sum(event.count for event in self._profile.key_averages() if "aten::_fused_" in event.key)
+
+
+def fit(strategy: str, optimizer: type[torch.optim.Optimizer], options: dict[str, Any], **settings: Any) -> Any:
+    settings = {"max_epochs": EPOCHS, "shuffle": False, "fused_optimizer": True, **settings}
+    trainer = Trainer(strategy, micro_batch_size=N, accumulate_grad_batches=K, **settings)
+    with Fused() as fused:
+        trainer.fit(Optimized(optimizer, **options))
+    model = trainer.strategy.state_dict()["model"]
+    how = [(group["foreach"], group["fused"]) for group in trainer.optimizer.param_groups]
+    return torch.cat([tensor.flatten() for tensor in model.values()]), fused.calls, trainer.update, how
+
+
+def one_big_batch(P: int, task: Optimized) -> torch.Tensor:
+    torch.manual_seed(0)
+    model = task.model()
+    optimizer = task.configure_optimizer(model)
+    for rows in in_order(SAMPLES, P * N * K) * EPOCHS:
+        optimizer.zero_grad()
+        torch.nn.functional.mse_loss(model(task.x[list(rows)]), task.y[list(rows)]).backward()
+        optimizer.step()
+    return parameters(model)
+
+
+@pytest.mark.parametrize(
+    ("P", "strategy", "optimizer", "options"),
+    [
+        (1, "single", torch.optim.AdamW, {}),
+        (1, "single", torch.optim.SGD, {"momentum": 0.9}),
+        (2, "ddp", torch.optim.Adam, {"amsgrad": True}),
+        (2, "ddp", torch.optim.SGD, {"nesterov": True, "momentum": 0.9}),
+        (2, "fsdp", torch.optim.AdamW, {}),
+    ],
+)
+def test_a_fused_step_is_a_plain_one(
+    P: int, strategy: str, optimizer: type[torch.optim.Optimizer], options: dict[str, Any]
+) -> None:
+    expected = one_big_batch(P, Optimized(optimizer, **options))
+    found, calls, updates, _ = run(P, fit, strategy, optimizer, options)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert calls >= updates > 0  # DTensors ask for a kernel more than once
+
+
+def go_on(first: bool, then: bool) -> Any:
+    """Train two epochs in two runs, of which one may step otherwise."""
+    with tempfile.TemporaryDirectory() as folder:
+        for epochs, fused in ((1, first), (2, then)):
+            settings = {"max_epochs": epochs, "fused_optimizer": fused, "run_dir": f"{folder}/run"}
+            last = fit("single", torch.optim.AdamW, {}, **settings)
+    return last
+
+
+@pytest.mark.parametrize("then", [False, True])
+def test_a_run_that_goes_on_steps_as_it_is_told_now(then: bool) -> None:
+    expected = fit("single", torch.optim.AdamW, {}, max_epochs=2)[0]
+    found, calls, updates, how = go_on(first=not then, then=then)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert how == [(None, True if then else None)]
+    assert calls == (updates // 2 if then else 0)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "message"),
+    [
+        (torch.optim.RMSprop, {}, "RMSprop has no fused step. Use SGD, Adam or AdamW"),
+        (torch.optim.Adagrad, {}, "Adagrad has no fused step"),
+        (torch.optim.AdamW, {"foreach": True}, "says foreach=True, fused=None: leave them out there"),
+        (torch.optim.AdamW, {"fused": False}, "says foreach=None, fused=False"),
+    ],
+)
+def test_what_cannot_be_fused_is_refused(
+    optimizer: type[torch.optim.Optimizer], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Trainer("single", N, max_epochs=1, fused_optimizer=True).fit(Optimized(optimizer, **options))
+
+
+def test_a_fused_step_that_fsdp_cannot_take_is_refused() -> None:
+    with pytest.raises(ChildError, match="fused SGD knows no DTensor"):
+        run(2, fit, "fsdp", torch.optim.SGD, {})
+
+
+def test_a_task_that_is_fused_already_stays_so() -> None:
+    _, calls, updates, _ = fit("single", torch.optim.AdamW, {"fused": True})
+    assert calls == updates
+
+
+@pytest.mark.parametrize("name", ["fused_optimizer", "compile_model"])
+def test_what_is_no_bool_is_refused(name: str) -> None:
+    options: Any = {name: "yes"}
+    with pytest.raises(ValueError, match=f"{name}='yes': give True or False"):
+        Trainer("single", N, max_epochs=1, **options)
