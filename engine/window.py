@@ -8,12 +8,14 @@ has another one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from engine.schedule import Stage
 
 
-class Micro(NamedTuple):
+@dataclass(slots=True)  # its fields are read at each micro-batch: slots cost the least
+class Micro:
     """One micro-batch: its data on the device, its samples, its place in the epoch, and whether the update follows."""
 
     batch: Any

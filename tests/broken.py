@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ class AsManyAsTheFirst(DDPStrategy):
         micros = list(window)
         self.K = getattr(self, "K", len(micros))
         kept = micros[: self.K]
-        super().run_window([micro._replace(is_last=micro is kept[-1]) for micro in kept], forward)
+        super().run_window([replace(micro, is_last=micro is kept[-1]) for micro in kept], forward)
 
 
 class OwnNames(DDPStrategy):
