@@ -25,6 +25,7 @@ from engine.schedule import make_schedule
 from strategies import DPStrategy
 
 MORE = int(os.environ.get("TALLY_EXAMPLES", "0"))  # 0: the same examples each time; n: n times as many, and others
+SLOW = pytest.mark.slow
 LONGEST = 17  # epochs, and updates, of a run that updates alone bound
 
 # torch warns where the first update of all is skipped
@@ -243,16 +244,21 @@ def check(case: Case, replicas: Sequence[Run]) -> None:
     assert [sorted(sum(share, [])) for share in shares] == [sorted(rows) for rows in updates]
 
 
-@given(cases(P=1))
-@examples(500)
-def test_any_run_of_one_process(case: Case) -> None:
-    check(case, [fit(case)])
+@pytest.mark.parametrize("number", [100, pytest.param(500, marks=SLOW)])
+def test_any_run_of_one_process(number: int) -> None:
+    @given(cases(P=1))
+    @examples(number)
+    def search(case: Case) -> None:
+        check(case, [fit(case)])
+
+    search()
 
 
+@pytest.mark.parametrize("number", [3, pytest.param(12, marks=SLOW)])
 @pytest.mark.parametrize("P", [2, 3, 4])
-def test_any_run_of_several_processes(P: int) -> None:
+def test_any_run_of_several_processes(P: int, number: int) -> None:
     @given(st.lists(cases(P), min_size=1, max_size=20))
-    @examples(12, shrinks=MORE > 0)
+    @examples(number, shrinks=MORE > 0)
     def search(batch: list[Case]) -> None:
         for case, *replicas in zip(batch, *run(P, fit_all, batch, seconds=120), strict=True):
             note(f"in {case}")  # the last of these is the one that failed
