@@ -50,7 +50,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf
         ):
             raise ValueError(f"{name}={value!r}: give a positive number, or None.")
-    for name in ("compile_model", "fused_optimizer"):
+    for name in ("compile_model", "fused_optimizer", "prefetch_to_device"):
         if not isinstance(settings[name], bool):
             raise ValueError(f"{name}={settings[name]!r}: give True or False.")
     if settings["run_dir"] == "":

@@ -10,6 +10,7 @@ from engine.checks import check_dataset, check_stream
 from engine.map_source import LoaderOptions, MapSource
 from engine.order import Order, sequential, shuffled
 from engine.plan import Plan
+from engine.prefetch import Prefetch
 from engine.schedule import Schedule
 from engine.stream_source import StreamSource
 from engine.task import Batching
@@ -71,12 +72,13 @@ def make_source(
     shuffle: bool,
     options: LoaderOptions,
     spread: bool = False,
+    prefetch: Prefetch | None = None,
 ) -> Source:
     """Return the source of `data`'s windows: in the task's own order, else shuffled, else as it is."""
     if plan is None:
         check_stream(data, strategy)
-        return StreamSource(data, schedule, batching, strategy, seed)
+        return StreamSource(data, schedule, batching, strategy, seed, prefetch)
     order: Order = shuffled(plan.samples, seed) if shuffle else sequential(plan.samples)
     if batching.order(0) is not None:
         order = batching.order  # type: ignore[assignment]
-    return MapSource(data, order, plan, N, batching, strategy, seed, options, spread)
+    return MapSource(data, order, plan, N, batching, strategy, seed, options, spread, prefetch)

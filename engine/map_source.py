@@ -15,6 +15,7 @@ from engine.interrupts import shielded
 from engine.order import Order
 from engine.plan import Plan
 from engine.plan import Window as PlannedWindow
+from engine.prefetch import Prefetch
 from engine.schedule import Stage
 from engine.task import Batching
 from engine.window import Micro, Window
@@ -59,11 +60,13 @@ class MapSource:
         seed: int,
         options: LoaderOptions,
         spread: bool = False,
+        prefetch: Prefetch | None = None,
     ) -> None:
         self._order = order
         self._plan = plan
         self._cut = (N, strategy.data_parallel_rank, strategy.data_parallel_size, spread)
-        self._to_device = strategy.to_device
+        self._prefetch = prefetch
+        self._to_device = (prefetch or strategy).to_device
         self._pieces = _Pieces()
         in_memory = type(data) is TensorDataset and type(batching).collate is Batching.collate
         fetch = TensorFetch(data) if in_memory else Fetch(data, seed, batching.collate)
@@ -89,6 +92,8 @@ class MapSource:
         self._pieces.now = _fetches(epoch, windows, self._cut, order, before)
         with shielded():
             batches = iter(self._loader)
+        if self._prefetch is not None:
+            batches = self._prefetch.one_ahead(batches)
         N, rank, P, spread = self._cut
         for window in self._plan.windows(epoch, update, offset):
             count = before[window.stop] - before[window.start]

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from engine.interrupts import shielded
 from engine.order import mix
+from engine.prefetch import Prefetch
 from engine.randomness import EPOCH_STREAM
 from engine.schedule import Schedule, Stage
 from engine.task import Batching
@@ -28,7 +29,13 @@ class StreamSource:
     """
 
     def __init__(
-        self, data: Iterable[Any], schedule: Schedule, batching: Batching, strategy: Strategy, seed: int = 0
+        self,
+        data: Iterable[Any],
+        schedule: Schedule,
+        batching: Batching,
+        strategy: Strategy,
+        seed: int = 0,
+        prefetch: Prefetch | None = None,
     ) -> None:
         if isinstance(data, DataLoader) and strategy.data_parallel_size > 1:
             _refuse_shared_loader(data)
@@ -37,6 +44,7 @@ class StreamSource:
         self._batching = batching
         self._strategy = strategy
         self._seed = seed
+        self._prefetch = prefetch
 
     def windows(
         self, epoch: int, update: int, samples: int, positions: Sequence[Any] | None = None
@@ -57,7 +65,9 @@ class StreamSource:
                 f"their own, and now there are {P}: resume with --nproc_per_node={len(positions)}, or from a "
                 "checkpoint between two epochs."
             )
-        stream = _Lookahead(self._data, positions[rank] if positions else None)
+        prefetch = self._prefetch
+        stream = _Lookahead(self._data, positions[rank] if positions else None, prefetch.start if prefetch else None)
+        to_device, batch_size = (prefetch or self._strategy).to_device, (prefetch or self._batching).batch_size
         if positions is None and not any(self._strategy.gather(stream.has_next)):
             raise ValueError(
                 f"train_data() has no micro-batch in epoch {epoch}, on any process. "
@@ -68,7 +78,7 @@ class StreamSource:
         while more:
             stage = self._schedule.at(epoch, update, samples)
             places = range(place, place + P * stage.accumulate_grad_batches, P)
-            window = StreamWindow(epoch, stage, stream, places, self._strategy.to_device, self._batching)
+            window = StreamWindow(epoch, stage, stream, places, to_device, batch_size)
             yield window
             more, update, place = window.more, update + 1, places.stop
             samples += window.samples or 0
@@ -95,17 +105,17 @@ class StreamWindow:
         stream: _Lookahead,
         places: range,
         to_device: Callable[[Any], Any],
-        batching: Batching,
+        batch_size: Callable[[Any], int],
     ) -> None:
         self._epoch = epoch
         self.stage = stage
         self.most_micro_batches = stage.accumulate_grad_batches
         self.is_empty = not stream.has_next
         self.more = stream.has_next
-        self._stream, self._places, self._to_device, self._batching = stream, places, to_device, batching
+        self._stream, self._places, self._to_device, self._batch_size = stream, places, to_device, batch_size
 
     def __iter__(self) -> Iterator[Micro]:
-        stream, to_device, batch_size = self._stream, self._to_device, self._batching.batch_size
+        stream, to_device, batch_size = self._stream, self._to_device, self._batch_size
         last = self._places[-1]
         for place in self._places:
             if not stream.has_next:
@@ -124,9 +134,15 @@ class _Lookahead:
     """An iterator that knows whether it has a next item; an exception met ahead comes when its item is asked for.
 
     It takes up an earlier `position`: by the data's own `load_state_dict`, else by reading and dropping what was taken.
+    Items are what `begin` makes of them as soon as they are read.
     """
 
-    def __init__(self, data: Any, position: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        data: Any,
+        position: Mapping[str, Any] | None = None,
+        begin: Callable[[Any], Any] | None = None,
+    ) -> None:
         self._data = data
         self._has_state = _has_state(data)
         self._state: Any = None
@@ -145,6 +161,8 @@ class _Lookahead:
                 self._items = iter(data)
             if position is not None and not self._has_state:
                 self._skip(int(position["taken"]))
+            if begin is not None:
+                self._items = map(begin, self._items)
         except Exception as error:
             self._error = error
         else:

@@ -38,6 +38,7 @@ from engine.loop import Loop, LoopOptions
 from engine.map_source import LoaderOptions
 from engine.plan import Plan
 from engine.precision import autocast, numerics
+from engine.prefetch import Prefetch
 from engine.randomness import seed_everything
 from engine.records import Records
 from engine.run_folder import RunFolder
@@ -92,6 +93,7 @@ class Trainer:
         num_workers: as in torch's DataLoader (map-style data).
         pin_memory: likewise; None pins for CUDA.
         persistent_workers: likewise.
+        prefetch_to_device: move the next micro-batch to the device while one is computed with, for the memory of one.
         deterministic: only algorithms that give the same bits each time; raises where there is none.
         tf32: whether float32 products may use TF32; None leaves torch's setting.
         progress: print a banner and progress, on process 0.
@@ -135,6 +137,7 @@ class Trainer:
         num_workers: int = 0,
         pin_memory: bool | None = None,
         persistent_workers: bool = True,
+        prefetch_to_device: bool = False,
         deterministic: bool = False,
         tf32: bool | None = None,
         progress: bool = False,
@@ -297,7 +300,8 @@ class Trainer:
         self._prepare_data(task)
         data, N = self.lay_out(task, saved), self.micro_batch_size
         cut = seed, self.settings["shuffle"], self._loader, self.settings["spread_windows"]
-        source = make_source(data, task, strategy, self.schedule, self.plan, N, *cut)
+        prefetch = Prefetch(strategy, task) if self.settings["prefetch_to_device"] else None
+        source = make_source(data, task, strategy, self.schedule, self.plan, N, *cut, prefetch)
         validation = self._evaluation(task)
         self.validates = validation is not None
         self.make_model(task)

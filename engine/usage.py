@@ -58,7 +58,7 @@ SECTIONS = {
         "keep_best",
     ),
     "Validation": ("validate_every_n_epochs", "validate_every_n_updates", "max_validation_samples"),
-    "Loading data": ("num_workers", "pin_memory", "persistent_workers"),
+    "Loading data": ("num_workers", "pin_memory", "persistent_workers", "prefetch_to_device"),
     "What is told": ("progress", "loggers"),
 }
 """The trainer's options by subject; those that no section names come last."""

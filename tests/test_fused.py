@@ -119,7 +119,7 @@ def test_a_task_that_is_fused_already_stays_so() -> None:
     assert calls == updates
 
 
-@pytest.mark.parametrize("name", ["fused_optimizer", "compile_model"])
+@pytest.mark.parametrize("name", ["fused_optimizer", "compile_model", "prefetch_to_device"])
 def test_what_is_no_bool_is_refused(name: str) -> None:
     options: Any = {name: "yes"}
     with pytest.raises(ValueError, match=f"{name}='yes': give True or False"):

@@ -1,0 +1,63 @@
+"""Batches that move to the device while the one before is computed with: one ahead, on a stream of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from engine.task import Batching
+from strategies import Strategy
+
+
+class Moving(NamedTuple):
+    """A batch on its way: as it was, as it will be on the device, and the event of its arrival."""
+
+    host: Any
+    moved: Any
+    arrival: Any
+
+
+class Prefetch:
+    """Begins to move a batch, and later lets the computation wait for it; the host waits for neither.
+
+    Copies run beside the computation where the host's memory is pinned. No tensor is handed from one stream's memory
+    to another's (`record_stream`): a copy begins when all that was computed before is done, so what it overwrites has
+    been read.
+    """
+
+    def __init__(self, strategy: Strategy, batching: Batching) -> None:
+        self._strategy, self._batching = strategy, batching
+        self._backend: Any = torch.get_device_module(strategy.device)
+        self._stream = self._backend.Stream()
+
+    def start(self, batch: Any) -> Moving:
+        """Begin to move `batch`."""
+        self._stream.wait_stream(self._backend.current_stream())
+        with self._backend.stream(self._stream):
+            return Moving(batch, self._strategy.to_device(batch), self._stream.record_event())
+
+    def to_device(self, moving: Moving) -> Any:
+        """Return the batch on the device: what is computed from now on waits until it is there."""
+        self._backend.current_stream().wait_event(moving.arrival)
+        return moving.moved
+
+    def batch_size(self, moving: Moving) -> int:
+        """Return the number of samples in a batch: see `Batching.batch_size`."""
+        return self._batching.batch_size(moving.host)
+
+    def one_ahead(self, batches: Iterator[Any]) -> Iterator[Moving]:
+        """Yield `batches`, each when the next one has begun to move; an exception met there comes at its turn."""
+        end = object()
+        moving = map(self.start, batches)
+        now = next(moving, end)
+        while now is not end:
+            try:
+                then, error = next(moving, end), None
+            except Exception as met:
+                then, error = end, met
+            yield now  # type: ignore[misc]
+            if error is not None:
+                raise error
+            now = then
