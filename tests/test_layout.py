@@ -96,7 +96,7 @@ def fit_augmented(K: int, data_class: Any, model: Any, workers: int) -> Any:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("data_class", [Noisy, NoisyPieces])
+@pytest.mark.parametrize("data_class", [Noisy, pytest.param(NoisyPieces, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model", [dropout_mlp, Gated])
 def test_dropout_and_augmentation_do_not_know_P(model: Any, data_class: Any, workers: int) -> None:
     found = {P: run(P, fit_augmented, K, data_class, model, workers)[0] for P, K in LAYOUTS}

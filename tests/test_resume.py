@@ -156,7 +156,12 @@ MOMENTS = [
     "in save",  # on process 0, which alone does it
     "before save",  # on each of several, which compare their replicas
 ]
-KILLS = [(P, moment) for P in (1, 2, 3) for moment in MOMENTS if (P, moment) != (1, "before save")]
+KILLS = [
+    (P, moment) if P == 3 else pytest.param(P, moment, marks=pytest.mark.slow)
+    for P in (1, 2, 3)
+    for moment in MOMENTS
+    if (P, moment) != (1, "before save")
+]
 
 
 def fit(folder: str, kill: Any = None, stops_at: int | None = None, task: Any = None, strategy: Any = None) -> Any:
@@ -294,7 +299,7 @@ def fit_stream(folder: str, kind: type[Stream], stops_at: int | None) -> Any:
 
 
 @pytest.mark.parametrize("kind", [Stream, StatefulStream])
-@pytest.mark.parametrize("stops_at", [1, 2, 3, 5])
+@pytest.mark.parametrize("stops_at", [1, pytest.param(2, marks=pytest.mark.slow), 3, 5])
 def test_streams_go_on_where_they_were(kind: type[Stream], stops_at: int, tmp_path: Path) -> None:
     whole = run(2, fit_stream, str(tmp_path / "whole" / "run"), kind, None)
     parts_folder = str(tmp_path / "parts" / "run")
