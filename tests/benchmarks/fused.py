@@ -1,9 +1,9 @@
-"""What `fused_optimizer=True` changes: milliseconds of a step beside the plain one's, and how far parameters move apart.
+"""What `fused_optimizer=True` changes: milliseconds of a step beside the plain one's, and where parameters end.
 
     python tests/benchmarks/fused.py
 
-A model of 2.1 million parameters on one CPU thread. Times are medians of steps on the same gradients that take turns; the
-difference is that of two runs of 50 updates, relative to the largest parameter.
+A model of 2.1 million parameters on one CPU thread. Times are medians of steps that take turns, on gradients of the
+same size; the difference is that of two runs of 50 updates, relative to the largest parameter.
 """
 
 from __future__ import annotations
