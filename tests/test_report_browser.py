@@ -48,7 +48,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize(
     ("name", "theme", "width"),
-    [("one", "light", 1100), ("one", "dark", 360), ("compared", "dark", 1100), ("compared", "light", 360)],
+    [
+        ("one", "light", 1100),
+        ("compared", "dark", 360),
+        pytest.param("one", "dark", 360, marks=pytest.mark.slow),
+        pytest.param("compared", "light", 1100, marks=pytest.mark.slow),
+    ],
 )
 def test_it_is_drawn_and_readable(browser: Any, files: dict[str, Path], name: str, theme: str, width: int) -> None:
     with opened(browser, files[name], theme, width) as page:

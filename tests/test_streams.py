@@ -68,25 +68,31 @@ def fit_stream(samples: int, pieces: list[list[list[int]]], scheduling: dict[int
 
 
 LENGTHS = [[5], [5, 4], [7, 2], [5, 1, 0], [0, 1], [3, 3, 3, 3], [1, 0, 0, 9]]
+SCHEDULES = ({0: 1}, {0: 3}, {0: 8, 1: 2, 2: 1})
+
+
+def fit_schedules(samples: int, pieces: list[list[list[int]]]) -> Any:
+    return [fit_stream(samples, pieces, scheduling, 3, mlp) for scheduling in SCHEDULES]
 
 
 @pytest.mark.parametrize("sizes", [[4], [3, 5, 1, 2]], ids=["even", "ragged"])
-@pytest.mark.parametrize("scheduling", [{0: 1}, {0: 3}, {0: 8, 1: 2, 2: 1}], ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_uneven_streams_equal_one_big_batch(lengths: list[int], scheduling: dict[int, int], sizes: list[int]) -> None:
+def test_uneven_streams_equal_one_big_batch(lengths: list[int], sizes: list[int]) -> None:
     pieces = deal(lengths, sizes)
     samples = sum(len(piece) for own in pieces for piece in own)
-    Ks = [scheduling[max(f for f in scheduling if f <= epoch)] for epoch in range(3)]
-    epochs = [windows_of(pieces, K) for K in Ks]
-    reference = big_batch_run(Regression(samples), epochs)
-    for found, records, counts in run(len(lengths), fit_stream, samples, pieces, scheduling, 3, mlp):
-        torch.testing.assert_close(found, reference, rtol=0, atol=1e-12)
-        assert [r["effective_batch"] for r in records] == [len(rows) for epoch in epochs for rows in epoch]
-        assert records[-1]["samples"] == 3 * samples
-        expected = {"allreduce_": 1, "allgather_": 1} if len(lengths) > 1 else {"allreduce_": 1}
-        for update, before, record in zip(counts[1:], records, records[1:], strict=False):
-            if before["epoch"] == record["epoch"]:  # the start of an epoch asks once more
-                assert update == expected
+    results = run(len(lengths), fit_schedules, samples, pieces)
+    for scheduling, *replicas in zip(SCHEDULES, *results, strict=True):
+        Ks = [scheduling[max(f for f in scheduling if f <= epoch)] for epoch in range(3)]
+        epochs = [windows_of(pieces, K) for K in Ks]
+        reference = big_batch_run(Regression(samples), epochs)
+        for found, records, counts in replicas:
+            torch.testing.assert_close(found, reference, rtol=0, atol=1e-12)
+            assert [r["effective_batch"] for r in records] == [len(rows) for epoch in epochs for rows in epoch]
+            assert records[-1]["samples"] == 3 * samples
+            expected = {"allreduce_": 1, "allgather_": 1} if len(lengths) > 1 else {"allreduce_": 1}
+            for update, before, record in zip(counts[1:], records, records[1:], strict=False):
+                if before["epoch"] == record["epoch"]:  # the start of an epoch asks once more
+                    assert update == expected
 
 
 def test_a_dataloader_is_a_stream() -> None:

@@ -47,20 +47,23 @@ def test_one_process_equals_one_big_batch(strategy: Any, K: int, tail: str) -> N
     ]
 
 
-@pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("K", [1, 2, 7])
 @pytest.mark.parametrize("P", [1, 2, 3, 4])
-def test_ddp_equals_one_big_batch(P: int, K: int, tail: str) -> None:
-    samples = TAILS[tail](P * N * K)
-    results = run(P, train_ddp, samples, K)
-    reference = expected(samples, P * N * K)
-    for found, records in results:
-        torch.testing.assert_close(found, reference, rtol=0, atol=1e-12)
-        assert records[-1]["samples"] == EPOCHS * samples
+def test_ddp_equals_one_big_batch(P: int, K: int) -> None:
+    for found in run(P, train_ddp, P * N * K, K):  # all tails in the same processes, which cost more than the training
+        for tail, size in TAILS.items():
+            samples, (ended, records) = size(P * N * K), found[tail]
+            torch.testing.assert_close(ended, expected(samples, P * N * K), rtol=0, atol=1e-12, msg=in_words(tail))
+            assert records[-1]["samples"] == EPOCHS * samples
 
 
-def train_ddp(samples: int, K: int) -> Any:
-    return train(DDPStrategy(), samples, K)
+def train_ddp(window: int, K: int) -> Any:
+    return {tail: train(DDPStrategy(), size(window), K) for tail, size in TAILS.items()}
+
+
+def in_words(case: object) -> Any:
+    """Say in a failure of torch's which case it is of."""
+    return lambda message: f"{case}: {message}"
 
 
 @pytest.mark.parametrize(
@@ -104,28 +107,30 @@ def train_clipped(samples: int, max_norm: float) -> Any:
 
 
 @pytest.mark.parametrize("P", [1, 2, 3, 4])
-@pytest.mark.parametrize("B", [1, 7, 12, 30])
-def test_any_effective_batch_on_any_number_of_processes(P: int, B: int) -> None:
-    samples = 43
-    for found, records in run(P, train_effective, samples, B):
-        torch.testing.assert_close(found, expected(samples, B), rtol=0, atol=1e-12)
-        assert {r["accumulate_grad_batches"] for r in records} == {-(-B // (P * N))}
+def test_any_effective_batch_on_any_number_of_processes(P: int) -> None:
+    samples, batches = 43, (1, 7, 12, 30)
+    for found in run(P, train_effective, samples, batches):
+        for B, (ended, records) in zip(batches, found, strict=True):
+            torch.testing.assert_close(ended, expected(samples, B), rtol=0, atol=1e-12, msg=in_words(B))
+            assert {r["accumulate_grad_batches"] for r in records} == {-(-B // (P * N))}
 
 
-def train_effective(samples: int, B: int) -> Any:
-    return train("ddp", samples, 1, effective_batch_size=B)
+def train_effective(samples: int, batches: tuple[int, ...]) -> Any:
+    return [train("ddp", samples, 1, effective_batch_size=B) for B in batches]
 
 
 @pytest.mark.parametrize("P", [1, 3, 4])
-@pytest.mark.parametrize("samples", [29, 49, 50])
-def test_windows_spread_evenly_equal_one_big_batch(P: int, samples: int) -> None:
-    for found, records in run(P, train_spread, samples):
-        torch.testing.assert_close(found, expected(samples, P * N * 2), rtol=0, atol=1e-12)
-        assert records[-1]["samples"] == EPOCHS * samples
+def test_windows_spread_evenly_equal_one_big_batch(P: int) -> None:
+    sizes = (29, 49, 50)
+    for found in run(P, train_spread, sizes):
+        for samples, (ended, records) in zip(sizes, found, strict=True):
+            reference = expected(samples, P * N * 2)
+            torch.testing.assert_close(ended, reference, rtol=0, atol=1e-12, msg=in_words(samples))
+            assert records[-1]["samples"] == EPOCHS * samples
 
 
-def train_spread(samples: int) -> Any:
-    return train("ddp", samples, 2, spread_windows=True)
+def train_spread(sizes: tuple[int, ...]) -> Any:
+    return [train("ddp", samples, 2, spread_windows=True) for samples in sizes]
 
 
 def train_own(samples: int, K: int) -> Any:
