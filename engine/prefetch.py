@@ -30,17 +30,17 @@ class Prefetch:
     def __init__(self, strategy: Strategy, batching: Batching) -> None:
         self._strategy, self._batching = strategy, batching
         self._backend: Any = torch.get_device_module(strategy.device)
-        self._stream = self._backend.Stream()
+        self._stream = self._backend.Stream(strategy.device)
 
     def start(self, batch: Any) -> Moving:
         """Begin to move `batch`."""
-        self._stream.wait_stream(self._backend.current_stream())
+        self._stream.wait_stream(self._computing)
         with self._backend.stream(self._stream):
             return Moving(batch, self._strategy.to_device(batch), self._stream.record_event())
 
     def to_device(self, moving: Moving) -> Any:
         """Return the batch on the device: what is computed from now on waits until it is there."""
-        self._backend.current_stream().wait_event(moving.arrival)
+        self._computing.wait_event(moving.arrival)
         return moving.moved
 
     def batch_size(self, moving: Moving) -> int:
@@ -61,3 +61,8 @@ class Prefetch:
             if error is not None:
                 raise error
             now = then
+
+    @property
+    def _computing(self) -> Any:
+        """The stream on which the model computes."""
+        return self._backend.current_stream(self._strategy.device)

@@ -476,14 +476,14 @@ MUTATIONS = [
     Mutation(
         "compute before a batch has arrived",
         "engine/prefetch.py",
-        "self._backend.current_stream().wait_event(moving.arrival)",
+        "self._computing.wait_event(moving.arrival)",
         "pass",
         "tests/test_prefetch.py -k waits",
     ),
     Mutation(
         "overwrite a batch that is being read",
         "engine/prefetch.py",
-        "self._stream.wait_stream(self._backend.current_stream())",
+        "self._stream.wait_stream(self._computing)",
         "pass",
         "tests/test_prefetch.py -k waits",
     ),

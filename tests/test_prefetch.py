@@ -118,8 +118,8 @@ class Stream:
     events: list[str]
     current: Stream
 
-    def __init__(self, name: str = "the copies'") -> None:
-        self.name, self.recorded = name, 0
+    def __init__(self, device: Any, name: str = "the copies'") -> None:
+        self.device, self.name, self.recorded = device, name, 0
 
     def wait_stream(self, other: Stream) -> None:
         self.events.append(f"{self.name} waits for {other.name}")
@@ -146,10 +146,10 @@ class Entered:
 
 def test_what_waits_for_what_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     events = Stream.events = []
-    Stream.current = Stream("the model's")
+    Stream.current = Stream("cpu", "the model's")
     monkeypatch.setattr(torch.cpu, "Stream", Stream)
     monkeypatch.setattr(torch.cpu, "stream", Entered)
-    monkeypatch.setattr(torch.cpu, "current_stream", lambda: Stream.current)
+    monkeypatch.setattr(torch.cpu, "current_stream", lambda device: Stream.current)
     fit(LoggedMoves(events), Logged(2 * N, events), max_epochs=1)
     begins = ["the copies' waits for the model's", "on the copies':"]
     assert events == [
