@@ -30,3 +30,4 @@ def fuse(optimizer: Optimizer) -> None:
                 "leave them out there, or fused_optimizer here."
             )
         group["fused"] = True
+    optimizer.defaults["fused"] = True  # of groups that are added later

@@ -20,27 +20,33 @@ class Moving(NamedTuple):
 
 
 class Prefetch:
-    """Begins to move a batch, and later lets the computation wait for it; the host waits for neither.
+    """Begins to move a batch, and later lets the computation wait for it.
 
-    Copies run beside the computation where the host's memory is pinned. No tensor is handed from one stream's memory
-    to another's (`record_stream`): a copy begins when all that was computed before is done, so what it overwrites has
-    been read.
+    The host waits for neither where its memory is pinned. A copy begins when all that was computed before is done, and
+    a batch is kept here until then: so what a copy overwrites has been read, whatever the batch is made of.
+
+    Raises ValueError for a device without streams.
     """
 
     def __init__(self, strategy: Strategy, batching: Batching) -> None:
         self._strategy, self._batching = strategy, batching
         self._backend: Any = torch.get_device_module(strategy.device)
+        if not hasattr(self._backend, "Stream"):
+            raise ValueError(f"prefetch_to_device=True: torch has no streams for {strategy.device}: leave it out.")
         self._stream = self._backend.Stream(strategy.device)
+        self._being_read: list[Any] = []
 
     def start(self, batch: Any) -> Moving:
         """Begin to move `batch`."""
         self._stream.wait_stream(self._computing)
+        self._being_read.clear()
         with self._backend.stream(self._stream):
             return Moving(batch, self._strategy.to_device(batch), self._stream.record_event())
 
     def to_device(self, moving: Moving) -> Any:
         """Return the batch on the device: what is computed from now on waits until it is there."""
         self._computing.wait_event(moving.arrival)
+        self._being_read.append(moving.moved)
         return moving.moved
 
     def batch_size(self, moving: Moving) -> int:

@@ -69,7 +69,7 @@ class Trainer:
         gradient_clip_norm: clips the 2-norm of an update's whole gradient.
         precision: "fp32", "bf16" or "fp16" (autocast); None keeps the model's own dtype.
         compile_model: compile the model in place with torch.compile ("single" and "ddp").
-        fused_optimizer: step in torch's fused kernel, where the task's optimizer has one (SGD, Adam, AdamW).
+        fused_optimizer: step in torch's fused kernel (an SGD, Adam or AdamW that says neither `fused` nor `foreach`).
         seed: of the model's parameters, the data order, dropout and augmentation.
         shuffle: a new global order each epoch; `Task.order` gives another one.
         spread_windows: cut each window into as many pieces of like size for all processes, so that none waits for
@@ -93,7 +93,7 @@ class Trainer:
         num_workers: as in torch's DataLoader (map-style data).
         pin_memory: likewise; None pins for CUDA.
         persistent_workers: likewise.
-        prefetch_to_device: move the next micro-batch to the device while one is computed with, for the memory of one.
+        prefetch_to_device: move the next micro-batch to the device while one is computed with, for the memory of two.
         deterministic: only algorithms that give the same bits each time; raises where there is none.
         tf32: whether float32 products may use TF32; None leaves torch's setting.
         progress: print a banner and progress, on process 0.

@@ -59,11 +59,11 @@ def load_named_state(
     optimizer.load_state_dict(
         {"state": {number[name]: state for name, state in states.items()}, "param_groups": loaded}
     )
-    for name, state in states.items():  # torch has cast it all to the parameter's dtype
+    for name, state in states.items():  # torch has cast it to the parameter's dtype, but for `step`, or kept it
         own = optimizer.state[flat[number[name]]]
         for key, value in state.items():
-            if isinstance(value, Tensor) and (own[key] is value or own[key].dtype != value.dtype):
-                own[key] = value.to(own[key].device, copy=True)  # or has taken the very tensor
+            if isinstance(value, Tensor) and (own[key] is value or (own[key].dtype != value.dtype and key != "step")):
+                own[key] = value.to(own[key].device, copy=True)
 
 
 def parameter_names(model: nn.Module) -> dict[Tensor, str]:

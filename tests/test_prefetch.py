@@ -119,14 +119,17 @@ class Stream:
     current: Stream
 
     def __init__(self, device: Any, name: str = "the copies'") -> None:
-        self.device, self.name, self.recorded = device, name, 0
+        assert device == torch.device("cpu")
+        self.name, self.recorded = name, 0
 
     def wait_stream(self, other: Stream) -> None:
         self.events.append(f"{self.name} waits for {other.name}")
 
     def record_event(self) -> str:
+        event = f"arrival {self.recorded}"
         self.recorded += 1
-        return f"arrival {self.recorded - 1}"
+        self.events.append(f"{self.name} records {event}")
+        return event
 
     def wait_event(self, event: str) -> None:
         self.events.append(f"{self.name} waits for {event}")
@@ -146,15 +149,15 @@ class Entered:
 
 def test_what_waits_for_what_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     events = Stream.events = []
-    Stream.current = Stream("cpu", "the model's")
+    Stream.current = Stream(torch.device("cpu"), "the model's")
     monkeypatch.setattr(torch.cpu, "Stream", Stream)
     monkeypatch.setattr(torch.cpu, "stream", Entered)
     monkeypatch.setattr(torch.cpu, "current_stream", lambda device: Stream.current)
     fit(LoggedMoves(events), Logged(2 * N, events), max_epochs=1)
     begins = ["the copies' waits for the model's", "on the copies':"]
     assert events == [
-        *(*begins, "move 0"),
-        *(*begins, "move 1"),
+        *(*begins, "move 0", "the copies' records arrival 0"),
+        *(*begins, "move 1", "the copies' records arrival 1"),
         *("the model's waits for arrival 0", "compute 0"),
         *("the model's waits for arrival 1", "compute 1"),
     ]
