@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc"),
 ]
 
-KILLS = int(os.environ.get("TALLY_KILLS", "25"))
+KILLS = int(os.environ.get("TALLY_KILLS", "10"))
 UPDATES = 320
 EVERY = 5  # updates between checkpoints
 PATIENCE = 8.0  # seconds to wait for another host
