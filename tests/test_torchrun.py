@@ -18,6 +18,7 @@ from hosts import ROOT, TORCHRUN, Host, Started, torchrun_on, two_hosts, until
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(300),  # several starts of torchrun each, on processors that are busy
     pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc"),
 ]
 
