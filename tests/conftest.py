@@ -1,4 +1,5 @@
 import os
+import signal
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests' processes talk over gloo
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several processes share two cores
@@ -6,3 +7,4 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several processes
 import torch
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a script, and so by the engine
