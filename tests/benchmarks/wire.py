@@ -4,7 +4,7 @@
 
 - payload: the bytes that a process gives to collectives in one update, as a dispatch mode sees them;
 - samples/s of two hosts at 200 Mbit/s (network namespaces: Linux, as root): one group of two processes makes short runs
-  of either loop in turn; medians of them.
+  of all loops in turn; medians of them.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.problem import at_updates
 from engine import Task, Trainer
+from strategies import DDPStrategy
 
 WINDOWS = (1, 4, 16)
 P, N, FEATURES = 2, 32, 1024
@@ -94,8 +95,9 @@ class Autoencoder(Task):
         return loss_fn(model(x), y)
 
 
-def tally(K: int) -> None:
-    Trainer("ddp", N, accumulate_grad_batches=K, max_updates=WARM_UP + MEASURED).fit(Autoencoder(K))
+def tally(K: int, hook: str | None = None) -> None:
+    strategy = DDPStrategy(communication_hook=hook)
+    Trainer(strategy, N, accumulate_grad_batches=K, max_updates=WARM_UP + MEASURED).fit(Autoencoder(K))
 
 
 def at_both_ends(train: Callable[[], None], read: Callable[[], float]) -> list[float]:
@@ -110,7 +112,8 @@ def at_both_ends(train: Callable[[], None], read: Callable[[], float]) -> list[f
     return seen
 
 
-LOOPS: dict[str, Callable[[int], None]] = {"plain loop": plain, "Tally": tally}
+PLAIN, TALLY, HALVED = "plain loop", "Tally", "Tally, fp16 hook"
+LOOPS: dict[str, Callable[[int], None]] = {PLAIN: plain, TALLY: tally, HALVED: partial(tally, hook="fp16")}
 
 
 # The payload
@@ -140,8 +143,8 @@ def print_payload() -> None:
     print(f"Bytes given to collectives per update and process; the gradients have {gradients:,}.\n")
     print("| loop | K | bytes | beside the gradients |\n| --- | --: | --: | --: |")
     for name, K in product(LOOPS, WINDOWS):
-        most = max(run(P, payload, name, K))
-        print(f"| {name} | {K} | {most:,.0f} | {most - gradients:,.0f} of {ALLOWED} allowed |")
+        most, sent = max(run(P, payload, name, K)), gradients // 2 if name == HALVED else gradients
+        print(f"| {name} | {K} | {most:,.0f} | {most - sent:,.0f} of {ALLOWED} allowed |")
 
 
 # Two hosts
@@ -167,15 +170,15 @@ def print_rates(repetitions: int) -> None:
             for each in torchruns:
                 assert each.wait(100 * repetitions) == 0, each.output
             lines = [line.split("\t")[1:] for line in torchruns[0].output.splitlines() if line.startswith("rate\t")]
-    print(f"\nSamples/s of two hosts at 200 Mbit/s, N={N}: medians of {repetitions} pairs of runs.\n")
-    print("| K | plain loop | Tally | ratio | from, to |\n| --: | --: | --: | --: | --: |")
+    print(f"\nSamples/s of two hosts at 200 Mbit/s, N={N}: medians of {repetitions} runs of each in turn.\n")
+    print(f"| K | {PLAIN} | {TALLY} | ratio | from, to | {HALVED} | ratio |\n{'| --: ' * 7}|")
     for K in WINDOWS:
-        plains, tallies = ([float(rate) for n, k, rate in lines if (n, k) == (name, str(K))] for name in LOOPS)
-        pairs = sorted(b / a for a, b in zip(plains, tallies, strict=True))
+        of = {name: [float(rate) for n, k, rate in lines if (n, k) == (name, str(K))] for name in LOOPS}
+        exact, halved = (sorted(b / a for a, b in zip(of[PLAIN], of[n], strict=True)) for n in (TALLY, HALVED))
         median = statistics.median
         print(
-            f"| {K} | {median(plains):,.0f} | {median(tallies):,.0f} | {median(pairs):.3f} "
-            f"| {pairs[0]:.3f} to {pairs[-1]:.3f} |"
+            f"| {K} | {median(of[PLAIN]):,.0f} | {median(of[TALLY]):,.0f} | {median(exact):.3f} "
+            f"| {exact[0]:.3f} to {exact[-1]:.3f} | {median(of[HALVED]):,.0f} | {median(halved):.3f} |"
         )
 
 
