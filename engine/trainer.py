@@ -56,7 +56,7 @@ class Trainer:
     """Trains a `Task` on a `Strategy`: one exact update per window of K micro-batches of N samples on P processes.
 
     Args:
-        strategy: "auto", "single", "dp", "ddp", "fsdp", or a `Strategy`.
+        strategy: "auto", "single", "dp", "ddp", "fsdp", "pipeline", or a `Strategy`.
         micro_batch_size: N, samples per micro-batch of map-style data. Ready micro-batches come in their own sizes.
         accumulate_grad_batches: K, micro-batches per process and window.
         effective_batch_size: samples per update over all processes; K follows from P. Instead of K.
@@ -93,7 +93,7 @@ class Trainer:
         num_workers: as in torch's DataLoader (map-style data).
         pin_memory: likewise; None pins for CUDA.
         persistent_workers: likewise.
-        prefetch_to_device: move the next micro-batch to the device while one is computed with, for the memory of two.
+        prefetch_to_device: move the next micro-batch to the device while one is computed with; holds two more.
         deterministic: only algorithms that give the same bits each time; raises where there is none.
         tf32: whether float32 products may use TF32; None leaves torch's setting.
         progress: print a banner and progress, on process 0.
