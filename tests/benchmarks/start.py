@@ -99,7 +99,8 @@ def cpu_seconds(P: int, source: str) -> float:
         subprocess.Popen([sys.executable, "-c", source], env={**fixed, **group, "RANK": str(r), "LOCAL_RANK": str(r)})
         for r in range(P)
     ]
-    assert [process.wait() for process in processes] == [0] * P
+    if any(statuses := [process.wait() for process in processes]):
+        raise RuntimeError(f"{P} processes ended with {statuses}:\n{source}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
