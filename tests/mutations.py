@@ -488,6 +488,13 @@ MUTATIONS = [
         "tests/test_prefetch.py -k waits",
     ),
     Mutation(
+        "keep every batch that was moved",
+        "engine/prefetch.py",
+        "self._being_read.clear()",
+        "pass",
+        "tests/test_prefetch.py -k kept",
+    ),
+    Mutation(
         "raise for a batch that was read ahead",
         "engine/prefetch.py",
         "then, error = end, met",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from test_streams import Streamed, deal, windows_of
 from toy import Regression, Samples, big_batch_run, in_order, parameters
 
 from engine import Trainer
+from engine.prefetch import Prefetch
 from strategies import SingleDeviceStrategy
 
 N, K = 2, 3
@@ -161,3 +163,13 @@ def test_what_waits_for_what_on_a_device(monkeypatch: pytest.MonkeyPatch) -> Non
         *("the model's waits for arrival 0", "compute 0"),
         *("the model's waits for arrival 1", "compute 1"),
     ]
+
+
+def test_a_batch_is_kept_until_it_has_been_read_and_no_longer() -> None:
+    prefetch = Prefetch(SingleDeviceStrategy("cpu"), Regression(1))
+    batch = prefetch.to_device(prefetch.start(torch.zeros(1)))
+    lives = weakref.ref(batch)
+    del batch
+    assert lives() is not None  # its reader may just have been launched
+    prefetch.start(torch.zeros(1))
+    assert lives() is None
