@@ -91,10 +91,16 @@ class Evaluation:
     def _pair(self, name: str, metric: object, size: int) -> Tensor:
         """(sum, weight) in float64 on the device: no look at it before the end."""
         if isinstance(metric, Tensor) and metric.ndim == 0:
-            return torch.stack([metric.double() * size, metric.new_tensor(size, dtype=torch.float64)])
+            return torch.stack([metric.double() * size, metric.new_full((), size, dtype=torch.float64)])
         if isinstance(metric, Loss):
-            return torch.stack([torch.as_tensor(v, device=self._strategy.device).double() for v in metric])
+            return torch.stack([self._on_device(value) for value in metric])
         raise ValueError(f"evaluate() returned {metric!r} for {name!r}: return a 0-dim tensor, or Loss(sum, weight).")
+
+    def _on_device(self, value: float | Tensor) -> Tensor:
+        """`value` in float64; the host does not wait until it is there, as `torch.tensor` would."""
+        if isinstance(value, Tensor):
+            return value.to(self._strategy.device, torch.float64, non_blocking=True)
+        return torch.full((), value, dtype=torch.float64, device=self._strategy.device)
 
     def _batches(self) -> Iterator[tuple[Any, int]]:
         if self._stream is not None:

@@ -481,6 +481,20 @@ MUTATIONS = [
         "tests/test_prefetch.py -k waits",
     ),
     Mutation(
+        "wait for each batch to arrive",
+        BASE,
+        "return batch.to(device, non_blocking=True)",
+        "return batch.to(device)",
+        "tests/test_device.py -k as_often",
+    ),
+    Mutation(
+        "wait for each metric of a validation to arrive",
+        "engine/evaluation.py",
+        "metric.new_full((), size, dtype=torch.float64)",
+        "torch.full((), size, dtype=torch.float64).to(metric.device)",
+        "tests/test_device.py -k once_in_a_validation",
+    ),
+    Mutation(
         "overwrite a batch that is being read",
         "engine/prefetch.py",
         "self._stream.wait_stream(self._computing)",

@@ -29,14 +29,24 @@ class ChildError(AssertionError):
         self.errors = {rank: text.strip().splitlines()[-1] for rank, text in tracebacks.items()}
 
 
+multiprocessing.set_forkserver_preload(["engine", "safetensors.torch", "torch._dynamo"])
+
+
 def run(
-    P: int, function: Callable[..., Any], *args: Any, seconds: float = 60, group: bool = True, timeout: float = 30
+    P: int,
+    function: Callable[..., Any],
+    *args: Any,
+    seconds: float = 60,
+    group: bool = True,
+    timeout: float = 30,
+    fresh: bool = False,
 ) -> list[Any]:
     """Call `function(*args)` in P processes of one gloo group; return what each returned, in rank order.
 
-    All has `seconds`, each wait of the group for another process `timeout`.
+    All has `seconds`, each wait of the group for another process `timeout`. `fresh` processes are forked from one that
+    has imported, and done nothing: for devices, whose threads no fork takes over. They find `function` by its name.
     """
-    context = multiprocessing.get_context("fork")
+    context: Any = multiprocessing.get_context("forkserver" if fresh else "fork")
     with tempfile.TemporaryDirectory() as folder:
         pipes, children = [], []
         for rank in range(P):
