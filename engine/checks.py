@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,20 @@ from engine.precision import check_precision
 from engine.saving import Best
 from engine.schedule import check_accumulation, check_lr_rule, make_schedule
 from strategies import Strategy
+
+SWITCHES = (
+    "compile_model",
+    "fused_optimizer",
+    "shuffle",
+    "spread_windows",
+    "resume_with_changes",
+    "skip_nonfinite_updates",
+    "persistent_workers",
+    "prefetch_to_device",
+    "deterministic",
+    "progress",
+)
+"""The trainer's arguments that are on or off."""
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
@@ -50,14 +65,26 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf
         ):
             raise ValueError(f"{name}={value!r}: give a positive number, or None.")
-    for name in ("compile_model", "fused_optimizer", "prefetch_to_device"):
+    for name in SWITCHES:
         if not isinstance(settings[name], bool):
             raise ValueError(f"{name}={settings[name]!r}: give True or False.")
-    if settings["run_dir"] == "":
-        raise ValueError("run_dir='': name a folder, or None to write nothing.")
+    for name in ("pin_memory", "tf32"):
+        if settings[name] is not None and not isinstance(settings[name], bool):
+            raise ValueError(f"{name}={settings[name]!r}: give True or False, or None.")
     check_lr_rule(settings["lr_rule"], settings["lr_reference_batch"])
     check_precision(settings["precision"])
     check_keeping(settings)
+
+
+def the_callbacks(callbacks: Any) -> list[Callback]:
+    """Return one callback, or several, as a list. Raises ValueError for anything else."""
+    if callbacks is None:
+        return []
+    listed = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
+    for callback in listed:
+        if not isinstance(callback, Callback):
+            raise ValueError(f"callbacks: {callback!r} is no Callback. Give objects of its subclasses, one or several.")
+    return listed
 
 
 def the_scheduler(
@@ -218,8 +245,14 @@ def check_keeping(settings: Mapping[str, Any]) -> None:
         Best(settings["keep_best"])
     if settings["run_dir"] is None and (settings["save_every_n_updates"] is not None or settings["keep_best"]):
         raise ValueError("save_every_n_updates and keep_best need a run_dir to save into: name a folder.")
-    resume, weights = settings["resume"], settings["weights"]
-    if resume not in ("auto", "never") and not Path(resume).exists():
+    run_dir, resume, weights = settings["run_dir"], settings["resume"], settings["weights"]
+    if run_dir is not None and not _is_path(run_dir):
+        raise ValueError(f"run_dir={run_dir!r}: name a folder, or None to write nothing.")
+    if resume not in ("auto", "never") and not (_is_path(resume) and Path(resume).exists()):
         raise ValueError(f"resume={resume!r}: there is no such checkpoint; give its path, auto or never.")
-    if weights is not None and not Path(weights).is_file():
+    if weights is not None and not (_is_path(weights) and Path(weights).is_file()):
         raise ValueError(f"weights={weights!r}: there is no such file; give a .safetensors file.")
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str | os.PathLike) and str(value) != ""

@@ -24,7 +24,7 @@ class Best:
 
     def __init__(self, rule: str, asked_by: str = "keep_best") -> None:
         self._asked_by = asked_by
-        self.mode, _, self.metric = rule.partition(":")
+        self.mode, _, self.metric = str(rule).partition(":")
         if self.mode not in ("min", "max") or not self.metric:
             raise ValueError(f"{asked_by}={rule!r}: give min:METRIC or max:METRIC, as in max:accuracy.")
 

@@ -108,7 +108,7 @@ LR_RULES: dict[str, Callable[[float], float]] = {"none": lambda times: 1.0, "lin
 
 def check_lr_rule(rule: object, reference_batch: object) -> None:
     """Raise ValueError unless `rule` is one, and has a reference if it needs one."""
-    if rule not in LR_RULES:
+    if not isinstance(rule, str) or rule not in LR_RULES:
         raise ValueError(f"lr_rule={rule!r}: give one of {', '.join(LR_RULES)}.")
     if rule == "none":
         if reference_batch is not None:

@@ -24,6 +24,7 @@ from engine.checks import (
     check_optimizer,
     check_settings,
     check_windows,
+    the_callbacks,
     the_scheduler,
 )
 from engine.compiling import check_compiles, compile_in_place
@@ -148,7 +149,7 @@ class Trainer:
         self.settings = arguments
         self.strategy = resolve(strategy)
         check_compiles(compile_model, self.strategy)
-        self.callbacks = _as_list(callbacks) + ([Progress()] if progress else [])
+        self.callbacks = the_callbacks(callbacks) + ([Progress()] if progress else [])
         self._loggers = make_loggers(loggers, run_dir)
         self._scheduler = the_scheduler(arguments, self.callbacks, self.strategy)
         self._loader = LoaderOptions(num_workers, pin_memory, persistent_workers)
@@ -425,9 +426,3 @@ class Trainer:
         """Tell the callbacks of an event."""
         for callback in self.callbacks:
             getattr(callback, event)(self)
-
-
-def _as_list(values: Any) -> list[Any]:
-    if values is None:
-        return []
-    return list(values) if isinstance(values, Sequence) else [values]
