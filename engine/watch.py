@@ -56,7 +56,7 @@ class Watch:
     ) -> None:
         self._ends.set()
         if self._thread.is_alive():
-            self._thread.join(2.0)  # it may be waiting for a host that is gone
+            self._thread.join(4.0)  # more than it waits for a host that is gone
 
     def _tell(self) -> None:
         while not self._ends.wait(self._seconds):

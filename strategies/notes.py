@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
+
+PATIENCE = 3.0
+"""Seconds for which a store may be silent."""
 
 
 class Notes:
@@ -33,8 +37,11 @@ class Notes:
         return dict(found)
 
 
-def _patiently(use_store: Callable[[], object], seconds: float = 3.0) -> None:
-    """Use the store, but not for long: a host that is gone answers nothing, and TCP would wait for minutes."""
+def _patiently(use_store: Callable[[], object], seconds: float = PATIENCE) -> None:
+    """Use the store, but not for long: a host that is gone answers nothing, and TCP would wait for minutes.
+
+    An interpreter that ends waits as long once more: a thread that comes back from the store later would abort it.
+    """
 
     def attempt() -> None:
         with suppress(RuntimeError):
@@ -43,3 +50,5 @@ def _patiently(use_store: Callable[[], object], seconds: float = 3.0) -> None:
     thread = threading.Thread(target=attempt, name="tally-notes", daemon=True)
     thread.start()
     thread.join(seconds)
+    if thread.is_alive():
+        atexit.register(thread.join, PATIENCE)

@@ -523,6 +523,13 @@ MUTATIONS = [
         "tests/test_fused.py -k told",
     ),
     Mutation(
+        "end while a thread is in the store",
+        "strategies/notes.py",
+        "atexit.register(thread.join, PATIENCE)",
+        "pass",
+        "tests/test_silence.py -k interpreter",
+    ),
+    Mutation(
         "let a logger end the run",
         "engine/loggers/base.py",
         "except Exception as error:",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -99,3 +101,28 @@ def test_a_silence_has_a_name(tmp_path: Path, where: str, message: str) -> None:
     text = raised.value.errors[0]
     assert "engine.agreement.ProcessFailureError: lost contact with another process in update" in text
     assert re.search(message, text), text
+
+
+ENDS_WHILE_A_STORE_IS_ASKED = """
+import sys
+import time
+from datetime import timedelta
+from torch.distributed import TCPStore
+from strategies.notes import _patiently
+
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+_patiently(lambda: store.wait(["never"], timedelta(seconds=1.5)), seconds=0.1)
+
+
+class Last:
+    def __del__(self, sleep=time.sleep):
+        sleep(2)  # an interpreter that takes its time to end
+
+
+sys.modules["last"] = Last()
+"""
+
+
+def test_an_interpreter_that_ends_does_not_abort_for_a_store_that_is_slow() -> None:
+    ended = subprocess.run([sys.executable, "-c", ENDS_WHILE_A_STORE_IS_ASKED], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
