@@ -18,6 +18,7 @@ from strategies.optimizer_state import load_named_state, merged, parameter_names
 from strategies.processes import ProcessGroupStrategy
 from strategies.shards import Shards
 from strategies.single import NOTHING_TO_DEFER
+from strategies.torch_parts import DDP
 from strategies.zero_pass import Untouched
 
 REFUSED = {
@@ -66,6 +67,7 @@ class DDPStrategy(ProcessGroupStrategy):
 
     name = "ddp"
     supports_variable_windows = True
+    _torch_parts = DDP
 
     def __init__(
         self,

@@ -31,6 +31,8 @@ class DPStrategy(SingleDeviceStrategy):
     compiles_in_place = False
 
     def __init__(self, devices: int | None = None, device_type: Literal["cuda", "cpu"] | None = None) -> None:
+        if device_type not in ("cuda", "cpu", None):
+            raise ValueError(f"device_type={device_type!r}: give 'cuda' or 'cpu', or None for CUDA where there is any.")
         kind = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
         found = torch.cuda.device_count() if kind == "cuda" else CPU_DEVICES
         if devices is not None and (isinstance(devices, bool) or not isinstance(devices, int) or devices < 1):

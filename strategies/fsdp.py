@@ -19,7 +19,7 @@ from strategies.environment import notes
 from strategies.passes import Passes
 from strategies.processes import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
-from strategies.torch_parts import FSDP, check_torch
+from strategies.torch_parts import FSDP
 from strategies.units import check_units, in_lists
 
 _BUCKET = 1 << 28
@@ -61,6 +61,7 @@ class FSDPStrategy(ProcessGroupStrategy):
     supports_variable_windows = True
     compiles_in_place = False
     holds_all = False
+    _torch_parts = FSDP
 
     def __init__(
         self,
@@ -117,7 +118,6 @@ class FSDPStrategy(ProcessGroupStrategy):
         Raises ValueError for a `shard_size` that does not divide them, RuntimeError for a torch that lacks what is
         used.
         """
-        check_torch(self.name, FSDP)
         P, size = self.data_parallel_size, self.shard_size or self.data_parallel_size
         if P % size:
             raise ValueError(f"shard_size={size} does not divide the {P} processes: choose a divisor of {P}, or None.")

@@ -79,7 +79,10 @@ class Passes:
                 self.groups[name].post_backward()
             self._place += 1
         self._is_known = True
-        self._root._get_fsdp_state()._root_post_backward_final_callback()
+        state = self._root._get_fsdp_state()
+        if hasattr(state._state_ctx, "manual_backward_finalization_active"):  # torch 2.15: that a backward has begun
+            state._state_ctx.manual_backward_finalization_active = False
+        state._root_post_backward_final_callback()
         return True
 
     def _follow(self, name: str) -> None:

@@ -22,6 +22,7 @@ from strategies.pipeline_parts import Call, ElsewhereError, Like, PipelinedModel
 from strategies.pipeline_schedules import ScheduleName, Schedules, takes
 from strategies.processes import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
+from strategies.torch_parts import PIPELINE
 
 BUCKET_BYTES = 25 << 20
 """Gradients are reduced over the data-parallel processes in pieces of about this size, as DDP does."""
@@ -48,6 +49,7 @@ class PipelineStrategy(ProcessGroupStrategy):
     compiles_in_place = False
     evaluates_alone = False
     holds_all = False
+    _torch_parts = PIPELINE
 
     def __init__(
         self,
@@ -107,7 +109,11 @@ class PipelineStrategy(ProcessGroupStrategy):
         return f"{self.name}: {shape}, {self.schedule} of {self.micro_batches} micro-batches"
 
     def setup(self) -> None:
-        """Join the processes: all, those of this pipeline, and those with the same parts in the others."""
+        """Join the processes: all, those of this pipeline, and those with the same parts in the others.
+
+        Raises ValueError for a number of processes that `stages` does not divide, RuntimeError for a torch that lacks
+        what is used.
+        """
         if (processes := started_processes()) % self.stages:
             raise ValueError(
                 f"stages={self.stages}: {processes} processes cannot be cut into pipelines of {self.stages}. Start a "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from strategies.base import Rows, Strategy
 from strategies.environment import notes, rendezvous, started_local_rank, started_processes, started_rank
 from strategies.notes import Notes
+from strategies.torch_parts import check_torch
 
 
 class ProcessGroupStrategy(Strategy):
@@ -23,9 +24,14 @@ class ProcessGroupStrategy(Strategy):
     `device` is "cpu" or "cuda" (default: CUDA where there is one).
     """
 
+    _torch_parts: tuple[str, ...] = ()
+    """Private parts of torch that a strategy uses: see `strategies.torch_parts`."""
+
     def __init__(self, timeout_seconds: float = 300.0, device: Literal["cpu", "cuda"] | None = None) -> None:
         if not timeout_seconds > 0:
             raise ValueError(f"timeout_seconds={timeout_seconds}: give the seconds that a collective may take.")
+        if device not in ("cpu", "cuda", None):
+            raise ValueError(f"device={device!r}: give 'cpu' or 'cuda', or None for CUDA where there is one.")
         self.timeout = timedelta(seconds=timeout_seconds)
         self._device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._backend = "nccl" if self._device_type == "cuda" else "gloo"
@@ -68,7 +74,11 @@ class ProcessGroupStrategy(Strategy):
         return f"{self.name}: {self.data_parallel_size} x {self._device_type}, {backend}"
 
     def setup(self) -> None:
-        """Join the processes: a group for gradients, and one on the CPU for messages."""
+        """Join the processes: a group for gradients, and one on the CPU for messages.
+
+        Raises ValueError where there are fewer GPUs than processes, RuntimeError for a torch that lacks what is used.
+        """
+        check_torch(self.name, self._torch_parts)
         if self._device_type == "cuda":
             if self.local_rank >= torch.cuda.device_count():
                 raise ValueError(

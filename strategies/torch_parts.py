@@ -6,9 +6,19 @@ from pkgutil import resolve_name
 
 import torch
 
-TESTED = "2.13"
-"""The torch with which all of them are tested."""
+TESTED = "2.13 and 2.15"
+"""The versions of torch with which all of them are tested."""
 
+DDP = (
+    "torch._C._distributed_c10d:Reducer._rebuild_buckets",
+    "torch.nn.parallel:DistributedDataParallel._check_reducer_finalized",
+    "torch.nn.parallel:DistributedDataParallel._get_ddp_logging_data",
+    "torch.nn.parallel:DistributedDataParallel._sync_buffers",
+)
+"""What `strategies.ddp` uses."""
+
+PIPELINE = ("torch.distributed.pipelining._utils:InferenceMode",)
+"""What `strategies.pipeline_schedules` needs: stages whose outputs may have any dtype, as they are told."""
 
 FSDP = (
     "torch.distributed:_broadcast_coalesced",

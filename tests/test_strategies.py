@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from toy import Regression, data, mlp, parameters
 
 from engine import GradientAccumulationScheduler, Trainer
-from strategies import DDPStrategy, DPStrategy, SingleDeviceStrategy, Strategy, resolve
+from strategies import DDPStrategy, DPStrategy, FSDPStrategy, PipelineStrategy, SingleDeviceStrategy, Strategy, resolve
 from strategies.dp import SplitOverCPU
 
 
@@ -296,3 +297,31 @@ def test_a_parameter_that_one_process_did_not_use_is_named_on_all() -> None:
     parameters_ = "did not use these parameters: never.weight, never.bias"
     assert f"process 1: the last micro-batch of the window {parameters_}" in raised.value.errors[1]
     assert "process 1 failed: RuntimeError: process 1: the last micro-batch of the window" in raised.value.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "owner", "part"),
+    [
+        (DDPStrategy, "torch.nn.parallel:DistributedDataParallel", "_sync_buffers"),
+        (FSDPStrategy, "torch.distributed.fsdp:FSDPModule", "reset_iter_state"),
+        (PipelineStrategy, "torch.distributed.pipelining._utils", "InferenceMode"),
+    ],
+)
+def test_a_torch_that_lacks_something_is_named_before_anything_starts(
+    strategy: Any, owner: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delattr(resolve_name(owner), part)
+    message = rf"{owner}[:.]{part}, which torch {torch.__version__[:4]}.* is tested with torch 2\.13 and 2\.15"
+    with pytest.raises(RuntimeError, match=message):
+        strategy().setup()
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:1", "CPU"])
+def test_a_device_is_a_kind_of_devices(device: Any) -> None:
+    for strategy in (DDPStrategy, FSDPStrategy, PipelineStrategy):
+        with pytest.raises(ValueError, match=f"device='{device}': give 'cpu' or 'cuda', or None"):
+            strategy(device=device)
+    with pytest.raises(ValueError, match=f"device_type='{device}': give 'cuda' or 'cpu', or None"):
+        DPStrategy(device_type=device)
