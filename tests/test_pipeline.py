@@ -258,7 +258,8 @@ def test_one_reduction_per_bucket_and_window_and_messages_do_not_grow_with_k() -
     for (before, reductions), (after, _) in zip(few, many, strict=True):
         for update in (*before, *after):
             assert update["allreduce_"] == reductions[0] + 1  # and the norm over the stages
-            assert update["allgather_"] == 3  # what comes in this window (two), and the message of the update
+            gathers = sum(times for name, times in update.items() if "allgather" in name)
+            assert gathers == 3  # what comes in this window (two), and the message of the update
         assert before[0].keys() == after[0].keys()
 
 
