@@ -164,7 +164,7 @@ class Whole(Regression):
         self.dropout = dropout
 
     def configure_model(self) -> nn.Module:
-        hidden = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Dropout(self.dropout))
+        hidden = nn.Sequential(nn.Linear(5, 7, bias=False), nn.BatchNorm1d(7), nn.Dropout(self.dropout))
         return nn.Sequential(hidden, nn.Linear(7, 1)).double()
 
     def configure_optimizer(self, model: nn.Module) -> Any:
