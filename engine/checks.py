@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +77,13 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def the_callbacks(callbacks: Any) -> list[Callback]:
-    """Return one callback, or several, as a list. Raises ValueError for anything else."""
+    """Return one callback, or a list or tuple of them, as a list. Raises ValueError for anything else."""
     if callbacks is None:
         return []
-    listed = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
+    listed = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
     for callback in listed:
         if not isinstance(callback, Callback):
-            raise ValueError(f"callbacks: {callback!r} is no Callback. Give objects of its subclasses, one or several.")
+            raise ValueError(f"callbacks: {callback!r} is no Callback. Give an object of one, or a list of them.")
     return listed
 
 

@@ -99,7 +99,7 @@ class Evaluation:
     def _on_device(self, value: float | Tensor) -> Tensor:
         """`value` in float64; the host does not wait until it is there, as `torch.tensor` would."""
         if isinstance(value, Tensor):
-            return value.to(self._strategy.device, torch.float64, non_blocking=True)
+            return value.to(self._strategy.device, torch.float64, non_blocking=value.is_cpu)
         return torch.full((), value, dtype=torch.float64, device=self._strategy.device)
 
     def _batches(self) -> Iterator[tuple[Any, int]]:

@@ -19,10 +19,11 @@ class Notes:
         self._store = store
         self._rank = rank
         self._size = size
+        self._unanswered: threading.Thread | None = None
 
     def post(self, topic: str, text: str) -> None:
         """Put `text` into the store; a later one replaces it."""
-        _patiently(lambda: self._store.set(f"{topic}/{self._rank}", text))
+        self._patiently(lambda: self._store.set(f"{topic}/{self._rank}", text))
 
     def posted(self, topic: str) -> dict[int, str]:
         """Return the texts by rank; none where the store went with the process or the host that kept it."""
@@ -33,22 +34,25 @@ class Notes:
                 if self._store.check([key := f"{topic}/{rank}"]):
                     found[rank] = self._store.get(key).decode()
 
-        _patiently(read)
+        self._patiently(read)
         return dict(found)
 
+    def _patiently(self, use_store: Callable[[], object], seconds: float = PATIENCE) -> None:
+        """Use the store, but not for long: a host that is gone answers nothing, and TCP would wait for minutes.
 
-def _patiently(use_store: Callable[[], object], seconds: float = PATIENCE) -> None:
-    """Use the store, but not for long: a host that is gone answers nothing, and TCP would wait for minutes.
+        While it does not answer it is not asked again. An interpreter that ends waits for it as long once more: a
+        thread that came back from the store later would abort it.
+        """
 
-    An interpreter that ends waits as long once more: a thread that comes back from the store later would abort it.
-    """
+        def attempt() -> None:
+            with suppress(RuntimeError):
+                use_store()
 
-    def attempt() -> None:
-        with suppress(RuntimeError):
-            use_store()
-
-    thread = threading.Thread(target=attempt, name="tally-notes", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        atexit.register(thread.join, PATIENCE)
+        if self._unanswered is not None and self._unanswered.is_alive():
+            return
+        thread = threading.Thread(target=attempt, name="tally-notes", daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if thread.is_alive():
+            self._unanswered = thread
+            atexit.register(thread.join, PATIENCE)

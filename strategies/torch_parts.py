@@ -18,7 +18,7 @@ DDP = (
 """What `strategies.ddp` uses."""
 
 PIPELINE = ("torch.distributed.pipelining._utils:InferenceMode",)
-"""What `strategies.pipeline_schedules` needs: stages whose outputs may have any dtype, as they are told."""
+"""Came with what `strategies.pipeline_schedules` needs: stages whose outputs have the dtype that they are told."""
 
 FSDP = (
     "torch.distributed:_broadcast_coalesced",
@@ -37,11 +37,11 @@ FSDP = (
 
 
 def check_torch(name: str, parts: tuple[str, ...]) -> None:
-    """Raise RuntimeError where this torch lacks one of `parts`, "module:attribute" each, that strategy `name` uses."""
+    """Raise RuntimeError where this torch lacks one of `parts`, "module:attribute" each, that strategy `name` needs."""
     if missing := [part for part in parts if not _exists(part)]:
         raise RuntimeError(
-            f"strategy {name!r} uses {', '.join(missing)}, which torch {torch.__version__} does not have. It is tested "
-            f"with torch {TESTED}: install that, or use another strategy."
+            f"strategy {name!r} needs {', '.join(missing)}, which torch {torch.__version__} does not have. It is "
+            f"tested with torch {TESTED}: install one of them, or use another strategy."
         )
 
 

@@ -1,8 +1,7 @@
 import os
 import signal
+from pathlib import Path
 
-if os.environ.get("TALLY_TEST_DEVICE") != "cuda":  # test_device.py
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests' processes talk over gloo
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several processes share two cores
 
 import torch
@@ -12,3 +11,10 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a script, and so by the engine
 settings.register_profile("tally", deadline=None)  # no test measures time
 settings.load_profile("tally")
+
+if (device := os.environ.get("TALLY_TEST_DEVICE", "gadget")) == "gadget":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests' processes talk over gloo
+elif device == "cuda":
+    collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name != "test_device.py"]
+else:
+    raise ValueError(f"TALLY_TEST_DEVICE={device}: give cuda, or leave it out.")

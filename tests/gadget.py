@@ -1,7 +1,7 @@
-"""A device that is not the CPU, in Python: memory of its own, its waiting by the host counted, streams that are late.
+"""A device that is not the CPU, in Python: memory of its own, waits of the host counted, streams that are late.
 
-It refuses what a GPU would refuse, and computes what the CPU would compute. Import it in a process of its own: torch
-takes one such device, and from then on believes that there is an accelerator.
+It refuses a tensor of the host among its own, and computes what the CPU would compute. Import it in a process of its
+own: torch takes one such device, and from then on believes that there is an accelerator.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.copy_.default}
+LOOKS = {
+    *(aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default),
+    *(aten._unique2.default, aten.repeat_interleave.Tensor),
+}
+"""What returns a number to the host, or a shape that depends on values."""
 
 waits: list[str] = []
 """Where the host has waited for the device."""
@@ -58,12 +63,14 @@ def kernel(operator: Any, *args: Any, **kwargs: Any) -> Any:
         return value
 
     raw_args, raw_kwargs = tree_map(memory, args), tree_map(memory, kwargs)
-    if _comes_from_host(operator, args) and Stream.current.is_late:
+    from_host = operator is aten.copy_.default and args[1].is_cpu
+    blocks = from_host and not (kwargs.get("non_blocking") or args[2:] == (True,))
+    if from_host and not blocks and Stream.current.is_late:
         Stream.current.pending.append(lambda: raw_args[0].copy_(raw_args[1]))
         raw_args[0].fill_(-1)  # until then
         return args[0]
     to_host = _goes_to_host(operator, args, kwargs)
-    if to_host or (_comes_from_host(operator, args) and not (kwargs.get("non_blocking") or args[2:] == (True,))):
+    if to_host or blocks or _looks(operator, args):
         waits.append(str(operator))
     if kwargs.get("device") is not None:
         raw_kwargs["device"] = torch.device("cpu")
@@ -78,11 +85,13 @@ def kernel(operator: Any, *args: Any, **kwargs: Any) -> Any:
 def _goes_to_host(operator: Any, args: Any, kwargs: Any) -> bool:
     if operator is aten._to_copy.default:
         return kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cpu"
-    return operator is aten._local_scalar_dense.default or (operator is aten.copy_.default and args[0].is_cpu)
+    return operator is aten.copy_.default and args[0].is_cpu
 
 
-def _comes_from_host(operator: Any, args: Any) -> bool:
-    return operator is aten.copy_.default and args[1].is_cpu
+def _looks(operator: Any, args: Any) -> bool:
+    if operator is aten.index.Tensor:  # by a mask
+        return any(index is not None and index.dtype is torch.bool for index in args[1])
+    return operator in LOOKS
 
 
 class Stream:

@@ -29,9 +29,6 @@ class ChildError(AssertionError):
         self.errors = {rank: text.strip().splitlines()[-1] for rank, text in tracebacks.items()}
 
 
-multiprocessing.set_forkserver_preload(["engine", "safetensors.torch", "torch._dynamo"])
-
-
 def run(
     P: int,
     function: Callable[..., Any],
@@ -44,8 +41,9 @@ def run(
     """Call `function(*args)` in P processes of one gloo group; return what each returned, in rank order.
 
     All has `seconds`, each wait of the group for another process `timeout`. `fresh` processes are forked from one that
-    has imported, and done nothing: for devices, whose threads no fork takes over. They find `function` by its name.
+    has imported torch, and done nothing: for devices, whose threads no fork takes over. They find `function` by name.
     """
+    multiprocessing.set_forkserver_preload(["safetensors.torch", "torch._dynamo", "torch.distributed.checkpoint"])
     context: Any = multiprocessing.get_context("forkserver" if fresh else "fork")
     with tempfile.TemporaryDirectory() as folder:
         pipes, children = [], []

@@ -39,7 +39,7 @@ from engine import Callback, GradientAccumulationScheduler, Trainer
         ({"num_workers": -1}, "num_workers=-1"),
         ({"shuffle": "false"}, "shuffle='false': give True or False"),
         ({"tf32": "no"}, "tf32='no': give True or False, or None"),
-        ({"callbacks": Callback}, "callbacks: <class .*> is no Callback. Give objects"),
+        ({"callbacks": Callback}, "callbacks: <class .*> is no Callback. Give an object"),
         ({"callbacks": [Callback(), True]}, "callbacks: True is no Callback"),
         ({"lr_rule": ["linear"]}, r"lr_rule=\['linear'\]: give one of none, linear, sqrt"),
         ({"keep_best": True, "run_dir": "runs"}, "keep_best=True: give min:METRIC or max:METRIC"),

@@ -215,7 +215,7 @@ def test_a_restarted_command_stays_in_its_folder(folder: Path, undisturbed: Path
 
 
 @HAS_VENV
-@pytest.mark.parametrize("told", ["torchrun", "1"])
+@pytest.mark.parametrize("told", ["torchrun", "0", "1"])
 def test_told_to_stop_all_stop_after_the_same_update_and_go_on(folder: Path, undisturbed: Path, told: str) -> None:
     run = folder / "run"
     with train_sh(folder, "--trainer.run_dir=run") as torchrun:
