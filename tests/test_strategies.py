@@ -311,8 +311,8 @@ def test_a_torch_that_lacks_something_is_named_before_anything_starts(
     strategy: Any, owner: str, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delattr(resolve_name(owner), part)
-    message = rf"{owner}[:.]{part}, which torch {torch.__version__[:4]}.* is tested with torch 2\.13 and 2\.15"
+    monkeypatch.delattr(resolve_name(owner), part, raising=False)
+    message = rf"{owner}[:.]{part},.* which torch {torch.__version__[:4]}.* is tested with torch 2\.13 and 2\.15"
     with pytest.raises(RuntimeError, match=message):
         strategy().setup()
     assert not dist.is_initialized()
