@@ -59,7 +59,7 @@ def fitted(*cases: tuple[Any, dict[str, Any]]) -> list[Tensor]:
 
 @pytest.mark.parametrize("K", [1, 2, 7])
 def test_updates_equal_one_big_batch(K: int) -> None:
-    cases = [(samples, max_norm) for samples in (28, 27, 29) for max_norm in (None, 0.5)]
+    cases = [(28, None), (27, 0.5), (29, 0.5)]
     settings = [{"accumulate_grad_batches": K, "gradient_clip_norm": max_norm} for _, max_norm in cases]
     found = there(fitted, *zip([Regression(samples) for samples, _ in cases], settings, strict=True))
     for (samples, max_norm), parameters_found in zip(cases, found, strict=True):
