@@ -57,7 +57,7 @@ def fitted(*cases: tuple[Any, dict[str, Any]]) -> list[Tensor]:
     return [parameters(fit(task, **settings).model).cpu() for task, settings in cases]
 
 
-@pytest.mark.parametrize("K", [1, 2, 7])
+@pytest.mark.parametrize("K", [pytest.param(1, marks=pytest.mark.slow), 2, 7])
 def test_updates_equal_one_big_batch(K: int) -> None:
     cases = [(28, None), (27, 0.5), (29, 0.5)]
     settings = [{"accumulate_grad_batches": K, "gradient_clip_norm": max_norm} for _, max_norm in cases]

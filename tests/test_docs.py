@@ -118,6 +118,7 @@ def test_the_strategies_of_the_docs_keep_what_they_declare(
     assert text.splitlines()[-1] == f"19 promises: {kept} kept, 0 broken, {not_declared} not declared."
 
 
+@pytest.mark.slow
 def test_the_plan_that_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     page = (ROOT / "docs/plan.md").read_text()
     options = re.findall(r"```bash\npython engine/run.py (.*)\n```", page)[0].split()

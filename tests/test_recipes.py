@@ -24,7 +24,10 @@ def fit(K: int, batches: Any) -> Any:
     return parameters(trainer.model), trainer.metrics["nats_per_byte"], [r["loss"] for r in watch.records]
 
 
-@pytest.mark.parametrize("batches", ["shuffled", "bucketed", "budget"])
+@pytest.mark.parametrize(
+    "batches",
+    [pytest.param("shuffled", marks=pytest.mark.slow), "bucketed", pytest.param("budget", marks=pytest.mark.slow)],
+)
 def test_stdlib_lm_trains_alike_on_one_and_two_processes(batches: str) -> None:
     train_and_held_out()  # read once: the processes inherit it
     (one, nats, losses), (two, nats_of_two, losses_of_two) = run(1, fit, 4, batches)[0], run(2, fit, 2, batches)[0]

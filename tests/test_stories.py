@@ -27,6 +27,7 @@ def test_three_layouts_are_one_run_by_tally_and_three_by_the_plain_loop() -> Non
         assert end > 1e-3
 
 
+@pytest.mark.slow
 def test_the_two_losses_of_a_window_of_padded_text() -> None:
     options = {"width": 16, "layers": 1, "heads": 2, "max_bytes": 64, "functions": 60}
     train_and_held_out(60)  # read once: the processes inherit it
