@@ -14,10 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from engine.callbacks.accumulation import GradientAccumulationScheduler
 from engine.callbacks.base import Callback
-from engine.plan import Plan
+from engine.plan.windows import Plan
 from engine.precision import check_precision
 from engine.saving import Best
-from engine.schedule import check_accumulation, check_lr_rule, make_schedule
+from engine.plan.schedule import check_accumulation, check_lr_rule, make_schedule
 from strategies import Strategy
 
 SWITCHES = (

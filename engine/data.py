@@ -9,9 +9,9 @@ from torch.utils.data import IterableDataset
 from engine.checks import check_dataset, check_stream
 from engine.map_source import LoaderOptions, MapSource
 from engine.order import Order, sequential, shuffled
-from engine.plan import Plan
+from engine.plan.windows import Plan
 from engine.prefetch import Prefetch
-from engine.schedule import Schedule
+from engine.plan.schedule import Schedule
 from engine.stream_source import StreamSource
 from engine.task import Batching
 from engine.window import Source

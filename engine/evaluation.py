@@ -14,10 +14,10 @@ from engine.interrupts import Interrupts
 from engine.loss import Loss
 from engine.map_source import LoaderOptions, MapSource
 from engine.order import mix, sequential
-from engine.plan import Plan
+from engine.plan.windows import Plan
 from engine.precision import autocast
 from engine.randomness import VALIDATION_STREAM, seed_everything
-from engine.schedule import Schedule, Stage
+from engine.plan.schedule import Schedule, Stage
 from engine.task import Task
 from strategies import Strategy
 

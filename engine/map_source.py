@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from engine.fetch import Fetch, Piece, TensorFetch
 from engine.interrupts import shielded
 from engine.order import Order
-from engine.plan import Plan
-from engine.plan import Window as PlannedWindow
+from engine.plan.windows import Plan
+from engine.plan.windows import Window as PlannedWindow
 from engine.prefetch import Prefetch
-from engine.schedule import Stage
+from engine.plan.schedule import Stage
 from engine.task import Batching
 from engine.window import Micro, Window
 from strategies import Strategy

@@ -16,7 +16,7 @@ from engine.data import make_plan, make_source
 from engine.loop import Loop, LoopOptions
 from engine.loss import Loss
 from engine.map_source import LoaderOptions
-from engine.schedule import check_scheduling, make_schedule
+from engine.plan.schedule import check_scheduling, make_schedule
 from engine.task import Batching
 from engine.window import Window
 from strategies import Strategy

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engine import checkpoint, tree
 from engine.checkpoint import CheckpointError
-from engine.schedule import Schedule, Unit, solve
+from engine.plan.schedule import Schedule, Unit, solve
 from strategies import Strategy
 
 if TYPE_CHECKING:

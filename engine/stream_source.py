@@ -14,7 +14,7 @@ from engine.interrupts import shielded
 from engine.order import mix
 from engine.prefetch import Prefetch
 from engine.randomness import EPOCH_STREAM
-from engine.schedule import Schedule, Stage
+from engine.plan.schedule import Schedule, Stage
 from engine.task import Batching
 from engine.window import Micro, Window
 from strategies import Strategy

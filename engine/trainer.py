@@ -37,14 +37,14 @@ from engine.keeper import Keeper
 from engine.loggers import Logger, Start, make_loggers, opened
 from engine.loop import Loop, LoopOptions
 from engine.map_source import LoaderOptions
-from engine.plan import Plan
+from engine.plan.windows import Plan
 from engine.precision import autocast, numerics
 from engine.prefetch import Prefetch
 from engine.randomness import seed_everything
 from engine.records import Records
 from engine.run_folder import RunFolder
 from engine.run_state import COUNTERS, WINDOWS, Saved, class_path, load_weights, restore, schedule_of
-from engine.schedule import Schedule, make_schedule, with_lr_rule
+from engine.plan.schedule import Schedule, make_schedule, with_lr_rule
 from engine.summary import summarize
 from engine.task import Task
 from engine.watch import FAILURE, Watch, lost_contact

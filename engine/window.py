@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from engine.schedule import Stage
+from engine.plan.schedule import Stage
 
 
 @dataclass(slots=True)  # its fields are read at each micro-batch: slots cost the least

@@ -48,7 +48,7 @@ DRAWS = "tests/test_layout.py::test_every_sample_and_micro_batch_of_every_epoch_
 
 KILLED = "'tests/test_resume.py::test_killed_twice_and_continued_is_uninterrupted_to_the_bit[3-boundary]'"
 
-LOOP, DDP, BASE, PLAN = "engine/loop.py", "strategies/ddp.py", "strategies/base.py", "engine/plan.py"
+LOOP, DDP, BASE, PLAN = "engine/loop.py", "strategies/ddp.py", "strategies/base.py", "engine/plan/windows.py"
 FSDP = "strategies/fsdp.py"
 
 MUTATIONS = [
@@ -194,7 +194,7 @@ MUTATIONS = [
     ),
     Mutation(
         "change K one epoch late",
-        "engine/schedule.py",
+        "engine/plan/schedule.py",
         "return bisect_right(self.stages, place,",
         "return bisect_right(self.stages, place - 1,",
         "tests/test_plan.py",

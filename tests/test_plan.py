@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.order import bucketed, mix, sequential, shuffled, within_budget
-from engine.plan import Plan
-from engine.schedule import Schedule, Stage, check_accumulation, check_scheduling
+from engine.plan.windows import Plan
+from engine.plan.schedule import Schedule, Stage, check_accumulation, check_scheduling
 
 UNITS = ["epoch", "update", "sample"]
 schedules = st.dictionaries(st.integers(0, 40), st.integers(1, 9), min_size=1, max_size=5).map(check_scheduling)
@@ -186,6 +186,6 @@ def test_pure_arithmetic_imports_no_torch() -> None:
     code = (
         "import sys, types; sys.path.insert(0, '.');"
         "package = types.ModuleType('engine'); package.__path__ = ['engine']; sys.modules['engine'] = package;"
-        "import engine.schedule, engine.plan, engine.forecast, engine.order; assert 'torch' not in sys.modules"
+        "import engine.plan.schedule, engine.plan.windows, engine.forecast, engine.order; assert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.callbacks.base import Callback
-from engine.schedule import Unit, check_scheduling
+from engine.plan.schedule import Unit, check_scheduling
 
 
 class GradientAccumulationScheduler(Callback):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from engine.schedule import Schedule, Stage
+from engine.plan.schedule import Schedule, Stage
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Which samples each update sees: schedules and windows, as arithmetic without torch."""
