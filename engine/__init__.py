@@ -2,7 +2,7 @@
 
 from engine.callbacks import Callback, GradientAccumulationScheduler
 from engine.loss import Loss
-from engine.own_loop import Accumulator
+from engine.accumulator import Accumulator
 from engine.task import Batching, Task
 from engine.trainer import Trainer
 

@@ -23,7 +23,7 @@ from jsonargparse import ArgumentParser, Namespace, set_dumper, set_loader
 from engine.agreement import NonFiniteError, ProcessFailureError
 from engine.callbacks import Callback
 from engine.checkpoint import CheckpointError
-from engine.interrupts import EXIT_STATUS
+from engine.signals import EXIT_STATUS
 from engine.modes import OneWindow, options, split
 from engine.plan_picture import draw
 from engine.plan_table import print_plan

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from engine.agreement import NOTHING, NonFiniteError, Wishes
 from engine.callbacks.base import validating
 from engine.evaluation import Evaluation
-from engine.interrupts import Interrupts
+from engine.signals import Interrupts
 from engine.keeper import Keeper
 from engine.loop import Compute
 from engine.order import mix
-from engine.randomness import EPOCH_STREAM, seed_everything
+from engine.seeds import EPOCH_STREAM, seed_everything
 from engine.records import Records
 from engine.window import Source, Window
 

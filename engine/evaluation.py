@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from engine.checks import check_stream
 from engine.data import is_map_style
-from engine.interrupts import Interrupts
+from engine.signals import Interrupts
 from engine.loss import Loss
 from engine.map_source import LoaderOptions, MapSource
 from engine.order import mix, sequential
 from engine.plan.windows import Plan
 from engine.precision import autocast
-from engine.randomness import VALIDATION_STREAM, seed_everything
+from engine.seeds import VALIDATION_STREAM, seed_everything
 from engine.plan.schedule import Schedule, Stage
 from engine.task import Task
 from strategies import Strategy

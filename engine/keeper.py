@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.checkpoint import FORMAT, CheckpointError
-from engine.interrupts import Interrupts
+from engine.signals import Interrupts
 from engine.run_folder import MARK, RunFolder
 from engine.run_state import Saved, find, snapshot
 from engine.saving import Best, Saver

@@ -26,11 +26,11 @@ from engine.agreement import (
 )
 from engine.checks import check_gradients
 from engine.host_randomness import HostRandomness
-from engine.interrupts import Interrupted, Interrupts
+from engine.signals import Interrupted, Interrupts
 from engine.loss import Loss
 from engine.meter import Meter
 from engine.precision import LossScale
-from engine.randomness import ODD, SEED_BITS, epoch_key
+from engine.seeds import ODD, SEED_BITS, epoch_key
 from engine.sums import Sums
 from engine.window import Micro, Window
 from strategies import Rows, Strategy

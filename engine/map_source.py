@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from engine.fetch import Fetch, Piece, TensorFetch
-from engine.interrupts import shielded
+from engine.signals import shielded
 from engine.order import Order
 from engine.plan.windows import Plan
 from engine.plan.windows import Window as PlannedWindow

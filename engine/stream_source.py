@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from engine.interrupts import shielded
+from engine.signals import shielded
 from engine.order import mix
 from engine.prefetch import Prefetch
-from engine.randomness import EPOCH_STREAM
+from engine.seeds import EPOCH_STREAM
 from engine.plan.schedule import Schedule, Stage
 from engine.task import Batching
 from engine.window import Micro, Window

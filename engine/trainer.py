@@ -32,7 +32,7 @@ from engine.data import make_plan, make_source
 from engine.epochs import Epochs
 from engine.evaluation import Evaluation
 from engine.fusing import fuse
-from engine.interrupts import Interrupts
+from engine.signals import Interrupts
 from engine.keeper import Keeper
 from engine.loggers import Logger, Start, make_loggers, opened
 from engine.loop import Loop, LoopOptions
@@ -40,7 +40,7 @@ from engine.map_source import LoaderOptions
 from engine.plan.windows import Plan
 from engine.precision import autocast, numerics
 from engine.prefetch import Prefetch
-from engine.randomness import seed_everything
+from engine.seeds import seed_everything
 from engine.records import Records
 from engine.run_folder import RunFolder
 from engine.run_state import COUNTERS, WINDOWS, Saved, class_path, load_weights, restore, schedule_of

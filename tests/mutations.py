@@ -208,7 +208,7 @@ MUTATIONS = [
         DRAWS,
     ),
     Mutation(
-        "seed the model without the epoch", "engine/randomness.py", "MODEL_STREAM, epoch)", "MODEL_STREAM)", DRAWS
+        "seed the model without the epoch", "engine/seeds.py", "MODEL_STREAM, epoch)", "MODEL_STREAM)", DRAWS
     ),
     Mutation(
         "seed the model by process",

@@ -14,7 +14,7 @@ import yaml
 from hosts import ROOT, Host, Started, two_hosts
 from test_torchrun import JOB, OPTIONS, UPDATES, reach, records
 
-from engine.interrupts import EXIT_STATUS
+from engine.signals import EXIT_STATUS
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -14,7 +14,7 @@ from toy import Regression, big_batch_run, in_order, parameters
 
 from engine import Callback, GradientAccumulationScheduler, Loss, Task, Trainer
 from engine.order import mix
-from engine.randomness import MODEL_STREAM, ODD
+from engine.seeds import MODEL_STREAM, ODD
 from strategies import DDPStrategy
 
 transformers = pytest.importorskip("transformers")

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 from hosts import ROOT, Started, until
 
-from engine.interrupts import EXIT_STATUS
+from engine.signals import EXIT_STATUS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 

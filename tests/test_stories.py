@@ -11,7 +11,7 @@ import torch
 from benchmarks.stories import kills, layouts, tokens
 from processes import run
 
-from engine.randomness import seed_everything
+from engine.seeds import seed_everything
 from launch.recipes.stdlib_lm import StdlibLM
 from launch.recipes.stdlib_lm.functions import train_and_held_out
 

@@ -39,7 +39,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from engine import Callback, Task, Trainer
-from engine.interrupts import EXIT_STATUS
+from engine.signals import EXIT_STATUS
 from strategies import DDPStrategy
 
 

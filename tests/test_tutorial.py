@@ -12,7 +12,7 @@ from hosts import Started, until
 from test_docs import blocks
 from test_docs_blocks import commands, write_files
 
-from engine.interrupts import EXIT_STATUS
+from engine.signals import EXIT_STATUS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
