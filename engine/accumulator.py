@@ -12,13 +12,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from engine.agreement import Outcome
 from engine.checks import check_count, check_equal_windows, check_optimizer, check_windows
-from engine.data import make_plan, make_source
+from engine.data.sources import make_plan, make_source
 from engine.loop import Loop, LoopOptions
 from engine.loss import Loss
-from engine.map_source import LoaderOptions
+from engine.data.map_style import LoaderOptions
 from engine.plan.schedule import check_scheduling, make_schedule
 from engine.task import Batching
-from engine.window import Window
+from engine.data.window import Window
 from strategies import Strategy
 
 

@@ -14,7 +14,7 @@ from engine.loop import Compute
 from engine.order import mix
 from engine.seeds import EPOCH_STREAM, seed_everything
 from engine.records import Records
-from engine.window import Source, Window
+from engine.data.window import Source, Window
 
 if TYPE_CHECKING:
     from engine.trainer import Trainer

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.checks import check_stream
-from engine.data import is_map_style
+from engine.data.sources import is_map_style
 from engine.signals import Interrupts
 from engine.loss import Loss
-from engine.map_source import LoaderOptions, MapSource
+from engine.data.map_style import LoaderOptions, MapSource
 from engine.order import mix, sequential
 from engine.plan.windows import Plan
 from engine.precision import autocast

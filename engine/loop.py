@@ -32,7 +32,7 @@ from engine.meter import Meter
 from engine.precision import LossScale
 from engine.seeds import ODD, SEED_BITS, epoch_key
 from engine.sums import Sums
-from engine.window import Micro, Window
+from engine.data.window import Micro, Window
 from strategies import Rows, Strategy
 
 Compute = Callable[[nn.Module, Any], Loss | Tensor]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from engine.reduction import Costs
-from engine.window import Micro, Window
+from engine.data.window import Micro, Window
 
 DATA, COMPUTE, STEP = "waiting for data", "forward and backward", "optimizer's step"
 REDUCTION = "reduction, and waiting for others"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.loss import Loss
-from engine.window import Micro
+from engine.data.window import Micro
 
 TOO_NARROW = {torch.float16, torch.bfloat16}
 """Dtypes in which a sum of losses would lose digits."""

@@ -28,7 +28,7 @@ from engine.checks import (
     the_scheduler,
 )
 from engine.compiling import check_compiles, compile_in_place
-from engine.data import make_plan, make_source
+from engine.data.sources import make_plan, make_source
 from engine.epochs import Epochs
 from engine.evaluation import Evaluation
 from engine.fusing import fuse
@@ -36,10 +36,10 @@ from engine.signals import Interrupts
 from engine.keeper import Keeper
 from engine.loggers import Logger, Start, make_loggers, opened
 from engine.loop import Loop, LoopOptions
-from engine.map_source import LoaderOptions
+from engine.data.map_style import LoaderOptions
 from engine.plan.windows import Plan
 from engine.precision import autocast, numerics
-from engine.prefetch import Prefetch
+from engine.data.prefetch import Prefetch
 from engine.seeds import seed_everything
 from engine.records import Records
 from engine.run_folder import RunFolder

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 TOPIC, FAILURE = "doing", "failure"
 
 DOINGS = {
-    ("engine/map_source.py", "_micros"): "fetching {micro}",
-    ("engine/stream_source.py", "take"): "reading {micro}",
+    ("engine/data/map_style.py", "_micros"): "fetching {micro}",
+    ("engine/data/stream.py", "take"): "reading {micro}",
     ("engine/loop.py", "forward"): "computing {micro}",
     ("strategies/base.py", "backward"): "in the backward of {micro}",
     ("engine/loop.py", "_agreed"): "waiting for the others' message of update {update}",

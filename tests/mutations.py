@@ -202,7 +202,7 @@ MUTATIONS = [
     Mutation("the same order in every epoch", "engine/order.py", "PCG64([seed, epoch])", "PCG64([seed])", LAYOUT),
     Mutation(
         "seed the dataset without the epoch",
-        "engine/fetch.py",
+        "engine/data/fetch.py",
         "FETCH_STREAM, epoch, place",
         "FETCH_STREAM, place",
         DRAWS,
@@ -219,7 +219,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a stream that ends within a window has no last micro-batch",
-        "engine/stream_source.py",
+        "engine/data/stream.py",
         "place == last or not more",
         "place == last",
         STREAMS,
@@ -358,7 +358,7 @@ MUTATIONS = [
     ),
     Mutation(
         "read the epoch again",
-        "engine/map_source.py",
+        "engine/data/map_style.py",
         "positions[0][1] if positions and positions[0][0] == epoch else 0",
         "0",
         KILLED,
@@ -475,7 +475,7 @@ MUTATIONS = [
     ),
     Mutation(
         "compute before a batch has arrived",
-        "engine/prefetch.py",
+        "engine/data/prefetch.py",
         "self._computing.wait_event(moving.arrival)",
         "pass",
         "tests/test_prefetch.py -k waits",
@@ -496,21 +496,21 @@ MUTATIONS = [
     ),
     Mutation(
         "overwrite a batch that is being read",
-        "engine/prefetch.py",
+        "engine/data/prefetch.py",
         "self._stream.wait_stream(self._computing)",
         "pass",
         "tests/test_prefetch.py -k waits",
     ),
     Mutation(
         "keep every batch that was moved",
-        "engine/prefetch.py",
+        "engine/data/prefetch.py",
         "self._being_read.clear()",
         "pass",
         "tests/test_prefetch.py -k kept",
     ),
     Mutation(
         "raise for a batch that was read ahead",
-        "engine/prefetch.py",
+        "engine/data/prefetch.py",
         "then, error = end, met",
         "raise met",
         "tests/test_prefetch.py -k error",

@@ -137,7 +137,7 @@ def test_fetching_leaves_the_user_s_generators_alone() -> None:
     def state() -> list[Any]:
         return [torch.rand(1).item(), random.random(), float(numpy.random.rand())]
 
-    from engine.fetch import Fetch, Piece
+    from engine.data.fetch import Fetch, Piece
 
     random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
     expected = state()

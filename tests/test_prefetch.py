@@ -12,7 +12,7 @@ from test_streams import Streamed, deal, windows_of
 from toy import Regression, Samples, big_batch_run, in_order, parameters
 
 from engine import Trainer
-from engine.prefetch import Prefetch
+from engine.data.prefetch import Prefetch
 from strategies import SingleDeviceStrategy
 
 N, K = 2, 3

@@ -16,7 +16,7 @@ from engine.conformance.processes import ProcessesFailedError, run
 from engine.conformance.reference import Regression, State, difference, network
 from engine.loop import Loop, LoopOptions
 from engine.plan.schedule import make_schedule
-from engine.stream_source import StreamSource
+from engine.data.stream import StreamSource
 from engine.trainer import Trainer
 from strategies import Strategy
 

@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from engine.signals import shielded
 from engine.order import mix
-from engine.prefetch import Prefetch
+from engine.data.prefetch import Prefetch
 from engine.seeds import EPOCH_STREAM
 from engine.plan.schedule import Schedule, Stage
 from engine.task import Batching
-from engine.window import Micro, Window
+from engine.data.window import Micro, Window
 from strategies import Strategy
 
 log = logging.getLogger("tally")

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from engine.fetch import Fetch, Piece, TensorFetch
+from engine.data.fetch import Fetch, Piece, TensorFetch
 from engine.signals import shielded
 from engine.order import Order
 from engine.plan.windows import Plan
 from engine.plan.windows import Window as PlannedWindow
-from engine.prefetch import Prefetch
+from engine.data.prefetch import Prefetch
 from engine.plan.schedule import Stage
 from engine.task import Batching
-from engine.window import Micro, Window
+from engine.data.window import Micro, Window
 from strategies import Strategy
 
 

@@ -7,14 +7,14 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from engine.checks import check_dataset, check_stream
-from engine.map_source import LoaderOptions, MapSource
+from engine.data.map_style import LoaderOptions, MapSource
 from engine.order import Order, sequential, shuffled
 from engine.plan.windows import Plan
-from engine.prefetch import Prefetch
+from engine.data.prefetch import Prefetch
 from engine.plan.schedule import Schedule
-from engine.stream_source import StreamSource
+from engine.data.stream import StreamSource
 from engine.task import Batching
-from engine.window import Source
+from engine.data.window import Source
 from strategies import Strategy
 
 

@@ -1,0 +1,1 @@
+"""Windows of micro-batches, from a map-style dataset or a stream."""
