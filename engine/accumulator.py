@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from engine.agreement import Outcome
+from engine.update.message import Outcome
 from engine.checks import check_count, check_equal_windows, check_optimizer, check_windows
 from engine.data.sources import make_plan, make_source
-from engine.loop import Loop, LoopOptions
+from engine.update.updater import Loop, LoopOptions
 from engine.loss import Loss
 from engine.data.map_style import LoaderOptions
 from engine.plan.schedule import check_scheduling, make_schedule

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_dumper, set_loader
 
-from engine.agreement import NonFiniteError, ProcessFailureError
+from engine.update.message import NonFiniteError, ProcessFailureError
 from engine.callbacks import Callback
 from engine.checkpoint import CheckpointError
 from engine.signals import EXIT_STATUS

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from engine.agreement import NOTHING, NonFiniteError, Wishes
+from engine.update.message import NOTHING, NonFiniteError, Wishes
 from engine.callbacks.base import validating
 from engine.evaluation import Evaluation
 from engine.signals import Interrupts
 from engine.keeper import Keeper
-from engine.loop import Compute
+from engine.update.updater import Compute
 from engine.order import mix
 from engine.seeds import EPOCH_STREAM, seed_everything
 from engine.records import Records

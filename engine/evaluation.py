@@ -15,7 +15,7 @@ from engine.loss import Loss
 from engine.data.map_style import LoaderOptions, MapSource
 from engine.order import mix, sequential
 from engine.plan.windows import Plan
-from engine.precision import autocast
+from engine.update.precision import autocast
 from engine.seeds import VALIDATION_STREAM, seed_everything
 from engine.plan.schedule import Schedule, Stage
 from engine.task import Task

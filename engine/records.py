@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.agreement import Outcome
+from engine.update.message import Outcome
 from engine.loggers import Logger
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from engine.agreement import ProcessFailureError
+from engine.update.message import ProcessFailureError
 from engine.callbacks import Callback, Progress
 from engine.callbacks.base import validating
 from engine.checks import (
@@ -35,10 +35,10 @@ from engine.fusing import fuse
 from engine.signals import Interrupts
 from engine.keeper import Keeper
 from engine.loggers import Logger, Start, make_loggers, opened
-from engine.loop import Loop, LoopOptions
+from engine.update.updater import Loop, LoopOptions
 from engine.data.map_style import LoaderOptions
 from engine.plan.windows import Plan
-from engine.precision import autocast, numerics
+from engine.update.precision import autocast, numerics
 from engine.data.prefetch import Prefetch
 from engine.seeds import seed_everything
 from engine.records import Records

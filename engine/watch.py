@@ -11,7 +11,7 @@ import time
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
-from engine.agreement import ProcessFailureError
+from engine.update.message import ProcessFailureError
 from strategies import Strategy
 
 if TYPE_CHECKING:
@@ -22,10 +22,10 @@ TOPIC, FAILURE = "doing", "failure"
 DOINGS = {
     ("engine/data/map_style.py", "_micros"): "fetching {micro}",
     ("engine/data/stream.py", "take"): "reading {micro}",
-    ("engine/loop.py", "forward"): "computing {micro}",
+    ("engine/update/updater.py", "forward"): "computing {micro}",
     ("strategies/base.py", "backward"): "in the backward of {micro}",
-    ("engine/loop.py", "_agreed"): "waiting for the others' message of update {update}",
-    ("engine/loop.py", "finish"): "making update {update}",
+    ("engine/update/updater.py", "_agreed"): "waiting for the others' message of update {update}",
+    ("engine/update/updater.py", "finish"): "making update {update}",
     ("engine/evaluation.py", "run"): "validating after update {update}",
     ("engine/keeper.py", "save"): "saving update {update}",
     ("engine/keeper.py", "finish"): "saving update {update}",

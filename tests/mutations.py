@@ -48,7 +48,7 @@ DRAWS = "tests/test_layout.py::test_every_sample_and_micro_batch_of_every_epoch_
 
 KILLED = "'tests/test_resume.py::test_killed_twice_and_continued_is_uninterrupted_to_the_bit[3-boundary]'"
 
-LOOP, DDP, BASE, PLAN = "engine/loop.py", "strategies/ddp.py", "strategies/base.py", "engine/plan/windows.py"
+LOOP, DDP, BASE, PLAN = "engine/update/updater.py", "strategies/ddp.py", "strategies/base.py", "engine/plan/windows.py"
 FSDP = "strategies/fsdp.py"
 
 MUTATIONS = [
@@ -62,7 +62,7 @@ MUTATIONS = [
     ),
     Mutation("divide by P twice", DDP, "scale * self.data_parallel_size)", "scale)", TABLE),
     Mutation(
-        "average the averages of ragged micro-batches", "engine/sums.py", "= loss, micro.size", "= loss, 1", TABLE
+        "average the averages of ragged micro-batches", "engine/update/loss_sum.py", "= loss, micro.size", "= loss, 1", TABLE
     ),
     Mutation(
         "divide by this process's weight",
@@ -212,7 +212,7 @@ MUTATIONS = [
     ),
     Mutation(
         "seed the model by process",
-        "engine/loop.py",
+        "engine/update/updater.py",
         "            seed(key + micro.place",
         "            seed(self.strategy.rank + key + micro.place",
         "tests/test_layout.py::test_dropout_and_augmentation_do_not_know_P",
@@ -461,14 +461,14 @@ MUTATIONS = [
     ),
     Mutation(
         "look at the wait for the first micro-batch only",
-        "engine/meter.py",
+        "engine/update/timing.py",
         "place = int(GOLDEN * update % 1.0 * window.stage.accumulate_grad_batches)",
         "place = 0",
         "tests/test_reduction.py -k another",
     ),
     Mutation(
         "call the wait for data computing",
-        "engine/meter.py",
+        "engine/update/timing.py",
         "max(0.0, self.before - self.data)",
         "self.before",
         "tests/test_reduction.py -k goes",

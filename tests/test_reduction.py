@@ -13,10 +13,10 @@ from processes import run
 from torch import Tensor, nn
 from toy import Regression
 
-import engine.loop
-import engine.meter
+import engine.update.updater
+import engine.update.timing
 from engine import Callback, GradientAccumulationScheduler, Trainer
-from engine.reduction import HIDDEN, Costs
+from engine.update.reduction import HIDDEN, Costs
 from engine.scaling import Link, calibrated
 from strategies import DDPStrategy
 
@@ -60,7 +60,7 @@ class Working(Regression):
 
 
 def put_clock() -> None:
-    engine.loop.time = engine.meter.time = SimpleNamespace(perf_counter=Clock.read)  # type: ignore[assignment]
+    engine.update.updater.time = engine.update.timing.time = SimpleNamespace(perf_counter=Clock.read)  # type: ignore[assignment]
 
 
 def reduction(strategy: Any, Ks: list[int], folder: Path) -> Any:

@@ -99,7 +99,7 @@ def test_a_silence_has_a_name(tmp_path: Path, where: str, message: str) -> None:
     with pytest.raises(ChildError) as raised:
         run(2, fit, where, tmp_path / "heard", seconds=20, timeout=4)
     text = raised.value.errors[0]
-    assert "engine.agreement.ProcessFailureError: lost contact with another process in update" in text
+    assert "engine.update.message.ProcessFailureError: lost contact with another process in update" in text
     assert re.search(message, text), text
 
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from engine.callbacks import Callback
 from engine.conformance.processes import ProcessesFailedError, run
 from engine.conformance.reference import Regression, State, difference, network
-from engine.loop import Loop, LoopOptions
+from engine.update.updater import Loop, LoopOptions
 from engine.plan.schedule import make_schedule
 from engine.data.stream import StreamSource
 from engine.trainer import Trainer

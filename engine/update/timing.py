@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from engine.reduction import Costs
+from engine.update.reduction import Costs
 from engine.data.window import Micro, Window
 
 DATA, COMPUTE, STEP = "waiting for data", "forward and backward", "optimizer's step"

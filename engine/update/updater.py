@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from engine.agreement import (
+from engine.update.message import (
     CAUSES,
     NOTHING,
     Facts,
@@ -25,13 +25,13 @@ from engine.agreement import (
     total,
 )
 from engine.checks import check_gradients
-from engine.host_randomness import HostRandomness
+from engine.update.host_rng import HostRandomness
 from engine.signals import Interrupted, Interrupts
 from engine.loss import Loss
-from engine.meter import Meter
-from engine.precision import LossScale
+from engine.update.timing import Meter
+from engine.update.precision import LossScale
 from engine.seeds import ODD, SEED_BITS, epoch_key
-from engine.sums import Sums
+from engine.update.loss_sum import Sums
 from engine.data.window import Micro, Window
 from strategies import Rows, Strategy
 
