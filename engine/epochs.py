@@ -13,7 +13,7 @@ from engine.keeper import Keeper
 from engine.update.updater import Compute
 from engine.order import mix
 from engine.seeds import EPOCH_STREAM, seed_everything
-from engine.records import Records
+from engine.records.recorder import Records
 from engine.data.window import Source, Window
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 
 from engine.checkpoint import FORMAT, CheckpointError
 from engine.signals import Interrupts
-from engine.run_folder import MARK, RunFolder
+from engine.records.run_folder import MARK, RunFolder
 from engine.run_state import Saved, find, snapshot
 from engine.saving import Best, Saver
 

@@ -41,11 +41,11 @@ from engine.plan.windows import Plan
 from engine.update.precision import autocast, numerics
 from engine.data.prefetch import Prefetch
 from engine.seeds import seed_everything
-from engine.records import Records
-from engine.run_folder import RunFolder
+from engine.records.recorder import Records
+from engine.records.run_folder import RunFolder
 from engine.run_state import COUNTERS, WINDOWS, Saved, class_path, load_weights, restore, schedule_of
 from engine.plan.schedule import Schedule, make_schedule, with_lr_rule
-from engine.summary import summarize
+from engine.records.summary import summarize
 from engine.task import Task
 from engine.watch import FAILURE, Watch, lost_contact
 from strategies import Strategy, resolve

@@ -380,7 +380,7 @@ MUTATIONS = [
     ),
     Mutation(
         "write updates twice into the history",
-        "engine/run_folder.py",
+        "engine/records/run_folder.py",
         "                if _is_before(line, update, validated):\n",
         "                if True:\n",
         KILLED,

@@ -27,7 +27,7 @@ from toy import Regression
 
 from engine import Callback, Trainer, checkpoint, tree
 from engine.checkpoint import FILES, MANIFEST, STATE, TENSORS, CheckpointError
-from engine.run_folder import MARK, RunFolder
+from engine.records.run_folder import MARK, RunFolder
 from engine.run_state import Saved
 from engine.saving import Saver
 
