@@ -16,7 +16,7 @@ from engine.callbacks.accumulation import GradientAccumulationScheduler
 from engine.callbacks.base import Callback
 from engine.plan.windows import Plan
 from engine.update.precision import check_precision
-from engine.saving import Best
+from engine.checkpoint.writer import Best
 from engine.plan.schedule import check_accumulation, check_lr_rule, make_schedule
 from strategies import Strategy
 

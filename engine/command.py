@@ -22,7 +22,7 @@ from jsonargparse import ArgumentParser, Namespace, set_dumper, set_loader
 
 from engine.update.message import NonFiniteError, ProcessFailureError
 from engine.callbacks import Callback
-from engine.checkpoint import CheckpointError
+from engine.checkpoint.files import CheckpointError
 from engine.signals import EXIT_STATUS
 from engine.modes import OneWindow, options, split
 from engine.plan_picture import draw

@@ -9,7 +9,7 @@ from engine.update.message import NOTHING, NonFiniteError, Wishes
 from engine.callbacks.base import validating
 from engine.evaluation import Evaluation
 from engine.signals import Interrupts
-from engine.keeper import Keeper
+from engine.checkpoint.checkpointer import Keeper
 from engine.update.updater import Compute
 from engine.order import mix
 from engine.seeds import EPOCH_STREAM, seed_everything

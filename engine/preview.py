@@ -19,7 +19,7 @@ from engine import checkpoint
 from engine.checks import batch_norms
 from engine.forecast import Expected, Stretch, expected_updates, stretches, stretches_of_stream
 from engine.data.map_style import samples_before
-from engine.run_state import class_path
+from engine.checkpoint.snapshot import class_path
 from engine.task import Task
 from strategies.environment import started_processes
 

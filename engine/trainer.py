@@ -33,7 +33,7 @@ from engine.epochs import Epochs
 from engine.evaluation import Evaluation
 from engine.fusing import fuse
 from engine.signals import Interrupts
-from engine.keeper import Keeper
+from engine.checkpoint.checkpointer import Keeper
 from engine.loggers import Logger, Start, make_loggers, opened
 from engine.update.updater import Loop, LoopOptions
 from engine.data.map_style import LoaderOptions
@@ -43,7 +43,7 @@ from engine.data.prefetch import Prefetch
 from engine.seeds import seed_everything
 from engine.records.recorder import Records
 from engine.records.run_folder import RunFolder
-from engine.run_state import COUNTERS, WINDOWS, Saved, class_path, load_weights, restore, schedule_of
+from engine.checkpoint.snapshot import COUNTERS, WINDOWS, Saved, class_path, load_weights, restore, schedule_of
 from engine.plan.schedule import Schedule, make_schedule, with_lr_rule
 from engine.records.summary import summarize
 from engine.task import Task

@@ -27,8 +27,8 @@ DOINGS = {
     ("engine/update/updater.py", "_agreed"): "waiting for the others' message of update {update}",
     ("engine/update/updater.py", "finish"): "making update {update}",
     ("engine/evaluation.py", "run"): "validating after update {update}",
-    ("engine/keeper.py", "save"): "saving update {update}",
-    ("engine/keeper.py", "finish"): "saving update {update}",
+    ("engine/checkpoint/checkpointer.py", "save"): "saving update {update}",
+    ("engine/checkpoint/checkpointer.py", "finish"): "saving update {update}",
     ("engine/trainer.py", "call"): "in a callback after update {update}",
     ("engine/trainer.py", "_build"): "starting",
 }

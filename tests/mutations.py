@@ -366,7 +366,7 @@ MUTATIONS = [
     Mutation("forget the optimizer", DDP, "            load_named_state(", "            print(", KILLED),
     Mutation(
         "forget the schedule of the learning rate",
-        "engine/run_state.py",
+        "engine/checkpoint/snapshot.py",
         'trainer.lr_scheduler.load_state_dict(saved["lr_scheduler"])',
         "pass",
         KILLED,
@@ -408,14 +408,14 @@ MUTATIONS = [
     ),
     Mutation(
         "believe a checkpoint",
-        "engine/checkpoint.py",
+        "engine/checkpoint/files.py",
         '        if _sha256(file) != expected["sha256"]:',
         "        if False:",
         "tests/test_run_dir.py::test_a_damaged_checkpoint_is_named_and_the_one_before_is_used",
     ),
     Mutation(
         "save while updates are skipped",
-        "engine/keeper.py",
+        "engine/checkpoint/checkpointer.py",
         "self._folder is None or (self._trainer.skipped_in_a_row and not is_last)",
         "self._folder is None",
         "tests/test_interrupts.py -k finite",

@@ -26,10 +26,10 @@ from torch import Tensor
 from toy import Regression
 
 from engine import Callback, Trainer, checkpoint, tree
-from engine.checkpoint import FILES, MANIFEST, STATE, TENSORS, CheckpointError
+from engine.checkpoint.files import FILES, MANIFEST, STATE, TENSORS, CheckpointError
 from engine.records.run_folder import MARK, RunFolder
-from engine.run_state import Saved
-from engine.saving import Saver
+from engine.checkpoint.snapshot import Saved
+from engine.checkpoint.writer import Saver
 
 
 @pytest.fixture(autouse=True)

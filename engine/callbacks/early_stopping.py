@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from engine.callbacks.base import Callback, check_validates
-from engine.saving import Best
+from engine.checkpoint.writer import Best
 
 if TYPE_CHECKING:
     from engine.trainer import Trainer

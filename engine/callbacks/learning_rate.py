@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from engine.callbacks.base import Callback, check_validates
-from engine.saving import Best
+from engine.checkpoint.writer import Best
 
 if TYPE_CHECKING:
     from engine.trainer import Trainer

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from torch import Tensor, nn
 
 from engine import checkpoint, tree
-from engine.checkpoint import CheckpointError
+from engine.checkpoint.files import CheckpointError
 from engine.plan.schedule import Schedule, Unit, solve
 from strategies import Strategy
 
