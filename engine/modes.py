@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.banner import banner
+from engine.callbacks.banner import banner
 from engine.callbacks import Callback
 from engine.checks import check_count
 from engine.trainer import Trainer

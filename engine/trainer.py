@@ -27,10 +27,10 @@ from engine.checks import (
     the_callbacks,
     the_scheduler,
 )
-from engine.compiling import check_compiles, compile_in_place
+from engine.training.compile import check_compiles, compile_in_place
 from engine.data.sources import make_plan, make_source
-from engine.epochs import Epochs
-from engine.evaluation import Evaluation
+from engine.training.session import Epochs
+from engine.training.validation import Evaluation
 from engine.fusing import fuse
 from engine.signals import Interrupts
 from engine.checkpoint.checkpointer import Keeper
@@ -47,7 +47,7 @@ from engine.checkpoint.snapshot import COUNTERS, WINDOWS, Saved, class_path, loa
 from engine.plan.schedule import Schedule, make_schedule, with_lr_rule
 from engine.records.summary import summarize
 from engine.task import Task
-from engine.watch import FAILURE, Watch, lost_contact
+from engine.training.heartbeat import FAILURE, Watch, lost_contact
 from strategies import Strategy, resolve
 
 log = logging.getLogger("tally")

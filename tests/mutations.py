@@ -233,7 +233,7 @@ MUTATIONS = [
     ),
     Mutation(
         "count padded validation samples twice",
-        "engine/evaluation.py",
+        "engine/training/validation.py",
         "means[name] = total / weight if",
         "means[name] = sum(r[name][0] / r[name][1] for r in everyone if name in r) / len(everyone) if",
         "tests/test_loop.py::test_a_validation_mean_is_that_over_all_samples_once",
@@ -276,7 +276,7 @@ MUTATIONS = [
     ),
     Mutation(
         "do not compare replicas",
-        "engine/epochs.py",
+        "engine/training/session.py",
         "        trainer.loop.check_replicas(trainer.update)\n",
         "",
         "tests/test_replicas.py::test_replicas_that_diverge_stop_the_run_on_all_processes",
@@ -489,7 +489,7 @@ MUTATIONS = [
     ),
     Mutation(
         "wait for each metric of a validation to arrive",
-        "engine/evaluation.py",
+        "engine/training/validation.py",
         "metric.new_full((), size, dtype=torch.float64)",
         "torch.full((), size, dtype=torch.float64).to(metric.device)",
         "tests/test_device.py -k once_in_a_validation",

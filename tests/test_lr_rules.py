@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, Se
 from toy import Regression, Watch, in_order, parameters
 
 from engine import Callback, GradientAccumulationScheduler, Trainer
-from engine.banner import banner
+from engine.callbacks.banner import banner
 from engine.checkpoint.files import CheckpointError
 
 SAMPLES, EPOCHS, REFERENCE = 22, 3, 8

@@ -18,7 +18,7 @@ from torch import nn
 from toy import Regression, Samples
 
 from engine import Callback, Trainer
-from engine.watch import Watch
+from engine.training.heartbeat import Watch
 from strategies import DDPStrategy
 
 

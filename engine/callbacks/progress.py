@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from engine.banner import banner
+from engine.callbacks.banner import banner
 from engine.callbacks.base import Callback
 from engine.callbacks.pace import Pace
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.update.message import NOTHING, NonFiniteError, Wishes
 from engine.callbacks.base import validating
-from engine.evaluation import Evaluation
+from engine.training.validation import Evaluation
 from engine.signals import Interrupts
 from engine.checkpoint.checkpointer import Keeper
 from engine.update.updater import Compute

@@ -26,7 +26,7 @@ DOINGS = {
     ("strategies/base.py", "backward"): "in the backward of {micro}",
     ("engine/update/updater.py", "_agreed"): "waiting for the others' message of update {update}",
     ("engine/update/updater.py", "finish"): "making update {update}",
-    ("engine/evaluation.py", "run"): "validating after update {update}",
+    ("engine/training/validation.py", "run"): "validating after update {update}",
     ("engine/checkpoint/checkpointer.py", "save"): "saving update {update}",
     ("engine/checkpoint/checkpointer.py", "finish"): "saving update {update}",
     ("engine/trainer.py", "call"): "in a callback after update {update}",

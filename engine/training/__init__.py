@@ -1,0 +1,1 @@
+"""One run: build, epochs, validation, heartbeat."""
