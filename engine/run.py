@@ -40,7 +40,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), os.getcwd()]
     try:
         _refuse_if_hidden()
-        from engine.command import main
+        from engine.cli.main import main
     except ImportError as error:
         _refuse_if_mixed(error)
         raise

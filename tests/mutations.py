@@ -181,13 +181,13 @@ MUTATIONS = [
     ),
     Mutation(
         "plan nominal windows",
-        "engine/forecast.py",
+        "engine/preview/forecast.py",
         "before[window.stop] - before[window.start], window",
         "window.stage.effective_batch, window",
         PREVIEW,
     ),
     Mutation(
-        "plan the learning rate one update late", "engine/forecast.py", "lrs[number] *", "lrs[number - 1] *", PREVIEW
+        "plan the learning rate one update late", "engine/preview/forecast.py", "lrs[number] *", "lrs[number - 1] *", PREVIEW
     ),
     Mutation(
         "plan the bytes of float32", "strategies/ddp.py", "p.numel() * p.element_size()", "p.numel() * 4", PREVIEW

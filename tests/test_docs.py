@@ -14,7 +14,7 @@ from processes import run
 from toy import Regression, Watch, big_batch_run, in_order, parameters
 
 from engine import Trainer
-from engine.command import main
+from engine.cli.main import main
 from strategies import find
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").rglob("*.md")))]

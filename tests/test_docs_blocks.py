@@ -21,8 +21,8 @@ from processes import run
 from test_docs import PAGES, ROOT, blocks
 from torch.distributed.run import parse_args
 
-from engine.command import parse
-from engine.modes import split
+from engine.cli.main import parse
+from engine.cli.modes import split
 from strategies import find
 
 TOPS = ("docs", "engine", "launch", "strategies", "tests")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from toy import Regression, Watch, big_batch_run, in_order, parameters
 
 from engine import Trainer
-from engine.command import parse
+from engine.cli.main import parse
 from strategies import DDPStrategy
 
 N = 4

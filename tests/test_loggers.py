@@ -189,7 +189,7 @@ def test_what_is_no_logger_is_refused_at_once(tmp_path: Path, monkeypatch: pytes
 
 
 def test_nothing_is_imported_that_is_not_used() -> None:
-    code = "import sys, engine.command; print(sorted({'tensorboard', 'wandb', 'matplotlib'} & {*sys.modules}))"
+    code = "import sys, engine.cli.main; print(sorted({'tensorboard', 'wandb', 'matplotlib'} & {*sys.modules}))"
     root = str(Path(__file__).parents[1])
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -12,8 +12,8 @@ from processes import run
 from toy import Regression, Watch
 
 from engine import Trainer
-from engine.command import main, make_parser
-from engine.modes import OneWindow, split
+from engine.cli.main import main, make_parser
+from engine.cli.modes import OneWindow, split
 
 
 @pytest.fixture(autouse=True)

@@ -186,6 +186,6 @@ def test_pure_arithmetic_imports_no_torch() -> None:
     code = (
         "import sys, types; sys.path.insert(0, '.');"
         "package = types.ModuleType('engine'); package.__path__ = ['engine']; sys.modules['engine'] = package;"
-        "import engine.plan.schedule, engine.plan.windows, engine.forecast, engine.order; assert 'torch' not in sys.modules"
+        "import engine.plan.schedule, engine.plan.windows, engine.preview.forecast, engine.order; assert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -21,10 +21,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from toy import Regression
 
 from engine import GradientAccumulationScheduler, Trainer
-from engine.forecast import Expected
-from engine.plan_picture import draw
-from engine.plan_table import print_plan, size
-from engine.preview import Preview, preview
+from engine.preview.forecast import Expected
+from engine.preview.picture import draw
+from engine.preview.table import print_plan, size
+from engine.preview.preview import Preview, preview
 from strategies.environment import as_if_started
 
 SAMPLES, N = 45, 4

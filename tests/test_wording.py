@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.command import main
+from engine.cli.main import main
 
 SCHEDULER = "--trainer.callbacks=engine.GradientAccumulationScheduler"
 DIGITS = ("--task=launch.recipes.digits.Digits", "--trainer.max_epochs=1")

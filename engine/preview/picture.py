@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from engine.preview import Preview
+from engine.preview.preview import Preview
 
 BUCKETS = 250
 """Of so many ranges of updates the first, the last, the least and the greatest are drawn: the extremes stay."""

@@ -24,14 +24,14 @@ from engine.update.message import NonFiniteError, ProcessFailureError
 from engine.callbacks import Callback
 from engine.checkpoint.files import CheckpointError
 from engine.signals import EXIT_STATUS
-from engine.modes import OneWindow, options, split
-from engine.plan_picture import draw
-from engine.plan_table import print_plan
-from engine.preview import preview
+from engine.cli.modes import OneWindow, options, split
+from engine.preview.picture import draw
+from engine.preview.table import print_plan
+from engine.preview.preview import preview
 from engine.task import Task
 from engine.trainer import Trainer
-from engine.usage import print_help
-from engine.wording import plain
+from engine.cli.help import print_help
+from engine.cli.parser_errors import plain
 from strategies.environment import as_if_started, started_processes, started_rank
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from jsonargparse import ArgumentParser
 
-from engine.modes import options
+from engine.cli.modes import options
 
 INTRODUCTION = """\
 Trains a task with exact gradient accumulation, on one process or on many:

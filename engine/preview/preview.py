@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from engine import checkpoint
 from engine.checks import batch_norms
-from engine.forecast import Expected, Stretch, expected_updates, stretches, stretches_of_stream
+from engine.preview.forecast import Expected, Stretch, expected_updates, stretches, stretches_of_stream
 from engine.data.map_style import samples_before
 from engine.checkpoint.snapshot import class_path
 from engine.task import Task

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from engine.forecast import Stretch
-from engine.preview import Preview
+from engine.preview.forecast import Stretch
+from engine.preview.preview import Preview
 
 UNKNOWN = "?"
 
