@@ -1,11 +1,11 @@
 """Place: devices, processes, collectives. Knows nothing of epochs, data or files."""
 
 from strategies.base import MicroBatch, Rows, Strategy
-from strategies.ddp import DDPStrategy
+from strategies.ddp.strategy import DDPStrategy
 from strategies.dp import DPStrategy
-from strategies.fsdp import FSDPStrategy
-from strategies.names import find, resolve
-from strategies.pipeline import PipelineStrategy
+from strategies.fsdp.strategy import FSDPStrategy
+from strategies.registry import find, resolve
+from strategies.pipeline.strategy import PipelineStrategy
 from strategies.single import SingleDeviceStrategy
 
 __all__ = [

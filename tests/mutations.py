@@ -48,8 +48,8 @@ DRAWS = "tests/test_layout.py::test_every_sample_and_micro_batch_of_every_epoch_
 
 KILLED = "'tests/test_resume.py::test_killed_twice_and_continued_is_uninterrupted_to_the_bit[3-boundary]'"
 
-LOOP, DDP, BASE, PLAN = "engine/update/updater.py", "strategies/ddp.py", "strategies/base.py", "engine/plan/windows.py"
-FSDP = "strategies/fsdp.py"
+LOOP, DDP, BASE, PLAN = "engine/update/updater.py", "strategies/ddp/strategy.py", "strategies/base.py", "engine/plan/windows.py"
+FSDP = "strategies/fsdp/strategy.py"
 
 MUTATIONS = [
     # the arithmetic of an update
@@ -190,7 +190,7 @@ MUTATIONS = [
         "plan the learning rate one update late", "engine/preview/forecast.py", "lrs[number] *", "lrs[number - 1] *", PREVIEW
     ),
     Mutation(
-        "plan the bytes of float32", "strategies/ddp.py", "p.numel() * p.element_size()", "p.numel() * 4", PREVIEW
+        "plan the bytes of float32", "strategies/ddp/strategy.py", "p.numel() * p.element_size()", "p.numel() * 4", PREVIEW
     ),
     Mutation(
         "change K one epoch late",
@@ -297,7 +297,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an effective batch without P",
-        "strategies/processes.py",
+        "strategies/process_group.py",
         "return self.data_parallel_size * N * K",
         "return N * K",
         "tests/test_strategies.py::test_effective_batches",
@@ -333,14 +333,14 @@ MUTATIONS = [
     ),
     Mutation(
         "sharded: reduce no zeros without data",
-        "strategies/passes.py",
+        "strategies/fsdp/collective_order.py",
         "self.groups[name].post_backward()",
         "pass",
         "'tests/test_sharded.py::test_processes_that_never_had_a_micro_batch_learn_the_order_from_the_others[2-1]'",
     ),
     Mutation(
         "sharded: go on from the middle of a forward that failed",
-        "strategies/passes.py",
+        "strategies/fsdp/collective_order.py",
         "        if self._place:  # it failed on the way\n",
         "        if False:\n",
         "tests/test_sharded.py -k forward_that_fails",
@@ -524,7 +524,7 @@ MUTATIONS = [
     ),
     Mutation(
         "end while a thread is in the store",
-        "strategies/notes.py",
+        "strategies/status_board.py",
         "atexit.register(thread.join, PATIENCE)",
         "pass",
         "tests/test_silence.py -k interpreter",

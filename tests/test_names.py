@@ -116,8 +116,8 @@ def test_the_engine_asks_no_strategy_what_class_it_has(path: Path) -> None:
         "issubclass(type(strategy), Strategy)",
         "type(strategy) is SingleDeviceStrategy",
         "from strategies import DDPStrategy",
-        "from strategies.ddp import DDPStrategy as D",
-        "import strategies.ddp as d",
+        "from strategies.ddp.strategy import DDPStrategy as D",
+        "import strategies.ddp.strategy as d",
         "if trainer.strategy.name == 'ddp': pass",
     ],
 )

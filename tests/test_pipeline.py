@@ -20,7 +20,7 @@ from toy import Regression, Samples, Watch, big_batch_run, in_order, mlp
 
 from engine import Accumulator, Callback, GradientAccumulationScheduler, Loss, Trainer
 from strategies import PipelineStrategy
-from strategies.partition import balanced
+from strategies.pipeline.partition import balanced
 
 N, EPOCHS = 4, 3
 

@@ -15,7 +15,7 @@ from toy import Regression, parameters
 
 from engine import Accumulator, Trainer
 from strategies import DDPStrategy
-from strategies.shards import divide
+from strategies.ddp.zero1 import divide
 
 N = 4
 SLOW = pytest.mark.slow

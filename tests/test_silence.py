@@ -108,7 +108,7 @@ import sys
 import time
 from datetime import timedelta
 from torch.distributed import TCPStore
-from strategies.notes import Notes
+from strategies.status_board import Notes
 
 store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 asked = []

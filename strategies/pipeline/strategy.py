@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_map_only
 from strategies.base import MicroBatch, Rows
 from strategies.environment import started_processes
 from strategies.optimizer_state import load_named_state, named_state
-from strategies.pipeline_chain import Chain
-from strategies.pipeline_parts import Call, ElsewhereError, Like, PipelinedModel, buckets, cut
-from strategies.pipeline_schedules import ScheduleName, Schedules, takes
-from strategies.processes import ProcessGroupStrategy
+from strategies.pipeline.chain import Chain
+from strategies.pipeline.parts import Call, ElsewhereError, Like, PipelinedModel, buckets, cut
+from strategies.pipeline.schedules import ScheduleName, Schedules, takes
+from strategies.process_group import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
-from strategies.torch_parts import PIPELINE
+from strategies.torch_internals import PIPELINE
 
 BUCKET_BYTES = 25 << 20
 """Gradients are reduced over the data-parallel processes in pieces of about this size, as DDP does."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from strategies.partition import balanced
+from strategies.pipeline.partition import balanced
 
 Child = tuple[str, nn.Module]
 T = TypeVar("T")

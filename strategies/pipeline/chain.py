@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from strategies.pipeline_parts import ElsewhereError, Like
+from strategies.pipeline.parts import ElsewhereError, Like
 
 T = TypeVar("T")
 

@@ -8,11 +8,11 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from strategies.base import Strategy
-from strategies.ddp import DDPStrategy
+from strategies.ddp.strategy import DDPStrategy
 from strategies.dp import DPStrategy
 from strategies.environment import started_processes
-from strategies.fsdp import FSDPStrategy
-from strategies.pipeline import PipelineStrategy
+from strategies.fsdp.strategy import FSDPStrategy
+from strategies.pipeline.strategy import PipelineStrategy
 from strategies.single import SingleDeviceStrategy
 
 NAMED: dict[str, type[Strategy]] = {

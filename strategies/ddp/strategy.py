@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from strategies.hooks import EXACT_TO, Hook, check_hook, make_hook
+from strategies.ddp.compression import EXACT_TO, Hook, check_hook, make_hook
 from strategies.optimizer_state import load_named_state, merged, parameter_names
-from strategies.processes import ProcessGroupStrategy
-from strategies.shards import Shards
+from strategies.process_group import ProcessGroupStrategy
+from strategies.ddp.zero1 import Shards
 from strategies.single import NOTHING_TO_DEFER
-from strategies.torch_parts import DDP
-from strategies.zero_pass import Untouched
+from strategies.torch_internals import DDP
+from strategies.ddp.empty_forward import Untouched
 
 REFUSED = {
     "static_graph": "it records the first backward, and dies with an internal assert where that one is not "

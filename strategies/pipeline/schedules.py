@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from strategies.pipeline_chain import Chain
-from strategies.pipeline_parts import Call, Like, Part, PipelinedModel, already_computed, zeros
+from strategies.pipeline.chain import Chain
+from strategies.pipeline.parts import Call, Like, Part, PipelinedModel, already_computed, zeros
 
 ScheduleName = Literal["GPipe", "1F1B", "Interleaved1F1B"]
 

@@ -15,10 +15,10 @@ DDP = (
     "torch.nn.parallel:DistributedDataParallel._get_ddp_logging_data",
     "torch.nn.parallel:DistributedDataParallel._sync_buffers",
 )
-"""What `strategies.ddp` uses."""
+"""What `strategies.ddp.strategy` uses."""
 
 PIPELINE = ("torch.distributed.pipelining._utils:InferenceMode",)
-"""Came with what `strategies.pipeline_schedules` needs: stages whose outputs have the dtype that they are told."""
+"""Came with what `strategies.pipeline.schedules` needs: stages whose outputs have the dtype that they are told."""
 
 FSDP = (
     "torch.distributed:_broadcast_coalesced",
@@ -33,7 +33,7 @@ FSDP = (
     "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup.post_backward",
     "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup.unshard",
 )
-"""What `strategies.fsdp` and `strategies.passes` use."""
+"""What `strategies.fsdp.strategy` and `strategies.fsdp.collective_order` use."""
 
 
 def check_torch(name: str, parts: tuple[str, ...]) -> None:

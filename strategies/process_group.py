@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from strategies.base import Rows, Strategy
 from strategies.environment import notes, rendezvous, started_local_rank, started_processes, started_rank
-from strategies.notes import Notes
-from strategies.torch_parts import check_torch
+from strategies.status_board import Notes
+from strategies.torch_internals import check_torch
 
 
 class ProcessGroupStrategy(Strategy):
@@ -25,7 +25,7 @@ class ProcessGroupStrategy(Strategy):
     """
 
     _torch_parts: tuple[str, ...] = ()
-    """Private parts of torch that a strategy uses: see `strategies.torch_parts`."""
+    """Private parts of torch that a strategy uses: see `strategies.torch_internals`."""
 
     def __init__(self, timeout_seconds: float = 300.0, device: Literal["cpu", "cuda"] | None = None) -> None:
         if not timeout_seconds > 0:
