@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import Tensor
 
-from engine import tree
+from engine.checkpoint import tree
 
 FORMAT = 1
 """Version of this format; a reader refuses any other."""

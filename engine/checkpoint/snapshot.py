@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from torch import Tensor, nn
 
-from engine import checkpoint, tree
+from engine.checkpoint import files, tree
 from engine.checkpoint.files import CheckpointError
 from engine.plan.schedule import Schedule, Unit, solve
 from strategies import Strategy
@@ -61,7 +61,7 @@ class Saved:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.model, self._state = checkpoint.read(path)
+        self.model, self._state = files.read(path)
         try:
             self._check()
         except (AssertionError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -130,15 +130,15 @@ def find(resume: str, folder: Path | None, strategy: Strategy) -> Saved | None:
 
 
 def _choose(resume: str, folder: Path | None) -> tuple[str, str] | None:
-    own = checkpoint.candidates(folder) if folder else []
+    own = files.candidates(folder) if folder else []
     if resume != "auto" and not (folder and own and not Path(resume).resolve().is_relative_to(folder.resolve().parent)):
         path = Path(resume)
-        within = checkpoint.candidates(path) or checkpoint.candidates(path / "checkpoints")
+        within = files.candidates(path) or files.candidates(path / "checkpoints")
         path = within[0] if within else path
-        return str(path), checkpoint.verify(path)
+        return str(path), files.verify(path)
     for path in own:
         try:
-            return str(path), checkpoint.verify(path)
+            return str(path), files.verify(path)
         except (CheckpointError, OSError) as error:
             log.error("%s The one before is used.", error)
     if own:
@@ -150,7 +150,7 @@ def _choose(resume: str, folder: Path | None) -> tuple[str, str] | None:
 
 def _unlike(path: Path, identity: str) -> str:
     try:
-        return "" if checkpoint.verify(path) == identity else "it has another one there"
+        return "" if files.verify(path) == identity else "it has another one there"
     except (CheckpointError, OSError) as error:
         return str(error)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine import checkpoint
+from engine.checkpoint import files
 
 log = logging.getLogger("tally")
 
@@ -50,11 +50,11 @@ class Saver:
         """What the last save failed with, if it did."""
         self.best: float | None = None
         """The metric of the best checkpoint, once that is there."""
-        self.last: Path | None = next(iter(checkpoint.candidates(folder)), None)
+        self.last: Path | None = next(iter(files.candidates(folder)), None)
         """The newest whole checkpoint."""
         self.saves = 0
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.remove_parts(folder)
+        files.remove_parts(folder)
         probe = folder / f".{uuid.uuid4().hex}.part"
         probe.write_bytes(os.urandom(4096))  # a full or read-only disk is found now
         probe.unlink()
@@ -85,14 +85,14 @@ class Saver:
         if best is not None:
             self.best = best["value"]
             if best["is_this"]:
-                checkpoint.point_to(self._folder, BEST, resumed.name)
+                files.point_to(self._folder, BEST, resumed.name)
 
     def _write(self, update: int, model: Mapping[str, Any], state: Mapping[str, Any], best: float | None) -> None:
         try:
-            self.last = checkpoint.write(self._folder, update, model, state)
+            self.last = files.write(self._folder, update, model, state)
             self.saves += 1
             if best is not None:
-                checkpoint.point_to(self._folder, BEST, self.last.name)
+                files.point_to(self._folder, BEST, self.last.name)
                 self.best = best
             self._prune()
             self.error = None
@@ -108,19 +108,19 @@ class Saver:
 
     def _prune(self) -> None:
         """Remove all but the newest and the best."""
-        best = checkpoint.pointed(self._folder, BEST)
-        oldest_first = sorted(checkpoint.candidates(self._folder), key=checkpoint.age, reverse=True)
-        of_each_update = {checkpoint.age(path)[0]: path for path in oldest_first}
+        best = files.pointed(self._folder, BEST)
+        oldest_first = sorted(files.candidates(self._folder), key=files.age, reverse=True)
+        of_each_update = {files.age(path)[0]: path for path in oldest_first}
         newest = list(of_each_update.values())[-self._keep_last :]
-        for path in checkpoint.candidates(self._folder):
+        for path in files.candidates(self._folder):
             if path not in newest and path.name != best and path != self.last:
-                checkpoint.remove(path)
+                files.remove(path)
 
     def _set_aside(self, resumed: Path) -> None:
         """Rename what is newer than the checkpoint that the run goes on from: damaged, or of a branch left behind."""
-        for path in checkpoint.candidates(self._folder):
-            if checkpoint.age(path) < checkpoint.age(resumed):
+        for path in files.candidates(self._folder):
+            if files.age(path) < files.age(resumed):
                 aside = path.with_name(f"set-aside-{path.name}-{uuid.uuid4().hex[:8]}")
                 path.rename(aside)
                 log.warning("going on from %s: the newer %s is set aside as %s.", resumed.name, path.name, aside.name)
-        checkpoint.point_to(self._folder, checkpoint.POINTER, resumed.name)
+        files.point_to(self._folder, files.POINTER, resumed.name)

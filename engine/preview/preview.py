@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from engine import checkpoint
+from engine.checkpoint import files
 from engine.checks import batch_norms
 from engine.preview.forecast import Expected, Stretch, expected_updates, stretches, stretches_of_stream
 from engine.data.map_style import samples_before
@@ -150,7 +150,7 @@ class Preview:
         if trainer.settings["max_time"] is not None:
             yield f"max_time={trainer.settings['max_time']} may end the run before."
         run_dir = trainer.settings["run_dir"]
-        if run_dir is not None and checkpoint.candidates(Path(run_dir) / "checkpoints"):
+        if run_dir is not None and files.candidates(Path(run_dir) / "checkpoints"):
             yield (
                 f"{run_dir} has checkpoints: the run would go on from there, with the effective batches that it began "
                 "with; this plan begins anew."
