@@ -1,8 +1,8 @@
 """Time: epochs, windows, updates; data order; loss weights; callbacks."""
 
+from engine.accumulator import Accumulator
 from engine.callbacks import Callback, GradientAccumulationScheduler
 from engine.loss import Loss
-from engine.accumulator import Accumulator
 from engine.task import Batching, Task
 from engine.trainer import Trainer
 

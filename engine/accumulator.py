@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from engine.update.message import Outcome
 from engine.checks import check_count, check_equal_windows, check_optimizer, check_windows
-from engine.data.sources import make_plan, make_source
-from engine.update.updater import Loop, LoopOptions
-from engine.loss import Loss
 from engine.data.map_style import LoaderOptions
+from engine.data.sources import make_plan, make_source
+from engine.data.window import Window
+from engine.loss import Loss
 from engine.plan.schedule import check_scheduling, make_schedule
 from engine.task import Batching
-from engine.data.window import Window
+from engine.update.message import Outcome
+from engine.update.updater import Loop, LoopOptions
 from strategies import Strategy
 
 

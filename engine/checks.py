@@ -14,10 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from engine.callbacks.accumulation import GradientAccumulationScheduler
 from engine.callbacks.base import Callback
-from engine.plan.windows import Plan
-from engine.update.precision import check_precision
 from engine.checkpoint.writer import Best
 from engine.plan.schedule import check_accumulation, check_lr_rule, make_schedule
+from engine.plan.windows import Plan
+from engine.update.precision import check_precision
 from strategies import Strategy
 
 SWITCHES = (

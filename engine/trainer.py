@@ -14,9 +14,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from engine.update.message import ProcessFailureError
 from engine.callbacks import Callback, Progress
 from engine.callbacks.base import validating
+from engine.checkpoint.checkpointer import Keeper
+from engine.checkpoint.snapshot import COUNTERS, WINDOWS, Saved, class_path, load_weights, restore, schedule_of
 from engine.checks import (
     check_configurations_agree,
     check_equal_windows,
@@ -27,27 +28,26 @@ from engine.checks import (
     the_callbacks,
     the_scheduler,
 )
-from engine.training.compile import check_compiles, compile_in_place
-from engine.data.sources import make_plan, make_source
-from engine.training.session import Epochs
-from engine.training.validation import Evaluation
-from engine.fusing import fuse
-from engine.signals import Interrupts
-from engine.checkpoint.checkpointer import Keeper
-from engine.loggers import Logger, Start, make_loggers, opened
-from engine.update.updater import Loop, LoopOptions
 from engine.data.map_style import LoaderOptions
-from engine.plan.windows import Plan
-from engine.update.precision import autocast, numerics
 from engine.data.prefetch import Prefetch
-from engine.seeds import seed_everything
+from engine.data.sources import make_plan, make_source
+from engine.fusing import fuse
+from engine.loggers import Logger, Start, make_loggers, opened
+from engine.plan.schedule import Schedule, make_schedule, with_lr_rule
+from engine.plan.windows import Plan
 from engine.records.recorder import Records
 from engine.records.run_folder import RunFolder
-from engine.checkpoint.snapshot import COUNTERS, WINDOWS, Saved, class_path, load_weights, restore, schedule_of
-from engine.plan.schedule import Schedule, make_schedule, with_lr_rule
 from engine.records.summary import summarize
+from engine.seeds import seed_everything
+from engine.signals import Interrupts
 from engine.task import Task
+from engine.training.compile import check_compiles, compile_in_place
 from engine.training.heartbeat import FAILURE, Watch, lost_contact
+from engine.training.session import Epochs
+from engine.training.validation import Evaluation
+from engine.update.message import ProcessFailureError
+from engine.update.precision import autocast, numerics
+from engine.update.updater import Loop, LoopOptions
 from strategies import Strategy, resolve
 
 log = logging.getLogger("tally")

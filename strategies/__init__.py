@@ -4,8 +4,8 @@ from strategies.base import MicroBatch, Rows, Strategy
 from strategies.ddp.strategy import DDPStrategy
 from strategies.dp import DPStrategy
 from strategies.fsdp.strategy import FSDPStrategy
-from strategies.registry import find, resolve
 from strategies.pipeline.strategy import PipelineStrategy
+from strategies.registry import find, resolve
 from strategies.single import SingleDeviceStrategy
 
 __all__ = [

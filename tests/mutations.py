@@ -48,7 +48,12 @@ DRAWS = "tests/test_layout.py::test_every_sample_and_micro_batch_of_every_epoch_
 
 KILLED = "'tests/test_resume.py::test_killed_twice_and_continued_is_uninterrupted_to_the_bit[3-boundary]'"
 
-LOOP, DDP, BASE, PLAN = "engine/update/updater.py", "strategies/ddp/strategy.py", "strategies/base.py", "engine/plan/windows.py"
+LOOP, DDP, BASE, PLAN = (
+    "engine/update/updater.py",
+    "strategies/ddp/strategy.py",
+    "strategies/base.py",
+    "engine/plan/windows.py",
+)
 FSDP = "strategies/fsdp/strategy.py"
 
 MUTATIONS = [
@@ -62,7 +67,11 @@ MUTATIONS = [
     ),
     Mutation("divide by P twice", DDP, "scale * self.data_parallel_size)", "scale)", TABLE),
     Mutation(
-        "average the averages of ragged micro-batches", "engine/update/loss_sum.py", "= loss, micro.size", "= loss, 1", TABLE
+        "average the averages of ragged micro-batches",
+        "engine/update/loss_sum.py",
+        "= loss, micro.size",
+        "= loss, 1",
+        TABLE,
     ),
     Mutation(
         "divide by this process's weight",
@@ -187,10 +196,18 @@ MUTATIONS = [
         PREVIEW,
     ),
     Mutation(
-        "plan the learning rate one update late", "engine/preview/forecast.py", "lrs[number] *", "lrs[number - 1] *", PREVIEW
+        "plan the learning rate one update late",
+        "engine/preview/forecast.py",
+        "lrs[number] *",
+        "lrs[number - 1] *",
+        PREVIEW,
     ),
     Mutation(
-        "plan the bytes of float32", "strategies/ddp/strategy.py", "p.numel() * p.element_size()", "p.numel() * 4", PREVIEW
+        "plan the bytes of float32",
+        "strategies/ddp/strategy.py",
+        "p.numel() * p.element_size()",
+        "p.numel() * 4",
+        PREVIEW,
     ),
     Mutation(
         "change K one epoch late",
@@ -207,9 +224,7 @@ MUTATIONS = [
         "FETCH_STREAM, place",
         DRAWS,
     ),
-    Mutation(
-        "seed the model without the epoch", "engine/seeds.py", "MODEL_STREAM, epoch)", "MODEL_STREAM)", DRAWS
-    ),
+    Mutation("seed the model without the epoch", "engine/seeds.py", "MODEL_STREAM, epoch)", "MODEL_STREAM)", DRAWS),
     Mutation(
         "seed the model by process",
         "engine/update/updater.py",

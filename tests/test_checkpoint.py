@@ -27,9 +27,9 @@ from toy import Regression
 
 from engine import Callback, Trainer, checkpoint, tree
 from engine.checkpoint.files import FILES, MANIFEST, STATE, TENSORS, CheckpointError
-from engine.records.run_folder import MARK, RunFolder
 from engine.checkpoint.snapshot import Saved
 from engine.checkpoint.writer import Saver
+from engine.records.run_folder import MARK, RunFolder
 
 
 @pytest.fixture(autouse=True)

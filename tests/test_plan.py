@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.order import bucketed, mix, sequential, shuffled, within_budget
-from engine.plan.windows import Plan
 from engine.plan.schedule import Schedule, Stage, check_accumulation, check_scheduling
+from engine.plan.windows import Plan
 
 UNITS = ["epoch", "update", "sample"]
 schedules = st.dictionaries(st.integers(0, 40), st.integers(1, 9), min_size=1, max_size=5).map(check_scheduling)

@@ -23,8 +23,8 @@ from toy import Regression
 from engine import GradientAccumulationScheduler, Trainer
 from engine.preview.forecast import Expected
 from engine.preview.picture import draw
-from engine.preview.table import print_plan, size
 from engine.preview.preview import Preview, preview
+from engine.preview.table import print_plan, size
 from strategies.environment import as_if_started
 
 SAMPLES, N = 45, 4

@@ -20,8 +20,8 @@ from test_plan import UNITS, schedule_of, schedules
 from toy import Regression, Samples, Watch, parameters
 
 from engine import GradientAccumulationScheduler, Loss, Trainer
-from engine.plan.windows import Plan
 from engine.plan.schedule import make_schedule
+from engine.plan.windows import Plan
 from strategies import DPStrategy
 
 MORE = int(os.environ.get("TALLY_EXAMPLES", "0"))  # 0: the same examples each time; n: n times as many, and others

@@ -13,11 +13,11 @@ from processes import run
 from torch import Tensor, nn
 from toy import Regression
 
-import engine.update.updater
 import engine.update.timing
+import engine.update.updater
 from engine import Callback, GradientAccumulationScheduler, Trainer
-from engine.update.reduction import HIDDEN, Costs
 from engine.scaling import Link, calibrated
+from engine.update.reduction import HIDDEN, Costs
 from strategies import DDPStrategy
 
 DATA, MICRO_BATCH, REDUCTION, STEP = 3.0, 10.0, 30.0, 5.0

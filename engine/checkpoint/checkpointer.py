@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.checkpoint.files import FORMAT, CheckpointError
-from engine.signals import Interrupts
-from engine.records.run_folder import MARK, RunFolder
 from engine.checkpoint.snapshot import Saved, find, snapshot
 from engine.checkpoint.writer import Best, Saver
+from engine.records.run_folder import MARK, RunFolder
+from engine.signals import Interrupts
 
 if TYPE_CHECKING:
     from engine.trainer import Trainer

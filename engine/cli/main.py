@@ -20,21 +20,21 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_dumper, set_loader
 
-from engine.update.message import NonFiniteError, ProcessFailureError
 from engine.callbacks import Callback
 from engine.checkpoint.files import CheckpointError
-from engine.signals import EXIT_STATUS
+from engine.cli.help import print_help
 from engine.cli.modes import OneWindow, options, split
+from engine.cli.parser_errors import plain
 from engine.preview.picture import draw
-from engine.preview.table import print_plan
 from engine.preview.preview import preview
+from engine.preview.table import print_plan
+from engine.signals import EXIT_STATUS
 from engine.task import Task
 from engine.trainer import Trainer
-from engine.cli.help import print_help
-from engine.cli.parser_errors import plain
+from engine.update.message import NonFiniteError, ProcessFailureError
 from strategies.environment import as_if_started, started_processes, started_rank
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / "launch" / "recipes" / "digits" / "digits.toml"
 OURS = (CheckpointError, NonFiniteError, ProcessFailureError)
 WORDS_FOR_THE_USER = (ValueError, FileExistsError, *OURS)

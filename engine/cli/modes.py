@@ -6,8 +6,8 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.callbacks.banner import banner
 from engine.callbacks import Callback
+from engine.callbacks.banner import banner
 from engine.checks import check_count
 from engine.trainer import Trainer
 

@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from engine.callbacks import Callback
 from engine.conformance.processes import ProcessesFailedError, run
 from engine.conformance.reference import Regression, State, difference, network
-from engine.update.updater import Loop, LoopOptions
-from engine.plan.schedule import make_schedule
 from engine.data.stream import StreamSource
+from engine.plan.schedule import make_schedule
 from engine.trainer import Trainer
+from engine.update.updater import Loop, LoopOptions
 from strategies import Strategy
 
 N = 2

@@ -11,14 +11,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from engine.data.fetch import Fetch, Piece, TensorFetch
-from engine.signals import shielded
+from engine.data.prefetch import Prefetch
+from engine.data.window import Micro, Window
 from engine.order import Order
+from engine.plan.schedule import Stage
 from engine.plan.windows import Plan
 from engine.plan.windows import Window as PlannedWindow
-from engine.data.prefetch import Prefetch
-from engine.plan.schedule import Stage
+from engine.signals import shielded
 from engine.task import Batching
-from engine.data.window import Micro, Window
 from strategies import Strategy
 
 

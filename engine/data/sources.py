@@ -8,13 +8,13 @@ from torch.utils.data import IterableDataset
 
 from engine.checks import check_dataset, check_stream
 from engine.data.map_style import LoaderOptions, MapSource
-from engine.order import Order, sequential, shuffled
-from engine.plan.windows import Plan
 from engine.data.prefetch import Prefetch
-from engine.plan.schedule import Schedule
 from engine.data.stream import StreamSource
-from engine.task import Batching
 from engine.data.window import Source
+from engine.order import Order, sequential, shuffled
+from engine.plan.schedule import Schedule
+from engine.plan.windows import Plan
+from engine.task import Batching
 from strategies import Strategy
 
 

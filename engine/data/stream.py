@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from engine.signals import shielded
-from engine.order import mix
 from engine.data.prefetch import Prefetch
-from engine.seeds import EPOCH_STREAM
-from engine.plan.schedule import Schedule, Stage
-from engine.task import Batching
 from engine.data.window import Micro, Window
+from engine.order import mix
+from engine.plan.schedule import Schedule, Stage
+from engine.seeds import EPOCH_STREAM
+from engine.signals import shielded
+from engine.task import Batching
 from strategies import Strategy
 
 log = logging.getLogger("tally")

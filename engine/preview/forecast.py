@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
-from engine.plan.windows import Plan
 from engine.plan.schedule import Schedule, Stage
+from engine.plan.windows import Plan
 
 
 class Expected(NamedTuple):

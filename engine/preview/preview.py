@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from engine.checkpoint import files
-from engine.checks import batch_norms
-from engine.preview.forecast import Expected, Stretch, expected_updates, stretches, stretches_of_stream
-from engine.data.map_style import samples_before
 from engine.checkpoint.snapshot import class_path
+from engine.checks import batch_norms
+from engine.data.map_style import samples_before
+from engine.preview.forecast import Expected, Stretch, expected_updates, stretches, stretches_of_stream
 from engine.task import Task
 from strategies.environment import started_processes
 

@@ -6,8 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.update.message import Outcome
 from engine.loggers import Logger
+from engine.update.message import Outcome
 
 
 class Records:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from engine.update.message import NOTHING, NonFiniteError, Wishes
 from engine.callbacks.base import validating
-from engine.training.validation import Evaluation
-from engine.signals import Interrupts
 from engine.checkpoint.checkpointer import Keeper
-from engine.update.updater import Compute
-from engine.order import mix
-from engine.seeds import EPOCH_STREAM, seed_everything
-from engine.records.recorder import Records
 from engine.data.window import Source, Window
+from engine.order import mix
+from engine.records.recorder import Records
+from engine.seeds import EPOCH_STREAM, seed_everything
+from engine.signals import Interrupts
+from engine.training.validation import Evaluation
+from engine.update.message import NOTHING, NonFiniteError, Wishes
+from engine.update.updater import Compute
 
 if TYPE_CHECKING:
     from engine.trainer import Trainer

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from engine.checks import check_stream
-from engine.data.sources import is_map_style
-from engine.signals import Interrupts
-from engine.loss import Loss
 from engine.data.map_style import LoaderOptions, MapSource
+from engine.data.sources import is_map_style
+from engine.loss import Loss
 from engine.order import mix, sequential
-from engine.plan.windows import Plan
-from engine.update.precision import autocast
-from engine.seeds import VALIDATION_STREAM, seed_everything
 from engine.plan.schedule import Schedule, Stage
+from engine.plan.windows import Plan
+from engine.seeds import VALIDATION_STREAM, seed_everything
+from engine.signals import Interrupts
 from engine.task import Task
+from engine.update.precision import autocast
 from strategies import Strategy
 
 

@@ -8,8 +8,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from engine.loss import Loss
 from engine.data.window import Micro
+from engine.loss import Loss
 
 TOO_NARROW = {torch.float16, torch.bfloat16}
 """Dtypes in which a sum of losses would lose digits."""

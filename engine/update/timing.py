@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from engine.update.reduction import Costs
 from engine.data.window import Micro, Window
+from engine.update.reduction import Costs
 
 DATA, COMPUTE, STEP = "waiting for data", "forward and backward", "optimizer's step"
 REDUCTION = "reduction, and waiting for others"

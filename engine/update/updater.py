@@ -13,6 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from engine.checks import check_gradients
+from engine.data.window import Micro, Window
+from engine.loss import Loss
+from engine.seeds import ODD, SEED_BITS, epoch_key
+from engine.signals import Interrupted, Interrupts
+from engine.update.host_rng import HostRandomness
+from engine.update.loss_sum import Sums
 from engine.update.message import (
     CAUSES,
     NOTHING,
@@ -24,15 +31,8 @@ from engine.update.message import (
     check_norms,
     total,
 )
-from engine.checks import check_gradients
-from engine.update.host_rng import HostRandomness
-from engine.signals import Interrupted, Interrupts
-from engine.loss import Loss
-from engine.update.timing import Meter
 from engine.update.precision import LossScale
-from engine.seeds import ODD, SEED_BITS, epoch_key
-from engine.update.loss_sum import Sums
-from engine.data.window import Micro, Window
+from engine.update.timing import Meter
 from strategies import Rows, Strategy
 
 Compute = Callable[[nn.Module, Any], Loss | Tensor]

@@ -14,12 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from strategies.ddp.compression import EXACT_TO, Hook, check_hook, make_hook
+from strategies.ddp.empty_forward import Untouched
+from strategies.ddp.zero1 import Shards
 from strategies.optimizer_state import load_named_state, merged, parameter_names
 from strategies.process_group import ProcessGroupStrategy
-from strategies.ddp.zero1 import Shards
 from strategies.single import NOTHING_TO_DEFER
 from strategies.torch_internals import DDP
-from strategies.ddp.empty_forward import Untouched
 
 REFUSED = {
     "static_graph": "it records the first backward, and dies with an internal assert where that one is not "

@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 
 from strategies.environment import notes
 from strategies.fsdp.collective_order import Passes
+from strategies.fsdp.units import check_units, in_lists
 from strategies.process_group import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
 from strategies.torch_internals import FSDP
-from strategies.fsdp.units import check_units, in_lists
 
 _BUCKET = 1 << 28
 """Bytes of buffers that are sent together."""
