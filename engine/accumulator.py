@@ -1,4 +1,4 @@
-"""For people who own their loop: exact windows without the Trainer."""
+"""Exact windows for people who own their loop, without the Trainer."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from engine.checks import check_count, check_equal_windows, check_optimizer, check_windows
+from engine.data.checks import check_equal_windows, check_windows
 from engine.data.map_style import LoaderOptions
 from engine.data.sources import make_plan, make_source
 from engine.data.window import Window
+from engine.errors import UserError, check_count
 from engine.loss import Loss
 from engine.plan.schedule import check_scheduling, make_schedule
+from engine.state import RunState
 from engine.task import Batching
 from engine.update.message import Outcome
-from engine.update.updater import Loop, LoopOptions
+from engine.update.model_checks import check_optimizer
+from engine.update.updater import UpdateOptions, Updater
 from strategies import Strategy
 
 
@@ -27,7 +30,7 @@ class Accumulator:
 
     `strategy` is set up, `model` is what its `prepare` returned, and `data` is what `Task.train_data` may return. K is
     `accumulate_grad_batches`, a number or a schedule by epoch such as `{0: 8, 4: 4}`; the other arguments are those of
-    `Trainer`, and `batching` says how samples become micro-batches. Raises ValueError for an argument that cannot be.
+    `Trainer`, and `batching` says how samples become micro-batches. Raises UserError for an invalid argument.
     """
 
     def __init__(
@@ -49,8 +52,8 @@ class Accumulator:
         scheduling = check_scheduling(K if isinstance(K, dict) else {0: K})
         check_windows(scheduling, strategy)
         if strategy.micro_batches is not None:
-            raise ValueError(
-                f"strategy {strategy.name!r} runs its windows whole, which a loop of one's own cannot: use Trainer."
+            raise UserError(
+                f"strategy {strategy.name!r} runs whole windows, which a loop of your own cannot. Use Trainer."
             )
         check_optimizer(optimizer if lr_scheduler is None else (optimizer, lr_scheduler), model)
         strategy.prepare_optimizer(optimizer)
@@ -62,20 +65,29 @@ class Accumulator:
         self._source = make_source(
             data, batching, strategy, schedule, plan, micro_batch_size, seed, shuffle, LoaderOptions()
         )
-        self._loop = Loop(strategy, model, optimizer, lr_scheduler, LoopOptions(gradient_clip_norm, seed=seed))
-        self.update = 0
-        """Updates made since the start, skipped ones included."""
-        self.samples = 0
+        self._updater = Updater(strategy, model, optimizer, lr_scheduler, UpdateOptions(gradient_clip_norm, seed=seed))
+        self._state = RunState()
+
+    @property
+    def update(self) -> int:
+        """Updates since the start, skipped ones included."""
+        return self._state.update
+
+    @property
+    def samples(self) -> int:
         """Samples trained on since the start, over all processes."""
+        return self._state.samples
 
     def windows(self, epoch: int) -> Iterator[OwnWindow]:
         """Yield the windows of `epoch`: iterate over each, then call its `update`."""
-        for window in self._source.windows(epoch, self.update, self.samples):
-            self._loop.start(window, epoch, self.update)
-            before = self.update
-            yield OwnWindow(self._loop, window, self)
-            if self.update == before:
-                raise ValueError("a window ended without window.update(): call it after the last backward.")
+        state = self._state
+        state.epoch = epoch
+        for window in self._source.windows(epoch, state.update, state.samples):
+            self._updater.begin(window, state)
+            update = state.update
+            yield OwnWindow(self._updater, window, state)
+            if state.update == update:
+                raise UserError("a window ended without window.update(). Call it after the last backward.")
 
 
 class OwnWindow:
@@ -84,25 +96,28 @@ class OwnWindow:
     The loop's body is the context in which only the last micro-batch communicates: forward and backward belong in it.
     """
 
-    def __init__(self, loop: Loop, window: Window, accumulator: Accumulator) -> None:
-        self._loop, self._window, self._accumulator = loop, window, accumulator
+    def __init__(self, updater: Updater, window: Window, state: RunState) -> None:
+        self._updater, self._window, self._state = updater, window, state
+        self._needs_backward = not window.is_empty
 
     def __iter__(self) -> Iterator[Any]:
         for micro in self._window:
-            with self._loop.strategy.accumulation_context(micro.is_last):
-                self._micro = micro
-                self._loop.seed(micro)
+            with self._updater.strategy.accumulation_context(micro.is_last):
+                self._micro, self._needs_backward = micro, True
+                self._updater.before_forward(micro)
                 yield micro.batch
 
     def backward(self, loss: Loss | Tensor) -> None:
         """Add the micro-batch's gradient: of a mean over its samples (0-dim tensor), or of a `Loss`."""
-        self._loop.strategy.backward(*self._loop.weigh(loss, self._micro))
+        self._updater.strategy.backward(*self._updater.after_forward(loss, self._micro))
+        self._needs_backward = False
 
     def update(self) -> Outcome:
-        """Reduce, correct, clip, step and clear the gradients; return what the update was, over all processes."""
+        """Reduce, correct, clip, step and clear the gradients; return the update's outcome over all processes."""
+        if self._needs_backward:
+            raise UserError("backward was not called for the window's last micro-batch. Call it for each.")
         if self._window.is_empty:
-            self._loop.strategy.join(self._window)
-        outcome = self._loop.finish(self._window, self._accumulator.update)
-        self._accumulator.update += 1
-        self._accumulator.samples += outcome.samples
+            self._updater.strategy.join(self._window)
+        outcome = self._updater.finish(self._window, self._state)
+        self._state.count(outcome.samples, outcome.weight, outcome.skipped, outcome.overflowed)
         return outcome

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy
 
+from engine.errors import UserError
+
 Order = Callable[[int], Sequence[int] | Sequence[Sequence[int]]]
 """epoch -> sample indices, or groups of them that stay together: a pure function, the same on all processes, of the
 same length in each epoch. Of groups, N, the length of an epoch and a schedule by samples count groups."""
@@ -45,12 +47,12 @@ def within_budget(lengths: Sequence[int], budget: int, seed: int) -> Order:
     """Return an order of groups, each a micro-batch for `micro_batch_size=1`: padded, none holds more than `budget`.
 
     Samples of like length are grouped once, until (longest x number) would pass the budget; an epoch shuffles the
-    groups. Raises ValueError where one sample alone is longer than the budget.
+    groups. Raises UserError where one sample alone is longer than the budget.
     """
     groups: list[list[int]] = [[]]
     for index in numpy.argsort(numpy.asarray(lengths), kind="stable").tolist():
         if lengths[index] > budget:
-            raise ValueError(f"sample {index} has length {lengths[index]}, more than the budget of {budget}.")
+            raise UserError(f"sample {index} has length {lengths[index]}, more than the budget of {budget}.")
         if (len(groups[-1]) + 1) * lengths[index] > budget:
             groups.append([])
         groups[-1].append(index)
@@ -63,17 +65,3 @@ def within_budget(lengths: Sequence[int], budget: int, seed: int) -> Order:
 
 def _generator(seed: int, epoch: int) -> numpy.random.Generator:
     return numpy.random.Generator(numpy.random.PCG64([seed, epoch]))
-
-
-def mix(*numbers: int) -> int:
-    """Return a 64-bit hash of whole numbers, for seeds: each bit depends on all of them (the CPU generator uses 32).
-
-    The finaliser is SplitMix64's (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014).
-    """
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state

@@ -1,4 +1,4 @@
-"""Random draws that depend on the place in the run, and not on P, K or what was drawn before."""
+"""Seeds of random draws: each depends on the position in the run, never on P, K or earlier draws."""
 
 from __future__ import annotations
 
@@ -7,23 +7,40 @@ import random
 import numpy
 import torch
 
-from engine.order import mix
-
-MODEL_STREAM, EPOCH_STREAM, VALIDATION_STREAM = 2, 3, 5
-"""Set apart the draws of models, of an epoch's iterables, and of validation."""
+FETCH_STREAM, MODEL_STREAM, EPOCH_STREAM, WINDOW_STREAM, VALIDATION_STREAM = 1, 2, 3, 4, 5
+"""Set apart the draws of datasets, of the model, of an epoch's iterables, of host generators, and of validation."""
 
 ODD = 0x9E3779B97F4A7C15
-"""An odd multiplier takes places one to one to the low 32 bits of a seed, all that the CPU's generator looks at."""
+"""An odd multiplier maps indices one to one to the low 32 bits of a seed; the CPU's generator uses no others."""
 SEED_BITS = 0xFFFFFFFFFFFFFFFF
+
+
+def mix(*numbers: int) -> int:
+    """Return a 64-bit hash of whole numbers, for seeds: each bit depends on all of them (the CPU generator uses 32).
+
+    The finaliser is SplitMix64's (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014).
+    """
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & SEED_BITS
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & SEED_BITS
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & SEED_BITS
+        state ^= state >> 31
+    return state
+
+
+def seed_host(seed: int) -> None:
+    """Seed Python's and numpy's generators."""
+    random.seed(seed)
+    numpy.random.seed(seed & 0xFFFFFFFF)
 
 
 def seed_everything(seed: int) -> None:
     """Seed torch's, Python's and numpy's generators, the same on all processes."""
     torch.manual_seed(seed)
-    random.seed(seed)
-    numpy.random.seed(seed & 0xFFFFFFFF)
+    seed_host(seed)
 
 
-def epoch_key(seed: int, epoch: int) -> int:
-    """Return the seed of what a forward draws, less `ODD * place`: by the place in the epoch, so it knows no P."""
+def forward_seed(seed: int, epoch: int) -> int:
+    """Return the seed of an epoch's forwards; a micro-batch adds `ODD * seed_index`, so that no seed depends on P."""
     return mix(seed, MODEL_STREAM, epoch)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, default_collate
 
+from engine.errors import UserError
 from engine.loss import Loss
 
 
@@ -32,14 +33,14 @@ class Batching:
     def batch_size(self, batch: Any) -> int:
         """Return the number of samples in a ready micro-batch: here dim 0 of the first tensor in it.
 
-        Raises ValueError where there is none.
+        Raises UserError where there is none.
         """
         first = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
         if isinstance(first, Tensor) and (shape := first.shape):
             return shape[0]
         if (size := _first_size(batch)) is not None:
             return size
-        raise ValueError(
+        raise UserError(
             f"cannot tell how many samples are in a micro-batch of type {type(batch).__name__}: "
             f"give {type(self).__name__} a method batch_size(self, batch) -> int that returns it."
         )

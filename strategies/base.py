@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +18,18 @@ from torch.utils._pytree import tree_map_only
 
 from strategies.optimizer_state import load_named_state, named_state
 
-Rows = Callable[[], list[list[float]]]
+PendingRows = Callable[[], list[list[float]]]
 """Waits for an exchange and returns each process's values, in rank order."""
 
 
-class MicroBatch(Protocol):
-    """What a window yields: it alone knows whether it is the last one of this process in the window."""
+@dataclass(slots=True)  # its fields are read at each micro-batch: slots cost the least
+class MicroBatch:
+    """One micro-batch: its data on the device, its samples, the index that seeds its draws, and whether it is last."""
 
-    @property
-    def is_last(self) -> bool:
-        """Whether the update follows."""
-        ...
+    batch: Any
+    size: int
+    seed_index: int
+    is_last: bool
 
 
 class Strategy(ABC):
@@ -230,7 +232,7 @@ class Strategy(ABC):
         """Reduce `tensor` in place over the processes by "sum", "min" or "max", on the device's group; return it."""
         return tensor
 
-    def exchange(self, values: Sequence[float]) -> Rows:
+    def exchange(self, values: Sequence[float]) -> PendingRows:
         """Start sending a few host numbers to all processes; call what comes back to wait and get all rows."""
         row = list(values)
         return lambda: [row]

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from strategies.base import Rows, Strategy
+from strategies.base import PendingRows, Strategy
 from strategies.environment import notes, rendezvous, started_local_rank, started_processes, started_rank
 from strategies.status_board import Notes
 from strategies.torch_internals import check_torch
@@ -115,7 +115,7 @@ class ProcessGroupStrategy(Strategy):
         dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[op])
         return tensor
 
-    def exchange(self, values: Sequence[float]) -> Rows:
+    def exchange(self, values: Sequence[float]) -> PendingRows:
         """Start one all-gather of a few doubles on the CPU group; call what comes back to wait and get all rows."""
         mine = torch.tensor(values, dtype=torch.float64)
         rows = [torch.empty_like(mine) for _ in range(self.processes)]

@@ -27,30 +27,30 @@ from engine import Callback, GradientAccumulationScheduler, Trainer
         ({"accumulate_grad_batches": True}, "accumulate_grad_batches=True: give a whole number"),
         ({"accumulate_grad_batches": 2.0}, "accumulate_grad_batches=2.0: give a whole number"),
         ({"accumulate_grad_batches": "2"}, "accumulate_grad_batches='2': give a whole number"),
-        ({"micro_batch_size": 0}, "micro_batch_size=0: give a whole number of at least 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0: expected a whole number of at least 1"),
         ({"effective_batch_size": 0}, "effective_batch_size=0"),
         ({"max_epochs": 0}, "max_epochs=0"),
-        ({"max_epochs": None}, "neither max_epochs nor max_updates is given"),
-        ({"max_epochs": None, "max_time": 10}, "neither max_epochs nor max_updates is given"),
+        ({"max_epochs": None}, "max_epochs=None, max_updates=None: expected an end"),
+        ({"max_epochs": None, "max_time": 10}, "max_epochs=None, max_updates=None: expected an end"),
         ({"max_time": -1}, "max_time=-1"),
         ({"gradient_clip_norm": 0.0}, "gradient_clip_norm=0.0"),
-        ({"precision": "bf17"}, "precision='bf17': choose one of fp32, bf16, fp16"),
+        ({"precision": "bf17"}, "precision='bf17': expected one of fp32, bf16, fp16"),
         ({"seed": -1}, "seed=-1"),
         ({"num_workers": -1}, "num_workers=-1"),
-        ({"shuffle": "false"}, "shuffle='false': give True or False"),
-        ({"tf32": "no"}, "tf32='no': give True or False, or None"),
-        ({"callbacks": Callback}, "callbacks: <class .*> is no Callback. Give an object"),
-        ({"callbacks": [Callback(), True]}, "callbacks: True is no Callback"),
+        ({"shuffle": "false"}, "shuffle='false': expected True or False"),
+        ({"tf32": "no"}, "tf32='no': expected True or False"),
+        ({"callbacks": Callback}, "callbacks=<class .*>: expected a Callback object"),
+        ({"callbacks": [Callback(), True]}, "callbacks=True: expected a Callback"),
         ({"lr_rule": ["linear"]}, r"lr_rule=\['linear'\]: give one of none, linear, sqrt"),
-        ({"keep_best": True, "run_dir": "runs"}, "keep_best=True: give min:METRIC or max:METRIC"),
-        ({"run_dir": 3}, "run_dir=3: name a folder, or None"),
-        ({"resume": False}, "resume=False: there is no such checkpoint; give its path, auto or never"),
-        ({"resume": ""}, "resume='': there is no such checkpoint"),
-        ({"weights": True}, "weights=True: there is no such file; give a .safetensors file"),
+        ({"keep_best": True, "run_dir": "runs"}, "keep_best=True: expected min:METRIC or max:METRIC"),
+        ({"run_dir": 3}, "run_dir=3: expected the path of a folder, or None"),
+        ({"resume": False}, "resume=False: no such checkpoint. Give its path, or use 'auto' or 'never'"),
+        ({"resume": ""}, "resume='': no such checkpoint"),
+        ({"weights": True}, "weights=True: no such file. Give a .safetensors file"),
         ({"strategy": "dpp"}, "strategy='dpp': choose one of auto, single, dp, ddp.*Did you mean 'd"),
         (
             {"accumulate_grad_batches": 2, "effective_batch_size": 64},
-            "accumulate_grad_batches=2 and effective_batch_size=64 both say",
+            "accumulate_grad_batches=2 and effective_batch_size=64 both set",
         ),
         (
             {"effective_batch_size": 64, "callbacks": GradientAccumulationScheduler({0: 2})},
@@ -62,7 +62,7 @@ from engine import Callback, GradientAccumulationScheduler, Trainer
         ),
         (
             {"callbacks": [GradientAccumulationScheduler({0: 2}), GradientAccumulationScheduler({0: 4})]},
-            "both say how long a window is",
+            "both set the window length",
         ),
     ],
 )
@@ -76,7 +76,7 @@ def fit(task: Any, **options: Any) -> None:
 
 
 def test_a_micro_batch_larger_than_the_dataset() -> None:
-    with pytest.raises(ValueError, match="micro_batch_size=4 is more than the 3 samples of an epoch: use 3 or less"):
+    with pytest.raises(ValueError, match=r"expected at most the 3 samples of an epoch\. Use 3 or less"):
         fit(Regression(3))
 
 
@@ -96,7 +96,7 @@ def task_with(**methods: Any) -> Regression:
     ("methods", "message"),
     [
         ({"loss": lambda model, b: nn.functional.mse_loss(model(b[0]), b[1]).detach()}, "does not require grad"),
-        ({"loss": lambda model, b: (model(b[0]) - b[1]) ** 2}, r"the loss has shape \(4, 1\): return a 0-dim tensor"),
+        ({"loss": lambda model, b: (model(b[0]) - b[1]) ** 2}, r"the loss has shape \(4, 1\): expected a 0-dim tensor"),
         ({"loss": lambda model, b: (model(b[0]) - b[1]).mean().bfloat16()}, r"the loss is torch.bfloat16: .*float\(\)"),
         ({"loss": lambda model, b: 3.0}, r"loss\(\) returned float"),
         ({"configure_model": lambda: nn.EmbeddingBag(4, 2, sparse=True)}, "the model has sparse gradients"),
@@ -105,7 +105,7 @@ def task_with(**methods: Any) -> Regression:
             "module '0' has sparse gradients",
         ),
         ({"configure_model": lambda: nn.Linear(5, 1).requires_grad_(False)}, "no parameter that requires grad"),
-        ({"configure_model": lambda: torch.zeros(3)}, "returned Tensor: return a torch.nn.Module"),
+        ({"configure_model": lambda: torch.zeros(3)}, "returned Tensor: expected a torch.nn.Module"),
         ({"configure_optimizer": lambda model: None}, r"configure_optimizer\(\) returned None"),
         (
             {"configure_optimizer": lambda model: torch.optim.SGD([*model.parameters(), nn.Parameter(torch.ones(1))])},
@@ -143,18 +143,18 @@ def test_sparse_gradients_that_nothing_announced() -> None:
     task = task_with(
         configure_model=SparseLater, loss=lambda model, batch: nn.functional.mse_loss(model(batch[2]), batch[1])
     )
-    with pytest.raises(ValueError, match=r"parameter 'table' has a sparse gradient.*use sparse=False"):
+    with pytest.raises(ValueError, match=r"parameter 'table' has a sparse gradient.*Use sparse=False"):
         fit(task)
 
 
 def test_validating_without_validation_data() -> None:
-    with pytest.raises(ValueError, match=r"Regression.validation_data\(\) is None"):
+    with pytest.raises(ValueError, match=r"Regression.validation_data\(\) returned None"):
         Trainer(max_epochs=1).validate(Regression(8))
 
 
 def test_a_run_folder_that_is_taken(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}")
-    with pytest.raises(FileExistsError, match="is taken: a run never overwrites another"):
+    with pytest.raises(FileExistsError, match="expected a folder that nothing else is in"):
         fit(Regression(8), run_dir=str(tmp_path))
     assert (tmp_path / "metrics.jsonl").read_text() == "{}"
 
@@ -223,11 +223,11 @@ def test_a_task_that_fails_on_one_process_stops_all_and_names_it(where: str) -> 
         (("--trainer.accumulate=3",), "Did you mean --trainer.accumulate_grad_batches?"),
         (("--task=nope.Nope",), "No module named 'nope'. Name a class as module.Class"),
         (("--task=engine.Nope",), "module 'engine' has no attribute 'Nope'"),
-        (("--task=launch.recipes.digits.Digits",), "neither max_epochs nor max_updates"),
+        (("--task=launch.recipes.digits.Digits",), "max_epochs=None, max_updates=None"),
         (("--trainer.strategy=ddpp",), "Did you mean 'ddp'?"),
         (("--trainer.strategy=nope.Nope",), "No module named 'nope'"),
         (("--config=nope.toml",), "nope.toml"),
-        (("--trainer.micro_batch_size=2000",), "micro_batch_size=2000 is more than the 1437 samples of an epoch"),
+        (("--trainer.micro_batch_size=2000",), "micro_batch_size=2000: expected at most the 1437 samples of an epoch"),
     ],
 )
 def test_the_command_line_says_one_thing_and_exits_with_2(

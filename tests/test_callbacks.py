@@ -112,7 +112,7 @@ def fit_everything(folder: str, dies_at: int = 0, callbacks: Any = None, signals
         def on_update_end(self, trainer: Trainer) -> None:
             super().on_update_end(trainer)
             if trainer.update == dies_at:
-                assert trainer._keeper.last  # waits until the save before is written
+                assert trainer._checkpointer.newest  # waits until the save before is written
                 os.kill(os.getpid(), signal.SIGKILL)
 
     class Validated(Regression):
@@ -136,7 +136,7 @@ def fit_everything(folder: str, dies_at: int = 0, callbacks: Any = None, signals
     lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     history = [{name: value for name, value in line.items() if name != "samples_per_second"} for line in lines]
     state = trainer.strategy.state_dict(trainer.optimizer)
-    return trainer.interrupted, history, state, ema.averages, [c.state_dict() for c in trainer.callbacks]
+    return trainer.interrupted_by, history, state, ema.averages, [c.state_dict() for c in trainer.callbacks]
 
 
 @pytest.mark.parametrize(("P", "plateau"), [(2, False), (1, True)])
@@ -262,10 +262,10 @@ class WithScheduler(Scripted):
     ("make", "task", "message"),
     [
         (lambda: EarlyStopping(patience=0), None, "patience=0"),
-        (lambda: EarlyStopping(mode="low"), None, "give min:METRIC or max:METRIC"),
+        (lambda: EarlyStopping(mode="low"), None, "expected min:METRIC or max:METRIC"),
         (lambda: EarlyStopping("accuracy"), Scripted([1.0]), "EarlyStopping=min:accuracy: evaluate.. returns loss"),
-        (lambda: EarlyStopping(), Regression(4), "EarlyStopping looks at validation means, but Regression.validation_"),
-        (lambda: PlateauLR(), Regression(4), "PlateauLR looks at validation means"),
+        (lambda: EarlyStopping(), Regression(4), "EarlyStopping needs validation means, but Regression.validation_"),
+        (lambda: PlateauLR(), Regression(4), "PlateauLR needs validation means"),
         (lambda: PlateauLR(factor=2.0), None, "factor=2.0"),
         (lambda: EpochLR(falls_by_epoch), WithScheduler([1.0]), "EpochLR and the task's StepLR both set"),
         (lambda: EMA(decay=1.0), None, "decay=1.0"),

@@ -25,10 +25,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from toy import Regression
 
-from engine import Callback, Trainer, checkpoint, tree
-from engine.checkpoint.files import FILES, MANIFEST, STATE, TENSORS, CheckpointError
-from engine.checkpoint.snapshot import Saved
-from engine.checkpoint.writer import Saver
+from engine import Callback, Trainer
+from engine.checkpoint import files as checkpoint
+from engine.checkpoint import tree
+from engine.checkpoint.files import FILES, MANIFEST, STATE, TENSORS
+from engine.checkpoint.find import Checkpoint
+from engine.checkpoint.writer import CheckpointWriter
+from engine.errors import CheckpointError
 from engine.records.run_folder import MARK, RunFolder
 
 
@@ -48,7 +51,7 @@ def write(folder: Path, update: int) -> Path:
     return checkpoint.write(folder, update, *contents(update))
 
 
-def save(saver: Saver, update: int, is_best: bool = False) -> None:
+def save(saver: CheckpointWriter, update: int, is_best: bool = False) -> None:
     saver.save(update, *contents(update), float(update) if is_best else None)
     saver.wait()
     if saver.error is not None:
@@ -160,7 +163,7 @@ def save_and_die(folder: Path, point: int, how: str) -> None:
 
         return call
 
-    saver = Saver(folder, keep_last=1)
+    saver = CheckpointWriter(folder, keep_last=1)
     for name, owner in POINTS.items():
         setattr(owner, name, wrapped(name, getattr(owner, name)))
     save(saver, 2, is_best=True)
@@ -179,7 +182,7 @@ def test_a_writer_that_is_killed_leaves_only_whole_checkpoints(tmp_path: Path, h
         assert set(found) <= {"update-00000001", "update-00000002"}
         assert all(is_of(folder / name, int(name[-1])) for name in found)
         assert {checkpoint.pointed(folder, "latest"), checkpoint.pointed(folder, "best")} <= set(found)
-        save(Saver(folder, keep_last=1), 3, is_best=True)
+        save(CheckpointWriter(folder, keep_last=1), 3, is_best=True)
         assert set(os.listdir(folder)) == {"latest", "best", "update-00000003"}
         if child.exitcode != -signal.SIGKILL:
             break
@@ -252,26 +255,26 @@ def test_what_is_damaged_or_forged_is_refused_and_not_executed(tmp_path: Path, n
     damage(path / name, (path / name).read_bytes())
     imported = set(sys.modules)
     with pytest.raises(CheckpointError) as refusal:
-        Saved(path)["run"]
+        Checkpoint(path)["run"]
     assert str(path) in str(refusal.value)
     assert set(sys.modules) == imported
     assert set(os.listdir(tmp_path)) == {"latest", path.name}
 
 
 def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
-    saver = Saver(tmp_path, keep_last=2)
+    saver = CheckpointWriter(tmp_path, keep_last=2)
     for update, kept in {1: {1}, 2: {1, 2}, 3: {1, 2, 3}, 4: {1, 3, 4}, 5: {4, 5}, 6: {5, 6}, 7: {5, 6, 7}}.items():
         save(saver, update, is_best=update in (1, 5))
         assert set(os.listdir(tmp_path)) == {"latest", "best", *(f"update-{number:08d}" for number in kept)}
-        assert saver.last == Saver(tmp_path, 2).last == tmp_path / f"update-{update:08d}"
+        assert saver.newest == CheckpointWriter(tmp_path, 2).newest == tmp_path / f"update-{update:08d}"
 
 
 @pytest.mark.parametrize("updates", [(5, 5, 5), (7, 8, 6)], ids=["an update three times", "back at an older one"])
 def test_what_was_just_saved_is_kept(tmp_path: Path, updates: tuple[int, ...]) -> None:
-    saver = Saver(tmp_path, keep_last=1)
+    saver = CheckpointWriter(tmp_path, keep_last=1)
     for update in updates:
         save(saver, update)
-        assert checkpoint.candidates(tmp_path)[0] == saver.last
+        assert checkpoint.candidates(tmp_path)[0] == saver.newest
 
 
 @pytest.fixture
@@ -290,16 +293,16 @@ def fill(disk: Path, but: int = 0) -> None:
 def test_a_disk_that_cannot_be_written_is_found_at_the_start(disk: Path) -> None:
     fill(disk)
     with pytest.raises(OSError, match="No space left"):
-        Saver(disk / "checkpoints", keep_last=1)
+        CheckpointWriter(disk / "checkpoints", keep_last=1)
     os.system(f"mount -o remount,ro {disk}")
     with pytest.raises(OSError, match="Read-only"):
-        Saver(disk / "checkpoints", keep_last=1)
+        CheckpointWriter(disk / "checkpoints", keep_last=1)
 
 
 @pytest.mark.parametrize("pages", range(5))  # each file needs one, and so does the pointer
 def test_the_disk_may_be_full_at_any_moment_of_a_save(disk: Path, caplog: pytest.LogCaptureFixture, pages: int) -> None:
     folder = disk / "checkpoints"
-    save(saver := Saver(folder, keep_last=1), 1)
+    save(saver := CheckpointWriter(folder, keep_last=1), 1)
     fill(disk, but=4096 * pages)
     with pytest.raises(Exception, match="No space left"):
         save(saver, 2)
@@ -331,7 +334,7 @@ def test_training_goes_on_while_the_disk_is_full(disk: Path, caplog: pytest.LogC
     options: dict[str, Any] = {"save_every_n_updates": 2, "callbacks": Fill()}
     Trainer("single", micro_batch_size=4, max_updates=24, run_dir=str(disk / "run"), **options).fit(Regression(40))
     assert "could not be saved" in caplog.text
-    assert Saved(disk / "run" / "checkpoints" / "update-00000024")["run"]["update"] == 24
+    assert Checkpoint(disk / "run" / "checkpoints" / "update-00000024")["run"]["update"] == 24
     lines = (disk / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["update"] for line in lines] == list(range(1, 25))
 
@@ -354,6 +357,6 @@ def test_each_update_is_kept_once_wherever_the_file_ends(tmp_path: Path) -> None
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for path in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(FileExistsError, match="is taken: a run never overwrites another; name a new folder"):
+        with pytest.raises(FileExistsError, match=r"expected a folder that nothing else is in\. Use a new folder"):
             RunFolder(path, takes_over=True)
     assert os.listdir(tmp_path) == ["notes.txt"]

@@ -52,7 +52,7 @@ def test_nothing_is_compiled_anew_where_K_changes(P: int, strategy: str) -> None
     [
         ("dp", True, "'dp' calls copies or parts"),
         ("fsdp", True, "'fsdp'"),
-        ("single", "inductor", "give True or False"),
+        ("single", "inductor", "expected True or False"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(strategy: str, value: Any, message: str) -> None:

@@ -222,7 +222,7 @@ def continued(folder: Path) -> Any:
     )
 
 
-@pytest.mark.parametrize("settings", [{}, {"prefetch_to_device": True}, {"fused_optimizer": True}])
+@pytest.mark.parametrize("settings", [{}, {"prefetch_to_device": True}, {"gradient_clip_norm": 0.5}])
 def test_a_run_with_all_that_belongs_to_it_is_that_of_the_CPU(tmp_path: Path, settings: dict[str, Any]) -> None:
     (found, numbers), (expected, numbers_expected) = there(whole_runs, tmp_path, settings)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

@@ -1,4 +1,4 @@
-"""`fused_optimizer=True`: the update of a plain step, up to rounding, where the task has left the choice open."""
+"""A task's fused optimizer: the update of a plain step, up to rounding, also after a resume."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import ChildError, run
+from processes import run
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import Regression, in_order, parameters
 
@@ -38,7 +38,7 @@ class Fused(TorchDispatchMode):
 
 
 def fit(strategy: str, optimizer: type[torch.optim.Optimizer], options: dict[str, Any], **settings: Any) -> Any:
-    settings = {"max_epochs": EPOCHS, "shuffle": False, "fused_optimizer": True, **settings}
+    settings = {"max_epochs": EPOCHS, "shuffle": False, **settings}
     trainer = Trainer(strategy, micro_batch_size=N, accumulate_grad_batches=K, **settings)
     with Fused() as fused:
         trainer.fit(Optimized(optimizer, **options))
@@ -73,7 +73,7 @@ def test_a_fused_step_is_a_plain_one(
     P: int, strategy: str, optimizer: type[torch.optim.Optimizer], options: dict[str, Any]
 ) -> None:
     expected = one_big_batch(P, Optimized(optimizer, **options))
-    found, calls, updates, how, _ = run(P, fit, strategy, optimizer, options)[0]
+    found, calls, updates, how, _ = run(P, fit, strategy, optimizer, {**options, "fused": True})[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert calls >= updates > 0  # once per group, or more: DTensors ask again
     assert how == {(None, True)}
@@ -83,8 +83,8 @@ def go_on(first: bool, then: bool) -> Any:
     """Train two epochs in two runs, of which one may step otherwise."""
     with tempfile.TemporaryDirectory() as folder:
         for epochs, fused in ((1, first), (2, then)):
-            settings = {"max_epochs": epochs, "fused_optimizer": fused, "run_dir": f"{folder}/run"}
-            last = fit("single", torch.optim.AdamW, {}, **settings)
+            options = {"fused": True} if fused else {}
+            last = fit("single", torch.optim.AdamW, options, max_epochs=epochs, run_dir=f"{folder}/run")
     return last
 
 
@@ -99,7 +99,7 @@ def counts_in_float64() -> Iterator[None]:
 @pytest.mark.usefixtures("counts_in_float64")
 @pytest.mark.parametrize("then", [False, True])
 def test_a_run_that_goes_on_steps_as_it_is_told_now(then: bool) -> None:
-    expected = fit("single", torch.optim.AdamW, {}, max_epochs=2)[0]
+    expected = fit("single", torch.optim.AdamW, {"fused": True}, max_epochs=2)[0]
     found, calls, updates, how, how_counted = go_on(first=not then, then=then)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert how == {(None, True if then else None)}
@@ -107,35 +107,8 @@ def test_a_run_that_goes_on_steps_as_it_is_told_now(then: bool) -> None:
     assert not then or how_counted == {torch.float32}
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "options", "message"),
-    [
-        (torch.optim.RMSprop, {}, "RMSprop has no fused step. Use SGD, Adam or AdamW"),
-        (torch.optim.Adagrad, {}, "Adagrad has no fused step"),
-        (torch.optim.AdamW, {"foreach": True}, "says foreach=True, fused=None: leave them out there"),
-        (torch.optim.AdamW, {"fused": False}, "says foreach=None, fused=False"),
-    ],
-)
-def test_what_cannot_be_fused_is_refused(
-    optimizer: type[torch.optim.Optimizer], options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        Trainer("single", N, max_epochs=1, fused_optimizer=True).fit(Optimized(optimizer, **options))
-
-
-def test_a_fused_step_that_fsdp_cannot_take_is_refused() -> None:
-    with pytest.raises(ChildError, match="fused SGD knows no DTensor"):
-        run(2, fit, "fsdp", torch.optim.SGD, {})
-
-
-def test_a_task_that_is_fused_already_stays_so() -> None:
-    _, calls, updates, how, _ = fit("single", torch.optim.AdamW, {"fused": True})
-    assert calls == 3 * updates
-    assert how == {(None, True)}
-
-
-@pytest.mark.parametrize("name", ["fused_optimizer", "compile_model", "prefetch_to_device"])
+@pytest.mark.parametrize("name", ["compile_model", "prefetch_to_device"])
 def test_what_is_no_bool_is_refused(name: str) -> None:
     options: Any = {name: "yes"}
-    with pytest.raises(ValueError, match=f"{name}='yes': give True or False"):
+    with pytest.raises(ValueError, match=f"{name}='yes': expected True or False"):
         Trainer("single", N, max_epochs=1, **options)

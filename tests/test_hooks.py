@@ -36,7 +36,7 @@ def wide() -> nn.Module:
 def test_a_wrong_name_is_told_the_right_ones() -> None:
     with pytest.raises(ValueError, match="communication_hook='fp8': choose one of fp16, bf16, powersgd"):
         DDPStrategy(communication_hook="fp8")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="powersgd_rank=0: give a whole number of at least 1"):
+    with pytest.raises(ValueError, match="powersgd_rank=0: expected a whole number of at least 1"):
         DDPStrategy(communication_hook="powersgd", powersgd_rank=0)
 
 

@@ -108,7 +108,7 @@ def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
 def test_a_signal_at_any_event_stops_before_the_next_update(event: str, number: int, tmp_path: Path) -> None:
     run_ = trainer(tmp_path / "run", Kills(event, at=0, number=number))
     run_.fit(Regression(16))
-    assert run_.interrupted == signal.Signals(number).name
+    assert run_.interrupted_by == signal.Signals(number).name
     assert run_.update == {"on_update_end": 1, "on_epoch_end": 4}.get(event, 0)
     assert not (tmp_path / "run" / "summary.json").exists()
     again = trainer(tmp_path / "run")
@@ -147,7 +147,7 @@ def test_a_window_that_is_dropped_leaves_no_trace_in_buffers(tmp_path: Path) -> 
         task.told = told
         run_ = trainer(tmp_path / folder, accumulate_grad_batches=3, micro_batch_size=2)
         run_.fit(task)
-        assert bool(run_.interrupted) == told
+        assert bool(run_.interrupted_by) == told
         found.append(run_.model.state_dict())
     assert same(found[1], found[2])
 

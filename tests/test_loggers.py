@@ -107,7 +107,7 @@ def test_a_column_that_comes_later_is_empty_before(tmp_path: Path) -> None:
     logger.log({"update": 1, "validation/a": 0.5})
     logger.log({"update": 2, "validation/a,b": 2.0})
     logger.close()
-    logger.open(start._replace(update=2, validated=1))
+    logger.open(start._replace(update=2, validated_update=1))
     logger.log({"update": 2, "validation/a": 0.25})
     logger.close()
     rows = [(row["update"], row["validation/a"], row["validation/a,b"]) for row in table(tmp_path / "validation.csv")]

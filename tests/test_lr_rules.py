@@ -19,7 +19,7 @@ from toy import Regression, Watch, in_order, parameters
 
 from engine import Callback, GradientAccumulationScheduler, Trainer
 from engine.callbacks.banner import banner
-from engine.checkpoint.files import CheckpointError
+from engine.errors import CheckpointError
 
 SAMPLES, EPOCHS, REFERENCE = 22, 3, 8
 WINDOWS = {0: 4, 1: 8, 2: 16}

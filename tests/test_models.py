@@ -13,8 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from toy import Regression, big_batch_run, in_order, parameters
 
 from engine import Callback, GradientAccumulationScheduler, Loss, Task, Trainer
-from engine.order import mix
-from engine.seeds import MODEL_STREAM, ODD
+from engine.seeds import MODEL_STREAM, ODD, mix
 from strategies import DDPStrategy
 
 transformers = pytest.importorskip("transformers")

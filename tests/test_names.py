@@ -17,7 +17,7 @@ CONCRETE = {
     for name, value in vars(strategies).items()
     if isinstance(value, type) and issubclass(value, Strategy) and value is not Strategy
 }
-OFFERED = {"Strategy", "MicroBatch", "Rows", "find", "resolve"}
+OFFERED = {"Strategy", "MicroBatch", "PendingRows", "find", "resolve"}
 """What the engine may import from `strategies`."""
 
 
@@ -90,7 +90,7 @@ def strategies_named_in(source: str) -> list[str]:
         elif isinstance(node, ast.ImportFrom) and node.module == "strategies":
             names = [alias.name for alias in node.names if alias.name not in OFFERED]
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("strategies."):
-            names = [] if node.module == "strategies.environment" else [str(node.module)]
+            names = [] if node.module in ("strategies.environment", "strategies.errors") else [str(node.module)]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names if alias.name.split(".")[0] == "strategies"]
         elif isinstance(node, ast.Compare) and any("strategy.name" in ast.unparse(part) for part in ast.walk(node)):

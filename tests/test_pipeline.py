@@ -288,7 +288,7 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: st
     [
         (
             {"accumulate_grad_batches": 2},
-            "'pipeline' was built for windows of 4 .* have 2: use accumulate_grad_batches=4",
+            "'pipeline' was built for windows of 4 .* have 2. Use accumulate_grad_batches=4",
         ),
         ({"effective_batch_size": 9 * N}, "those of this run have 9"),
         ({"callbacks": GradientAccumulationScheduler({0: 8, 4: 4})}, r"'pipeline'.*\{0: 8, 4: 4\} changes K"),
@@ -343,7 +343,7 @@ def test_models_and_data_that_do_not_fit_are_refused_on_all_processes(task: Any,
     with pytest.raises(ChildError, match=message) as raised:
         run(2, fit_refused, task, PipelineStrategy(boundaries=boundaries), seconds=20)
     assert len(raised.value.errors) == 2
-    assert all("ValueError" in text for text in raised.value.errors.values())
+    assert all("UserError" in text or "ValueError" in text for text in raised.value.errors.values())
 
 
 def own_loop() -> None:
@@ -354,7 +354,7 @@ def own_loop() -> None:
 
 
 def test_a_loop_of_one_s_own_is_refused() -> None:
-    with pytest.raises(ChildError, match="runs its windows whole"):
+    with pytest.raises(ChildError, match="runs whole windows"):
         run(2, own_loop, seconds=20)
 
 
@@ -499,7 +499,7 @@ def fit_full(folder: str, strategy: Any, stops: Stops, adaptive: bool, dropout: 
     options = {"gradient_clip_norm": 0.5, "save_every_n_updates": 2, "validate_every_n_updates": 3}
     trainer = Trainer(strategy, 2, 2, max_epochs=2, callbacks=[keeps, stops], run_dir=folder, **options)
     trainer.fit(task)
-    return trainer.interrupted, trainer.update, getattr(keeps, "state", None), trainer.metrics
+    return trainer.interrupted_by, trainer.update, getattr(keeps, "state", None), trainer.metrics
 
 
 @pytest.mark.parametrize(("P", "schedule", "rank"), [(1, "Interleaved1F1B", 1), (2, "1F1B", 2)])
@@ -549,7 +549,7 @@ def fit_told(folder: str, where: str, rank: int) -> Any:
     options = {"validate_every_n_updates": 2, "run_dir": folder}
     trainer = Trainer(PipelineStrategy(micro_batches=2), 2, 2, max_epochs=2, **options)
     trainer.fit(Told(where, rank))
-    return bool(trainer.interrupted), trainer.update
+    return bool(trainer.interrupted_by), trainer.update
 
 
 @pytest.mark.parametrize("rank", [0, 1])

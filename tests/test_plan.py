@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.order import bucketed, mix, sequential, shuffled, within_budget
+from engine.order import bucketed, sequential, shuffled, within_budget
 from engine.plan.schedule import Schedule, Stage, check_accumulation, check_scheduling
 from engine.plan.windows import Plan
+from engine.seeds import mix
 
 UNITS = ["epoch", "update", "sample"]
 schedules = st.dictionaries(st.integers(0, 40), st.integers(1, 9), min_size=1, max_size=5).map(check_scheduling)
@@ -185,7 +186,10 @@ def test_a_schedule_that_is_none(scheduling: object) -> None:
 def test_pure_arithmetic_imports_no_torch() -> None:
     code = (
         "import sys, types; sys.path.insert(0, '.');"
-        "package = types.ModuleType('engine'); package.__path__ = ['engine']; sys.modules['engine'] = package;"
-        "import engine.plan.schedule, engine.plan.windows, engine.preview.forecast, engine.order; assert 'torch' not in sys.modules"
+        "new = types.ModuleType;"
+        "sys.modules |= {name: new(name) for name in ('engine', 'strategies')};"
+        "[setattr(sys.modules[name], '__path__', [name]) for name in ('engine', 'strategies')];"
+        "import engine.plan.schedule, engine.plan.windows, engine.preview.forecast, engine.order;"
+        "assert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import re
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -21,8 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from toy import Regression
 
 from engine import GradientAccumulationScheduler, Trainer
-from engine.preview.forecast import Expected
-from engine.preview.picture import draw
+from engine.preview.forecast import PlannedUpdate
 from engine.preview.preview import Preview, preview
 from engine.preview.table import print_plan, size
 from strategies.environment import as_if_started
@@ -81,7 +79,7 @@ def test_the_plan_is_what_the_run_does(task: type[Regression], name: str, P: int
     case = CASES[name]
     with as_if_started(P):
         plan = preview(Trainer("single" if P == 1 else "ddp", micro_batch_size=N, **case), task(SAMPLES))
-        updates, stretches = list(plan.updates()), plan.stretches
+        updates, stretches = list(plan.updates()), plan.stages
         sent = plan.bytes_per_update
     seen = run(P, train, P, task(SAMPLES), case, str(tmp_path / "run"), group=P > 1)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -95,7 +93,7 @@ def test_the_plan_is_what_the_run_does(task: type[Regression], name: str, P: int
     assert [sum(u.stage == s.stage for u in updates) for s in stretches] == [s.updates for s in stretches]
 
 
-def as_recorded(update: Expected) -> dict[str, Any]:
+def as_recorded(update: PlannedUpdate) -> dict[str, Any]:
     names = ("update", "epoch", "samples", "effective_batch", "lr")
     return {
         **{name: getattr(update, name) for name in names},
@@ -107,12 +105,12 @@ def test_a_plan_of_the_user_s_example_for_64_processes() -> None:
     with as_if_started(64):
         options = by({0: 8, 4: 4, 8: 1}, max_epochs=12)
         plan = preview(Trainer(micro_batch_size=2, **options), WithLR(1500))
-        stages = [(s.epochs, s.stage.accumulate_grad_batches, s.stage.effective_batch) for s in plan.stretches]
+        stages = [(s.epochs, s.stage.accumulate_grad_batches, s.stage.effective_batch) for s in plan.stages]
     assert stages == [((0, 3), 8, 1024), ((4, 7), 4, 512), ((8, 11), 1, 128)]
-    assert [s.updates for s in plan.stretches] == [4 * 2, 4 * 3, 4 * 12]
-    assert [s.last_window for s in plan.stretches] == [1500 - 1024, 1500 - 2 * 512, 1500 - 11 * 128]
-    assert [s.micro_batches for s in plan.stretches] == [4 * 750] * 3
-    assert [s.turns for s in plan.stretches] == [4 * (8 + 4), 4 * (4 + 4 + 4), 4 * 12]
+    assert [s.updates for s in plan.stages] == [4 * 2, 4 * 3, 4 * 12]
+    assert [s.last_window for s in plan.stages] == [1500 - 1024, 1500 - 2 * 512, 1500 - 11 * 128]
+    assert [s.micro_batches for s in plan.stages] == [4 * 750] * 3
+    assert [s.turns for s in plan.stages] == [4 * (8 + 4), 4 * (4 + 4 + 4), 4 * 12]
 
 
 def test_a_plan_changes_nothing_of_the_trainer() -> None:
@@ -206,33 +204,19 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch: pytest.MonkeyPatc
 )
 def test_a_stream_says_what_cannot_be_known(options: dict[str, Any], known: list[int | None]) -> None:
     plan = preview(Trainer("single", micro_batch_size=N, **{"max_epochs": 3, **options}), Stream(SAMPLES))
-    assert [s.updates for s in plan.stretches] == known
-    assert plan.stretches[0].lr[0] == plan.lrs[0] == pytest.approx(0.01 / 3)
+    assert [s.updates for s in plan.stages] == known
+    assert plan.stages[0].lr[0] == plan.lrs[0] == pytest.approx(0.01 / 3)
     text = " ".join(printed(plan, 100).split())
     assert "A stream has no length: what is marked ? cannot be known before it has ended" in text
     assert not list(plan.updates())
-    with pytest.raises(ValueError, match="no picture"):
-        draw(plan)
 
 
 def test_the_epochs_of_a_stream_are_known_where_epochs_end_the_run() -> None:
     options = by({0: 1, 4: 2, 7: 3})
     plan = preview(Trainer("single", micro_batch_size=N, **options), Stream(SAMPLES))
-    assert [s.epochs for s in plan.stretches] == [(0, 3), (4, 4)]
+    assert [s.epochs for s in plan.stages] == [(0, 3), (4, 4)]
     plan = preview(Trainer("single", micro_batch_size=N, **options, max_updates=2), Stream(SAMPLES))
-    assert [s.epochs for s in plan.stretches] == [None, None, None]
-
-
-def test_the_picture_draws_each_update_up_to_the_extremes() -> None:
-    plan = preview(Trainer("single", micro_batch_size=1, max_epochs=100, effective_batch_size=7), WithLR(SAMPLES))
-    picture = draw(plan)
-    root = ElementTree.fromstring(picture)
-    assert "http" not in picture.replace("http://www.w3.org/2000/svg", "")
-    curves = [e.attrib["d"] for e in root.iter() if e.attrib.get("class") == "curve"]
-    assert len(curves) == 6
-    heights = {float(y) for y in re.findall(r"[V ]([\d.]+)", curves[2])}
-    assert len(heights) == 2  # windows of 7, and the last of each epoch with 3
-    assert len(picture) < 100_000
+    assert [s.epochs for s in plan.stages] == [None, None, None]
 
 
 @pytest.mark.parametrize(

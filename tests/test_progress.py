@@ -82,7 +82,7 @@ def in_terminal(fails: bool = False, **environment: str) -> str:
 def test_a_terminal_of_any_width(columns: int) -> None:
     written = in_terminal(COLUMNS=str(columns))
     plain = ESCAPES.sub("", written)
-    live = plain.partition("run folder: none: nothing is written")[2]
+    live = plain.partition("run folder: none (nothing is written)")[2]
     assert "\x1b[38;5" in written or "\x1b[36m" in written  # it has colour
     lines = re.split(r"[\r\n]+", live.partition("done:")[0])
     assert max(len(line.rstrip()) for line in lines) <= columns
@@ -170,15 +170,15 @@ def told_slow() -> str:
     return told(slow=1, accumulate_grad_batches=2)[0]
 
 
-def at(update: int, busy: list[float]) -> Any:
+def at(update: int, local_seconds: list[float]) -> Any:
     return SimpleNamespace(
         update=update,
         epoch=0,
         samples=10 * update,
         weight=70.0 * update,
-        loop=SimpleNamespace(busy=busy),
+        local_seconds=local_seconds,
         plan=SimpleNamespace(samples=100),
-        settings={"max_epochs": 5, "max_updates": None},
+        settings=SimpleNamespace(max_epochs=5, max_updates=None),
         schedule=SimpleNamespace(at=lambda *place: SimpleNamespace(effective_batch=10)),
     )
 
@@ -192,7 +192,7 @@ def test_pace() -> None:
     assert pace.rates() == (20.0, 140.0)
     assert pace.left(at(8, [])) == timedelta(seconds=(500 - 80) / 20)
     limited = at(8, [])
-    limited.settings = {"max_epochs": 5, "max_updates": 12}
+    limited.settings = SimpleNamespace(max_epochs=5, max_updates=12)
     assert pace.left(limited) == timedelta(seconds=(12 - 8) * 10 / 20)
     unbounded = at(8, [])
     unbounded.plan = None

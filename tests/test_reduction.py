@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.scaling_model import Link, calibrated
 from processes import run
 from torch import Tensor, nn
 from toy import Regression
@@ -16,8 +17,7 @@ from toy import Regression
 import engine.update.timing
 import engine.update.updater
 from engine import Callback, GradientAccumulationScheduler, Trainer
-from engine.scaling import Link, calibrated
-from engine.update.reduction import HIDDEN, Costs
+from engine.update.timing import HIDDEN, ReductionCost
 from strategies import DDPStrategy
 
 DATA, MICRO_BATCH, REDUCTION, STEP = 3.0, 10.0, 30.0, 5.0
@@ -171,13 +171,13 @@ def test_a_longer_window_does_not_look_at_the_clock_more_often() -> None:
 
 @pytest.mark.parametrize("reduction", [0.0, 0.1, 1.0, 7.0, 100.0])
 def test_the_K_that_hides_it_is_the_least(reduction: float) -> None:
-    costs = Costs(4, 0.7, reduction, 0.2)
+    costs = ReductionCost(4, 0.7, reduction, 0.2)
     K = next(K for K in range(1, 10_000) if costs.share(K) < HIDDEN)
     assert costs.hiding == K
 
 
 def test_the_model_gives_back_the_run_it_was_calibrated_with() -> None:
-    link, costs = Link(bandwidth=1000.0, latency=0.01), Costs(4, 0.5, 1.25, 0.125)
+    link, costs = Link(bandwidth=1000.0, latency=0.01), ReductionCost(4, 0.5, 1.25, 0.125)
     summary = {"processes": 2, "all_reduces_per_update": 3, "bytes_reduced_per_update": 2000}
     model = calibrated({**summary, "reduction": costs.summary()}, link)
     assert model.seconds(P=2, K=4) == pytest.approx(costs.update(4))

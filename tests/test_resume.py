@@ -181,7 +181,7 @@ def fit(folder: str, kill: Any = None, stops_at: int | None = None, task: Any = 
     keeps.on_fit_end = lambda trainer: states.append(trainer.strategy.state_dict(trainer.optimizer))  # type: ignore[method-assign]
     trainer.callbacks.append(keeps)
     trainer.fit(task or Full())
-    return trainer.interrupted, trainer.update, states, witness.sum
+    return trainer.interrupted_by, trainer.update, states, witness.sum
 
 
 def history(folder: Path) -> list[dict[str, Any]]:

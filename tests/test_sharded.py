@@ -277,7 +277,7 @@ def fit(folder: str, strategy: Any, task: Any = None, stops_at: int | None = Non
         run_dir=folder,
     )
     trainer.fit(task or Full())
-    return trainer.interrupted, trainer.update, states if strategy.rank == 0 else []
+    return trainer.interrupted_by, trainer.update, states if strategy.rank == 0 else []
 
 
 def fit_sharded(folder: str, options: dict[str, Any], kill: Any = None, stops_at: int | None = None) -> Any:
@@ -372,7 +372,7 @@ def stop_early(folder: str, when: str) -> Any:
     else:
         trainer = Trainer(FSDPStrategy(timeout_seconds=20), 2, accumulate_grad_batches=3, max_epochs=3, run_dir=folder)
     trainer.fit(task)
-    return trainer.interrupted, trainer.update
+    return trainer.interrupted_by, trainer.update
 
 
 @pytest.mark.parametrize("when", ["in the first", "all before", "one before"])

@@ -18,7 +18,7 @@ from torch import nn
 from toy import Regression, Samples
 
 from engine import Callback, Trainer
-from engine.training.heartbeat import Watch
+from engine.training.heartbeat import Heartbeat
 from strategies import DDPStrategy
 
 
@@ -63,7 +63,7 @@ def fit(where: str, heard: Path) -> None:
     def stall() -> None:
         until(heard.exists, 15, "the other process's error")
 
-    Watch.__init__.__defaults__ = (0.2,)
+    Heartbeat.__init__.__defaults__ = (0.2,)
     task = Task(64)
     if where == "fetch":
         task.how = stall
@@ -89,9 +89,9 @@ def fit(where: str, heard: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("fetch", r"process 1 was last heard of \d s ago, fetching micro-batch 1 of update 1 for \d s"),
-        ("loss", r"process 1 was last heard of \d s ago, computing micro-batch 1 of update 1 for \d s"),
-        ("death", r"process 1 was last heard of \d s ago, computing micro-batch 1 of update 1 for \d s"),
+        ("fetch", r"process 1 last reported \d s ago: fetching micro-batch 1 of update 1 for \d s"),
+        ("loss", r"process 1 last reported \d s ago: computing micro-batch 1 of update 1 for \d s"),
+        ("death", r"process 1 last reported \d s ago: computing micro-batch 1 of update 1 for \d s"),
         ("callback", r"process 1 failed: KeyError: 'my callback'"),
     ],
 )
@@ -99,7 +99,7 @@ def test_a_silence_has_a_name(tmp_path: Path, where: str, message: str) -> None:
     with pytest.raises(ChildError) as raised:
         run(2, fit, where, tmp_path / "heard", seconds=20, timeout=4)
     text = raised.value.errors[0]
-    assert "engine.update.message.ProcessFailureError: lost contact with another process in update" in text
+    assert "engine.errors.ProcessFailureError: lost contact with another process in update" in text
     assert re.search(message, text), text
 
 

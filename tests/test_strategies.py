@@ -50,7 +50,7 @@ def test_three_methods_make_a_strategy() -> None:
 
 
 def test_a_strategy_without_variable_windows_refuses_a_schedule_at_once() -> None:
-    with pytest.raises(ValueError, match=r"'custom' does not support variable windows.*\{0: 8, 4: 4\}.*use accum"):
+    with pytest.raises(ValueError, match=r"'custom' does not support variable windows.*\{0: 8, 4: 4\}.*Use accum"):
         Trainer(Fixed(), max_epochs=8, callbacks=GradientAccumulationScheduler({0: 8, 4: 4}))
     Trainer(Fixed(), max_epochs=8, callbacks=GradientAccumulationScheduler({0: 8, 4: 8}))
 

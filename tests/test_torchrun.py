@@ -80,8 +80,8 @@ if __name__ == "__main__":
     trainer = Trainer(strategy, 4, 2, max_epochs=10, callbacks=Trace(), run_dir="run", save_every_n_updates={EVERY})
     trainer.fit(Job(pause))
     with open(f"trace-{{trainer.strategy.rank}}", "a") as file:
-        file.write(f"interrupted {{trainer.interrupted}}\\n" if trainer.interrupted else "done\\n")
-    sys.exit(EXIT_STATUS if trainer.interrupted else 0)
+        file.write(f"interrupted {{trainer.interrupted_by}}\\n" if trainer.interrupted_by else "done\\n")
+    sys.exit(EXIT_STATUS if trainer.interrupted_by else 0)
 '''
 OPTIONS = (
     "--task=job.Job",

@@ -140,7 +140,7 @@ def fit(folder: Path, case: str, at: int = 0, strategy: Any = "single") -> Any:
         validate_every_n_updates=4,
     )
     trainer.fit(Variant(**CASES[case]))
-    assert bool(trainer.interrupted) == (at > 0)
+    assert bool(trainer.interrupted_by) == (at > 0)
     return trainer.model.state_dict(), stops.sum
 
 
@@ -181,6 +181,6 @@ def test_workers_of_a_loader_outlive_a_signal_to_all(tmp_path: Path) -> None:
             "single", micro_batch_size=2, max_epochs=2, num_workers=1, run_dir=str(tmp_path / "run"), callbacks=told
         )
         trainer.fit(Variant())
-        return trainer.interrupted, trainer.update
+        return trainer.interrupted_by, trainer.update
 
     assert run(1, child, group=False) == [("SIGTERM", 3)]

@@ -35,7 +35,7 @@ DIGITS = ("--task=launch.recipes.digits.Digits", "--trainer.max_epochs=1")
         ([SCHEDULER], "the following arguments are required: scheduling"),
         ([SCHEDULER, "--trainer.callbacks.scheduling=8"], "scheduling: expected dict, got 8"),
         ([SCHEDULER, "--trainer.callbacks.scheduling={0: 0}"], "scheduling[0]=0: a window needs at least one"),
-        ([DIGITS[0]], "neither max_epochs nor max_updates is given: say where the run ends, as in max_epochs=10."),
+        ([DIGITS[0]], "max_epochs=None, max_updates=None: expected an end. Give one, such as max_epochs=10."),
     ],
 )
 def test_a_message_says_what_to_do(

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, RandomSampler, SequentialSampler
 
 from engine.callbacks import EpochLR
+from engine.errors import UserError
 from engine.loss import Loss
 from engine.task import Task
 
@@ -48,7 +49,7 @@ class Lightning(Task):
     What `validation_step` logs are the validation's metrics; what `training_step` logs is ignored, with one warning.
     `batch_idx` counts this process's micro-batches since it started, in a validation from its beginning.
 
-    Raises ValueError, naming it, for what cannot be carried over: manual optimization, several optimizers or loaders,
+    Raises UserError, naming it, for what cannot be carried over: manual optimization, several optimizers or loaders,
     hooks, Lightning's callbacks, and any use of `self.trainer`.
     """
 
@@ -127,7 +128,7 @@ class Lightning(Task):
         self._logged = {}
         found = self._step(model, "validation_step", batch)
         if not self._logged and found is None:
-            raise ValueError("validation_step logged nothing and returned nothing: call self.log(name, mean) in it.")
+            raise UserError("validation_step logged nothing and returned nothing: call self.log(name, mean) in it.")
         return self._logged or (found if isinstance(found, Mapping) else {"loss": found})
 
     def _step(self, model: nn.Module, step: str, batch: Any) -> Any:
@@ -266,7 +267,7 @@ def _defines(module: nn.Module, name: str) -> bool:
 
 
 def _configured(found: Any) -> tuple[Optimizer, LRScheduler | None, str]:
-    """Return the one optimizer, its scheduler if any, and when that moves. Raises ValueError for others."""
+    """Return the one optimizer, its scheduler if any, and when that moves. Raises UserError for others."""
     schedulers: Any = []
     if isinstance(found, Mapping):
         found, schedulers = found.get("optimizer"), found.get("lr_scheduler", [])
@@ -307,4 +308,4 @@ def _shuffles_or_reads(loader: Any) -> bool:
 
 
 def _refuse(what: str, instead: str) -> NoReturn:
-    raise ValueError(f"{what} cannot be carried over from Lightning: {instead}.")
+    raise UserError(f"{what} cannot be carried over from Lightning: {instead}.")

@@ -13,6 +13,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
+from engine.errors import UserError
 from engine.loss import Loss
 from engine.task import Task
 
@@ -39,7 +40,7 @@ class _Pretrained(Task):
         self._pad = 0
 
     def configure_model(self) -> nn.Module:
-        """Return the model in training mode. Raises ValueError for one whose loss is another."""
+        """Return the model in training mode. Raises UserError for one whose loss is another."""
         model = self._model()
         self.check(model.config)
         self._pad = getattr(model.config, "pad_token_id", None) or 0
@@ -54,7 +55,7 @@ class _Pretrained(Task):
     def check(self, config: Any) -> None:
         """Raise ValueError for a model that would need another loss."""
         if getattr(config, "output_router_logits", False):
-            raise ValueError(
+            raise UserError(
                 "output_router_logits=True adds a loss of the router, which this task would leave out: "
                 "write loss() yourself, with that term times the weight, or set it to False."
             )
@@ -74,7 +75,7 @@ class _Pretrained(Task):
     def collate(self, samples: list[Any]) -> dict[str, Tensor]:
         """Pad to the longest sample on the right: labels with -100, `input_ids` with the model's padding, else 0.
 
-        Makes an `attention_mask` where there is none. Raises ValueError for a column that is no number.
+        Makes an `attention_mask` where there is none. Raises UserError for a column that is no number.
         """
         if "attention_mask" not in samples[0]:
             samples = [{**sample, "attention_mask": [1] * len(sample["input_ids"])} for sample in samples]
@@ -84,7 +85,7 @@ class _Pretrained(Task):
         try:
             tensors = [torch.as_tensor(value) for value in values]
         except (TypeError, ValueError, RuntimeError):
-            raise ValueError(
+            raise UserError(
                 f"the data's column {name!r} holds {type(values[0]).__name__}: keep only what the model takes, "
                 "as in dataset.remove_columns(...)."
             ) from None
@@ -119,7 +120,7 @@ class SequenceClassification(_Pretrained):
 
     `model` is a model for sequence classification, its config, or a name or path for
     `AutoModelForSequenceClassification.from_pretrained`. Samples are dictionaries of `input_ids` and `labels`, one
-    whole number (-100: none). Raises ValueError for regression and several labels at a time.
+    whole number (-100: none). Raises UserError for regression and several labels at a time.
     """
 
     auto_class = "AutoModelForSequenceClassification"
@@ -128,7 +129,7 @@ class SequenceClassification(_Pretrained):
         """Raise ValueError for a model that does not choose one of several labels."""
         super().check(config)
         if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
-            raise ValueError(
+            raise UserError(
                 f"num_labels={config.num_labels} with problem_type={config.problem_type!r}: this task is for one of "
                 "several labels; override loss() for others."
             )

@@ -1,8 +1,12 @@
-"""A changing number of micro-batches per window."""
+"""Accumulation schedules: K, the micro-batches per window, as a function of the position in the run."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 from engine.callbacks.base import Callback
+from engine.errors import UserError
 from engine.plan.schedule import Unit, check_scheduling
 
 
@@ -11,10 +15,32 @@ class GradientAccumulationScheduler(Callback):
 
     Epochs count from 0. `unit` says what the keys count: "epoch", "update", or "sample" (over all processes, since the
     start; a change by samples comes with the first window that starts there or later). K is 1 until the first key. The
-    dictionary is copied, and K is a pure function of the place in the run. Raises ValueError for anything but whole
+    dictionary is copied, and K is a pure function of the position in the run. Raises UserError for anything but whole
     numbers, keys of at least 0 and K of at least 1.
     """
 
     def __init__(self, scheduling: dict[int, int], unit: Unit = "epoch") -> None:
         self.scheduling = check_scheduling(scheduling, unit)
         self.unit: Unit = unit
+
+
+class Scheduling(NamedTuple):
+    """Where K changes, and what the keys count."""
+
+    by_start: dict[int, int]
+    """{first epoch, update or sample: K}."""
+    unit: Unit = "epoch"
+
+
+def find_scheduler(callbacks: Iterable[Callback], K: int, effective_batch_size: int | None) -> Scheduling:
+    """Return the schedule of the one `GradientAccumulationScheduler` among `callbacks`, else that of a constant K.
+
+    Raises UserError if more than one setting or callback sets the window length.
+    """
+    schedulers = [c for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
+    given = [f"accumulate_grad_batches={K}"] if K != 1 else []
+    given += [f"effective_batch_size={effective_batch_size}"] if effective_batch_size is not None else []
+    given += [f"GradientAccumulationScheduler({s.scheduling})" for s in schedulers]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} both set the window length. Give only one.")
+    return Scheduling(schedulers[0].scheduling, schedulers[0].unit) if schedulers else Scheduling({0: K})

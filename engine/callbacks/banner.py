@@ -1,10 +1,10 @@
-"""What is about to run, before it does."""
+"""The banner: what is about to run."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.checks import batch_norms
+from engine.update.model_checks import count_batch_norms
 
 if TYPE_CHECKING:
     from engine.trainer import Trainer
@@ -24,13 +24,13 @@ def banner(trainer: Trainer) -> str:
         "task": f"{type(trainer.task).__module__}.{type(trainer.task).__qualname__}",
         "model": f"{type(model).__name__}, {count:,} parameters" + (f" and {frozen:,} frozen" if frozen else ""),
         "strategy": strategy.describe(),
-        "precision": dtypes + (f", autocast to {settings['precision']}" if settings["precision"] else ""),
+        "precision": dtypes + (f", autocast to {settings.precision}" if settings.precision else ""),
         "window": _windows(trainer),
         "lr rule": _lr_rule(trainer),
         "updates": _updates(trainer),
-        "run folder": str(trainer.run.path) if trainer.run is not None else "none: nothing is written",
+        "run folder": str(trainer.run_folder.path) if trainer.run_folder is not None else "none (nothing is written)",
     }
-    if normalises := batch_norms(model):
+    if normalises := count_batch_norms(model):
         where = "of all processes at a time" if strategy.needs_equal_windows else "on one process"
         lines["batch norm"] = f"{normalises} layers normalise over a micro-batch {where}, not over the window"
     if not model.training:
@@ -50,7 +50,7 @@ def _windows(trainer: Trainer) -> str:
 
 
 def _lr_rule(trainer: Trainer) -> str:
-    rule, reference, schedule = trainer.settings["lr_rule"], trainer.settings["lr_reference_batch"], trainer.schedule
+    rule, reference, schedule = trainer.settings.lr_rule, trainer.settings.lr_reference_batch, trainer.schedule
     if rule == "none":
         return ""
     parts = (

@@ -1,10 +1,12 @@
-"""Hooks into a run."""
+"""Callbacks: hooks into a run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
+
+from engine.errors import UserError
 
 if TYPE_CHECKING:
     from engine.trainer import Trainer
@@ -21,13 +23,13 @@ class Callback:
         """Everything is built; no micro-batch has run."""
 
     def on_epoch_start(self, trainer: Trainer) -> None:
-        """`trainer.epoch` begins."""
+        """`trainer.epoch` starts."""
 
     def on_update_end(self, trainer: Trainer) -> None:
-        """An update was made (or skipped) and the gradients are cleared; `trainer.record` tells of it."""
+        """An update was made (or skipped) and the gradients are cleared; `trainer.record` describes it."""
 
     def around_validation(self, trainer: Trainer) -> AbstractContextManager[None]:
-        """Return a context that a validation runs in; it is left also where the validation is interrupted."""
+        """Return the context of a validation; it is left even if the validation is interrupted."""
         return nullcontext()
 
     def on_validation_end(self, trainer: Trainer) -> None:
@@ -40,7 +42,7 @@ class Callback:
         """The run is over; the process group still stands."""
 
     def on_interruption(self, trainer: Trainer) -> None:
-        """The run was interrupted and has saved itself: this comes in place of `on_fit_end`."""
+        """The run was interrupted and has saved itself; called instead of `on_fit_end`."""
 
     def on_exception(self, trainer: Trainer, exception: BaseException) -> None:
         """The run ends by `exception`, which is raised again afterwards. Call no collective here."""
@@ -53,19 +55,37 @@ class Callback:
         """Take back what `state_dict` returned."""
 
 
+def as_callbacks(callbacks: Any) -> list[Callback]:
+    """Return one callback, or a list or tuple of them, as a list. Raises UserError for anything else."""
+    if callbacks is None:
+        return []
+    listed = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+    for callback in listed:
+        if not isinstance(callback, Callback):
+            raise UserError(f"callbacks={callback!r}: expected a Callback object, or a list of them.")
+    return listed
+
+
+def call(trainer: Trainer, event: str) -> None:
+    """Call the hook of that name on all callbacks."""
+    for callback in trainer.callbacks:
+        getattr(callback, event)(trainer)
+
+
 @contextmanager
-def validating(trainer: Trainer) -> Iterator[None]:
-    """Enter what the callbacks put around a validation."""
+def around_validation(trainer: Trainer) -> Iterator[None]:
+    """Enter the contexts that the callbacks put around a validation."""
     with ExitStack() as contexts:
         for callback in trainer.callbacks:
             contexts.enter_context(callback.around_validation(trainer))
         yield
 
 
-def check_validates(trainer: Trainer, callback: Callback) -> None:
-    """Raise ValueError where a callback waits for a validation and there is none."""
-    if not trainer.validates:
+def check_has_validation(trainer: Trainer, callback: Callback) -> None:
+    """Raise UserError if a callback needs a validation and there is none."""
+    if not trainer.has_validation:
         name = type(callback).__name__
-        raise ValueError(
-            f"{name} looks at validation means, but {type(trainer.task).__name__}.validation_data() is None."
+        raise UserError(
+            f"{name} needs validation means, but {type(trainer.task).__name__}.validation_data() returned None. "
+            f"Return data there, or leave {name} out."
         )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from engine.callbacks.base import Callback, check_validates
-from engine.checkpoint.writer import Best
+from engine.callbacks.base import Callback, check_has_validation
+from engine.errors import UserError, check_count
+from engine.records.metric import MetricRule
 
 if TYPE_CHECKING:
     from engine.trainer import Trainer
@@ -15,16 +16,15 @@ class EarlyStopping(Callback):
     """Ends the run after `patience` validations in a row whose `metric` was no better than the best before.
 
     `mode` is "min" or "max"; better means by more than `min_delta`, and NaN never is. All processes hold the same
-    means, so all stop at the same update, whatever P is. Raises ValueError for arguments that cannot be, and for a
+    means, so all stop at the same update, whatever P is. Raises UserError for arguments that cannot be, and for a
     metric that is not there.
     """
 
     def __init__(self, metric: str = "loss", patience: int = 3, mode: str = "min", min_delta: float = 0.0) -> None:
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-            raise ValueError(f"EarlyStopping(patience={patience!r}): give a whole number of at least 1.")
+        check_count("EarlyStopping.patience", patience)
         if not min_delta >= 0:
-            raise ValueError(f"EarlyStopping(min_delta={min_delta!r}): give a number of at least 0.")
-        self._rule = Best(f"{mode}:{metric}", "EarlyStopping")
+            raise UserError(f"EarlyStopping(min_delta={min_delta!r}): expected a number of at least 0.")
+        self._rule = MetricRule(f"{mode}:{metric}", "EarlyStopping")
         self._patience = patience
         self._least_gain = min_delta if mode == "max" else -min_delta
         self.best: float | None = None
@@ -34,7 +34,7 @@ class EarlyStopping(Callback):
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Stop at once where a resumed run had stopped."""
-        check_validates(trainer, self)
+        check_has_validation(trainer, self)
         if trainer.update == 0:
             self.best, self.waited = None, 0
         self._stop_if_due(trainer)
@@ -50,7 +50,7 @@ class EarlyStopping(Callback):
 
     def _stop_if_due(self, trainer: Trainer) -> None:
         if self.waited >= self._patience:
-            trainer.stop(together=True)
+            trainer.stop(is_collective=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value and the count."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from engine.callbacks.base import Callback
+from engine.errors import UserError
 
 if TYPE_CHECKING:
     from engine.trainer import Trainer
@@ -21,13 +22,13 @@ class EMA(Callback):
 
     After each update `average = decay * average + (1 - decay) * parameter`, starting from the parameters before the
     first. Training goes on with the parameters themselves. At the end of a run with a `run_dir`,
-    `model-ema.safetensors` has the model with averaged parameters. Raises ValueError for a `decay` that is not between
+    `model-ema.safetensors` has the model with averaged parameters. Raises UserError for a `decay` that is not between
     0 and 1, and for a strategy whose processes hold parts of the model.
     """
 
     def __init__(self, decay: float = 0.999) -> None:
         if not 0 < decay < 1:
-            raise ValueError(f"EMA(decay={decay!r}): give a number between 0 and 1.")
+            raise UserError(f"EMA(decay={decay!r}): give a number between 0 and 1.")
         self._move = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         self.averages: dict[str, Tensor] = {}
         """The averaged parameters, by name, on their device."""
@@ -37,9 +38,7 @@ class EMA(Callback):
     def on_fit_start(self, trainer: Trainer) -> None:
         """Begin with the parameters, or with what a checkpoint had."""
         if not trainer.strategy.holds_all:
-            raise ValueError(
-                f"EMA needs whole parameters on each process, which {trainer.strategy.name} does not have."
-            )
+            raise UserError(f"EMA needs whole parameters on each process, which {trainer.strategy.name} does not have.")
         named = {n.replace("_orig_mod.", ""): p for n, p in trainer.model.named_parameters() if p.requires_grad}
         self._parameters = list(named.values())
         self.averages = {n: self._saved.get(n, p).detach().to(p.device, copy=True) for n, p in named.items()}
@@ -60,9 +59,9 @@ class EMA(Callback):
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """Write the averaged model."""
-        if trainer.run is not None:
+        if trainer.run_folder is not None:
             with self.around_validation(trainer):
-                trainer.run.save_weights(trainer.strategy.state_dict()["model"], "model-ema.safetensors")
+                trainer.run_folder.save_weights(trainer.strategy.state_dict()["model"], "model-ema.safetensors")
 
     def _swap(self) -> None:
         with torch.no_grad():

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from engine.callbacks.base import Callback, check_validates
-from engine.checkpoint.writer import Best
+from engine.callbacks.base import Callback, check_has_validation
+from engine.errors import UserError
+from engine.records.metric import MetricRule
 
 if TYPE_CHECKING:
     from engine.trainer import Trainer
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 class EpochLR(Callback):
     """Moves one of torch's LR schedulers at the end of each epoch: `EpochLR(lambda optimizer: StepLR(optimizer, 3))`.
 
-    Raises ValueError where the task has an LR scheduler of its own: both would set the same number.
+    Raises UserError where the task has an LR scheduler of its own: both would set the same number.
     """
 
     def __init__(self, make: Callable[[Optimizer], LRScheduler]) -> None:
@@ -29,7 +30,7 @@ class EpochLR(Callback):
     def on_fit_start(self, trainer: Trainer) -> None:
         """Make the scheduler, or put it where it was."""
         if trainer.lr_scheduler is not None:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} and the task's {type(trainer.lr_scheduler).__name__} both set the learning "
                 "rate: keep one."
             )
@@ -58,7 +59,7 @@ class EpochLR(Callback):
 class PlateauLR(EpochLR):
     """Multiplies the learning rate by `factor` after more than `patience` validations without a better `metric`.
 
-    It is torch's ReduceLROnPlateau, and `threshold`, `cooldown` and `min_lr` are its own. Raises ValueError as
+    It is torch's ReduceLROnPlateau, and `threshold`, `cooldown` and `min_lr` are its own. Raises UserError as
     `EpochLR` does, and for a metric that is not there.
     """
 
@@ -72,9 +73,9 @@ class PlateauLR(EpochLR):
         cooldown: int = 0,
         min_lr: float = 0.0,
     ) -> None:
-        self._rule = Best(f"{mode}:{metric}", "PlateauLR")
+        self._rule = MetricRule(f"{mode}:{metric}", "PlateauLR")
         if not 0 < factor < 1:
-            raise ValueError(f"PlateauLR(factor={factor!r}): give a number between 0 and 1.")
+            raise UserError(f"PlateauLR(factor={factor!r}): give a number between 0 and 1.")
         super().__init__(
             lambda optimizer: ReduceLROnPlateau(
                 optimizer,
@@ -89,7 +90,7 @@ class PlateauLR(EpochLR):
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Make the scheduler, or put it where it was."""
-        check_validates(trainer, self)
+        check_has_validation(trainer, self)
         super().on_fit_start(trainer)
 
     def on_epoch_end(self, trainer: Trainer) -> None:

@@ -1,4 +1,4 @@
-"""How fast a run is, how long it will take, and which process holds it up."""
+"""The pace of a run: its rates, the time left, and the process that slows it down."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ if TYPE_CHECKING:
 
 
 class _Point(NamedTuple):
-    """Where a run stood, in all, at a time."""
+    """The totals of a run at a time."""
 
     time: float
     update: int
     samples: int
     weight: float
-    busy: list[float]
+    local_seconds: list[float]
 
 
 class Pace:
-    """Looks at a run from time to time, and tells of the last `seconds`; what lies before `restart` does not count."""
+    """Samples the totals of a run, and measures the last `seconds`; nothing before `restart` counts."""
 
     def __init__(self, seconds: float = 10.0) -> None:
         self._seconds = seconds
         self._points: deque[_Point] = deque()
 
     def restart(self, trainer: Trainer, now: float) -> None:
-        """Begin here: what came before was no training."""
+        """Begin here: the time before was not training."""
         self._points.clear()
         self.see(trainer, now)
 
     def see(self, trainer: Trainer, now: float) -> None:
-        """Look at a run."""
+        """Sample the totals of a run."""
         points = self._points
-        points.append(_Point(now, trainer.update, trainer.samples, trainer.weight, trainer.loop.busy))
+        points.append(_Point(now, trainer.update, trainer.samples, trainer.weight, trainer.local_seconds))
         while len(points) > 2 and points[1].time < now - self._seconds:
             points.popleft()
 
     def rates(self) -> tuple[float, float]:
-        """Return (samples, weight) a second, over all processes; 0 where nothing is known."""
+        """Return (samples, weight) a second, over all processes; 0 if unknown."""
         first, last = self._points[0], self._points[-1]
         seconds = last.time - first.time
         if not seconds:
@@ -49,27 +49,27 @@ class Pace:
         return (last.samples - first.samples) / seconds, (last.weight - first.weight) / seconds
 
     def left(self, trainer: Trainer) -> timedelta | None:
-        """Return the time to the end, validations aside; None where it is not known."""
+        """Return the time to the end, validations aside; None if it is unknown."""
         rate, _ = self.rates()
         ends = []
-        if trainer.plan is not None and trainer.settings["max_epochs"] is not None:
-            ends.append(trainer.settings["max_epochs"] * trainer.plan.samples - trainer.samples)
-        if trainer.settings["max_updates"] is not None:
+        if trainer.plan is not None and trainer.settings.max_epochs is not None:
+            ends.append(trainer.settings.max_epochs * trainer.plan.samples - trainer.samples)
+        if trainer.settings.max_updates is not None:
             stage = trainer.schedule.at(trainer.epoch, trainer.update, trainer.samples)
-            ends.append((trainer.settings["max_updates"] - trainer.update) * stage.effective_batch)
+            ends.append((trainer.settings.max_updates - trainer.update) * stage.effective_batch)
         return timedelta(seconds=round(min(ends) / rate)) if ends and rate else None
 
     def slow_process(self) -> str:
-        """Name the process for which the others wait for more than a tenth of the time, if there is one.
+        """Name the process for which the others wait more than a tenth of the time, if there is one.
 
-        Told from what each does by itself in a window: data, and all but the last backward, which waits for the others.
+        Measured from what each does by itself in a window: data, and all but the last backward, which waits for others.
         """
         first, last = self._points[0], self._points[-1]
         updates, seconds = last.update - first.update, last.time - first.time
-        if not updates or len(last.busy) < 2:
+        if not updates or len(last.local_seconds) < 2:
             return ""
-        before = first.busy or [0.0] * len(last.busy)
-        own = [(now - then) / updates for now, then in zip(last.busy, before, strict=True)]
+        before = first.local_seconds or [0.0] * len(last.local_seconds)
+        own = [(now - then) / updates for now, then in zip(last.local_seconds, before, strict=True)]
         slowest, median = max(own), median_low(own)
         if (slowest - median) * updates <= 0.1 * seconds:
             return ""

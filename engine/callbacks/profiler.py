@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch.profiler import profile, record_function
 
 from engine.callbacks.base import Callback
+from engine.errors import UserError
 
 if TYPE_CHECKING:
     from engine.trainer import Trainer
@@ -16,20 +17,20 @@ class Profiler(Callback):
     """Traces the updates `first` to `last` (from 1) on process 0 into `trace-FIRST-LAST.json` in the run_dir.
 
     The file is a Chrome trace: drop it on https://ui.perfetto.dev. Each update is a span by that name. Choose updates
-    after the first few, which are slow, and not many: a trace has thousands of events an update. Raises ValueError for
+    after the first few, which are slow, and not many: a trace has thousands of events an update. Raises UserError for
     numbers that cannot be, and without a `run_dir`.
     """
 
     def __init__(self, first: int = 10, last: int = 12) -> None:
         if not 1 <= first <= last:
-            raise ValueError(f"Profiler(first={first!r}, last={last!r}): give 1 <= first <= last.")
+            raise UserError(f"Profiler(first={first!r}, last={last!r}): give 1 <= first <= last.")
         self._first, self._last = first, last
         self._profile: profile | None = None
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Begin, where it is to be from the first update on."""
-        if trainer.settings["run_dir"] is None:
-            raise ValueError("Profiler writes into the run's folder: give a run_dir.")
+        if trainer.settings.run_dir is None:
+            raise UserError("Profiler writes into the run's folder: give a run_dir.")
         self._begin_if_due(trainer)
 
     def on_update_end(self, trainer: Trainer) -> None:
@@ -57,7 +58,7 @@ class Profiler(Callback):
             self._profile = None
 
     def _begin_if_due(self, trainer: Trainer) -> None:
-        if trainer.run is not None and trainer.update == self._first - 1:
+        if trainer.run_folder is not None and trainer.update == self._first - 1:
             self._profile = profile()
             self._profile.start()
             self._enter_span(trainer)
@@ -67,9 +68,9 @@ class Profiler(Callback):
         self._span.__enter__()  # type: ignore[no-untyped-call]
 
     def _end(self, trainer: Trainer) -> None:
-        if self._profile is None or trainer.run is None:
+        if self._profile is None or trainer.run_folder is None:
             return
         self._span.__exit__(None, None, None)
         self._profile.stop()
-        self._profile.export_chrome_trace(str(trainer.run.path / f"trace-{self._first}-{self._last}.json"))
+        self._profile.export_chrome_trace(str(trainer.run_folder.path / f"trace-{self._first}-{self._last}.json"))
         self._profile = None

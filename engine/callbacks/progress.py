@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Progress(Callback):
-    """Prints what is about to run, and how it goes.
+    """Prints a banner, and progress.
 
     In a terminal a few lines are kept up to date; elsewhere (a file, a pipe, CI) there is a line at most every
     `seconds`. Between these an update costs one look at the clock. `NO_COLOR` and `TERM=dumb` are heeded.
@@ -53,7 +53,7 @@ class Progress(Callback):
         self._restart(trainer)
 
     def on_update_end(self, trainer: Trainer) -> None:
-        """Show how it goes, from time to time."""
+        """Show progress, from time to time."""
         now = time.perf_counter()
         if now < self._due:
             return
@@ -63,7 +63,7 @@ class Progress(Callback):
             self._live.update(_picture(trainer, self._pace, self._console.width), refresh=True)
         else:
             left = self._pace.left(trainer)
-            here = [f"epoch {trainer.epoch}", f"update {_place(trainer)}", *_details(trainer, self._pace)]
+            here = [f"epoch {trainer.epoch}", f"update {_position(trainer)}", *_details(trainer, self._pace)]
             print("  ".join([*here, *([f"{left} left"] if left is not None else [])]), flush=True)
 
     @contextmanager
@@ -80,7 +80,7 @@ class Progress(Callback):
         means = "  ".join(f"{name} {value:.4g}" for name, value in trainer.metrics.items())
         rate, _ = self._pace.rates()
         line = (
-            f"epoch {trainer.epoch}  update {_place(trainer)}  loss {trainer.record['loss']:.4f}  |  "
+            f"epoch {trainer.epoch}  update {_position(trainer)}  loss {trainer.record['loss']:.4f}  |  "
             f"validation: {means}" + (f"  |  {rate:,.0f} samples/s" if rate else "")
         )
         if self._live is not None:
@@ -90,17 +90,15 @@ class Progress(Callback):
         self._restart(trainer)
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """Say where the run is."""
+        """Print the totals, and the run folder."""
         if self._due < math.inf:
             self._close()
             skipped = f", {trainer.skipped} of them skipped" if trainer.skipped else ""
-            where = f": {trainer.run.path}" if trainer.run is not None else ""
+            where = f": {trainer.run_folder.path}" if trainer.run_folder is not None else ""
             print(f"done: {trainer.update} updates{skipped}, {trainer.samples} samples{where}", flush=True)
-            if (meter := trainer.loop.meter) is not None and meter.sees_reduction:
-                print(
-                    meter.costs or "what the reduction costs is not known: that takes full windows of K >= 2",
-                    flush=True,
-                )
+            if trainer.sees_reduction:
+                unknown = "the cost of the reduction is unknown: measuring it takes full windows of K >= 2"
+                print(trainer.reduction_cost or unknown, flush=True)
 
     def on_interruption(self, trainer: Trainer) -> None:
         """Leave the terminal clean."""
@@ -129,7 +127,9 @@ def _picture(trainer: Trainer, pace: Pace, width: int) -> Group:
     head.add_column(ratio=1)
     head.add_column(no_wrap=True)
     bar = ProgressBar(total=total, completed=trainer.update, pulse=total is None, complete_style="cyan")
-    head.add_row(f"epoch {trainer.epoch}", bar, f"{_place(trainer)}" + (f"  {left} left" if left is not None else ""))
+    head.add_row(
+        f"epoch {trainer.epoch}", bar, f"{_position(trainer)}" + (f"  {left} left" if left is not None else "")
+    )
     space = "\N{NO-BREAK SPACE}"
     unbroken = "  ".join(detail.replace(" ", space) for detail in _details(trainer, pace))
     lines = textwrap.wrap(unbroken, width, break_on_hyphens=False)
@@ -155,7 +155,7 @@ def _details(trainer: Trainer, pace: Pace) -> list[str]:
     return [*details, slow] if slow else details
 
 
-def _place(trainer: Trainer) -> str:
+def _position(trainer: Trainer) -> str:
     total = trainer.total_updates
     return f"{trainer.update}" if total is None else f"{trainer.update}/{total}"
 

@@ -1,195 +1,205 @@
-"""A run's folder over time: found again, gone on with, and saved into. Without a run_dir it keeps nothing."""
+"""Finds, resumes and saves checkpoints in `run_dir`. Without a `run_dir` it does nothing."""
 
 from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from engine.checkpoint.files import FORMAT, CheckpointError
-from engine.checkpoint.snapshot import Saved, find, snapshot
-from engine.checkpoint.writer import Best, Saver
+from engine.checkpoint.files import FORMAT
+from engine.checkpoint.find import Checkpoint, find_checkpoint
+from engine.checkpoint.snapshot import RunParts, snapshot
+from engine.checkpoint.writer import CheckpointWriter
+from engine.errors import CheckpointError, UserError
+from engine.records.metric import MetricRule
 from engine.records.run_folder import MARK, RunFolder
-from engine.signals import Interrupts
+from engine.settings import Settings
+from engine.signals import Signals
+from engine.state import RunState
+from strategies import Strategy
 
-if TYPE_CHECKING:
-    from engine.trainer import Trainer
 
+class Checkpointer:
+    """Saves at boundaries: all processes together, process 0 writes."""
 
-class Keeper:
-    """Finds the checkpoint to go on from, and saves at boundaries: all processes together, process 0 writes."""
-
-    def __init__(self, trainer: Trainer, interrupts: Interrupts) -> None:
-        self._trainer = trainer
-        self._interrupts = interrupts
-        self._settings = trainer.settings
-        self._strategy = trainer.strategy
-        run_dir = self._strategy.gather(self._settings["run_dir"])[0]
+    def __init__(self, settings: Settings, strategy: Strategy, signals: Signals) -> None:
+        self._settings, self._strategy, self._signals = settings, strategy, signals
+        run_dir = strategy.gather(settings.run_dir)[0]
         self._folder = None if run_dir is None else Path(run_dir)
-        self._best = Best(self._settings["keep_best"]) if self._settings["keep_best"] else None
-        self._saver: Saver | None = None
+        self._rule = MetricRule(settings.keep_best) if settings.keep_best else None
+        self._writer: CheckpointWriter | None = None
         self._saved_at = time.perf_counter()
-        self._stalled = 0.0
-        self._saved_place: tuple[int, int] | None = None
-        self.run: RunFolder | None = None
+        self._stalled_seconds = 0.0
+        self._saved_boundary: tuple[int, int] | None = None
+        self._state = RunState()
+        self._parts: RunParts
+        self.run_folder: RunFolder | None = None
         """The folder, on process 0."""
 
-    def find(self) -> Saved | None:
-        """Return the checkpoint to go on from, if there is one. Raises CheckpointError."""
-        resume = self._settings["resume"]
+    def find(self) -> Checkpoint | None:
+        """Return the checkpoint to resume from, if there is one. Raises CheckpointError."""
+        resume = self._settings.resume
         if resume == "never" or (resume == "auto" and self._folder is None):
             return None
-        return find(resume, self._folder and self._folder / "checkpoints", self._strategy)
+        return find_checkpoint(resume, self._folder and self._folder / "checkpoints", self._strategy)
 
-    def open(self, configuration: dict[str, Any], saved: Saved | None) -> None:
-        """Make or take over the folder, on process 0. Raises FileExistsError or OSError on all processes."""
+    def open(
+        self, configuration: Mapping[str, Any], checkpoint: Checkpoint | None, state: RunState, parts: RunParts
+    ) -> None:
+        """Make or take over the folder, on process 0. Raises RunDirTakenError or OSError on all processes."""
+        self._state, self._parts = state, parts
         if self._folder is None:
             return
         problem: Exception | None = None
         if self._strategy.rank == 0:
             try:
-                self.run = RunFolder(self._folder, takes_over=self._settings["resume"] != "never")
-                self.run.write("config.json", {MARK: FORMAT, **configuration})
-                undone = self.run.rewind(self._trainer.update, self._trainer.validated)
-                self._saver = Saver(self._folder / "checkpoints", self._settings["keep_last_checkpoints"])
-                if saved is not None:
-                    self._saver.take_up(saved.path, saved["best"])
-                self.tell(
-                    "start" if saved is None else "resume",
-                    undone=undone,
-                    processes=self._strategy.data_parallel_size,
-                    strategy=self._strategy.describe(),
-                    torch=torch.__version__,
-                    python=platform.python_version(),
-                )
+                self._open(self._folder, configuration, checkpoint)
             except OSError as error:
                 problem = error
         self._raise_together(problem)
         self._check_shared()
-        if saved is not None:
-            self._saved_place = self._place
+        if checkpoint is not None:
+            self._saved_boundary = self._boundary
+
+    def _open(self, folder: Path, configuration: Mapping[str, Any], checkpoint: Checkpoint | None) -> None:
+        state = self._state
+        self.run_folder = RunFolder(folder, takes_over=self._settings.resume != "never")
+        self.run_folder.write("config.json", {MARK: FORMAT, **configuration})
+        undone = self.run_folder.rewind(state.update, state.validated_update)
+        self._writer = CheckpointWriter(folder / "checkpoints", self._settings.keep_last_checkpoints)
+        if checkpoint is not None:
+            self._writer.resume_from(checkpoint.path, checkpoint["best"])
+        self.log_event(
+            "start" if checkpoint is None else "resume",
+            undone=undone,
+            processes=self._strategy.data_parallel_size,
+            strategy=self._strategy.describe(),
+            torch=torch.__version__,
+            python=platform.python_version(),
+        )
 
     def _check_shared(self) -> None:
-        """Raise ValueError where a process does not see the folder: it could not go on from there."""
+        """Raise UserError if a process does not see the folder: it could not resume from it."""
         sees = self._strategy.gather(self._folder is not None and (self._folder / "config.json").is_file())
-        if not all(sees) and self._settings["resume"] != "never":
+        if not all(sees) and self._settings.resume != "never":
             blind = ", ".join(str(rank) for rank, does in enumerate(sees) if not does)
-            raise ValueError(
-                f"run_dir={str(self._folder)!r} of process 0 is not there for processes {blind}: name a folder on a "
-                "disk that all hosts share, or use resume='never' for a run that cannot be gone on with."
+            raise UserError(
+                f"run_dir={str(self._folder)!r}: process {blind} cannot see it. Use storage shared by all hosts, or "
+                "resume='never'."
             )
 
-    def tell(self, event: str, **facts: Any) -> None:
-        """Note in events.jsonl what happens to the run, when, and where in it; on process 0, at boundaries only."""
-        if self.run is None:
+    def log_event(self, event: str, **facts: Any) -> None:
+        """Append what happened to events.jsonl, with the time and the position; on process 0, at boundaries only."""
+        if self.run_folder is None:
             return
-        trainer = self._trainer
-        self.run.tell(
+        state = self._state
+        self.run_folder.log_event(
             {
                 "event": event,
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
-                "update": trainer.update,
-                "epoch": trainer.epoch,
-                "samples": trainer.samples,
-                "seconds": round(trainer.elapsed, 3),
+                "update": state.update,
+                "epoch": state.epoch,
+                "samples": state.samples,
+                "seconds": round(state.elapsed, 3),
                 **facts,
             }
         )
 
     @property
-    def last(self) -> str:
-        """Where the newest checkpoint is, when what is being written is written; other processes know the folder."""
-        if self._saver is not None:
-            self._saver.wait()
-            if self._saver.last is not None:
-                return str(self._saver.last)
+    def newest(self) -> str:
+        """The newest checkpoint, once it is written; processes other than 0 know its folder only."""
+        if self._writer is not None:
+            self._writer.wait()
+            if self._writer.newest is not None:
+                return str(self._writer.newest)
         return "none" if self._folder is None else f"in {self._folder / 'checkpoints'}"
 
     def wants_save(self) -> bool:
-        """Whether this process would save after the coming update: it was asked to, or process 0's clock says so."""
-        minutes = self._settings["save_every_n_minutes"]
+        """Whether this process requests a save after the next update: by a signal, or by the clock of process 0."""
+        minutes = self._settings.save_every_n_minutes
         if self._folder is None:
             return False
         is_late = minutes is not None and time.perf_counter() - self._saved_at > 60 * minutes
-        return self._interrupts.wants_save or (is_late and self._strategy.rank == 0)
+        return self._signals.save_requested or (is_late and self._strategy.rank == 0)
 
-    def save_if_due(self, is_asked: bool) -> bool:
-        """Save after an update, where all processes have agreed to or it is the n-th; return whether it was so."""
-        every = self._settings["save_every_n_updates"]
-        is_due = is_asked or (every is not None and self._trainer.update % every == 0)
+    def save_if_due(self, is_requested: bool) -> bool:
+        """Save after an update if all processes agreed to, or if it is the n-th; return whether it was due."""
+        every = self._settings.save_every_n_updates
+        is_due = is_requested or (every is not None and self._state.update % every == 0)
         if is_due:
             self.save()
         return is_due
 
     def save_if_best(self) -> None:
-        """Save after a validation that is the best of those that have been kept."""
-        if self._best is None:
+        """Save after a validation that is the best so far."""
+        if self._rule is None:
             return
-        value = self._best.value(self._trainer.metrics)
-        if self._saver is not None:
-            self._saver.wait()
-        best = self._strategy.gather(self._saver.best if self._saver else None)[0]
-        if self._best.improves(value, best):
+        value = self._rule.value(self._state.metrics)
+        if self._writer is not None:
+            self._writer.wait()
+        best = self._strategy.gather(self._writer.best if self._writer else None)[0]
+        if self._rule.improves(value, best):
             self.save(best=value)
 
     def save(self, best: float | None = None, is_last: bool = False) -> None:
-        """Save now, in the background: nothing a second time, and no run of skipped updates before its end."""
-        if self._folder is None or (self._trainer.skipped_in_a_row and not is_last):
+        """Save in the background; no boundary twice, and no run of skipped updates before its end."""
+        if self._folder is None or (self._state.skipped_in_a_row and not is_last):
             return
-        if self._saved_place == self._place and best is None:
+        if self._saved_boundary == self._boundary and best is None:
             return
         started = time.perf_counter()
-        self._trainer.loop.check_replicas(self._trainer.update)
-        self._trainer.seconds = self._trainer.elapsed
-        model, state = snapshot(self._trainer)
-        if self._saver is not None:
-            self._saver.wait()
-            known = best if best is not None else self._saver.best
-            state["best"] = None if known is None else {"value": known, "is_this": best is not None}
-            self._saver.save(self._trainer.update, model, state, best)
+        self._parts.updater.exchange.check_replicas(self._state.update)
+        self._state.stop_clock()
+        model, topics = snapshot(self._state, self._parts)
+        if self._writer is not None:
+            self._writer.wait()
+            known = best if best is not None else self._writer.best
+            topics["best"] = None if known is None else {"value": known, "is_this": best is not None}
+            self._writer.save(self._state.update, model, topics, best)
         took = time.perf_counter() - started
-        self._stalled += took
-        meter = self._trainer.loop.meter
-        spent = meter.spent if meter is not None else {}
-        self.tell("save", took=round(took, 3), spent={what: round(seconds, 3) for what, seconds in spent.items()})
-        self._saved_at, self._saved_place = time.perf_counter(), self._place
-        self._interrupts.wants_save = False
+        self._stalled_seconds += took
+        spent = self._parts.updater.timer.seconds_by_activity
+        self.log_event("save", took=round(took, 3), spent={name: round(value, 3) for name, value in spent.items()})
+        self._saved_at, self._saved_boundary = time.perf_counter(), self._boundary
+        self._signals.save_requested = False
 
     def finish(self) -> None:
-        """Save, and wait until it is written; try once more where that failed.
+        """Save, and wait until it is written; try once more if that failed.
 
-        Raises on all processes what the writing failed with: the run must not end as if it were kept.
+        Raises the error of the second failure on all processes: a run must not end as if it were kept.
         """
         if self._folder is None:
             return
         self.save(is_last=True)
         if self._has_failed():
-            self._saved_place = None
+            self._saved_boundary = None
             self.save(is_last=True)
             self._has_failed()
-            self._raise_together(self._saver.error if self._saver else None)
+            self._raise_together(self._writer.error if self._writer else None)
 
     def _has_failed(self) -> bool:
         """Wait for the last save, and return whether it failed, on all processes."""
         started = time.perf_counter()
-        if self._saver is not None:
-            self._saver.wait()
-        self._stalled += time.perf_counter() - started
-        return bool(self._strategy.gather(self._saver is not None and self._saver.error is not None)[0])
+        if self._writer is not None:
+            self._writer.wait()
+        self._stalled_seconds += time.perf_counter() - started
+        return bool(self._strategy.gather(self._writer is not None and self._writer.error is not None)[0])
 
     @property
     def costs(self) -> dict[str, Any]:
-        """What saving has cost, for the summary."""
-        saver = self._saver
-        return {"saves": saver.saves, "seconds_stalled_by_saves": round(self._stalled, 3)} if saver else {}
+        """The number and cost of saves, for summary.json; empty on processes other than 0."""
+        if self._writer is None:
+            return {}
+        return {"saves": self._writer.saves, "seconds_stalled_by_saves": round(self._stalled_seconds, 3)}
 
     @property
-    def _place(self) -> tuple[int, int]:
-        return self._trainer.epoch, self._trainer.update
+    def _boundary(self) -> tuple[int, int]:
+        return self._state.epoch, self._state.update
 
     def _raise_together(self, problem: Exception | None) -> None:
         text = self._strategy.gather(f"{type(problem).__name__}: {problem}" if problem else None)[0]

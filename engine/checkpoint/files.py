@@ -1,7 +1,7 @@
 """A checkpoint on disk: a folder that is whole or absent, in formats that execute nothing.
 
     update-00000120/
-        state.json              where the run is, and everything that is no tensor
+        state.json              counters, and everything that is not a tensor
         model.safetensors       parameters and buffers, under the user's own names
         state.safetensors       the tensors of the optimizer and of the rest
         manifest.json           format version, size and SHA-256 of each file: written last
@@ -27,8 +27,9 @@ from typing import Any
 from torch import Tensor
 
 from engine.checkpoint import tree
+from engine.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 """Version of this format; a reader refuses any other."""
 
 STATE, MODEL, TENSORS, MANIFEST, POINTER = (
@@ -42,10 +43,6 @@ FILES = (STATE, MODEL, TENSORS)
 NAME = re.compile(r"update-(\d{8,12})(?:-(\d{1,6}))?")
 LARGEST_JSON = 1 << 30
 """Bytes: a larger manifest or state is not one of ours."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names it, what is wrong and what can be done."""
 
 
 def write(folder: Path, update: int, model: Mapping[str, Any], state: Mapping[str, Any]) -> Path:
@@ -113,7 +110,7 @@ def verify(path: Path) -> str:
         if found == FORMAT and not is_ours:
             raise ValueError(f"it lists {sorted(files)}")
     except FileNotFoundError:
-        raise CheckpointError(f"checkpoint {path} is incomplete or none: it has no {MANIFEST}.") from None
+        raise CheckpointError(f"{path} is not a complete checkpoint: {MANIFEST} is missing.") from None
     except Exception as error:
         raise CheckpointError(f"checkpoint {path}: {MANIFEST} is damaged ({type(error).__name__}: {error}).") from error
     if found != FORMAT:
@@ -182,7 +179,7 @@ def remove_parts(folder: Path) -> None:
 
 def _small(path: Path) -> str:
     if path.exists() and (path.is_symlink() or not path.is_file()):
-        raise ValueError(f"{path.name} is no file")
+        raise ValueError(f"{path.name} is not a regular file")
     if path.stat().st_size > LARGEST_JSON:
         raise ValueError(f"{path.name} has {path.stat().st_size} bytes")
     return path.read_text()

@@ -1,242 +1,149 @@
-"""What a checkpoint holds of a run, how a run takes it up again, and when it must not."""
+"""Takes a snapshot of a run at a boundary, and restores a run from one."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from engine.checkpoint import files, tree
-from engine.checkpoint.files import CheckpointError
-from engine.plan.schedule import Schedule, Unit, solve
+from engine.callbacks.accumulation import Scheduling
+from engine.callbacks.base import Callback
+from engine.checkpoint import tree
+from engine.checkpoint.find import Checkpoint
+from engine.errors import CheckpointError
+from engine.plan.schedule import Schedule, solve
+from engine.plan.windows import Plan
+from engine.settings import OPTIONS, Settings, class_path
+from engine.state import RunState
+from engine.update.updater import Updater
 from strategies import Strategy
-
-if TYPE_CHECKING:
-    from engine.trainer import Trainer
 
 log = logging.getLogger("tally")
 
-WINDOWS = ("micro_batch_size", "accumulate_grad_batches", "effective_batch_size", "scheduling", "scheduling_unit")
-"""Settings that say how long a window is."""
 
-DECIDES = (
-    *WINDOWS,
-    "seed",
-    "shuffle",
-    "spread_windows",
-    "precision",
-    "lr_rule",
-    "lr_reference_batch",
-    "gradient_clip_norm",
-    "skip_nonfinite_updates",
-)
-"""Settings without which a run would not be the same run. P is not among them, nor is where the run ends."""
+@dataclass(frozen=True)
+class RunParts:
+    """The parts of a run that have a state, and the texts that identify it."""
 
-COUNTERS: dict[str, Any] = {
-    "epoch": 0,
-    "update": 0,
-    "samples": 0,
-    "weight": 0.0,
-    "skipped": 0,
-    "skipped_in_a_row": 0,
-    "validated": 0,
-    "begun": -1,
-    "ended": -1,
-    "seconds": 0.0,
-    "record": {},
-    "metrics": {},
-}
-"""What a trainer counts, and where it begins."""
-
-POSITION = {"epoch": int, "place": int, "taken": int, "ended": bool, "state": None}
-"""What a stream's position holds; that of a dataset is the epoch and an offset."""
+    strategy: Strategy
+    model: nn.Module
+    """The user's own, not the prepared one."""
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler | None
+    schedule: Schedule
+    updater: Updater
+    callbacks: Sequence[Callback]
+    identity: Mapping[str, str]
 
 
-class Saved:
-    """A checkpoint that was read: model, and state by topic."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.model, self._state = files.read(path)
-        try:
-            self._check()
-        except (AssertionError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"checkpoint {path} does not hold what it should: {error!r}") from error
-
-    def __getitem__(self, topic: str) -> Any:
-        """Return the state of a topic."""
-        return self._state[topic]
-
-    def _check(self) -> None:
-        """Make sure that the state is of the right kinds: the file may be anybody's."""
-        state = self._state
-        state.setdefault("strategy", None)  # older ones have none
-        for name, value in COUNTERS.items():
-            _expect(type(state["run"][name]) is type(value), f"run.{name}")
-            _expect(not isinstance(value, int) or state["run"][name] >= value, f"run.{name}")
-        positions = state["positions"]
-        _expect(positions is None or (isinstance(positions, list) and len(positions) > 0), "positions")
-        for position in positions or ():
-            is_offset = isinstance(position, tuple) and [type(part) for part in position] == [int, int]
-            kinds = {name: type(part) for name, part in position.items()} if isinstance(position, dict) else {}
-            _expect(is_offset or {**kinds, "state": None} == POSITION, "positions")
-        stages = state["schedule"]["effective_batches"]
-        _expect(all(type(n) is int for pair in stages.items() for n in pair) and min(stages) == 0, "schedule")
-        _expect(min(stages.values()) > 0 and state["schedule"]["unit"] in get_args(Unit), "schedule")
-        for name in ("decides", "loop", "optimizer"):
-            _expect(isinstance(state[name], dict), name)
-        draws = [[type(part) for part in one] for one in state["draws"]]
-        _expect(len(draws) > 0 and all(kinds == [bool, int] for kinds in draws), "draws")
-        _expect(0 <= state["loop"]["late_weight"] < math.inf, "loop.late_weight")
-        _expect(state["best"] is None or isinstance(state["best"]["value"], float), "best")
+def window_identity(settings: Settings, scheduling: Scheduling) -> dict[str, str]:
+    """Return, as texts, the settings that say how long a window is."""
+    stated = {name: str(getattr(settings, name)) for name, option in OPTIONS.items() if option.sets_windows}
+    return {**stated, "scheduling": str(scheduling.by_start), "scheduling_unit": scheduling.unit}
 
 
-def _expect(is_so: bool, name: str) -> None:
-    if not is_so:
-        raise ValueError(name)
+def run_identity(
+    settings: Settings,
+    scheduling: Scheduling,
+    plan: Plan | None,
+    optimizer: Optimizer,
+    lr_scheduler: LRScheduler | None,
+) -> dict[str, str]:
+    """Return, as texts, everything without which a resumed run is not the run that was interrupted.
 
-
-def find(resume: str, folder: Path | None, strategy: Strategy) -> Saved | None:
-    """Return the checkpoint to go on from, the same on all processes: the newest whole one in `folder`, or `resume`.
-
-    A path elsewhere counts only until `folder` has a checkpoint of its own: the same command can be given again.
-    Process 0 chooses, and tells of those that it passes over. Raises CheckpointError for a path that is none, and where
-    another process sees another disk.
+    P is not part of it, nor is where the run ends.
     """
-    chosen: tuple[str, str] | str | None = None
-    if strategy.rank == 0:
-        try:
-            chosen = _choose(resume, folder)
-        except (CheckpointError, OSError) as error:
-            chosen = str(error)
-    chosen = strategy.gather(chosen)[0]
-    if isinstance(chosen, str):
-        raise CheckpointError(chosen)
-    if chosen is None:
-        return None
-    path, identity = chosen
-    problem = "" if strategy.rank == 0 else _unlike(Path(path), identity)
-    problems = [f"process {rank}: {text}" for rank, text in enumerate(strategy.gather(problem)) if text]
-    if problems:
-        raise CheckpointError(
-            f"not all processes see the checkpoint {path} of process 0 ({'; '.join(problems)}): give a run_dir on a "
-            "disk that all hosts share."
-        )
-    return Saved(Path(path))
+    return {
+        **{name: str(getattr(settings, name)) for name, option in OPTIONS.items() if option.identity},
+        **window_identity(settings, scheduling),
+        "the number of training samples": str(plan.samples if plan else None),
+        "the optimizer": type(optimizer).__name__,
+        "the LR scheduler": type(lr_scheduler).__name__,
+    }
 
 
-def _choose(resume: str, folder: Path | None) -> tuple[str, str] | None:
-    own = files.candidates(folder) if folder else []
-    if resume != "auto" and not (folder and own and not Path(resume).resolve().is_relative_to(folder.resolve().parent)):
-        path = Path(resume)
-        within = files.candidates(path) or files.candidates(path / "checkpoints")
-        path = within[0] if within else path
-        return str(path), files.verify(path)
-    for path in own:
-        try:
-            return str(path), files.verify(path)
-        except (CheckpointError, OSError) as error:
-            log.error("%s The one before is used.", error)
-    if own:
-        raise CheckpointError(
-            f"none of the {len(own)} checkpoints in {folder} is whole: restore one, or start a new run."
-        )
-    return None
+def saved_schedule(checkpoint: Checkpoint, N: int, strategy: Strategy) -> Schedule:
+    """Return the schedule that keeps each stage's effective batch, solved for the current processes."""
+    stages = {int(first): int(B) for first, B in checkpoint["schedule"]["effective_batches"].items()}
+    return solve(stages, N, strategy.effective_batch, checkpoint["schedule"]["unit"])
 
 
-def _unlike(path: Path, identity: str) -> str:
-    try:
-        return "" if files.verify(path) == identity else "it has another one there"
-    except (CheckpointError, OSError) as error:
-        return str(error)
-
-
-def snapshot(trainer: Trainer) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """Return (model, state) of a run at a boundary, copied; on all processes together, of use on process 0."""
-    strategy = trainer.strategy
-    positions = None if trainer.positions is None else strategy.gather(trainer.positions)
-    parts: dict[str, Any] = {"model": {}, "optimizer": {}}
+def snapshot(state: RunState, parts: RunParts) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Return (model, state by topic), copied. All processes call it; process 0 has the whole."""
+    strategy, rollback = parts.strategy, parts.updater.rollback
+    positions = None if state.position is None else strategy.gather(state.position)
+    whole: dict[str, Any] = {"model": {}, "optimizer": {}}
     if strategy.rank == 0 or not strategy.holds_all:
-        parts = strategy.state_dict(trainer.optimizer)
-    scheduler, draws = trainer.lr_scheduler, trainer.loop.host_randomness
+        whole = strategy.state_dict(parts.optimizer)
     rest = {
-        "run": {name: getattr(trainer, name) for name in COUNTERS},
+        "run": state.state_dict(),
         "positions": positions,
         "schedule": {
-            "unit": trainer.schedule.unit,
-            "effective_batches": {stage.first: stage.effective_batch for stage in trainer.schedule.stages},
+            "unit": parts.schedule.unit,
+            "effective_batches": {stage.first: stage.effective_batch for stage in parts.schedule.stages},
         },
-        "decides": decides(trainer),
-        "loop": trainer.loop.state_dict(),
-        "draws": strategy.gather(None if draws is None else draws.state()),
-        "lr_scheduler": None if scheduler is None else scheduler.state_dict(),
-        "callbacks": [[class_path(callback), callback.state_dict()] for callback in trainer.callbacks],
+        "identity": dict(parts.identity),
+        "updater": parts.updater.state_dict(),
+        "host_rng": strategy.gather(rollback.rng_state() if rollback is not None else None),
+        "lr_scheduler": None if parts.lr_scheduler is None else parts.lr_scheduler.state_dict(),
+        "callbacks": [[class_path(callback), callback.state_dict()] for callback in parts.callbacks],
     }
-    return parts["model"], {"optimizer": parts["optimizer"], "strategy": parts.get("strategy"), **tree.copied(rest)}
+    return whole["model"], {"optimizer": whole["optimizer"], **tree.copied(rest)}
 
 
-def decides(trainer: Trainer) -> dict[str, Any]:
-    """Return everything without which a resumed run would not be the run that was interrupted, as texts."""
-    settings = trainer.configuration
-    return {
-        **{name: str(settings[name]) for name in DECIDES},
-        "the number of training samples": str(trainer.plan.samples if trainer.plan else None),
-        "the optimizer": type(trainer.optimizer).__name__,
-        "the LR scheduler": type(trainer.lr_scheduler).__name__,
-    }
-
-
-def schedule_of(saved: Saved, N: int, strategy: Strategy) -> Schedule:
-    """Return the schedule that keeps each stage's effective batch, solved for the processes that there are now."""
-    stages = {int(first): int(B) for first, B in saved["schedule"]["effective_batches"].items()}
-    return solve(stages, N, strategy.effective_batch, saved["schedule"]["unit"])
-
-
-def restore(trainer: Trainer, saved: Saved, allows_changes: bool) -> None:
-    """Put a run where a checkpoint was taken. Raises CheckpointError, and names what differs, where it cannot be."""
+def restore(checkpoint: Checkpoint, parts: RunParts, allows_changes: bool) -> RunState:
+    """Load a checkpoint into the parts of a run and return its state. Raises CheckpointError if it does not fit."""
+    strategy, saved = parts.strategy, checkpoint["identity"]
     try:
-        _compare(decides(trainer), saved, allows_changes)
-        check_model_state(trainer.strategy.state_dict()["model"], saved.model, saved.path)
-        mine, theirs = decides(trainer), saved["decides"]
-        has_same_optimizer = mine["the optimizer"] == theirs["the optimizer"]
-        parts = {"model": saved.model, "optimizer": saved["optimizer"], "strategy": saved["strategy"]}
-        trainer.strategy.load_state_dict(parts, trainer.optimizer if has_same_optimizer else None)
-        if trainer.lr_scheduler is not None and mine["the LR scheduler"] == theirs["the LR scheduler"]:
-            trainer.lr_scheduler.load_state_dict(saved["lr_scheduler"])
-        trainer.loop.load_state_dict(saved["loop"], mine["precision"] == theirs["precision"])
-        if (draws := trainer.loop.host_randomness) is not None:
-            draws.load_state(saved["draws"], trainer.strategy.rank, len(trainer.strategy.gather(None)))
-        for name in COUNTERS:
-            setattr(trainer, name, saved["run"][name])
-        callbacks = list(trainer.callbacks)
-        for name, state in saved["callbacks"]:
-            found = next((callback for callback in callbacks if class_path(callback) == name), None)
-            if found is not None:
-                callbacks.remove(found)
-                found.load_state_dict(state)
+        _compare(parts.identity, checkpoint, allows_changes)
+        check_model_state(strategy.state_dict()["model"], checkpoint.model, checkpoint.path)
+        unchanged = {name for name, text in parts.identity.items() if saved.get(name) == text}
+        whole = {"model": checkpoint.model, "optimizer": checkpoint["optimizer"]}
+        strategy.load_state_dict(whole, parts.optimizer if "the optimizer" in unchanged else None)
+        if parts.lr_scheduler is not None and "the LR scheduler" in unchanged:
+            parts.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
+        parts.updater.load_state_dict(checkpoint["updater"], "precision" in unchanged)
+        if parts.updater.rollback is not None:
+            parts.updater.rollback.load_rng_state(checkpoint["host_rng"], strategy.rank, strategy.processes)
+        _restore_callbacks(parts.callbacks, checkpoint["callbacks"])
+        positions = checkpoint["positions"]
+        position = positions and positions[strategy.data_parallel_rank % len(positions)]
+        return RunState.of(checkpoint["run"], position)
     except CheckpointError:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"checkpoint {saved.path} does not fit this run: {type(error).__name__}: {error}"
+            f"checkpoint {checkpoint.path} does not fit this run: {type(error).__name__}: {error}"
         ) from error
 
 
-def check_model_state(own: Mapping[str, Any], saved: Mapping[str, Any], source: Path) -> None:
-    """Compare names, shapes and dtypes. Raises CheckpointError that tells the first that differ."""
+def _restore_callbacks(callbacks: Sequence[Callback], saved: Sequence[Any]) -> None:
+    """Give each saved state to the first callback of its class that has none yet."""
+    waiting = list(callbacks)
+    for name, state in saved:
+        match = next((callback for callback in waiting if class_path(callback) == name), None)
+        if match is not None:
+            waiting.remove(match)
+            match.load_state_dict(state)
+
+
+def check_model_state(current: Mapping[str, Any], saved: Mapping[str, Any], source: Path) -> None:
+    """Compare names, shapes and dtypes. Raises CheckpointError that names the first that differ."""
 
     def sketch(state: Mapping[str, Any]) -> dict[str, str]:
         return {n: f"{v.dtype} {tuple(v.shape)}" if isinstance(v, Tensor) else "extra" for n, v in state.items()}
 
-    mine, theirs = sketch(own), sketch(saved)
+    here, there = sketch(current), sketch(saved)
     differing = [
-        f"{name} is {theirs.get(name, 'missing')} there and {mine.get(name, 'missing')} here"
-        for name in sorted({*mine, *theirs})
-        if mine.get(name) != theirs.get(name)
+        f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
+        for name in sorted({*here, *there})
+        if here.get(name) != there.get(name)
     ]
     if differing:
         more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
@@ -257,19 +164,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict({names[name]: value for name, value in weights.items()}, strict=False)
 
 
-def _compare(mine: Mapping[str, Any], saved: Saved, allows_changes: bool) -> None:
-    theirs = saved["decides"]
-    differing = [f"{n} was {theirs.get(n)} and is {mine.get(n)}" for n in mine if mine[n] != theirs.get(n)]
+def _compare(identity: Mapping[str, str], checkpoint: Checkpoint, allows_changes: bool) -> None:
+    saved = checkpoint["identity"]
+    differing = [f"{n} was {saved.get(n)} and is {text}" for n, text in identity.items() if text != saved.get(n)]
     if not differing:
         return
     if not allows_changes:
         raise CheckpointError(
-            f"checkpoint {saved.path} is of another run: {'; '.join(differing)}. Start a new run_dir, or allow it with "
+            f"checkpoint {checkpoint.path} is of another run: {'; '.join(differing)}. Use a new run_dir, or "
             "resume_with_changes=True."
         )
-    log.warning("going on with changes: %s.", "; ".join(differing))
-
-
-def class_path(value: object) -> str:
-    """Return where the class of `value` can be imported from."""
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    log.warning("resuming with changes: %s.", "; ".join(differing))

@@ -10,14 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
+from engine.errors import UserError
+
 TENSOR, PAIRS, COUNTER, TUPLE, FLOAT = "$tensor", "$pairs", "$counter", "$tuple", "$float"
-"""Marks of what JSON cannot say: a tensor, a dictionary whose keys are no plain texts, a Counter, a tuple, nan, inf."""
+"""Marks of what JSON lacks: a tensor, a dictionary whose keys are not plain texts, a Counter, a tuple, nan, inf."""
 
 
 def flatten(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     """Return `value` as JSON values, its tensors moved to `tensors` under their path.
 
-    Raises ValueError, naming the path, for anything but dictionaries, lists, tuples, texts, numbers, bools, None and
+    Raises UserError, naming the path, for anything but dictionaries, lists, tuples, texts, numbers, bools, None and
     tensors.
     """
     if isinstance(value, Tensor):
@@ -37,14 +39,14 @@ def flatten(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     if isinstance(value, list | tuple):
         items = [flatten(item, tensors, _join(path, number)) for number, item in enumerate(value)]
         return {TUPLE: items} if isinstance(value, tuple) else items
-    raise ValueError(
-        f"the state {path or 'itself'!r} is a {type(value).__module__}.{type(value).__qualname__}: a checkpoint holds "
-        "dictionaries, lists, tuples, texts, numbers and tensors only."
+    raise UserError(
+        f"the state {path or 'itself'!r} is a {type(value).__module__}.{type(value).__qualname__}: expected "
+        "dictionaries, lists, tuples, texts, numbers and tensors."
     )
 
 
 def restore(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Return what `flatten` was given. Raises ValueError or KeyError for what it cannot have returned."""
+    """Return what `flatten` was given. Raises UserError or KeyError for what it cannot have returned."""
     if isinstance(value, list):
         return [restore(item, tensors) for item in value]
     if not isinstance(value, dict):
@@ -65,7 +67,7 @@ def restore(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def copied(value: Any) -> Any:
-    """Return a copy of `value` on the CPU that nothing changes any more. Raises ValueError as `flatten` does."""
+    """Return a copy of `value` on the CPU, which shares nothing with it. Raises UserError as `flatten` does."""
     tensors: dict[str, Tensor] = {}
     plain = flatten(value, tensors)
     return restore(plain, {path: t.detach().to("cpu", copy=True).contiguous() for path, t in tensors.items()})

@@ -1,9 +1,8 @@
-"""Where and how checkpoints are written: in the background, on process 0, the last few and the best kept."""
+"""Writes checkpoints in the background, on process 0; keeps the newest few and the best."""
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
 import uuid
@@ -19,38 +18,18 @@ BEST = "best"
 """The pointer to the best checkpoint: its name, and the metric's value."""
 
 
-class Best:
-    """Which of two validations is better: `"min:loss"` or `"max:accuracy"`."""
-
-    def __init__(self, rule: str, asked_by: str = "keep_best") -> None:
-        self._asked_by = asked_by
-        self.mode, _, self.metric = str(rule).partition(":")
-        if self.mode not in ("min", "max") or not self.metric:
-            raise ValueError(f"{asked_by}={rule!r}: give min:METRIC or max:METRIC, as in max:accuracy.")
-
-    def value(self, metrics: Mapping[str, float]) -> float:
-        """Return the metric that decides. Raises ValueError where it is missing."""
-        if self.metric not in metrics:
-            raise ValueError(f"{self._asked_by}={self.mode}:{self.metric}: evaluate() returns {', '.join(metrics)}.")
-        return float(metrics[self.metric])
-
-    def improves(self, value: float, best: float | None) -> bool:
-        """Whether `value` is better than the best so far. NaN is not."""
-        return not math.isnan(value) and (best is None or (value < best if self.mode == "min" else value > best))
-
-
-class Saver:
-    """Writes checkpoints into `folder`, one at a time. A save that fails is told of loudly; training goes on."""
+class CheckpointWriter:
+    """Writes checkpoints into `folder`, one at a time. A save that fails is logged as an error; training continues."""
 
     def __init__(self, folder: Path, keep_last: int) -> None:
         self._folder = folder
         self._keep_last = keep_last
         self._writing: threading.Thread | None = None
         self.error: Exception | None = None
-        """What the last save failed with, if it did."""
+        """The error of the last save, if it failed."""
         self.best: float | None = None
         """The metric of the best checkpoint, once that is there."""
-        self.last: Path | None = next(iter(files.candidates(folder)), None)
+        self.newest: Path | None = next(iter(files.candidates(folder)), None)
         """The newest whole checkpoint."""
         self.saves = 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,12 +55,12 @@ class Saver:
             self._writing.join()
             self._writing = None
 
-    def take_up(self, resumed: Path, best: Mapping[str, Any] | None) -> None:
-        """Go on from a checkpoint: what is newer in this folder is set aside, and the best is the one it knew."""
+    def resume_from(self, resumed: Path, best: Mapping[str, Any] | None) -> None:
+        """Resume from a checkpoint: newer ones in this folder are set aside, and the best is the one it knew."""
         if resumed.parent.resolve() != self._folder.resolve():
             return
         self._set_aside(resumed)
-        self.last = resumed
+        self.newest = resumed
         if best is not None:
             self.best = best["value"]
             if best["is_this"]:
@@ -89,18 +68,18 @@ class Saver:
 
     def _write(self, update: int, model: Mapping[str, Any], state: Mapping[str, Any], best: float | None) -> None:
         try:
-            self.last = files.write(self._folder, update, model, state)
+            self.newest = files.write(self._folder, update, model, state)
             self.saves += 1
             if best is not None:
-                files.point_to(self._folder, BEST, self.last.name)
+                files.point_to(self._folder, BEST, self.newest.name)
                 self.best = best
             self._prune()
             self.error = None
         except Exception as error:  # a full disk, above all: safetensors has an error of its own for it
             self.error = error
-            kept = f"the last whole one is {self.last}" if self.last else "there is none yet"
+            kept = f"the last whole one is {self.newest}" if self.newest else "there is none yet"
             log.error(
-                "the checkpoint of update %d could not be saved: %s. Training goes on and tries again at the next; %s.",
+                "the checkpoint of update %d could not be saved: %s. Training continues; the next save tries again; %s.",
                 update,
                 error,
                 kept,
@@ -113,14 +92,14 @@ class Saver:
         of_each_update = {files.age(path)[0]: path for path in oldest_first}
         newest = list(of_each_update.values())[-self._keep_last :]
         for path in files.candidates(self._folder):
-            if path not in newest and path.name != best and path != self.last:
+            if path not in newest and path.name != best and path != self.newest:
                 files.remove(path)
 
     def _set_aside(self, resumed: Path) -> None:
-        """Rename what is newer than the checkpoint that the run goes on from: damaged, or of a branch left behind."""
+        """Rename checkpoints newer than the one that is resumed: damaged, or of an abandoned branch."""
         for path in files.candidates(self._folder):
             if files.age(path) < files.age(resumed):
                 aside = path.with_name(f"set-aside-{path.name}-{uuid.uuid4().hex[:8]}")
                 path.rename(aside)
-                log.warning("going on from %s: the newer %s is set aside as %s.", resumed.name, path.name, aside.name)
+                log.warning("resuming from %s: the newer %s is set aside as %s.", resumed.name, path.name, aside.name)
         files.point_to(self._folder, files.POINTER, resumed.name)

@@ -1,4 +1,4 @@
-"""What `--help` prints: the options by what they are about, with their defaults, for somebody who sees them first."""
+"""Help: the options by section, with their defaults."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from jsonargparse import ArgumentParser
 
 from engine.cli.modes import options
+from engine.settings import OPTIONS, SECTIONS
 
 INTRODUCTION = """\
 Trains a task with exact gradient accumulation, on one process or on many:
@@ -30,52 +31,17 @@ START = {
 
 CLASSES = "The options of a class: --task.help=CLASS, --trainer.strategy.help=CLASS, --trainer.callbacks.help=CLASS"
 
-SECTIONS = {
-    "Windows: P processes x K micro-batches x N samples make one update": (
-        "micro_batch_size",
-        "accumulate_grad_batches",
-        "effective_batch_size",
-        "callbacks",
-        "spread_windows",
-    ),
-    "Where the run ends": ("max_epochs", "max_updates", "max_time"),
-    "Processes and precision": ("strategy", "precision", "deterministic", "tf32"),
-    "Updates and order": (
-        "gradient_clip_norm",
-        "skip_nonfinite_updates",
-        "stop_after_n_skipped",
-        "seed",
-        "shuffle",
-    ),
-    "The run's folder, and going on with it": (
-        "run_dir",
-        "resume",
-        "resume_with_changes",
-        "weights",
-        "save_every_n_updates",
-        "save_every_n_minutes",
-        "keep_last_checkpoints",
-        "keep_best",
-    ),
-    "Validation": ("validate_every_n_epochs", "validate_every_n_updates", "max_validation_samples"),
-    "Loading data": ("num_workers", "pin_memory", "persistent_workers", "prefetch_to_device"),
-    "What is told": ("progress", "loggers"),
-}
-"""The trainer's options by subject; those that no section names come last."""
-
 
 def print_help(parser: ArgumentParser) -> None:
     """Print the modes and the options of `parser`, as wide as the terminal, but no wider than is good to read."""
     width = min(shutil.get_terminal_size().columns, 110)
-    trainer = {a.dest.removeprefix("trainer."): a for a in parser._actions if a.dest.startswith("trainer.")}
-    own = {name: action for name, action in trainer.items() if not name.endswith(".help")}
+    actions = {action.dest: action for action in parser._actions}
     print(INTRODUCTION)
     _section("What to train", START.items(), width)
     _section("Instead of training", map(_mode, options()._actions), width)
-    for title, names in SECTIONS.items():
-        _section(title, (_described(own.pop(name)) for name in names if name in own), width)
-    if own:
-        _section("More", map(_described, own.values()), width)
+    for title in SECTIONS:
+        names = (name for name, option in OPTIONS.items() if option.section == title)
+        _section(title, (_described(actions[f"trainer.{name}"]) for name in names), width)
     print(textwrap.fill(CLASSES, width, break_on_hyphens=False))
 
 

@@ -1,4 +1,4 @@
-"""What `engine/run.py` does: options to objects, one run, one message where something is wrong."""
+"""The command line: options to objects, one run, one message if something is wrong."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import re
 import sys
 import time
 import tomllib
-import traceback
 from argparse import ArgumentError
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -21,31 +20,27 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_dumper, set_loader
 
 from engine.callbacks import Callback
-from engine.checkpoint.files import CheckpointError
 from engine.cli.help import print_help
 from engine.cli.modes import OneWindow, options, split
 from engine.cli.parser_errors import plain
-from engine.preview.picture import draw
+from engine.errors import REPORTED, UserError
 from engine.preview.preview import preview
 from engine.preview.table import print_plan
+from engine.settings import OPTIONS, Settings
 from engine.signals import EXIT_STATUS
 from engine.task import Task
 from engine.trainer import Trainer
-from engine.update.message import NonFiniteError, ProcessFailureError
 from strategies.environment import as_if_started, started_processes, started_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / "launch" / "recipes" / "digits" / "digits.toml"
-OURS = (CheckpointError, NonFiniteError, ProcessFailureError)
-WORDS_FOR_THE_USER = (ValueError, FileExistsError, *OURS)
-"""What our own code raises about something that the user can mend: the message says all."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train what the options say, or plan or check it, and return the exit status.
 
-    0 where the run has come to its end, 2 for options or a task that cannot be, and 75 for a run that was interrupted,
-    has saved itself and goes on when it is started again.
+    0: the run has ended. 2: invalid options, or a task that cannot be trained. 75: the run was interrupted and has
+    saved itself, and resumes when it is started again.
     """
     try:
         with (
@@ -59,16 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if modes.plan and started_rank() != 0:
                 return 0
             if modes.plan:
-                _plan(parser, config, getattr(modes, "plan.processes"), getattr(modes, "plan.picture"))
+                _plan(parser, config, getattr(modes, "plan.processes"))
                 return 0
         if modes.check:
             _check(parser, config)
             return 0
         _forget_earlier_start()
-        built = parser.instantiate(config)
-        built.trainer.callbacks.append(_KeepCommand(parser.dump(config)))
-        built.trainer.fit(built.task)
-        if not built.trainer.interrupted:
+        trainer, task = _make(parser, config)
+        trainer.callbacks.append(_KeepCommand(parser.dump(config)))
+        trainer.fit(task)
+        if not trainer.interrupted_by:
             return 0
         if "TALLY_SAVED" in os.environ:  # launch/start.py asks
             Path(os.environ["TALLY_SAVED"]).touch()
@@ -76,10 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ArgumentError as error:
         actions = [*make_parser()._actions, *options()._actions]
         return _refuse(plain(str(error), [name for action in actions for name in action.option_strings]))
-    except WORDS_FOR_THE_USER as error:
-        if (said := _said_by_us(error)) is None:
+    except Exception as error:
+        if (reported := _reported(error)) is None:
             raise
-        return _refuse(" ".join(str(said).split()))
+        return _refuse(" ".join(str(reported).split()))
 
 
 def parse(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
@@ -104,33 +99,37 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="a TOML or YAML file of these options")
     parser.add_subclass_arguments(Task, "task", help="what to train: a Task by its class path")
-    parser.add_class_arguments(Trainer, "trainer")
+    parser.add_class_arguments(Settings, "trainer")
+    for action in parser._actions:
+        if (option := OPTIONS.get(action.dest.removeprefix("trainer."))) is not None:
+            action.help = option.text
     parser.set_defaults({"trainer.progress": True, "trainer.run_dir": _fresh_folder()})
     return parser
 
 
-def _plan(parser: ArgumentParser, config: Namespace, processes: int | None, picture: Path | None) -> None:
-    """Tell what the run would do with so many processes; no more than its data and model are made."""
+def _make(parser: ArgumentParser, config: Namespace) -> tuple[Trainer, Task]:
+    """Return the trainer and the task of a resolved configuration."""
+    built = parser.instantiate(config)
+    return Trainer(**vars(built.trainer)), built.task
+
+
+def _plan(parser: ArgumentParser, config: Namespace, processes: int | None) -> None:
+    """Print what the run would do with so many processes; only its data and model are made."""
     with as_if_started(started_processes() if processes is None else processes):
-        built = parser.instantiate(config)
-        found = preview(built.trainer, built.task)
-        print_plan(found)
-        if picture is not None:
-            picture.write_text(draw(found))
-            print(f"drawn: {picture}")
+        print_plan(preview(*_make(parser, config)))
 
 
 def _check(parser: ArgumentParser, config: Namespace) -> None:
     """Run one window of all that was asked for, but keep nothing: no folder, no loggers, a little validation."""
-    trainer = config.trainer
+    settings = config.trainer
     for name in ("run_dir", "loggers", "save_every_n_updates", "keep_best"):
-        trainer[name] = None
-    trainer.progress = False
-    few = trainer.micro_batch_size * started_processes()
-    trainer.max_validation_samples = min(few, trainer.max_validation_samples or few)
-    built = parser.instantiate(config)
-    built.trainer.callbacks.append(OneWindow())
-    built.trainer.fit(built.task)
+        settings[name] = None
+    settings.progress = False
+    few = settings.micro_batch_size * started_processes()
+    settings.max_validation_samples = min(few, settings.max_validation_samples or few)
+    trainer, task = _make(parser, config)
+    trainer.callbacks.append(OneWindow())
+    trainer.fit(task)
 
 
 def _fresh_folder() -> str:
@@ -171,10 +170,10 @@ class _KeepCommand(Callback):
         if len(set(everyone)) > 1:
             lines = [set(config.splitlines()) for config in everyone]
             differing = sorted(set().union(*lines) - set.intersection(*lines))
-            raise ValueError(f"processes were started with different options: {'; '.join(map(str.strip, differing))}.")
-        if trainer.run is None:
+            raise UserError(f"processes were started with different options: {'; '.join(map(str.strip, differing))}.")
+        if trainer.run_folder is None:
             return
-        folder = trainer.run.path
+        folder = trainer.run_folder.path
         (folder / "config.yaml").write_text(self._config)
         if folder.parent.name == "runs":
             for link in (folder.parent / "latest", folder.parent / _link_of_this_start().name):
@@ -196,22 +195,15 @@ def _load(text: str) -> Any:
             raise yaml.YAMLError(f"this is neither TOML ({no_toml}) nor YAML ({why}).") from no_yaml
 
 
-def _said_by_us(error: BaseException) -> BaseException | None:
-    """Return what our own code said of something that the user can mend, if `error` is that."""
-    if isinstance(error, OURS):
+def _reported(error: Exception) -> BaseException | None:
+    """Return the error that our own code raised for the user to mend; the option parser may have wrapped it."""
+    if isinstance(error, REPORTED):
         return error
-    if "jsonargparse" in _file(error) and error.__cause__ is not None:
-        error = error.__cause__
-    is_ours = any(Path(_file(error)).is_relative_to(ROOT / package) for package in ("engine", "strategies"))
-    return error if is_ours and error.__cause__ is None else None
-
-
-def _file(error: BaseException) -> str:
-    return traceback.extract_tb(error.__traceback__)[-1].filename
+    return error.__cause__ if isinstance(error.__cause__, REPORTED) else None
 
 
 def _refuse(message: str) -> int:
-    """Say what is wrong, once: process 0 speaks; another does when it is still there after a while."""
+    """Print what is wrong, once: process 0 does, and another one if it is still there after a while."""
     if started_rank() != 0:
         time.sleep(10)  # torchrun ends all processes when the first of them has failed
     print(f"engine/run.py: {message}", file=sys.stderr, flush=True)

@@ -1,23 +1,21 @@
-"""What `engine/run.py` does instead of training: `--plan` tells what it would do, `--check` tries one window."""
+"""Modes instead of training: `--plan` prints what the run would do, `--check` tries one window."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from pathlib import Path
 
 from engine.callbacks import Callback
 from engine.callbacks.banner import banner
-from engine.checks import check_count
+from engine.errors import UserError, check_count
 from engine.trainer import Trainer
 
 
 def options() -> ArgumentParser:
     """Return the options that choose a mode; the rest are the run's own."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--plan", action="store_true", help="tell what the run would do, and end: nothing is started")
+    parser.add_argument("--plan", action="store_true", help="print what the run would do, and end: nothing is started")
     parser.add_argument("--plan.processes", type=int, metavar="P", help="as if P processes were started")
-    parser.add_argument("--plan.picture", type=Path, metavar="FILE.svg", help="and draw it")
     parser.add_argument("--check", action="store_true", help="build everything, run one window, write nothing, and end")
     parser.add_argument("-h", "--help", action="store_true", help="these options; --task.help=CLASS: those of a task")
     return parser
@@ -26,14 +24,12 @@ def options() -> ArgumentParser:
 def split(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
     """Return the mode and the arguments that are left for the run. Raises ArgumentError or ValueError."""
     modes, rest = options().parse_known_args(arguments)
-    P, picture = getattr(modes, "plan.processes"), getattr(modes, "plan.picture")
-    modes.plan = modes.plan or P is not None or picture is not None
+    P = getattr(modes, "plan.processes")
+    modes.plan = modes.plan or P is not None
     if modes.plan and modes.check:
-        raise ValueError("choose one of --plan and --check, not both.")
+        raise UserError("--plan and --check: expected one of them, not both.")
     if P is not None:
         check_count("plan.processes", P)
-    if picture is not None and (picture.suffix != ".svg" or not picture.parent.is_dir()):
-        raise ValueError(f"plan.picture={str(picture)!r}: name a file that ends in .svg, in a folder that exists.")
     return modes, rest
 
 

@@ -16,9 +16,10 @@ from engine.conformance.processes import ProcessesFailedError, run
 from engine.conformance.reference import Regression, State, difference, network
 from engine.data.stream import StreamSource
 from engine.plan.schedule import make_schedule
+from engine.state import RunState
 from engine.trainer import Trainer
-from engine.update.updater import Loop, LoopOptions
-from strategies import Strategy
+from engine.update.updater import UpdateOptions, Updater
+from strategies import MicroBatch, Strategy
 
 N = 2
 """Samples per micro-batch in every check."""
@@ -174,16 +175,16 @@ def run_window(
     """Run one window of `task`, a stream, as the engine would, but with this scale of its losses."""
     task.rank = strategy.data_parallel_rank
 
-    loop = Loop(strategy, own.model, optimizer, None, LoopOptions())
+    updater = Updater(strategy, own.model, optimizer, None, UpdateOptions())
 
-    def forward(micro: Any) -> tuple[Tensor, float | Tensor]:
-        loop.seed(micro)
+    def forward(micro: MicroBatch) -> tuple[Tensor, float | Tensor]:
+        updater.before_forward(micro)
         loss = task.loss(own.model, micro.batch)
         return loss if isinstance(loss, Tensor) else loss.sum, scale
 
     source = StreamSource(task.train_data(), make_schedule(N, strategy.effective_batch, {0: K}), task, strategy)
     window = next(source.windows(0, 0, 0))
-    loop.start(window, 0, 0)
+    updater.begin(window, RunState())
     strategy.run_window(window, forward)
 
 

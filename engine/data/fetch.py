@@ -11,7 +11,8 @@ import numpy
 import torch
 from torch.utils.data import Dataset, TensorDataset, get_worker_info
 
-from engine.order import mix
+from engine.errors import UserError
+from engine.seeds import mix
 
 FETCH_STREAM = 1
 """Sets the draws of a fetch apart from those of the model."""
@@ -52,7 +53,7 @@ class Fetch(Dataset[Any]):
         try:
             return self._dataset[index]
         except IndexError as error:
-            raise ValueError(
+            raise UserError(
                 f"the dataset says that it has {len(self._dataset)} samples, but sample {index} raised "
                 f"IndexError: {error}"
             ) from error

@@ -1,4 +1,4 @@
-"""Windows of a map-style dataset: a global order, cut by the plan, of which each process fetches its own pieces."""
+"""Windows of a map-style dataset: a global order, cut by the plan; each process fetches its own pieces."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from engine.data.fetch import Fetch, Piece, TensorFetch
 from engine.data.prefetch import Prefetch
-from engine.data.window import Micro, Window
+from engine.data.window import Closing, Window
+from engine.errors import UserError
 from engine.order import Order
 from engine.plan.schedule import Stage
-from engine.plan.windows import Plan
-from engine.plan.windows import Window as PlannedWindow
+from engine.plan.windows import Plan, PlannedWindow
 from engine.signals import shielded
 from engine.task import Batching
-from strategies import Strategy
+from strategies import MicroBatch, Strategy
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class LoaderOptions:
     persistent_workers: bool = True
 
     def build(self, fetch: Dataset[Any], pieces: Iterable[Piece], pin: bool) -> Any:
-        """Return what iterates over these pieces, which `fetch` collates: a DataLoader where it has something to do."""
+        """Return an iterable over these pieces, which `fetch` collates: a DataLoader if workers or pinning need one."""
         pins = pin if self.pin_memory is None else self.pin_memory
         if not self.num_workers and not pins:
             return _InProcess(fetch, pieces)
         return DataLoader(
             fetch,
             batch_sampler=pieces,  # type: ignore[arg-type]
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             num_workers=self.num_workers,
             pin_memory=pins,
             persistent_workers=self.persistent_workers and self.num_workers > 0,
@@ -67,7 +67,7 @@ class MapSource:
         self._cut = (N, strategy.data_parallel_rank, strategy.data_parallel_size, spread)
         self._prefetch = prefetch
         self._to_device = (prefetch or strategy).to_device
-        self._pieces = _Pieces()
+        self._pieces = _PieceSampler()
         in_memory = type(data) is TensorDataset and type(batching).collate is Batching.collate
         fetch = TensorFetch(data) if in_memory else Fetch(data, seed, batching.collate)
         self._loader = options.build(fetch, self._pieces, pin=strategy.device.type == "cuda")
@@ -77,19 +77,19 @@ class MapSource:
     ) -> Iterator[Window]:
         """Yield the windows of `epoch`, from the position of process 0 on: it is that of all.
 
-        Raises ValueError for an order that is longer or shorter than epoch 0's.
+        Raises UserError for an order that is longer or shorter than epoch 0's.
         """
         order = self._order(epoch)
         if len(order) != self._plan.samples:
-            raise ValueError(
+            raise UserError(
                 f"the order of epoch {epoch} has {len(order)} samples, that of epoch 0 {self._plan.samples}: "
-                "an order must be of one length in all epochs."
+                "an order must have the same length in all epochs."
             )
-        # where each micro-batch begins, counted in samples: a group holds several
+        # the first sample of each micro-batch, counted in samples: a group holds several
         before = samples_before(order)
         offset = positions[0][1] if positions and positions[0][0] == epoch else 0
         windows = self._plan.windows(epoch, update, offset)
-        self._pieces.now = _fetches(epoch, windows, self._cut, order, before)
+        self._pieces.current = _fetches(epoch, windows, self._cut, order, before)
         with shielded():
             batches = iter(self._loader)
         if self._prefetch is not None:
@@ -101,10 +101,10 @@ class MapSource:
             micros, position = self._micros(batches, window, before), (epoch, window.stop)
             yield MapWindow(window.stage, count, -(-pieces // P), pieces <= rank, micros, position)
 
-    def _micros(self, batches: Iterator[Any], window: PlannedWindow, before: Sequence[int]) -> Iterator[Micro]:
+    def _micros(self, batches: Iterator[Any], window: PlannedWindow, before: Sequence[int]) -> Iterator[MicroBatch]:
         to_device = self._to_device
         for start, stop, is_last in window.micro_batches(*self._cut):
-            yield Micro(to_device(next(batches)), before[stop] - before[start], before[start], is_last)
+            yield MicroBatch(to_device(next(batches)), before[stop] - before[start], before[start], is_last)
 
 
 def _fetches(
@@ -114,7 +114,7 @@ def _fetches(
     order: Sequence[Any],
     before: Sequence[int],
 ) -> Iterator[Piece]:
-    """Yield what one process fetches in an epoch."""
+    """Yield the pieces that one process fetches in an epoch."""
     is_grouped = not isinstance(before, range)
     for window in windows:
         for start, stop, _ in window.micro_batches(*cut):
@@ -126,41 +126,41 @@ def _fetches(
 
 
 def samples_before(order: Sequence[Any]) -> Sequence[int]:
-    """For each position of an order, the samples before it: the position itself, unless groups are ordered."""
+    """Return the samples before each position of an order: the position itself, unless the order holds groups."""
     if isinstance(order[0], Sequence):
         return list(accumulate(map(len, order), initial=0))
     return range(len(order) + 1)
 
 
 @dataclass
-class MapWindow:
+class MapWindow(Closing):
     """A window of a map-style dataset."""
 
     stage: Stage
     samples: int | None
     most_micro_batches: int
     is_empty: bool
-    micros: Iterator[Micro]
+    micros: Iterator[MicroBatch]
     position: tuple[int, int]
-    """The epoch, and the place in its order."""
-    more: bool = False  # the plan knows
+    """The epoch, and the offset in its order."""
+    has_more: bool = False  # the plan knows
 
-    def __iter__(self) -> Iterator[Micro]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         return self.micros
 
 
-class _Pieces:
-    """The DataLoader's batch sampler: what it yields is changed at each epoch."""
+class _PieceSampler:
+    """The DataLoader's batch sampler; each epoch sets its pieces."""
 
-    now: Iterator[Piece] = iter(())
+    current: Iterator[Piece] = iter(())
 
     def __iter__(self) -> Iterator[Piece]:
-        return self.now
+        return self.current
 
 
 @dataclass
 class _InProcess:
-    """What a DataLoader without workers does, less a profiler's range for each piece."""
+    """A DataLoader without workers, and without its profiler range for each piece."""
 
     fetch: Any
     pieces: Iterable[Piece]
@@ -169,5 +169,5 @@ class _InProcess:
         return map(self.fetch.__getitems__, self.pieces)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from engine.errors import UserError
 from engine.task import Batching
 from strategies import Strategy
 
@@ -25,14 +26,14 @@ class Prefetch:
     The host waits for neither where its memory is pinned. A copy begins when all that was computed before is done, and
     a batch is kept here until then: so what a copy overwrites has been read, whatever the batch is made of.
 
-    Raises ValueError for a device without streams.
+    Raises UserError for a device without streams.
     """
 
     def __init__(self, strategy: Strategy, batching: Batching) -> None:
         self._strategy, self._batching = strategy, batching
         self._backend: Any = torch.get_device_module(strategy.device)
         if not hasattr(self._backend, "Stream"):
-            raise ValueError(f"prefetch_to_device=True: torch has no streams for {strategy.device}: leave it out.")
+            raise UserError(f"prefetch_to_device=True: torch has no streams for {strategy.device}: leave it out.")
         self._stream = self._backend.Stream(strategy.device)
         self._being_read: list[Any] = []
 

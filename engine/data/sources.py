@@ -6,11 +6,12 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from engine.checks import check_dataset, check_stream
+from engine.data.checks import check_dataset, check_stream
 from engine.data.map_style import LoaderOptions, MapSource
 from engine.data.prefetch import Prefetch
 from engine.data.stream import StreamSource
 from engine.data.window import Source
+from engine.errors import UserError
 from engine.order import Order, sequential, shuffled
 from engine.plan.schedule import Schedule
 from engine.plan.windows import Plan
@@ -21,10 +22,10 @@ from strategies import Strategy
 def is_map_style(data: object) -> bool:
     """Whether the engine makes the micro-batches of `data`: it has `__getitem__` and `__len__`.
 
-    Raises ValueError for what is neither that nor an iterable of ready micro-batches.
+    Raises UserError for what is neither that nor an iterable of ready micro-batches.
     """
     if isinstance(data, IterableDataset):
-        raise ValueError(
+        raise UserError(
             f"{type(data).__name__} is an IterableDataset of samples: return DataLoader(it, batch_size=N), or, "
             "where it yields ready micro-batches, DataLoader(it, batch_size=None)."
         )
@@ -32,7 +33,7 @@ def is_map_style(data: object) -> bool:
         return True
     if hasattr(data, "__iter__"):
         return False
-    raise ValueError(
+    raise UserError(
         f"train_data() or validation_data() returned {type(data).__name__}: return a map-style dataset, or an iterable "
         "of micro-batches."
     )
@@ -47,10 +48,10 @@ def make_plan(
     max_updates: int | None,
     effective_batch_size: int | None = None,
 ) -> Plan | None:
-    """Return the plan of every window for map-style data, None for a stream. Raises ValueError for too little data."""
+    """Return the plan of every window for map-style data, None for a stream. Raises UserError for too little data."""
     if not is_map_style(data):
         if effective_batch_size is not None:
-            raise ValueError(
+            raise UserError(
                 f"effective_batch_size={effective_batch_size} needs map-style data: the micro-batches of a stream come "
                 "in sizes of their own. Use accumulate_grad_batches."
             )

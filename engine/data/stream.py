@@ -11,13 +11,13 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from engine.data.prefetch import Prefetch
-from engine.data.window import Micro, Window
-from engine.order import mix
+from engine.data.window import Closing, Window
+from engine.errors import UserError
 from engine.plan.schedule import Schedule, Stage
-from engine.seeds import EPOCH_STREAM
+from engine.seeds import EPOCH_STREAM, mix
 from engine.signals import shielded
 from engine.task import Batching
-from strategies import Strategy
+from strategies import MicroBatch, Strategy
 
 log = logging.getLogger("tally")
 
@@ -51,49 +51,49 @@ class StreamSource:
     ) -> Iterator[Window]:
         """Yield windows until all processes have run out.
 
-        Raises ValueError where none has a single micro-batch, and for positions that these processes cannot take up.
+        Raises UserError if no process has a micro-batch, and for positions from which these processes cannot resume.
         """
         rank, P = self._strategy.data_parallel_rank, self._strategy.data_parallel_size
-        if positions is not None and all(position["ended"] for position in positions):
+        if positions is not None and all(position["has_ended"] for position in positions):
             if positions[0]["epoch"] == epoch:
                 return
             positions = None
         self._begin(epoch)
         if positions is not None and len(positions) != P:
-            raise ValueError(
+            raise UserError(
                 f"the run stopped in the middle of epoch {epoch}, where {len(positions)} processes read streams of "
                 f"their own, and now there are {P}: resume with --nproc_per_node={len(positions)}, or from a "
                 "checkpoint between two epochs."
             )
         prefetch = self._prefetch
-        stream = _Lookahead(self._data, positions[rank] if positions else None, prefetch.start if prefetch else None)
+        stream = Lookahead(self._data, positions[rank] if positions else None, prefetch.start if prefetch else None)
         to_device, batch_size = (prefetch or self._strategy).to_device, (prefetch or self._batching).batch_size
         if positions is None and not any(self._strategy.gather(stream.has_next)):
-            raise ValueError(
+            raise UserError(
                 f"train_data() has no micro-batch in epoch {epoch}, on any process. "
-                "Is it a generator, which can be read only once? Return an object whose __iter__ starts anew."
+                "Is it a generator, which can be read only once? Return an object whose __iter__ starts again."
             )
-        place = rank if positions is None else int(positions[rank]["place"])
-        more = True
-        while more:
+        first = rank if positions is None else int(positions[rank]["seed_index"])
+        has_more = True
+        while has_more:
             stage = self._schedule.at(epoch, update, samples)
-            places = range(place, place + P * stage.accumulate_grad_batches, P)
-            window = StreamWindow(epoch, stage, stream, places, to_device, batch_size)
+            seed_indices = range(first, first + P * stage.accumulate_grad_batches, P)
+            window = StreamWindow(epoch, stage, stream, seed_indices, to_device, batch_size)
             yield window
-            more, update, place = window.more, update + 1, places.stop
+            has_more, update, first = window.has_more, update + 1, seed_indices.stop
             samples += window.samples or 0
 
     def _begin(self, epoch: int) -> None:
-        """Tell everything that shuffles which epoch begins."""
+        """Give the epoch to every sampler and generator that shuffles."""
         parts: tuple[Any, ...] = (self._data, _sampler(self._data), getattr(self._data, "batch_sampler", None))
         for part in parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
             if isinstance(generator := getattr(part, "generator", None), torch.Generator):
-                generator.manual_seed(mix(self._seed, EPOCH_STREAM, epoch))  # or a resumed run would shuffle otherwise
+                generator.manual_seed(mix(self._seed, EPOCH_STREAM, epoch))  # so that a resumed run shuffles alike
 
 
-class StreamWindow:
+class StreamWindow(Closing):
     """The next K micro-batches of a stream."""
 
     samples: int | None = None
@@ -102,8 +102,8 @@ class StreamWindow:
         self,
         epoch: int,
         stage: Stage,
-        stream: _Lookahead,
-        places: range,
+        stream: Lookahead,
+        seed_indices: range,
         to_device: Callable[[Any], Any],
         batch_size: Callable[[Any], int],
     ) -> None:
@@ -111,30 +111,35 @@ class StreamWindow:
         self.stage = stage
         self.most_micro_batches = stage.accumulate_grad_batches
         self.is_empty = not stream.has_next
-        self.more = stream.has_next
-        self._stream, self._places, self._to_device, self._batch_size = stream, places, to_device, batch_size
+        self.has_more = stream.has_next
+        self._stream, self._seed_indices, self._to_device, self._batch_size = (
+            stream,
+            seed_indices,
+            to_device,
+            batch_size,
+        )
 
-    def __iter__(self) -> Iterator[Micro]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         stream, to_device, batch_size = self._stream, self._to_device, self._batch_size
-        last = self._places[-1]
-        for place in self._places:
+        last = self._seed_indices[-1]
+        for index in self._seed_indices:
             if not stream.has_next:
                 return
-            batch = stream.take(place == last)
-            more = self.more = stream.has_next
-            yield Micro(to_device(batch), batch_size(batch), place, place == last or not more)
+            batch = stream.take(index == last)
+            has_more = self.has_more = stream.has_next
+            yield MicroBatch(to_device(batch), batch_size(batch), index, index == last or not has_more)
 
     @property
     def position(self) -> dict[str, Any]:
-        """The place of this process's next window, and where its stream stands."""
-        return {"epoch": self._epoch, "place": self._places.stop, **self._stream.position}
+        """The seed index of this process's next window, and where its stream stands."""
+        return {"epoch": self._epoch, "seed_index": self._seed_indices.stop, **self._stream.position}
 
 
-class _Lookahead:
+class Lookahead:
     """An iterator that knows whether it has a next item; an exception met ahead comes when its item is asked for.
 
-    It takes up an earlier `position`: by the data's own `load_state_dict`, else by reading and dropping what was taken.
-    Items are what `begin` makes of them as soon as they are read.
+    It resumes from a `position` by the data's own `load_state_dict`, else by reading and dropping as many items.
+    `begin` is applied to each item as soon as it is read.
     """
 
     def __init__(
@@ -150,7 +155,7 @@ class _Lookahead:
         self._item: Any = None
         self._taken = 0
         self.has_next = True
-        if position is not None and position["ended"]:
+        if position is not None and position["has_ended"]:
             self.has_next = False
             return
         try:
@@ -172,7 +177,7 @@ class _Lookahead:
     @property
     def position(self) -> dict[str, Any]:
         """Where the stream stands before the item that was read ahead."""
-        return {"taken": self._taken, "ended": not self.has_next, "state": self._state}
+        return {"taken": self._taken, "has_ended": not self.has_next, "state": self._state}
 
     def take(self, keeps_state: bool = False) -> Any:
         """Return the item that was read ahead, and read the next, keeping the data's state from between."""
@@ -195,12 +200,14 @@ class _Lookahead:
             self._state = deepcopy(self._data.state_dict())
 
     def _skip(self, count: int) -> None:
-        log.warning("reading %d micro-batches again, to drop them: the stream has no state_dict to go on from", count)
+        log.warning(
+            "reading %d micro-batches again and dropping them: the stream has no state_dict to resume from", count
+        )
         for number in range(count):
             if next(self._items, self) is self:
-                raise ValueError(
-                    f"the stream ended after {number} micro-batches; {count} had been trained on. To be gone on with "
-                    "it must give the same ones again, or keep its own place (state_dict and load_state_dict)."
+                raise UserError(
+                    f"the stream ended after {number} micro-batches, but {count} had been trained on. To resume, it "
+                    "must yield the same ones again, or have state_dict and load_state_dict."
                 )
 
 
@@ -209,15 +216,15 @@ def _has_state(data: object) -> bool:
 
 
 def _sampler(loader: Any) -> Any:
-    """What decides which samples a DataLoader reads."""
+    """Return the sampler that decides which samples a DataLoader reads."""
     return getattr(getattr(loader, "batch_sampler", None), "sampler", None) or getattr(loader, "sampler", None)
 
 
 def _refuse_shared_loader(loader: DataLoader[Any]) -> None:
     sampler = type(_sampler(loader))
-    is_torch_s = sampler.__module__.startswith("torch.utils.data") and sampler is not DistributedSampler
-    if is_torch_s and not isinstance(loader.dataset, IterableDataset):
-        raise ValueError(
+    is_torchs_own = sampler.__module__.startswith("torch.utils.data") and sampler is not DistributedSampler
+    if is_torchs_own and not isinstance(loader.dataset, IterableDataset):
+        raise UserError(
             "train_data() returned a DataLoader that gives every process all samples: each would be trained on once "
             "per process. Return the dataset itself, and the engine shares it out, or give the DataLoader a "
             "DistributedSampler."

@@ -1,27 +1,16 @@
-"""A window as one process sees it, and where windows come from.
+"""Windows as one process sees them, and the sources that yield them.
 
-Every source is used alike: `for window in source.windows(epoch, update)`, each window an iterable of this process's
-micro-batches. A source knows nothing of models and updates; the loop tells a window, in `more`, whether any process
-has another one.
+Every source is used alike: `for window in source.windows(epoch, update, samples)`, each window an iterable of this
+process's micro-batches. A source knows no model and no optimizer; `Window.close` brings it the update's verdict.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from engine.plan.schedule import Stage
-
-
-@dataclass(slots=True)  # its fields are read at each micro-batch: slots cost the least
-class Micro:
-    """One micro-batch: its data on the device, its samples, its place in the epoch, and whether the update follows."""
-
-    batch: Any
-    size: int
-    place: int
-    is_last: bool
+from strategies import MicroBatch
 
 
 class Window(Protocol):
@@ -29,24 +18,28 @@ class Window(Protocol):
 
     stage: Stage
     samples: int | None
-    """Samples over all processes; of a stream it is known after the message of the update."""
+    """Samples over all processes; None for a stream until `close`."""
     most_micro_batches: int
-    """The most micro-batches that a process can have in it: the same number on all of them."""
+    """The largest number of micro-batches that any process can have in it; the same number on all processes."""
     is_empty: bool
     """Whether this process has no micro-batch in it."""
-    more: bool
-    """Whether this process has data after it; after the message of the update, whether any process has."""
+    has_more: bool
+    """Whether this process has data after it; after `close`, whether any process has."""
 
-    def __iter__(self) -> Iterator[Micro]: ...
+    def __iter__(self) -> Iterator[MicroBatch]: ...
+
+    def close(self, has_more: bool, samples: int) -> None:
+        """Take what all processes agreed on: whether any has more data, and the samples of the window."""
+        ...
 
     @property
     def position(self) -> Any:
-        """Where this process's data stands after it: to be kept, and given to `Source.windows` to go on."""
+        """Where this process's data stands after the window; `Source.windows` resumes from it."""
         ...
 
 
 class Source(Protocol):
-    """Where the windows of an epoch come from."""
+    """A source of an epoch's windows."""
 
     def windows(
         self, epoch: int, update: int, samples: int, positions: Sequence[Any] | None = None
@@ -56,3 +49,14 @@ class Source(Protocol):
         `positions` are those of all processes' last windows, by rank; None starts the epoch.
         """
         ...
+
+
+class Closing:
+    """The verdict of an update, as a window keeps it."""
+
+    has_more: bool
+    samples: int | None
+
+    def close(self, has_more: bool, samples: int) -> None:
+        """Keep whether any process has more data, and the samples of the window."""
+        self.has_more, self.samples = has_more, samples

@@ -28,7 +28,7 @@ class Start(NamedTuple):
     folder: Path | None
     """The `run_dir`."""
     update: int
-    validated: int
+    validated_update: int
     """The update of the last validation that counts."""
     record: Mapping[str, Any]
     """That of the last update; empty at the start."""

@@ -21,7 +21,7 @@ class CSVLogger(GroupedLogger):
         super().open(start)
         assert start.folder is not None
         self._updates = _Table(start.folder / "metrics.csv", start.update)
-        self._validations = _Table(start.folder / "validation.csv", start.validated)
+        self._validations = _Table(start.folder / "validation.csv", start.validated_update)
 
     def write(self, update: int, values: Mapping[str, float], is_update: bool) -> None:
         """Write a row."""

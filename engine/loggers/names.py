@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from engine.errors import UserError
 from engine.loggers.base import Logger
 from engine.loggers.csv_tables import CSVLogger
 from engine.loggers.tensorboard_events import TensorBoardLogger
@@ -12,7 +13,7 @@ BY_NAME: dict[str, type[Logger]] = {"csv": CSVLogger, "tensorboard": TensorBoard
 
 
 def make_loggers(given: Logger | str | Sequence[Logger | str] | None, run_dir: str | None) -> list[Logger]:
-    """Return the loggers that are given by name or as objects. Raises ValueError for what is none."""
+    """Return the loggers that are given by name or as objects. Raises UserError for what is none."""
     listed = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     return [_logger(one, run_dir) for one in listed if one is not None]
 
@@ -20,7 +21,7 @@ def make_loggers(given: Logger | str | Sequence[Logger | str] | None, run_dir: s
 def _logger(one: Logger | str, run_dir: str | None) -> Logger:
     logger = BY_NAME[one]() if isinstance(one, str) and one in BY_NAME else one
     if isinstance(logger, str) or not all(callable(getattr(logger, name, None)) for name in ("log", "close")):
-        raise ValueError(f"loggers={one!r}: give {', '.join(BY_NAME)}, or an object with log(record) and close().")
+        raise UserError(f"loggers={one!r}: give {', '.join(BY_NAME)}, or an object with log(record) and close().")
     if run_dir is None and getattr(logger, "needs_run_dir", False):
-        raise ValueError(f"loggers={one!r} writes into the run's folder: give a run_dir.")
+        raise UserError(f"loggers={one!r} writes into the run's folder: give a run_dir.")
     return logger

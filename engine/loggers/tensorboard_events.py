@@ -6,18 +6,19 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from engine.errors import UserError
 from engine.loggers.base import Start
 from engine.loggers.grouped import GroupedLogger
 
 
 class TensorBoardLogger(GroupedLogger):
-    """Writes scalars by update into `tensorboard/` in the run_dir. Raises ValueError where TensorBoard is missing."""
+    """Writes scalars by update into `tensorboard/` in the run_dir. Raises UserError where TensorBoard is missing."""
 
     needs_run_dir = True
 
     def __init__(self) -> None:
         if find_spec("tensorboard") is None:
-            raise ValueError("the tensorboard logger needs TensorBoard: pip install 'tally-engine[tensorboard]'.")
+            raise UserError("the tensorboard logger needs TensorBoard: pip install 'tally-engine[tensorboard]'.")
 
     def open(self, start: Start) -> None:
         """Tell TensorBoard to forget what comes again."""
@@ -25,7 +26,7 @@ class TensorBoardLogger(GroupedLogger):
 
         super().open(start)
         assert start.folder is not None
-        is_whole = start.validated == start.update  # or its validation may be there and come again
+        is_whole = start.validated_update == start.update  # or its validation may be there and come again
         first = start.update + 1 if is_whole else start.update
         self._writer: Any = SummaryWriter(str(start.folder / "tensorboard"), purge_step=first, flush_secs=1)
         if not is_whole:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Literal, get_args
 
+from engine.errors import UserError
+
 Unit = Literal["epoch", "update", "sample"]
 
 
@@ -29,25 +31,25 @@ class Stage:
 def check_accumulation(value: object, name: str = "accumulate_grad_batches") -> int:
     """Return `value` as K, or raise ValueError: a whole number of at least 1, and no bool."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name}={value!r}: give a whole number of micro-batches, 1 or more.")
+        raise UserError(f"{name}={value!r}: give a whole number of micro-batches, 1 or more.")
     if value < 1:
-        raise ValueError(f"{name}={value}: a window needs at least one micro-batch; use 1 to update after each.")
+        raise UserError(f"{name}={value}: a window needs at least one micro-batch; use 1 to update after each.")
     return value
 
 
 def check_scheduling(scheduling: object, unit: str = "epoch") -> dict[int, int]:
     """Return a checked copy of `{first epoch (or update, or sample): K}`, in ascending order, starting at 0.
 
-    Where 0 is not given, K is 1 until the first key. Raises ValueError for anything but a dictionary of whole
+    Where 0 is not given, K is 1 until the first key. Raises UserError for anything but a dictionary of whole
     numbers (no bools), keys of at least 0 and K of at least 1.
     """
     if unit not in get_args(Unit):
-        raise ValueError(f"unit={unit!r}: a schedule counts by one of {', '.join(get_args(Unit))}.")
+        raise UserError(f"unit={unit!r}: a schedule counts by one of {', '.join(get_args(Unit))}.")
     if not isinstance(scheduling, Mapping) or not scheduling:
-        raise ValueError(f"scheduling={scheduling!r}: give a dictionary such as {{0: 8, 4: 4, 8: 1}}, {unit} -> K.")
+        raise UserError(f"scheduling={scheduling!r}: give a dictionary such as {{0: 8, 4: 4, 8: 1}}, {unit} -> K.")
     for first, K in scheduling.items():
         if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-            raise ValueError(f"scheduling has the {unit} {first!r}: {unit}s are whole numbers from 0.")
+            raise UserError(f"scheduling has the {unit} {first!r}: {unit}s are whole numbers from 0.")
         check_accumulation(K, f"scheduling[{first}]")
     return dict(sorted({0: 1, **scheduling}.items()))
 
@@ -109,12 +111,12 @@ LR_RULES: dict[str, Callable[[float], float]] = {"none": lambda times: 1.0, "lin
 def check_lr_rule(rule: object, reference_batch: object) -> None:
     """Raise ValueError unless `rule` is one, and has a reference if it needs one."""
     if not isinstance(rule, str) or rule not in LR_RULES:
-        raise ValueError(f"lr_rule={rule!r}: give one of {', '.join(LR_RULES)}.")
+        raise UserError(f"lr_rule={rule!r}: give one of {', '.join(LR_RULES)}.")
     if rule == "none":
         if reference_batch is not None:
-            raise ValueError(f"lr_reference_batch={reference_batch!r} without an lr_rule: give linear or sqrt.")
+            raise UserError(f"lr_reference_batch={reference_batch!r} without an lr_rule: give linear or sqrt.")
     elif isinstance(reference_batch, bool) or not isinstance(reference_batch, int) or reference_batch < 1:
-        raise ValueError(
+        raise UserError(
             f"lr_rule={rule!r} with lr_reference_batch={reference_batch!r}: give the effective batch, in samples, that "
             "the task's learning rate is for."
         )

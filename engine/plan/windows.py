@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from engine.errors import UserError
 from engine.plan.schedule import Schedule, Stage
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class PlannedWindow:
     """The samples [start, stop) of an epoch's order that one update sees, over all processes."""
 
     start: int
@@ -58,15 +59,15 @@ class Plan:
     max_epochs: int | None = None
     max_updates: int | None = None
 
-    def windows(self, epoch: int, update: int, offset: int = 0) -> Iterator[Window]:
+    def windows(self, epoch: int, update: int, offset: int = 0) -> Iterator[PlannedWindow]:
         """Yield the windows of `epoch` from sample `offset` on, where `update` updates came before in the run."""
         while offset < self.samples and (self.max_updates is None or update < self.max_updates):
             stage = self.schedule.at(epoch, update, epoch * self.samples + offset)
             stop = min(offset + stage.effective_batch, self.samples)
-            yield Window(offset, stop, stage)
+            yield PlannedWindow(offset, stop, stage)
             offset, update = stop, update + 1
 
-    def all_windows(self) -> Iterator[tuple[int, Window]]:
+    def all_windows(self) -> Iterator[tuple[int, PlannedWindow]]:
         """Yield (epoch, window) for each update of the run."""
         epoch = update = 0
         while self.max_epochs is None or epoch < self.max_epochs:
@@ -94,10 +95,10 @@ class Plan:
 
     @property
     def updates(self) -> int:
-        """The exact number of updates in the whole run. Raises ValueError where nothing bounds it."""
+        """The exact number of updates in the whole run. Raises UserError where nothing bounds it."""
         if self.max_epochs is None:
             if self.max_updates is None:
-                raise ValueError("a run without max_epochs and max_updates has no last update.")
+                raise UserError("a run without max_epochs and max_updates has no last update.")
             return self.max_updates
         total = 0
         if self.schedule.unit == "epoch":

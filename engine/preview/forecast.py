@@ -1,4 +1,4 @@
-"""What a run will do, update by update and stage by stage, told from its plan before it starts."""
+"""Forecasts a run from its plan: update by update, and stage by stage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.plan.schedule import Schedule, Stage
 from engine.plan.windows import Plan
 
 
-class Expected(NamedTuple):
+class PlannedUpdate(NamedTuple):
     """One update to come, under the names of its record in metrics.jsonl."""
 
     update: int
@@ -28,8 +28,8 @@ class Expected(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """One stage of the schedule, as far as the run reaches it. None is what cannot be known of a stream."""
+class StageForecast:
+    """One stage of the schedule, as far as the run reaches it. None: unknown, for a stream."""
 
     stage: Stage
     epochs: tuple[int, int] | None = None
@@ -45,10 +45,10 @@ class Stretch:
     """The learning rate of its first and its last update."""
 
 
-def expected_updates(
+def planned_updates(
     plan: Plan, N: int, P: int, spread: bool, lrs: Sequence[float], samples_before: Callable[[int], Sequence[int]]
-) -> Iterator[Expected]:
-    """Yield every update of a run; `samples_before(epoch)` counts the samples before each place of its order."""
+) -> Iterator[PlannedUpdate]:
+    """Yield every update of a run; `samples_before(epoch)` counts the samples before each position of its order."""
     samples, current, before = 0, -1, samples_before(0)
     for number, (epoch, window) in enumerate(plan.all_windows()):
         if epoch != current:
@@ -56,23 +56,23 @@ def expected_updates(
         effective_batch, pieces = before[window.stop] - before[window.start], window.count(N, P, spread)
         samples += effective_batch
         lr, stage = lrs[number] * window.stage.lr_factor, window.stage
-        yield Expected(number + 1, epoch, samples, effective_batch, lr, stage, pieces, -(-pieces // P))
+        yield PlannedUpdate(number + 1, epoch, samples, effective_batch, lr, stage, pieces, -(-pieces // P))
 
 
-def stretches(updates: Iterator[Expected]) -> Iterator[Stretch]:
+def stage_forecasts(updates: Iterator[PlannedUpdate]) -> Iterator[StageForecast]:
     """Sum up the updates of each stage."""
     for stage, group in groupby(updates, key=lambda update: update.stage):
         yield _sum(stage, group)
 
 
-def _sum(stage: Stage, updates: Iterator[Expected]) -> Stretch:
+def _sum(stage: Stage, updates: Iterator[PlannedUpdate]) -> StageForecast:
     first = last = next(updates)
     samples, micro_batches, turns = first.effective_batch, first.micro_batches, first.turns
     for last in updates:
         samples += last.effective_batch
         micro_batches += last.micro_batches
         turns += last.turns
-    return Stretch(
+    return StageForecast(
         stage,
         (first.epoch, last.epoch),
         last.update - first.update + 1,
@@ -84,9 +84,9 @@ def _sum(stage: Stage, updates: Iterator[Expected]) -> Stretch:
     )
 
 
-def stretches_of_stream(
+def stream_stages(
     schedule: Schedule, epochs: int | None, total: int | None, lrs: Sequence[float]
-) -> Iterator[Stretch]:
+) -> Iterator[StageForecast]:
     """Yield what is known of each stage without knowing how long an epoch is.
 
     `epochs` or `total` updates is where the run ends, where that is known.
@@ -106,4 +106,4 @@ def stretches_of_stream(
             span = stage.first, min(epochs, epochs if following is None else following.first) - 1
         at = (start, None if stop is None else stop - 1)
         lr = tuple(lrs[u] * stage.lr_factor if u is not None and u < len(lrs) else None for u in at)
-        yield Stretch(stage, span, updates, lr=(lr[0], lr[1]))
+        yield StageForecast(stage, span, updates, lr=(lr[0], lr[1]))

@@ -1,4 +1,4 @@
-"""A preview in the terminal: a table, or where that is too wide a few lines for each stage."""
+"""A preview in the terminal: a table, or a few lines for each stage if the table is too wide."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from engine.preview.forecast import Stretch
+from engine.preview.forecast import StageForecast
 from engine.preview.preview import Preview
 
 UNKNOWN = "?"
 
-Tell = Callable[[Stretch], str]
-"""One cell: what a column says of a stage."""
+Cell = Callable[[StageForecast], str]
+"""Returns the cell of a column for a stage."""
 
 
 def print_plan(preview: Preview, console: Console | None = None) -> None:
-    """Print what the run would be, stage by stage, and what to think about."""
+    """Print the run stage by stage, and what to think about."""
     console = console or Console(highlight=False, soft_wrap=False)
     columns = _columns(preview)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for name in columns:
         table.add_column(name, justify="right", vertical="bottom", no_wrap=True)
-    for stretch in preview.stretches:
-        table.add_row(*(tell(stretch) for tell in columns.values()))
+    for forecast in preview.stages:
+        table.add_row(*(cell(forecast) for cell in columns.values()))
 
     console.print(Text(preview.describe(), style="bold"))
-    console.print(Text(_place(preview)), end="\n\n")
+    console.print(Text(_header(preview)), end="\n\n")
     if console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width:
         console.print(table)
         console.print()
     else:
-        for stretch in preview.stretches:
+        for forecast in preview.stages:
             lines = Table.grid(padding=(0, 2))
-            for name, tell in columns.items():
-                lines.add_row(name.replace("-\n", "-").replace("\n", " "), tell(stretch))
+            for name, cell in columns.items():
+                lines.add_row(name.replace("-\n", "-").replace("\n", " "), cell(forecast))
             console.print(lines)
             console.print()
     console.print(Text(_total(preview)))
@@ -53,10 +53,9 @@ def size(count: int) -> str:
     return f"{value:.3g} {unit}" if value < 999.5 else f"{value:,.0f} {unit}"
 
 
-def _columns(preview: Preview) -> dict[str, Tell]:
-    trainer, sent = preview.trainer, preview.bytes_per_update
-    unit = trainer.schedule.unit
-    columns: dict[str, Tell] = {} if unit == "epoch" else {f"from\n{unit}": lambda s: f"{s.stage.first:,}"}
+def _columns(preview: Preview) -> dict[str, Cell]:
+    sent, unit = preview.bytes_per_update, preview.schedule.unit
+    columns: dict[str, Cell] = {} if unit == "epoch" else {f"from\n{unit}": lambda s: f"{s.stage.first:,}"}
     columns |= {
         "epochs": lambda s: _span(s.epochs),
         "K": lambda s: str(s.stage.accumulate_grad_batches),
@@ -73,17 +72,15 @@ def _columns(preview: Preview) -> dict[str, Tell]:
     return columns
 
 
-def _place(preview: Preview) -> str:
-    trainer, strategy = preview.trainer, preview.trainer.strategy
-    P, settings = strategy.data_parallel_size, trainer.settings
+def _header(preview: Preview) -> str:
+    plan, strategy, settings = preview.layout.plan, preview.strategy, preview.settings
+    P = strategy.data_parallel_size
     processes = "1 process" if P == 1 else f"{P} processes"
-    epochs = "" if settings["max_epochs"] is None else f", {settings['max_epochs']:,} epochs"
-    if trainer.plan is None:
+    epochs = "" if settings.max_epochs is None else f", {settings.max_epochs:,} epochs"
+    if plan is None:
         return f"{strategy.name}: {processes}, streams of ready micro-batches{epochs}"
     what = "samples" if not preview.is_grouped else "groups of samples"
-    return (
-        f"{strategy.name}: {processes}, N {trainer.micro_batch_size}, {trainer.plan.samples:,} {what} an epoch{epochs}"
-    )
+    return f"{strategy.name}: {processes}, N {settings.micro_batch_size}, {plan.samples:,} {what} an epoch{epochs}"
 
 
 def _total(preview: Preview) -> str:
@@ -91,17 +88,17 @@ def _total(preview: Preview) -> str:
 
 
 def _updates(preview: Preview) -> Iterator[str]:
-    total, at_most = preview.trainer.total_updates, preview.trainer.settings["max_updates"]
+    total, at_most = preview.layout.total_updates, preview.settings.max_updates
     if preview.is_stream:
         known = "" if total is None else f"{total:,} updates in all. "
         known = known or ("" if at_most is None else f"At most {at_most:,} updates. ")
         yield f"{known}A stream has no length: what is marked {UNKNOWN} cannot be known before it has ended."
     else:
-        yield f"{total:,} updates in all, of {sum(s.samples or 0 for s in preview.stretches):,} samples."
+        yield f"{total:,} updates in all, of {sum(s.samples or 0 for s in preview.stages):,} samples."
 
 
 def _bytes(preview: Preview) -> Iterator[str]:
-    sent, strategy = preview.bytes_per_update, preview.trainer.strategy
+    sent, strategy = preview.bytes_per_update, preview.strategy
     if sent is None:
         yield f"What strategy {strategy.name!r} sends is not known before it is set up."
     elif not sent:
@@ -109,19 +106,19 @@ def _bytes(preview: Preview) -> Iterator[str]:
     elif preview.is_stream:
         yield f"Each update reduces {size(sent)} on each process."
     else:
-        updates, turns = (sum(getattr(s, name) or 0 for s in preview.stretches) for name in ("updates", "turns"))
+        updates, turns = (sum(getattr(s, name) or 0 for s in preview.stages) for name in ("updates", "turns"))
         yield (
             f"Each reduces {size(sent)} on each process, {size(updates * sent)} in all; with a reduction at each "
             f"micro-batch it would be {size(turns * sent)}: deferring saves {_saved(updates, turns)}."
         )
 
 
-def _batch(preview: Preview, stretch: Stretch) -> str:
+def _batch(preview: Preview, forecast: StageForecast) -> str:
     if preview.is_stream:
         return UNKNOWN
-    if preview.is_grouped and stretch.samples and stretch.updates:
-        return f"~{stretch.samples / stretch.updates:,.0f}"
-    return f"{stretch.stage.effective_batch:,}"
+    if preview.is_grouped and forecast.samples and forecast.updates:
+        return f"~{forecast.samples / forecast.updates:,.0f}"
+    return f"{forecast.stage.effective_batch:,}"
 
 
 def _span(epochs: tuple[int, int] | None) -> str:

@@ -1,4 +1,4 @@
-"""What a run tells of its updates, and to whom."""
+"""Records: one per update and one per validation, for the loggers."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.loggers import Logger
+from engine.loggers.base import Logger
 from engine.update.message import Outcome
 
 
-class Records:
-    """Makes one record per update and one per validation, and gives them to the loggers (none but on process 0)."""
+class Recorder:
+    """Makes records and gives them to the loggers, which are on process 0 only."""
 
     def __init__(self, loggers: Sequence[Logger]) -> None:
         self._loggers = loggers
         self._since = time.perf_counter()
 
     def restart_clock(self) -> None:
-        """Count throughput from now on: what came before was no training."""
+        """Measure throughput from now on: the time before was not training."""
         self._since = time.perf_counter()
 
-    def of_update(self, place: Mapping[str, float], outcome: Outcome, lr: float, K: int) -> dict[str, Any]:
-        """Return, and log, the record of an update; `place` says where the run is after it."""
+    def log_update(self, counts: Mapping[str, float], outcome: Outcome, lr: float, K: int) -> dict[str, Any]:
+        """Return, and log, the record of an update; `counts` are those after it."""
         now = time.perf_counter()
         rate = outcome.samples / (now - self._since)
         record = {
-            **place,
+            **counts,
             "weight": outcome.weight,
             "loss": outcome.loss,
             "lr": lr,
@@ -39,7 +39,7 @@ class Records:
         self._log(record)
         return record
 
-    def of_validation(self, update: int, epoch: int, metrics: Mapping[str, float]) -> None:
+    def log_validation(self, update: int, epoch: int, metrics: Mapping[str, float]) -> None:
         """Log the means of a validation."""
         self._log({"update": update, "epoch": epoch, **{f"validation/{name}": mean for name, mean in metrics.items()}})
 

@@ -16,31 +16,33 @@ from typing import Any, TextIO
 import orjson
 from torch import Tensor
 
+from engine.errors import RunDirTakenError
+
 log = logging.getLogger("tally")
 
 
 class RunFolder:
-    """A folder for one run: a new one, or with `takes_over` that of the run which is gone on with.
+    """The folder of one run: a new one, or with `takes_over` that of the run which is resumed.
 
-    Raises FileExistsError where there is anything else in it, or where another process is writing it.
+    Raises RunDirTakenError if anything else is in it, or if another process is writing it.
     """
 
     def __init__(self, path: str | Path, takes_over: bool = False) -> None:
         self.path = Path(path)
         is_ours = takes_over and _is_a_run(self.path)
         if self.path.exists() and (not self.path.is_dir() or (not _is_empty(self.path) and not is_ours)):
-            way_out = "name a new folder" if takes_over else "name a new folder, or go on with resume='auto'"
-            raise FileExistsError(f"run_dir={str(path)!r} is taken: a run never overwrites another; {way_out}.")
+            way_out = "a new folder" if takes_over else "a new folder, or resume='auto'"
+            raise RunDirTakenError(f"run_dir={str(path)!r}: expected a folder that nothing else is in. Use {way_out}.")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(self.path / LOCK)
         self._metrics: FileIO | None = None
         self._unwritten = b""
         self._is_full = False
 
-    def rewind(self, update: int, validated: int) -> int:
-        """Cut what metrics.jsonl has of updates after `update` and validations after `validated`: they come again.
+    def rewind(self, update: int, validated_update: int) -> int:
+        """Cut updates after `update` and validations after `validated_update` from metrics.jsonl: they come again.
 
-        Returns how many updates that were.
+        Returns the number of updates that were cut.
         """
         history = self.path / "metrics.jsonl"
         part = history.with_suffix(".part")
@@ -48,7 +50,7 @@ class RunFolder:
         undone = 0
         with history.open(errors="replace") as lines, part.open("w") as kept:
             for line in lines:
-                if _is_before(line, update, validated):
+                if _is_before(line, update, validated_update):
                     kept.write(line)
                 else:
                     undone += '"loss"' in line and line.endswith("\n")
@@ -56,7 +58,7 @@ class RunFolder:
         return undone
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl; where the disk is full, keep it for the next time."""
+        """Append one line to metrics.jsonl; if the disk is full, keep it for the next time."""
         self._unwritten += orjson.dumps(record) + b"\n"  # a number that is not finite becomes null
         try:
             if self._metrics is None:
@@ -66,17 +68,17 @@ class RunFolder:
         except OSError as error:
             if not self._is_full:
                 log.error(
-                    "metrics.jsonl could not be written: %s. Training goes on and keeps the lines for later.", error
+                    "metrics.jsonl could not be written: %s. Training continues and keeps the lines for later.", error
                 )
             self._is_full = True
 
-    def tell(self, event: Mapping[str, Any]) -> None:
-        """Append one line to events.jsonl, which no resume cuts: what happened to the run, and when."""
+    def log_event(self, event: Mapping[str, Any]) -> None:
+        """Append one line to events.jsonl, which no resume cuts."""
         try:
             with (self.path / "events.jsonl").open("ab") as events:
                 events.write(orjson.dumps(event) + b"\n")
         except OSError as error:
-            log.error("events.jsonl could not be written: %s. Training goes on without the line.", error)
+            log.error("events.jsonl could not be written: %s. Training continues without the line.", error)
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write one JSON file, whole or not at all."""
@@ -94,7 +96,7 @@ class RunFolder:
         )
 
     def close(self) -> None:
-        """Write what is still in memory. Raises OSError where that cannot be."""
+        """Write the lines that are still in memory. Raises OSError if that fails."""
         if self._metrics is not None:
             with self._metrics as metrics:
                 metrics.write(self._unwritten)
@@ -103,7 +105,7 @@ class RunFolder:
 
 
 MARK = "a run of Tally"
-"""The key of config.json that tells our folders from those of others."""
+"""The key of config.json that marks a folder as ours."""
 
 LOCK = ".lock"
 
@@ -125,8 +127,8 @@ def _locked(path: Path, seconds: float = 5.0) -> TextIO:
                 continue
             if is_held:
                 file.close()
-                raise FileExistsError(
-                    f"another process is writing run_dir={str(path.parent)!r}: wait for its end, or name a new folder."
+                raise RunDirTakenError(
+                    f"run_dir={str(path.parent)!r}: another process is writing it. Wait for it, or use a new folder."
                 ) from None
         return file  # where the file system has no locks, nothing is promised
 
@@ -140,10 +142,10 @@ def _is_a_run(path: Path) -> bool:
         return False
 
 
-def _is_before(line: str, update: int, validated: int) -> bool:
+def _is_before(line: str, update: int, validated_update: int) -> bool:
     try:
         record = json.loads(line)
-        return line.endswith("\n") and bool(record["update"] <= (update if "loss" in record else validated))
+        return line.endswith("\n") and bool(record["update"] <= (update if "loss" in record else validated_update))
     except (ValueError, KeyError, TypeError):  # a line that a killed process did not end
         return False
 

@@ -1,33 +1,32 @@
-"""What is left to say when a run is over."""
+"""The summary of a finished run: summary.json."""
 
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from engine.trainer import Trainer
+from engine.state import RunState
+from engine.update.timing import ReductionCost
+from strategies import Strategy
 
 
-def summarize(trainer: Trainer, seconds: float) -> dict[str, Any]:
-    """Return the content of summary.json: final metrics, what was done, what crossed the wire, versions."""
-    reductions, size = trainer.strategy.reductions()
-    meter = trainer.loop.meter
-    costs = meter.costs if meter is not None else None
+def summarize(state: RunState, strategy: Strategy, cost: ReductionCost | None) -> dict[str, Any]:
+    """Return the content of summary.json: final metrics, counts, collectives and bytes, versions."""
+    reductions, size = strategy.reductions()
     return {
-        **{f"validation/{name}": mean for name, mean in trainer.metrics.items()},
-        "loss": trainer.record.get("loss"),
-        "updates": trainer.update,
-        "skipped": trainer.skipped,
-        "epoch": trainer.epoch,
-        "samples": trainer.samples,
-        "seconds": round(seconds, 3),
-        "processes": trainer.strategy.processes,
-        "strategy": trainer.strategy.describe(),
+        **{f"validation/{name}": mean for name, mean in state.metrics.items()},
+        "loss": state.record.get("loss"),
+        "updates": state.update,
+        "skipped": state.skipped,
+        "epoch": state.epoch,
+        "samples": state.samples,
+        "seconds": round(state.seconds, 3),
+        "processes": strategy.processes,
+        "strategy": strategy.describe(),
         "all_reduces_per_update": reductions,
         "bytes_reduced_per_update": size,
-        "reduction": costs.summary() if costs is not None else None,
+        "reduction": cost.summary() if cost is not None else None,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from engine.errors import UserError
 from strategies import Strategy
 
 
 def check_compiles(compile_model: bool, strategy: Strategy) -> None:
-    """Refuse a strategy under which nothing would be compiled. Raises ValueError."""
+    """Refuse a strategy under which nothing would be compiled. Raises UserError."""
     if compile_model and not strategy.compiles_in_place:
-        raise ValueError(
+        raise UserError(
             f"compile_model=True: strategy {strategy.name!r} calls copies or parts of the model, and nothing "
             "would be compiled: compile its parts in configure_model(), or use single or ddp."
         )

@@ -1,6 +1,6 @@
-"""What each process is doing, left where the others can read it: so that a silence has a name.
+"""Heartbeats: each process publishes its current activity, so that a hang can be diagnosed.
 
-A thread looks every few seconds at where the main thread is. Nothing is added to the loop itself.
+A thread reads the main thread's stack every few seconds. Nothing is added to the loop itself.
 """
 
 from __future__ import annotations
@@ -8,46 +8,56 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from types import CodeType, FrameType, TracebackType
 
-from engine.update.message import ProcessFailureError
+from engine.callbacks.base import call
+from engine.checkpoint.checkpointer import Checkpointer
+from engine.data.map_style import MapSource
+from engine.data.stream import Lookahead
+from engine.errors import ProcessFailureError
+from engine.training.build import build
+from engine.training.validation import Validation
+from engine.update.exchange import Exchange
+from engine.update.updater import Updater
 from strategies import Strategy
 
-if TYPE_CHECKING:
-    from engine.trainer import Trainer
+ACTIVITY_TOPIC, FAILURE_TOPIC = "activity", "failure"
 
-TOPIC, FAILURE = "doing", "failure"
-
-DOINGS = {
-    ("engine/data/map_style.py", "_micros"): "fetching {micro}",
-    ("engine/data/stream.py", "take"): "reading {micro}",
-    ("engine/update/updater.py", "forward"): "computing {micro}",
-    ("strategies/base.py", "backward"): "in the backward of {micro}",
-    ("engine/update/updater.py", "_agreed"): "waiting for the others' message of update {update}",
-    ("engine/update/updater.py", "finish"): "making update {update}",
-    ("engine/training/validation.py", "run"): "validating after update {update}",
-    ("engine/checkpoint/checkpointer.py", "save"): "saving update {update}",
-    ("engine/checkpoint/checkpointer.py", "finish"): "saving update {update}",
-    ("engine/trainer.py", "call"): "in a callback after update {update}",
-    ("engine/trainer.py", "_build"): "starting",
+ACTIVITIES: dict[CodeType, str] = {
+    function.__code__: activity
+    for function, activity in (
+        (MapSource._micros, "fetching {micro}"),
+        (Lookahead.take, "reading {micro}"),
+        (Updater._forward, "computing {micro}"),
+        (Strategy.backward, "in the backward of {micro}"),
+        (Exchange.receive, "waiting for the others' message of update {update}"),
+        (Updater.finish, "making update {update}"),
+        (Validation.run, "validating after update {update}"),
+        (Checkpointer.save, "saving update {update}"),
+        (Checkpointer.finish, "saving update {update}"),
+        (call, "in a callback after update {update}"),
+        (build, "starting"),
+    )
 }
-"""What the innermost of these functions means."""
+"""The activity of a process whose innermost known function this is."""
 
 
-class Watch:
-    """While it is entered, tells every `seconds` what this process is doing; only where there are several."""
+class Heartbeat:
+    """While it is entered, publishes every `seconds` what this process is doing, if there are several.
 
-    def __init__(self, trainer: Trainer, seconds: float = 3.0) -> None:
-        self._trainer = trainer
-        self._seconds = seconds
+    `progress` returns the update and the number of its micro-batches so far.
+    """
+
+    def __init__(self, strategy: Strategy, progress: Callable[[], tuple[int, int]], seconds: float = 3.0) -> None:
+        self._strategy, self._progress, self._seconds = strategy, progress, seconds
         self._main = threading.get_ident()
         self._ends = threading.Event()
-        self._thread = threading.Thread(target=self._tell, name="tally-watch", daemon=True)
-        self._doing, self._since = "", time.time()
+        self._thread = threading.Thread(target=self._publish, name="tally-heartbeat", daemon=True)
+        self._activity, self._since = "", time.time()
 
-    def __enter__(self) -> Watch:
-        if self._trainer.strategy.processes > 1:
+    def __enter__(self) -> Heartbeat:
+        if self._strategy.processes > 1:
             self._thread.start()
         return self
 
@@ -56,39 +66,32 @@ class Watch:
     ) -> None:
         self._ends.set()
         if self._thread.is_alive():
-            self._thread.join(4.0)  # more than it waits for a host that is gone
+            self._thread.join(4.0)  # longer than it waits for a host that is gone
 
-    def _tell(self) -> None:
+    def _publish(self) -> None:
         while not self._ends.wait(self._seconds):
-            doing = self._describe(sys._current_frames().get(self._main))
-            if doing != self._doing:
-                self._doing, self._since = doing, time.time()
-            text = f"{doing} for {time.time() - self._since:.0f} s"
-            self._trainer.strategy.post(TOPIC, f"{time.time()} {text}")
+            activity = self._describe(sys._current_frames().get(self._main))
+            if activity != self._activity:
+                self._activity, self._since = activity, time.time()
+            text = f"{activity} for {time.time() - self._since:.0f} s"
+            self._strategy.post(ACTIVITY_TOPIC, f"{time.time()} {text}")
 
     def _describe(self, frame: FrameType | None) -> str:
-        trainer = self._trainer
-        loop = getattr(trainer, "loop", None)
-        micro = (
-            f"micro-batch {loop.sums.micro_batches + 1} of update {trainer.update}"
-            if loop is not None
-            else "a micro-batch"
-        )
+        update, micro_batches = self._progress()
         while frame is not None:
-            code = frame.f_code
-            for (file, name), doing in DOINGS.items():
-                if code.co_name == name and code.co_filename.endswith(file):
-                    return doing.format(micro=micro, update=trainer.update)
+            if (activity := ACTIVITIES.get(frame.f_code)) is not None:
+                micro = f"micro-batch {micro_batches + 1} of update {update}"
+                return activity.format(micro=micro, update=update)
             frame = frame.f_back
         return "between two updates"
 
 
 def lost_contact(strategy: Strategy, where: str, error: BaseException) -> ProcessFailureError:
-    """Return the error of a process that waits for another in vain: who failed, or what each was doing last."""
-    said = [f"process {rank} failed: {text}" for rank, text in strategy.posted(FAILURE).items()]
-    if not said:
-        for rank, text in strategy.posted(TOPIC).items():
-            at, _, doing = text.partition(" ")
+    """Return the error of a process that waits in vain for another: who failed, or what each was doing last."""
+    reports = [f"process {rank} failed: {text}" for rank, text in strategy.posted(FAILURE_TOPIC).items()]
+    if not reports:
+        for rank, text in strategy.posted(ACTIVITY_TOPIC).items():
+            at, _, activity = text.partition(" ")
             if rank != strategy.rank:
-                said.append(f"process {rank} was last heard of {time.time() - float(at):.0f} s ago, {doing}")
-    return ProcessFailureError(f"lost contact with another process {where}. {'; '.join(said)} ({error})".strip())
+                reports.append(f"process {rank} last reported {time.time() - float(at):.0f} s ago: {activity}")
+    return ProcessFailureError(f"lost contact with another process {where}. {'; '.join(reports)} ({error})".strip())

@@ -1,171 +1,166 @@
-"""The epochs of a run that is built: windows, updates, validations, saves, and whom to tell of them."""
+"""One run: epochs, windows, updates, records, validations and saves, from where it stands to its end."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
-from engine.callbacks.base import validating
-from engine.checkpoint.checkpointer import Keeper
-from engine.data.window import Source, Window
-from engine.order import mix
-from engine.records.recorder import Records
-from engine.seeds import EPOCH_STREAM, seed_everything
-from engine.signals import Interrupts
-from engine.training.validation import Evaluation
-from engine.update.message import NOTHING, NonFiniteError, Wishes
-from engine.update.updater import Compute
-
-if TYPE_CHECKING:
-    from engine.trainer import Trainer
+from engine.checkpoint.checkpointer import Checkpointer
+from engine.data.window import Window
+from engine.errors import NonFiniteError
+from engine.records.recorder import Recorder
+from engine.seeds import EPOCH_STREAM, mix, seed_everything
+from engine.settings import Settings
+from engine.signals import Signals
+from engine.state import Control, RunState
+from engine.training.build import Run
+from engine.update.message import NO_REQUESTS, Outcome, Requests
 
 
-class Epochs:
-    """Runs what a trainer has built, from where it stands to where it ends."""
+class Session:
+    """Runs what was built. `call` calls the callbacks, `around_validation` is their context of a validation."""
 
     def __init__(
         self,
-        trainer: Trainer,
-        source: Source,
-        compute: Compute,
-        validation: Evaluation | None,
-        keeper: Keeper,
-        records: Records,
-        interrupts: Interrupts,
-        resumed: Any,
+        run: Run,
+        settings: Settings,
+        state: RunState,
+        control: Control,
+        signals: Signals,
+        checkpointer: Checkpointer,
+        recorder: Recorder,
+        call: Callable[[str], None],
+        around_validation: Callable[[], AbstractContextManager[None]],
+        positions: Sequence[Any] | None,
     ) -> None:
-        self._trainer = trainer
-        self._settings = trainer.settings
-        self._has_lr_rule = trainer.settings["lr_rule"] != "none"
-        self._source = source
-        self._compute = compute
-        self._validation = validation
-        self._keeper = keeper
-        self._records = records
-        self._interrupts = interrupts
-        self._resumed = resumed
-        """Where each process's data stood, until an epoch has taken that up."""
+        self._run, self._settings, self._state, self._control = run, settings, state, control
+        self._signals, self._checkpointer, self._recorder = signals, checkpointer, recorder
+        self._call, self._around_validation = call, around_validation
+        self._positions = positions
+        """Where each process's data stood in the checkpoint, until an epoch has resumed from it."""
+        self._updater = run.parts.updater
+        self._has_ended = False
+        """Whether all processes agreed to stop."""
 
     def run(self) -> None:
-        """Run until the run is over, stopped or interrupted."""
-        trainer = self._trainer
-        trainer.call("on_fit_start")
-        self._since = time.perf_counter()
-        self._records.restart_clock()
-        self._validate_if_due()  # an interruption may have come between an update and its validation
-        over = self._is_over
-        while not (over or self._stops_now or trainer.interrupted):
-            over = self._run_epoch()
-        if not trainer.interrupted:
+        """Run until the end, a stop or an interruption."""
+        self._call("on_fit_start")
+        self._started = time.perf_counter()
+        self._recorder.restart_clock()
+        self._validate_if_due()  # the run may have been interrupted between an update and its validation
+        while not self._is_over:
+            self._run_epoch()
+        if not self._control.interrupted_by:
             self._validate()
 
-    def _run_epoch(self) -> bool:
-        """Run an epoch, or what is left of it, and return whether the run is over."""
-        trainer = self._trainer
-        seed_everything(mix(self._settings["seed"], EPOCH_STREAM, trainer.epoch))  # for iterables that draw
-        positions, self._resumed, over, update = self._resumed, None, False, trainer.update
-        if trainer.begun != trainer.epoch:
-            trainer.begun = trainer.epoch
-            trainer.call("on_epoch_start")
-        for window in self._source.windows(trainer.epoch, trainer.update, trainer.samples, positions):
-            over = self._run_update(window)
-            if over:
+    def _run_epoch(self) -> None:
+        """Run an epoch, or what is left of it."""
+        state, control, first_update = self._state, self._control, self._state.update
+        seed_everything(mix(self._settings.seed, EPOCH_STREAM, state.epoch))  # for iterables that draw
+        positions, self._positions = self._positions, None
+        if state.started_epoch != state.epoch:
+            state.started_epoch = state.epoch
+            self._call("on_epoch_start")
+        is_over = False
+        for window in self._run.source.windows(state.epoch, state.update, state.samples, positions):
+            if is_over := self._run_window(window):
                 break
-        if trainer.interrupted:
-            return True
-        trainer.loop.check_replicas(trainer.update)
-        every = self._settings["validate_every_n_epochs"]
-        if every is not None and (trainer.epoch + 1) % every == 0:
+        if control.interrupted_by:
+            return
+        self._updater.exchange.check_replicas(state.update)
+        every = self._settings.validate_every_n_epochs
+        if every is not None and (state.epoch + 1) % every == 0:
             self._validate()
-        if trainer.interrupted:
-            return True
-        if trainer.ended != trainer.epoch or trainer.update > update:
-            trainer.ended = trainer.epoch
-            trainer.call("on_epoch_end")
+        if control.interrupted_by:
+            return
+        if state.finished_epoch != state.epoch or state.update > first_update:
+            state.finished_epoch = state.epoch
+            self._call("on_epoch_end")
         self._forget_draws()
-        if not over:
-            trainer.epoch += 1
-        return over or self._is_over
+        if not is_over:
+            state.epoch += 1
 
-    def _run_update(self, window: Window) -> bool:
-        """Make one update, tell of it, and return whether the run is over."""
-        trainer, keeper, max_time = self._trainer, self._keeper, self._settings["max_time"]
-        late = max_time is not None and time.perf_counter() - self._since > max_time
-        stops, saves = trainer.stops or late, keeper.wants_save()
-        wishes = Wishes(stops, saves) if stops or saves else NOTHING
-        outcome = trainer.loop.run_update(self._compute, window, trainer.epoch, trainer.update, wishes)
+    def _run_window(self, window: Window) -> bool:
+        """Make one update, record it, do what is due after it, and return whether the run is over."""
+        state, settings = self._state, self._settings
+        is_late = settings.max_time is not None and time.perf_counter() - self._started > settings.max_time
+        stop, save = self._control.stop_requested or is_late, self._checkpointer.wants_save()
+        requests = Requests(stop, save) if stop or save else NO_REQUESTS
+        outcome = self._updater.run(self._run.loss_of, window, state, requests)
         if outcome.aborted:
             self._note_interruption()
             return True
-        trainer.positions = window.position
-        trainer.update += 1
-        trainer.samples += outcome.samples
-        trainer.weight += outcome.weight
-        trainer.skipped += outcome.skipped
-        trainer.skipped_in_a_row = trainer.skipped_in_a_row + 1 if outcome.overflowed else 0
-        if trainer.skipped_in_a_row == self._settings["stop_after_n_skipped"]:
+        state.position = window.position
+        state.count(outcome.samples, outcome.weight, outcome.skipped, outcome.overflowed)
+        self._has_ended = outcome.stop
+        if state.skipped_in_a_row == settings.stop_after_n_skipped:
             raise NonFiniteError(
-                f"{trainer.skipped_in_a_row} updates in a row were not finite, up to update {trainer.update}: the run "
-                f"would not come back by itself. The last good checkpoint: {keeper.last}."
+                f"{state.skipped_in_a_row} updates in a row were not finite, up to update {state.update}: the run "
+                f"would not recover by itself. The last good checkpoint: {self._checkpointer.newest}."
             )
-        if trainer.loop.options.measures:
-            counts: dict[str, float] = {
-                "update": trainer.update,
-                "epoch": trainer.epoch,
-                "samples": trainer.samples,
-                "skipped": trainer.skipped,
-            }
-            if self._has_lr_rule:
-                counts["lr_factor"] = window.stage.lr_factor
-            K = window.stage.accumulate_grad_batches
-            trainer.record = self._records.of_update(counts, outcome, trainer.loop.lr, K)
-            trainer.call("on_update_end")
+        if self._updater.options.is_recorded:
+            self._record(window, outcome)
+            self._call("on_update_end")
         self._validate_if_due()
-        over = outcome.stop or self._stops_now or trainer.update == self._settings["max_updates"]
-        if not over and not trainer.interrupted and keeper.save_if_due(outcome.save):
-            self._records.restart_clock()
-        return over or bool(trainer.interrupted)
+        is_over = self._is_over
+        if not is_over and self._checkpointer.save_if_due(outcome.save):
+            self._recorder.restart_clock()
+        return is_over
+
+    def _record(self, window: Window, outcome: Outcome) -> None:
+        state = self._state
+        counts: dict[str, float] = {
+            "update": state.update,
+            "epoch": state.epoch,
+            "samples": state.samples,
+            "skipped": state.skipped,
+        }
+        if self._settings.lr_rule != "none":
+            counts["lr_factor"] = window.stage.lr_factor
+        K = window.stage.accumulate_grad_batches
+        state.record = self._recorder.log_update(counts, outcome, self._updater.lr, K)
 
     @property
     def _is_over(self) -> bool:
-        """Whether the run is where it was to end."""
-        trainer, settings = self._trainer, self._settings
-        ends = (trainer.epoch, settings["max_epochs"]), (trainer.update, settings["max_updates"])
-        return any(end is not None and here >= end for here, end in ends)
-
-    @property
-    def _stops_now(self) -> bool:
-        """Whether this process wants to stop and need not ask another."""
-        trainer = self._trainer
-        return trainer.stops and (trainer.stops_together or trainer.strategy.processes == 1)
+        """Whether the run is at its end, was stopped or was interrupted."""
+        state, control, settings = self._state, self._control, self._settings
+        if self._has_ended or control.interrupted_by:
+            return True
+        for here, end in ((state.epoch, settings.max_epochs), (state.update, settings.max_updates)):
+            if end is not None and here >= end:
+                return True
+        return control.stop_requested and (control.stop_is_collective or self._updater.exchange.is_alone)
 
     def _validate_if_due(self) -> None:
-        every, update = self._settings["validate_every_n_updates"], self._trainer.update
+        every, update = self._settings.validate_every_n_updates, self._state.update
         if every is not None and update and update % every == 0:
             self._validate()
 
     def _validate(self) -> None:
-        trainer = self._trainer
-        if self._validation is None or trainer.validated == trainer.update:
+        """Validate, unless this update has been validated already."""
+        state, validation = self._state, self._run.validation
+        if validation is None or state.validated_update == state.update:
             return
         started = time.perf_counter()
-        with validating(trainer):
-            metrics = self._validation.run(trainer.model, self._interrupts)
+        with self._around_validation():
+            metrics = validation.run(self._run.parts.model, self._signals)
         if metrics is None:
             self._note_interruption()
             return
-        trainer.metrics, trainer.validated = metrics, trainer.update
-        self._records.of_validation(trainer.update, trainer.epoch, metrics)
-        self._keeper.tell("validation", took=round(time.perf_counter() - started, 3))
-        trainer.call("on_validation_end")
+        state.metrics, state.validated_update = metrics, state.update
+        self._recorder.log_validation(state.update, state.epoch, metrics)
+        self._checkpointer.log_event("validation", took=round(time.perf_counter() - started, 3))
+        self._call("on_validation_end")
         self._forget_draws()
-        self._keeper.save_if_best()
-        self._records.restart_clock()
+        self._checkpointer.save_if_best()
+        self._recorder.restart_clock()
 
     def _forget_draws(self) -> None:
-        """What drew between two windows is no matter of theirs."""
-        if (draws := self._trainer.loop.host_randomness) is not None:
-            draws.forget()
+        """Ignore what callbacks and validation drew from the host's generators."""
+        if self._updater.rollback is not None:
+            self._updater.rollback.forget_draws()
 
     def _note_interruption(self) -> None:
-        self._trainer.interrupted = self._interrupts.reason or "a signal to another process"
+        self._control.interrupted_by = self._signals.name or "a signal to another process"

@@ -1,4 +1,4 @@
-"""What the losses of a window add up to on one process."""
+"""The sum of a window's losses and weights on one process."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from engine.data.window import Micro
+from engine.errors import UserError
 from engine.loss import Loss
+from strategies import MicroBatch
 
 TOO_NARROW = {torch.float16, torch.bfloat16}
 """Dtypes in which a sum of losses would lose digits."""
 
 
-class Sums:
-    """Adds up losses and weights where they are: the host looks at the device once, when the window is over.
+class LossSum:
+    """Adds up losses and weights on their device; the host-device sync is in `read`, once per window.
 
-    `scale` is what backward multiplies a sum of losses by; `measures` says whether anybody wants to know that of all.
+    `scale` is what backward multiplies a sum of losses by. `is_recorded` says whether the sum of losses is wanted.
     """
 
-    def __init__(self, scale: float, measures: bool) -> None:
+    def __init__(self, scale: float, is_recorded: bool) -> None:
         self.micro_batches = self.samples = 0
-        """Those whose loss has been added."""
-        self._scale, self._measures = scale, measures
+        """Micro-batches, and their samples, whose loss has been added."""
+        self._scale, self._is_recorded = scale, is_recorded
         self._weight: float | Tensor = 0.0
         self._least_weight: Tensor | None = None
         self._losses: list[Tensor] = []
         self._share = 1
 
-    def add(self, loss: Loss | Tensor, micro: Micro) -> tuple[Tensor, float]:
+    def add(self, loss: Loss | Tensor, micro: MicroBatch) -> tuple[Tensor, float]:
         """Add a micro-batch's loss and return what backward needs: the tensor, and its scale.
 
-        Raises ValueError for a loss or weight that is none.
+        Raises UserError for an invalid loss or weight.
         """
         if isinstance(loss, Tensor):  # the mean over the samples
             value, share = loss, micro.size
@@ -41,43 +42,44 @@ class Sums:
         elif isinstance(loss, Loss):
             value, share = loss.sum, 1
             if not isinstance(value, Tensor):
-                raise ValueError(f"the loss's sum is a {type(value).__name__}: return Loss(sum, weight) with a tensor.")
+                raise UserError(
+                    f"the loss's sum is a {type(value).__name__}: expected a tensor. Return Loss(sum, weight)."
+                )
             self._add_weight(loss.weight)
         else:
-            raise ValueError(f"loss() returned {type(loss).__name__}: return a 0-dim tensor, or Loss(sum, weight).")
+            raise UserError(f"loss() returned {type(loss).__name__}: expected a 0-dim tensor, or Loss(sum, weight).")
         if value.dtype in TOO_NARROW or (not self.micro_batches and (value.ndim or not value.requires_grad)):
-            raise ValueError(_loss_message(value))
+            raise UserError(_loss_message(value))
         self.samples += micro.size
         self.micro_batches += 1
-        if self._measures:
+        if self._is_recorded:
             self._add_loss(value.detach(), share)
         return value, share * self._scale
 
     def read(self) -> tuple[float, float]:
-        """Return (weight, loss): the one place in a window where the host waits for the device.
+        """Return (weight, loss), the only host-device sync of a window.
 
-        Raises ValueError for a weight that is negative or not finite.
+        Raises UserError for a weight that is negative or not finite.
         """
         if self._least_weight is not None and not 0 <= (least := self._least_weight.item()) < math.inf:
-            raise ValueError(f"a micro-batch's loss has weight {least}: weights are finite and not negative.")
+            raise UserError(f"a micro-batch's loss has weight {least}: expected a finite number of at least 0.")
         loss = self._share * self._sum_of_losses().item() if self._losses else 0.0
         return float(self._weight), loss
 
     def _add_weight(self, weight: float | Tensor) -> None:
-        """Add a weight. Of those on the device keep the least (NaN, if there was one): they are looked at later."""
+        """Add a weight. Of those on the device keep the least (NaN, if there was one): `read` checks it."""
         if isinstance(weight, Tensor):
             if weight.ndim or weight.dtype in TOO_NARROW:
-                raise ValueError(
-                    f"a loss's weight is a {weight.dtype} of shape {tuple(weight.shape)}: give one number."
-                )
+                kind = f"{weight.dtype} of shape {tuple(weight.shape)}"
+                raise UserError(f"a loss's weight is a {kind}: expected one number, float32 or wider.")
             weight = weight.detach()
             self._least_weight = weight if self._least_weight is None else torch.minimum(self._least_weight, weight)
         elif not isinstance(weight, Real) or not 0 <= weight < math.inf:
-            raise ValueError(f"a micro-batch's loss has weight {weight}: weights are finite and not negative.")
+            raise UserError(f"a micro-batch's loss has weight {weight}: expected a finite number of at least 0.")
         self._weight = self._weight + weight
 
     def _add_loss(self, value: Tensor, share: int) -> None:
-        """Keep a loss in units of the first one's share. Sixteen become one: a longer window keeps no more of them."""
+        """Keep a loss in units of the first one's share; sixteen become one, so memory does not grow with K."""
         if not self._losses:
             self._share = share
         self._losses.append(value if share == self._share else value.double() * (share / self._share))
@@ -90,7 +92,7 @@ class Sums:
 
 def _loss_message(value: Tensor) -> str:
     if value.ndim:
-        return f"the loss has shape {tuple(value.shape)}: return a 0-dim tensor (a mean), or Loss(sum, weight)."
+        return f"the loss has shape {tuple(value.shape)}: expected a 0-dim tensor (a mean), or Loss(sum, weight)."
     if not value.requires_grad:
-        return "the loss does not require grad: compute it from the model's output, without detach() or no_grad()."
-    return f"the loss is {value.dtype}: sum losses in float32 or wider, as in `loss.float()`."
+        return "the loss does not require grad. Compute it from the model's output, without detach() or no_grad()."
+    return f"the loss is {value.dtype}: expected float32 or wider. Use loss.float()."

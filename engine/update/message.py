@@ -1,4 +1,8 @@
-"""What the processes tell one another at each update, and what they do where they should agree and do not."""
+"""The per-update message between processes, and what they agree on by it.
+
+A message is a header of doubles: the fields of `Message` in their order. Sums, of a length that all processes have
+agreed on, may follow it, and maxima may follow these. gloo aborts if processes send different lengths.
+"""
 
 from __future__ import annotations
 
@@ -6,41 +10,51 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from engine.errors import ReplicaError
+
 CAUSES = (
     "Do all of them train the same parameters, at the same learning rate, through the `model` that loss() is given, "
     "and does nothing else change it?"
 )
 
 
-class ProcessFailureError(RuntimeError):
-    """Another process failed; the message names it and what it said."""
+class Message(NamedTuple):
+    """One process's part in a window: one message of ten doubles per update."""
+
+    weight: float = 0.0
+    loss: float = 0.0
+    """The sum of its losses."""
+    samples: float = 0.0
+    has_more: float = 0.0
+    """Whether it has data after this window."""
+    stop: float = 0.0
+    """Whether it requests the end of the run after this update."""
+    save: float = 0.0
+    """Whether it requests a checkpoint after this update."""
+    abort: float = 0.0
+    """Whether it was interrupted: this update is not made."""
+    failed: float = 0.0
+    local_seconds: float = 0.0
+    """Seconds spent in windows so far, up to this message: nothing in them waits for another process."""
+    grad_norm_before: float = math.nan
+    """The gradient norm of the update before."""
 
 
-class ReplicaError(RuntimeError):
-    """Processes that should hold the same gradient do not; the message names them and their norms."""
-
-
-class NonFiniteError(RuntimeError):
-    """Too many updates in a row were not finite; the message names the last good checkpoint."""
-
-
-class Facts(NamedTuple):
-    """What one process tells the others of its part in a window: one message of ten doubles an update."""
+class Agreed(NamedTuple):
+    """The sums of the messages of all processes."""
 
     weight: float
     loss: float
     samples: float
-    more: float
-    stop: float  # after this update
-    save: float  # after this update
-    abort: float  # before this update: it is not made
-    failed: float
-    busy: float  # seconds spent in windows so far, up to this message: nothing in them waits for another process
-    norm_before: float
+    has_more: float
+    stop: float
+    save: float
+    abort: float
+    failed: float = 0.0
 
 
 class Outcome(NamedTuple):
-    """What an update was, over all processes. `loss` is the mean; NaN where it is not measured or the weight is 0."""
+    """The result of an update, over all processes. `loss` is the mean; NaN if it is not recorded or the weight is 0."""
 
     weight: float
     loss: float
@@ -54,18 +68,23 @@ class Outcome(NamedTuple):
     """A process was interrupted, and all stay at the boundary before: nothing has changed."""
 
 
-class Wishes(NamedTuple):
-    """What a process would have happen after an update; it happens on all, or on none."""
+class Requests(NamedTuple):
+    """Requests of one process for after an update; all processes follow, or none."""
 
     stop: bool = False
     save: bool = False
 
 
-NOTHING = Wishes()
+NO_REQUESTS = Requests()
+
+
+def agree(rows: Sequence[Sequence[float]]) -> Agreed:
+    """Return the sums of messages."""
+    return Agreed(*map(total, list(zip(*rows, strict=True))[: len(Agreed._fields)]))
 
 
 def total(values: Sequence[float]) -> float:
-    """Return the sum, exactly rounded where it is finite: the same for any number of processes."""
+    """Return the sum, exactly rounded if it is finite, so that it does not depend on the order of processes."""
     try:
         return math.fsum(values)
     except (OverflowError, ValueError):  # 1e308 + 1e308, or inf - inf
@@ -73,9 +92,9 @@ def total(values: Sequence[float]) -> float:
 
 
 def check_norms(norms: Sequence[float], update: int) -> None:
-    """Compare the gradient norms of the update before `update`. Raises ReplicaError where one differs.
+    """Compare the gradient norms of the update before `update`. Raises ReplicaError if one differs.
 
-    By more than one part in a million: unlike devices may add up the same gradient in another order.
+    A difference is one part in a million: unlike devices may sum the same gradient in another order.
     """
     first = norms[0]
     if not all(math.isclose(n, first, rel_tol=1e-6) or (math.isnan(n) and math.isnan(first)) for n in norms):

@@ -10,19 +10,21 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from engine.errors import UserError
+
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
 def check_precision(precision: str | None) -> None:
-    """Raise ValueError for a precision that is not known."""
+    """Raise UserError for an unknown precision."""
     if precision is not None and precision not in get_args(Precision):
-        raise ValueError(
-            f"precision={precision!r}: choose one of {', '.join(get_args(Precision))}, or None to keep the model's own."
+        raise UserError(
+            f"precision={precision!r}: expected one of {', '.join(get_args(Precision))}, or None for the model's own."
         )
 
 
 def autocast(function: Callable[..., Any], precision: str | None, device_type: str) -> Callable[..., Any]:
-    """Return `function` running in the autocast of `precision`; itself where nothing is to be cast."""
+    """Return `function` under the autocast of `precision`; `function` itself if nothing is cast."""
     if precision not in ("bf16", "fp16"):
         return function
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
@@ -31,7 +33,7 @@ def autocast(function: Callable[..., Any], precision: str | None, device_type: s
 
 @dataclass
 class LossScale:
-    """The factor that keeps float16 gradients above underflow: halved at an overflow, doubled after a quiet while.
+    """The factor that keeps float16 gradients above underflow: halved at an overflow, doubled after many without.
 
     The rule and its constants are those of `torch.amp.GradScaler`. Here the gradients are unscaled with the other
     factors of an update, in one pass.
@@ -52,7 +54,7 @@ class LossScale:
 
 @contextmanager
 def numerics(deterministic: bool, tf32: bool | None) -> Iterator[None]:
-    """Set torch's deterministic and TF32 switches, those that are asked for, and restore them after."""
+    """Set torch's deterministic and TF32 switches as asked, and restore them afterwards."""
     with ExitStack() as undo:
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from strategies.base import MicroBatch, Rows
+from strategies.base import MicroBatch, PendingRows
 from strategies.environment import started_processes
 from strategies.optimizer_state import load_named_state, named_state
 from strategies.pipeline.chain import Chain
@@ -211,7 +211,7 @@ class PipelineStrategy(ProcessGroupStrategy):
         """Take part, with zero, in the reduction of a window."""
         self._reduce()
 
-    def exchange(self, values: Sequence[float]) -> Rows:
+    def exchange(self, values: Sequence[float]) -> PendingRows:
         """Start the message of an update. Raises what broke the schedule: the others wait in it."""
         if self._schedules.broken is not None:
             raise self._schedules.broken

@@ -17,10 +17,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from engine.fusing import fuse
 from torch import nn
 
 from engine import Task, Trainer
-from engine.fusing import fuse
 
 WIDTH, UPDATES, ROUNDS, STEPS = 1024, 50, 15, 5
 OPTIMIZERS: dict[str, Any] = {

@@ -31,8 +31,8 @@ import torch.distributed as dist
 from hosts import Host, torchrun_on, two_hosts
 from torch import Tensor, nn
 
+from benchmarks.scaling_model import Link, Scaling, calibrated
 from engine import Callback, Task, Trainer
-from engine.scaling import Link, Scaling, calibrated
 
 PROCESSES, WINDOWS, CALIBRATION = (1, 2, 4), (1, 4, 16), (2, 4)
 N, FEATURES, LAYERS = 2, 768, 2

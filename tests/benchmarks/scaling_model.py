@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from engine.errors import UserError
+
 
 class Link(NamedTuple):
     """The slowest link that a ring of processes goes over."""
@@ -46,11 +48,11 @@ class Scaling(NamedTuple):
 def calibrated(summary: dict[str, Any], link: Link) -> Scaling:
     """Return the model of the run of P >= 2 that wrote `summary` (summary.json).
 
-    Raises ValueError where the run did not measure its reduction.
+    Raises UserError where the run did not measure its reduction.
     """
     measured = summary["reduction"]
     if measured is None:
-        raise ValueError("the run does not know what its reduction costs: calibrate with K >= 2, on several processes.")
+        raise UserError("the run does not know what its reduction costs: calibrate with K >= 2, on several processes.")
     collectives, size = summary["all_reduces_per_update"], summary["bytes_reduced_per_update"]
     overlap = link.ring(summary["processes"], collectives, size) - measured["seconds"]
     micro_batch, step = measured["seconds_per_micro_batch"], measured["seconds_of_step"]

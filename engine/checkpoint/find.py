@@ -1,0 +1,118 @@
+"""Finds the checkpoint to resume from, the same on all processes, and checks what it holds."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any, get_args
+
+from engine.checkpoint import files
+from engine.errors import CheckpointError
+from engine.plan.schedule import Unit
+from engine.state import RunState, shared_fields
+from strategies import Strategy
+
+log = logging.getLogger("tally")
+
+STREAM_POSITION = {"epoch": int, "seed_index": int, "taken": int, "has_ended": bool, "state": None}
+"""The types in a stream's position; a dataset's position is (epoch, offset)."""
+
+
+class Checkpoint:
+    """A checkpoint that was read: the model, and state by topic. Raises CheckpointError for invalid content."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.model, self._state = files.read(path)
+        try:
+            self._check()
+        except (AssertionError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"checkpoint {path} has invalid content: {error!r}") from error
+
+    def __getitem__(self, topic: str) -> Any:
+        """Return the state of a topic."""
+        return self._state[topic]
+
+    def _check(self) -> None:
+        """Check the types of all that is used: the file may come from anybody."""
+        state, initial = self._state, RunState()
+        for name in shared_fields():
+            value, least = state["run"][name], getattr(initial, name)
+            _expect(type(value) is type(least), f"run.{name}")
+            _expect(not isinstance(least, int) or value >= least, f"run.{name}")
+        positions = state["positions"]
+        _expect(positions is None or (isinstance(positions, list) and len(positions) > 0), "positions")
+        for position in positions or ():
+            is_offset = isinstance(position, tuple) and [type(part) for part in position] == [int, int]
+            kinds = {name: type(part) for name, part in position.items()} if isinstance(position, dict) else {}
+            _expect(is_offset or {**kinds, "state": None} == STREAM_POSITION, "positions")
+        stages = state["schedule"]["effective_batches"]
+        _expect(all(type(n) is int for pair in stages.items() for n in pair) and min(stages) == 0, "schedule")
+        _expect(min(stages.values()) > 0 and state["schedule"]["unit"] in get_args(Unit), "schedule")
+        for name in ("identity", "updater", "optimizer"):
+            _expect(isinstance(state[name], dict), name)
+        host_rng = [[type(part) for part in one] for one in state["host_rng"]]
+        _expect(len(host_rng) > 0 and all(kinds == [bool, int] for kinds in host_rng), "host_rng")
+        _expect(0 <= state["updater"]["late_weight"] < math.inf, "updater.late_weight")
+        _expect(state["best"] is None or isinstance(state["best"]["value"], float), "best")
+
+
+def _expect(is_so: bool, name: str) -> None:
+    if not is_so:
+        raise ValueError(name)
+
+
+def find_checkpoint(resume: str, folder: Path | None, strategy: Strategy) -> Checkpoint | None:
+    """Return the newest whole checkpoint in `folder`, or that of the path `resume`; None if there is none.
+
+    A path elsewhere counts only until `folder` has a checkpoint of its own: the same command can be given again.
+    Process 0 chooses, and logs those that it passes over. Raises CheckpointError for a path that is not a checkpoint,
+    and if another process sees another disk.
+    """
+    chosen: tuple[str, str] | str | None = None
+    if strategy.rank == 0:
+        try:
+            chosen = _choose(resume, folder)
+        except (CheckpointError, OSError) as error:
+            chosen = str(error)
+    chosen = strategy.gather(chosen)[0]
+    if isinstance(chosen, str):
+        raise CheckpointError(chosen)
+    if chosen is None:
+        return None
+    path, digest = chosen
+    problem = "" if strategy.rank == 0 else _difference(Path(path), digest)
+    problems = [f"process {rank}: {text}" for rank, text in enumerate(strategy.gather(problem)) if text]
+    if problems:
+        raise CheckpointError(
+            f"not all processes see the checkpoint {path} of process 0 ({'; '.join(problems)}). Use a run_dir on "
+            "storage shared by all hosts."
+        )
+    return Checkpoint(Path(path))
+
+
+def _choose(resume: str, folder: Path | None) -> tuple[str, str] | None:
+    own = files.candidates(folder) if folder else []
+    if resume != "auto" and not (folder and own and not Path(resume).resolve().is_relative_to(folder.resolve().parent)):
+        path = Path(resume)
+        within = files.candidates(path) or files.candidates(path / "checkpoints")
+        path = within[0] if within else path
+        return str(path), files.verify(path)
+    for path in own:
+        try:
+            return str(path), files.verify(path)
+        except (CheckpointError, OSError) as error:
+            log.error("%s The one before is used.", error)
+    if own:
+        raise CheckpointError(
+            f"none of the {len(own)} checkpoints in {folder} is whole. Restore one, or start a new run."
+        )
+    return None
+
+
+def _difference(path: Path, digest: str) -> str:
+    try:
+        return "" if files.verify(path) == digest else "it has another one there"
+    except (CheckpointError, OSError) as error:
+        return str(error)

@@ -1,0 +1,68 @@
+"""Checks of windows and data, made before anything is paid for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from engine.errors import UserError
+from engine.plan.windows import Plan
+from strategies import Strategy
+
+
+def check_windows(scheduling: Mapping[int, int], strategy: Strategy) -> None:
+    """Raise UserError for a K that changes, or another than it was built for, if the strategy cannot run it."""
+    if len(set(scheduling.values())) > 1 and not strategy.supports_variable_windows:
+        raise UserError(
+            f"strategy {strategy.name!r} does not support variable windows, but the schedule {dict(scheduling)} "
+            "changes K. Use accumulate_grad_batches=K, or another strategy."
+        )
+    built = strategy.micro_batches
+    if built is not None and (others := {*scheduling.values()} - {built}):
+        K = min(others)
+        raise UserError(
+            f"strategy {strategy.name!r} was built for windows of {built} micro-batches (micro_batches={built}), but "
+            f"those of this run have {K}. Use accumulate_grad_batches={built}, or build it with micro_batches={K}."
+        )
+
+
+def check_stream(data: object, strategy: Strategy) -> None:
+    """Raise UserError for ready micro-batches if several processes need the same ones."""
+    if strategy.processes > strategy.data_parallel_size:
+        raise UserError(
+            f"strategy {strategy.name!r}: {strategy.processes // strategy.data_parallel_size} processes share each "
+            f"micro-batch, but data of type {type(data).__name__} gives each process its own. Return a map-style "
+            "dataset (with __getitem__ and __len__)."
+        )
+
+
+def check_equal_windows(strategy: Strategy, plan: Plan | None, N: int, spread: bool) -> None:
+    """Raise UserError for windows with unequal numbers of micro-batches, if forward communicates.
+
+    Called when the model is prepared: only then is it known whether forward does.
+    """
+    if not strategy.needs_equal_windows:
+        return
+    P, reason = strategy.data_parallel_size, "the model has a SyncBatchNorm, which communicates in every forward"
+    if plan is None:
+        raise UserError(
+            f"{reason}, and ready micro-batches may run out on one process before another. Use a norm that does not "
+            "communicate (GroupNorm, LayerNorm, BatchNorm), or map-style data."
+        )
+    for epoch, window in plan.all_windows():
+        if (pieces := window.count(N, P, spread)) % P:
+            raise UserError(
+                f"{reason}, but in epoch {epoch} an update of {window.samples} samples is {pieces} micro-batches on "
+                f"{P} processes. Use spread_windows=True (with at least as many samples as processes), a number of "
+                "samples that divides, or a norm that does not communicate."
+            )
+
+
+def check_dataset(samples: int, micro_batch_size: int, epoch_samples: int) -> None:
+    """Raise UserError for a dataset or an order without samples, or with fewer than one micro-batch."""
+    if samples == 0 or epoch_samples == 0:
+        raise UserError("train_data() has no samples: expected at least one micro-batch.")
+    if micro_batch_size > epoch_samples:
+        raise UserError(
+            f"micro_batch_size={micro_batch_size}: expected at most the {epoch_samples} samples of an epoch. "
+            f"Use {epoch_samples} or less."
+        )

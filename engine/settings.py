@@ -1,0 +1,307 @@
+"""The settings of a run: one list of names, from which signature, checks, `--help`, identity and docs are made."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any, Concatenate, NamedTuple, ParamSpec
+
+from engine.callbacks.base import Callback
+from engine.errors import UserError, check_count
+from engine.loggers.base import Logger
+from engine.plan.schedule import check_accumulation, check_lr_rule
+from engine.records.metric import MetricRule
+from engine.update.precision import check_precision
+from strategies import Strategy
+
+WINDOWS = "Windows: P processes x K micro-batches x N samples make one update"
+END = "End of the run"
+PLACE = "Processes and precision"
+UPDATES = "Updates and data order"
+LEARNING_RATE = "Learning rate and effective batch"
+KEEPING = "Checkpoints and resuming"
+VALIDATION = "Validation"
+LOADING = "Loading data"
+OUTPUT = "Output"
+SECTIONS = (WINDOWS, END, PLACE, UPDATES, LEARNING_RATE, KEEPING, VALIDATION, LOADING, OUTPUT)
+"""The sections of `--help` and the docs, in their order."""
+
+Check = Callable[[str, Any], None]
+"""Takes a setting's name and value, and raises UserError for an invalid value."""
+
+
+class Option(NamedTuple):
+    """What is known of one setting beside its type and default."""
+
+    text: str
+    """One sentence or two, for `--help` and the docs."""
+    section: str
+    """The section of `--help` and the docs that it stands in."""
+    check: Check | None
+    identity: bool
+    """Whether a resumed run must have the same value."""
+    sets_windows: bool
+    """Whether it says how long a window is; a checkpoint's effective batches stay while these are the same."""
+    is_recorded: bool
+    """Whether config.json has it."""
+
+
+def option(
+    default: Any,
+    text: str,
+    section: str,
+    check: Check | None = None,
+    identity: bool = False,
+    sets_windows: bool = False,
+    is_recorded: bool = True,
+) -> Any:
+    """Declare a setting."""
+    described = Option(text, section, check, identity or sets_windows, sets_windows, is_recorded)
+    return field(default=default, metadata={"option": described})
+
+
+def at_least(least: int) -> Check:
+    """Check for a whole number of at least `least`."""
+    return lambda name, value: check_count(name, value, least)
+
+
+def switch(name: str, value: object) -> None:
+    """Check for True or False."""
+    if not isinstance(value, bool):
+        raise UserError(f"{name}={value!r}: expected True or False.")
+
+
+def positive(name: str, value: object) -> None:
+    """Check for a positive, finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise UserError(f"{name}={value!r}: expected a positive number, or None.")
+
+
+def or_none(check: Check) -> Check:
+    """Let None pass, and give anything else to `check`."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _accumulation(name: str, value: object) -> None:
+    check_accumulation(value, name)
+
+
+def _metric_rule(name: str, value: Any) -> None:
+    MetricRule(value, name)
+
+
+def _folder(name: str, value: object) -> None:
+    if not _is_path(value):
+        raise UserError(f"{name}={value!r}: expected the path of a folder, or None to write nothing.")
+
+
+def _resume(name: str, value: Any) -> None:
+    if value not in ("auto", "never") and not (_is_path(value) and Path(value).exists()):
+        raise UserError(f"{name}={value!r}: no such checkpoint. Give its path, or use 'auto' or 'never'.")
+
+
+def _weights(name: str, value: Any) -> None:
+    if not (_is_path(value) and Path(value).is_file()):
+        raise UserError(f"{name}={value!r}: no such file. Give a .safetensors file.")
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str | os.PathLike) and str(value) != ""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run, checked one by one and against one another. Raises UserError for an invalid one."""
+
+    strategy: Strategy | str = option(
+        "auto", 'The strategy: "auto", "single", "dp", "ddp", "fsdp", "pipeline", or a `Strategy`.', PLACE
+    )
+    micro_batch_size: int = option(
+        32,
+        "N, samples per micro-batch of map-style data. Ready micro-batches keep their own sizes.",
+        WINDOWS,
+        at_least(1),
+        sets_windows=True,
+    )
+    accumulate_grad_batches: int = option(
+        1,
+        "K, micro-batches per process and window.",
+        WINDOWS,
+        _accumulation,
+        sets_windows=True,
+    )
+    effective_batch_size: int | None = option(
+        None,
+        "Samples per update over all processes, instead of K, which then follows from P.",
+        WINDOWS,
+        or_none(at_least(1)),
+        sets_windows=True,
+    )
+    max_epochs: int | None = option(
+        None, "Epochs after which the run ends; this or `max_updates` is needed.", END, or_none(at_least(1))
+    )
+    max_updates: int | None = option(
+        None, "Updates after which the run ends; with `max_epochs`, whichever comes first.", END, or_none(at_least(1))
+    )
+    max_time: float | None = option(
+        None, "Seconds of training after which the run ends with the current update.", END, or_none(positive)
+    )
+    lr_rule: str = option(
+        "none",
+        'Scale the learning rate with the effective batch of each stage over `lr_reference_batch`: "none", "linear" or '
+        '"sqrt".',
+        LEARNING_RATE,
+        identity=True,
+    )
+    lr_reference_batch: int | None = option(
+        None,
+        "The effective batch, in samples, for which the task's learning rate is right.",
+        LEARNING_RATE,
+        identity=True,
+    )
+    gradient_clip_norm: float | None = option(
+        None, "Clip the 2-norm of an update's whole gradient to this.", UPDATES, or_none(positive), identity=True
+    )
+    precision: str | None = option(
+        None,
+        'Autocast forward to "fp32", "bf16" or "fp16"; None keeps the model\'s own dtype.',
+        PLACE,
+        lambda name, value: check_precision(value),
+        identity=True,
+    )
+    compile_model: bool = option(
+        False, 'Compile the model in place with torch.compile ("single" and "ddp").', PLACE, switch
+    )
+    seed: int = option(
+        0, "Seed of the parameters, the data order, dropout and augmentation.", UPDATES, at_least(0), identity=True
+    )
+    shuffle: bool = option(
+        True, "Shuffle all samples in each epoch; `Task.order` gives another order.", UPDATES, switch, identity=True
+    )
+    spread_windows: bool = option(
+        False,
+        "Cut each window into as many pieces of similar size for every process, so that no process waits in a window "
+        "that does not divide. Dropout and augmentation then depend on P (map-style data).",
+        WINDOWS,
+        switch,
+        identity=True,
+    )
+    callbacks: Callback | Sequence[Callback] | None = option(
+        None, "One `Callback`, or a list of them; a `GradientAccumulationScheduler` changes K by epoch.", WINDOWS
+    )
+    loggers: Logger | str | Sequence[Logger | str] | None = option(
+        None,
+        'Loggers, used on process 0: "csv", "tensorboard" (both write into `run_dir`), objects with `log(record)` and '
+        "`close()`, or a list. A logger that fails does not end the run.",
+        OUTPUT,
+        is_recorded=False,
+    )
+    run_dir: str | None = option(
+        None,
+        "The folder that the run writes, on storage shared by all hosts; None writes nothing.",
+        KEEPING,
+        or_none(_folder),
+        is_recorded=False,
+    )
+    resume: str = option(
+        "auto",
+        '"auto" resumes from the newest checkpoint in `run_dir`, "never" wants a new folder; or the path of a '
+        "checkpoint.",
+        KEEPING,
+        _resume,
+    )
+    resume_with_changes: bool = option(
+        False, "Resume even if data, seed, windows or optimizer have changed.", KEEPING, switch
+    )
+    weights: str | None = option(
+        None,
+        "A .safetensors file of pretrained weights, under the model's own names, for a new run.",
+        KEEPING,
+        or_none(_weights),
+    )
+    save_every_n_updates: int | None = option(
+        None, "Save a checkpoint after each n-th update.", KEEPING, or_none(at_least(1))
+    )
+    save_every_n_minutes: float | None = option(
+        10.0, "Save a checkpoint when the last one is so old; None: not by time.", KEEPING, or_none(positive)
+    )
+    keep_last_checkpoints: int = option(2, "The number of newest checkpoints to keep.", KEEPING, at_least(1))
+    keep_best: str | None = option(
+        None,
+        'Save and keep the best checkpoint by a validation mean: "min:loss", "max:accuracy".',
+        KEEPING,
+        or_none(_metric_rule),
+    )
+    validate_every_n_epochs: int | None = option(
+        1, "Validate after each n-th epoch, and at the end; None: only at the end.", VALIDATION, or_none(at_least(1))
+    )
+    validate_every_n_updates: int | None = option(
+        None, "Validate after each n-th update too.", VALIDATION, or_none(at_least(1))
+    )
+    max_validation_samples: int | None = option(
+        None, "The largest number of samples to validate on (map-style data).", VALIDATION, or_none(at_least(1))
+    )
+    skip_nonfinite_updates: bool = option(
+        True, "Skip an update, on all processes, if its gradient norm is not finite.", UPDATES, switch, identity=True
+    )
+    stop_after_n_skipped: int | None = option(
+        100, "End the run with an error after so many non-finite updates in a row.", UPDATES, or_none(at_least(1))
+    )
+    num_workers: int = option(0, "Worker processes of torch's DataLoader (map-style data).", LOADING, at_least(0))
+    pin_memory: bool | None = option(
+        None, "Pin memory, as in torch's DataLoader; None pins for CUDA.", LOADING, or_none(switch)
+    )
+    persistent_workers: bool = option(True, "Keep workers between epochs, as in torch's DataLoader.", LOADING, switch)
+    prefetch_to_device: bool = option(
+        False, "Move the next micro-batch to the device during the current one; holds two more.", LOADING, switch
+    )
+    deterministic: bool = option(
+        False, "Use only algorithms that give the same bits each time; raises if there is none.", PLACE, switch
+    )
+    tf32: bool | None = option(
+        None, "Whether float32 products may use TF32; None leaves torch's setting.", PLACE, or_none(switch)
+    )
+    progress: bool = option(False, "Print a banner and progress, on process 0.", OUTPUT, switch, is_recorded=False)
+
+    def __post_init__(self) -> None:
+        for name, described in OPTIONS.items():
+            if described.check is not None:
+                described.check(name, getattr(self, name))
+        if self.max_epochs is None and self.max_updates is None:
+            raise UserError("max_epochs=None, max_updates=None: expected an end. Give one, such as max_epochs=10.")
+        check_lr_rule(self.lr_rule, self.lr_reference_batch)
+        if self.run_dir is None and (self.save_every_n_updates is not None or self.keep_best):
+            raise UserError("run_dir=None: save_every_n_updates and keep_best need a folder to save into. Give one.")
+
+
+OPTIONS: dict[str, Option] = {field.name: field.metadata["option"] for field in fields(Settings)}
+"""Every setting by name, in the order of the signature."""
+
+P = ParamSpec("P")
+
+
+def takes(
+    settings: Callable[P, Settings],
+) -> Callable[[Callable[[Any, Settings], None]], Callable[Concatenate[Any, P], None]]:
+    """Let an `__init__(self, settings)` be called with the settings themselves, and have their signature."""
+
+    def decorate(init: Callable[[Any, Settings], None]) -> Callable[Concatenate[Any, P], None]:
+        def __init__(self: Any, /, *args: P.args, **options: P.kwargs) -> None:  # noqa: N807
+            init(self, settings(*args, **options))
+
+        own = [Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)]
+        stated = signature(settings)
+        __init__.__signature__ = stated.replace(parameters=[*own, *stated.parameters.values()])  # type: ignore[attr-defined]
+        __init__.__doc__ = init.__doc__
+        return __init__
+
+    return decorate
+
+
+def class_path(value: object) -> str:
+    """Return the module and name of the class of `value`."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -1,0 +1,185 @@
+"""Builds what a run needs, in the order of its cost, and checks each part as soon as it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from engine.callbacks.accumulation import Scheduling
+from engine.callbacks.base import Callback
+from engine.checkpoint.find import Checkpoint
+from engine.checkpoint.snapshot import RunParts, load_weights, run_identity, saved_schedule, window_identity
+from engine.data.checks import check_equal_windows, check_windows
+from engine.data.map_style import LoaderOptions
+from engine.data.prefetch import Prefetch
+from engine.data.sources import make_plan, make_source
+from engine.data.window import Source
+from engine.errors import UserError
+from engine.plan.schedule import Schedule, make_schedule, with_lr_rule
+from engine.plan.windows import Plan
+from engine.seeds import seed_everything
+from engine.settings import Settings
+from engine.signals import Signals
+from engine.task import Task
+from engine.training.compile import compile_in_place
+from engine.training.validation import Validation
+from engine.update.model_checks import check_model, check_optimizer
+from engine.update.precision import autocast
+from engine.update.timing import NO_TIMER, UpdateTimer
+from engine.update.updater import LossOf, UpdateOptions, Updater
+from strategies import Strategy
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The run as arithmetic: its stages and windows on the current processes, and its training data."""
+
+    schedule: Schedule
+    plan: Plan | None
+    """Every window of the run, for map-style data."""
+    data: Any
+    total_updates: int | None
+    """The exact number of updates; None for a stream that is bounded by epochs."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is built: what is trained, by what, on what."""
+
+    layout: Layout
+    parts: RunParts
+    source: Source
+    loss_of: LossOf
+    validation: Validation | None
+
+
+def build(
+    task: Task,
+    settings: Settings,
+    scheduling: Scheduling,
+    strategy: Strategy,
+    callbacks: Sequence[Callback],
+    signals: Signals,
+    checkpoint: Checkpoint | None,
+    configuration: Mapping[str, Any],
+) -> Run:
+    """Build data, model, optimizer and updater of `task`. Raises UserError for what cannot be trained."""
+    prepare_data(task, strategy)
+    layout = lay_out(task, settings, scheduling, strategy, checkpoint)
+    source = _source(task, settings, strategy, layout)
+    validation = make_validation(task, settings, strategy)
+    model = make_model(task, settings.seed)
+    if settings.weights is not None and checkpoint is None:
+        load_weights(model, Path(settings.weights))
+    if settings.compile_model:
+        compile_in_place(model)
+    is_recorded = bool(callbacks or settings.loggers or settings.run_dir is not None)
+    _check_agreement(strategy, configuration, layout, model, is_recorded)
+    prepared = strategy.prepare(model)
+    check_equal_windows(strategy, layout.plan, settings.micro_batch_size, settings.spread_windows)
+    optimizer, lr_scheduler = make_optimizer(task, model)
+    strategy.prepare_optimizer(optimizer)
+    options = UpdateOptions(
+        settings.gradient_clip_norm, settings.skip_nonfinite_updates, settings.precision, settings.seed, is_recorded
+    )
+    heeded = signals if settings.run_dir is not None else None
+    timer = UpdateTimer(strategy) if is_recorded else NO_TIMER
+    updater = Updater(strategy, prepared, optimizer, lr_scheduler, options, heeded, timer)
+    identity = run_identity(settings, scheduling, layout.plan, optimizer, lr_scheduler)
+    parts = RunParts(strategy, model, optimizer, lr_scheduler, layout.schedule, updater, callbacks, identity)
+    return Run(layout, parts, source, autocast(task.loss, settings.precision, strategy.device.type), validation)
+
+
+def prepare_data(task: Task, strategy: Strategy) -> None:
+    """Let one process of each host prepare the data, while the others wait."""
+    if strategy.local_rank == 0:
+        task.prepare_data()
+    strategy.barrier()
+
+
+def lay_out(
+    task: Task, settings: Settings, scheduling: Scheduling, strategy: Strategy, checkpoint: Checkpoint | None = None
+) -> Layout:
+    """Cut the run of `task` into stages and windows. Raises UserError for data that they do not fit."""
+    seed_everything(settings.seed)
+    N, B = settings.micro_batch_size, settings.effective_batch_size
+    schedule = make_schedule(N, strategy.effective_batch, scheduling.by_start, scheduling.unit, B)
+    if checkpoint is not None and _has_same_windows(checkpoint, window_identity(settings, scheduling)):
+        schedule = saved_schedule(checkpoint, N, strategy)
+        check_windows({stage.first: stage.accumulate_grad_batches for stage in schedule.stages}, strategy)
+    schedule = with_lr_rule(schedule, settings.lr_rule, settings.lr_reference_batch)
+    data = task.train_data()
+    plan = make_plan(data, task, schedule, N, settings.max_epochs, settings.max_updates, B)
+    total = settings.max_updates if settings.max_epochs is None else None
+    task.total_updates = plan.updates if plan is not None else total
+    return Layout(schedule, plan, data, task.total_updates)
+
+
+def _has_same_windows(checkpoint: Checkpoint, windows: Mapping[str, str]) -> bool:
+    """Whether the settings say the same of windows as those of a checkpoint: its effective batches then stay."""
+    return all(checkpoint["identity"].get(name) == text for name, text in windows.items())
+
+
+def _source(task: Task, settings: Settings, strategy: Strategy, layout: Layout) -> Source:
+    return make_source(
+        layout.data,
+        task,
+        strategy,
+        layout.schedule,
+        layout.plan,
+        settings.micro_batch_size,
+        settings.seed,
+        settings.shuffle,
+        LoaderOptions(settings.num_workers, settings.pin_memory, settings.persistent_workers),
+        settings.spread_windows,
+        Prefetch(strategy, task) if settings.prefetch_to_device else None,
+    )
+
+
+def make_validation(task: Task, settings: Settings, strategy: Strategy) -> Validation | None:
+    """Return the validation of `task`; None if it has no validation data."""
+    data = task.validation_data()
+    return None if data is None else Validation(data, task, strategy, settings)
+
+
+def make_model(task: Task, seed: int) -> nn.Module:
+    """Make the model, from the run's seed. Raises UserError for one that cannot be trained."""
+    seed_everything(seed)
+    model = task.configure_model()
+    check_model(model)
+    return model
+
+
+def make_optimizer(task: Task, model: nn.Module) -> tuple[Optimizer, LRScheduler | None]:
+    """Make the optimizer and the LR scheduler of `model`. Raises UserError for unsupported ones."""
+    return check_optimizer(task.configure_optimizer(model), model)
+
+
+def _check_agreement(
+    strategy: Strategy, configuration: Mapping[str, Any], layout: Layout, model: nn.Module, is_recorded: bool
+) -> None:
+    """Compare what all processes are about to train. Raises UserError on all of them, naming what differs and where."""
+    facts = {
+        **configuration,
+        "the number of training samples": layout.plan.samples if layout.plan else None,
+        **{f"the shape of {name}": tuple(p.shape) for name, p in model.named_parameters()},
+        "whether anything listens": is_recorded,
+    }
+    everyone = strategy.gather({name: str(value) for name, value in facts.items()})
+    differences = [
+        f"{name} is " + ", ".join(f"{row.get(name)} on process {rank}" for rank, row in enumerate(everyone))
+        for name in dict.fromkeys(name for row in everyone for name in row)
+        if len({row.get(name) for row in everyone}) > 1
+    ]
+    if differences:
+        more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise UserError(
+            f"processes were started with different configurations: {'; '.join(differences[:5])}{more}. "
+            "Give all of them the same."
+        )

@@ -1,0 +1,65 @@
+"""Checks of a task's model, optimizer and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from engine.errors import UserError
+
+
+def check_model(model: object) -> None:
+    """Raise UserError for a model that cannot be trained: not a module, nothing to train, sparse gradients."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"configure_model() returned {type(model).__name__}: expected a torch.nn.Module.")
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+        raise UserError("the model has lazy parameters. Run it once on a batch in configure_model().")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("the model has no parameter that requires grad: there is nothing to train.")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            where = f"module {name!r}" if name else "the model"
+            raise UserError(f"{where} has sparse gradients, which are not supported. Use sparse=False.")
+
+
+def count_batch_norms(model: nn.Module) -> int:
+    """Return the number of layers that normalise over a micro-batch, which accumulation cannot make larger."""
+    return sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def check_optimizer(configured: object, model: nn.Module) -> tuple[Optimizer, LRScheduler | None]:
+    """Return the optimizer and the LR scheduler, if any, that a task configured.
+
+    Raises UserError for anything else, for one that needs more than `step()`, and for parameters that no strategy
+    would reduce.
+    """
+    optimizer: object
+    lr_scheduler: object
+    is_pair = isinstance(configured, tuple) and len(configured) == 2
+    optimizer, lr_scheduler = configured if is_pair else (configured, None)  # type: ignore[misc]
+    if not isinstance(optimizer, Optimizer) or not isinstance(lr_scheduler, LRScheduler | None):
+        raise UserError(
+            f"configure_optimizer() returned {configured!r}: expected an optimizer, or an optimizer and an LR "
+            "scheduler."
+        )
+    for unsupported in (optimizer, lr_scheduler):
+        if isinstance(unsupported, LBFGS | ReduceLROnPlateau):
+            instead = "the callback PlateauLR" if isinstance(unsupported, ReduceLROnPlateau) else "another optimizer"
+            raise UserError(f"{type(unsupported).__name__} needs more than step() once per update. Use {instead}.")
+    known = {id(p) for p in model.parameters()}
+    if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
+        raise UserError(
+            "the optimizer holds a parameter that is not the model's: it would not be reduced over the processes. "
+            "Make it part of the module that configure_model() returns."
+        )
+    return optimizer, lr_scheduler
+
+
+def check_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Raise UserError for a sparse gradient that no module announced; called at the first update."""
+    for name, parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            raise UserError(f"parameter {name!r} has a sparse gradient, which is not supported. Use sparse=False.")
