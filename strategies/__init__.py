@@ -1,6 +1,6 @@
 """Place: devices, processes, collectives. Knows nothing of epochs, data or files."""
 
-from strategies.base import MicroBatch, Rows, Strategy
+from strategies.base import MicroBatch, PendingRows, Strategy
 from strategies.ddp.strategy import DDPStrategy
 from strategies.dp import DPStrategy
 from strategies.fsdp.strategy import FSDPStrategy
@@ -13,8 +13,8 @@ __all__ = [
     "DPStrategy",
     "FSDPStrategy",
     "MicroBatch",
+    "PendingRows",
     "PipelineStrategy",
-    "Rows",
     "SingleDeviceStrategy",
     "Strategy",
     "find",

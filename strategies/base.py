@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from strategies.optimizer_state import load_named_state, named_state
 
-Rows = Callable[[], list[list[float]]]
+PendingRows = Callable[[], list[list[float]]]
 """Waits for an exchange and returns each process's values, in rank order."""
 
 
@@ -230,7 +230,7 @@ class Strategy(ABC):
         """Reduce `tensor` in place over the processes by "sum", "min" or "max", on the device's group; return it."""
         return tensor
 
-    def exchange(self, values: Sequence[float]) -> Rows:
+    def exchange(self, values: Sequence[float]) -> PendingRows:
         """Start sending a few host numbers to all processes; call what comes back to wait and get all rows."""
         row = list(values)
         return lambda: [row]

@@ -65,7 +65,7 @@ def rendezvous(timeout: timedelta) -> Any:
     return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
 
 
-def notes() -> Any:
+def new_store() -> Any:
     """Return a part of the group's own store for notes between processes, a new one each time."""
     store = dist.distributed_c10d._get_default_store()
     return dist.PrefixStore(f"tally/notes/{next(_notebooks)}", store)  # type: ignore[attr-defined]

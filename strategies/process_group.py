@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from strategies.base import Rows, Strategy
-from strategies.environment import notes, rendezvous, started_local_rank, started_processes, started_rank
-from strategies.status_board import Notes
+from strategies.base import PendingRows, Strategy
+from strategies.environment import new_store, rendezvous, started_local_rank, started_processes, started_rank
+from strategies.status_board import StatusBoard
 from strategies.torch_internals import check_torch
 
 
@@ -37,7 +37,7 @@ class ProcessGroupStrategy(Strategy):
         self._backend = "nccl" if self._device_type == "cuda" else "gloo"
         self._owns_group = False
         self._host_group: dist.ProcessGroup | None = None
-        self._notes: Notes | None = None
+        self._board: StatusBoard | None = None
 
     def effective_batch(self, N: int, K: int) -> int:
         """Return P x N x K."""
@@ -95,7 +95,7 @@ class ProcessGroupStrategy(Strategy):
                 self._backend, timeout=self.timeout, store=store, rank=started_rank(), world_size=started_processes()
             )
         self._host_group = dist.new_group(backend="gloo", timeout=self.timeout)
-        self._notes = Notes(notes(), self.rank, self.processes)
+        self._board = StatusBoard(new_store(), self.rank, self.processes)
 
     def teardown(self) -> None:
         """Destroy the groups that `setup` made."""
@@ -103,7 +103,7 @@ class ProcessGroupStrategy(Strategy):
             dist.destroy_process_group()
         elif self._host_group is not None and dist.is_initialized():
             dist.destroy_process_group(self._host_group)
-        self._owns_group, self._host_group, self._notes = False, None, None
+        self._owns_group, self._host_group, self._board = False, None, None
 
     @property
     def needs_equal_windows(self) -> bool:
@@ -115,7 +115,7 @@ class ProcessGroupStrategy(Strategy):
         dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[op])
         return tensor
 
-    def exchange(self, values: Sequence[float]) -> Rows:
+    def exchange(self, values: Sequence[float]) -> PendingRows:
         """Start one all-gather of a few doubles on the CPU group; call what comes back to wait and get all rows."""
         mine = torch.tensor(values, dtype=torch.float64)
         rows = [torch.empty_like(mine) for _ in range(self.processes)]
@@ -150,12 +150,12 @@ class ProcessGroupStrategy(Strategy):
 
     def post(self, topic: str, text: str) -> None:
         """Put `text` into the store in which the processes met."""
-        if self._notes is not None:
-            self._notes.post(topic, text)
+        if self._board is not None:
+            self._board.post(topic, text)
 
     def posted(self, topic: str) -> dict[int, str]:
         """Return the texts by rank; none where the store went with the process or the host that kept it."""
-        return {} if self._notes is None else self._notes.posted(topic)
+        return {} if self._board is None else self._board.posted(topic)
 
     def has_lost_contact(self, error: Exception) -> bool:
         """Whether `error` comes from the process group."""

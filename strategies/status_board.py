@@ -12,7 +12,7 @@ PATIENCE = 3.0
 """Seconds for which a store may be silent."""
 
 
-class Notes:
+class StatusBoard:
     """This process's side of a store: each of `size` processes writes, and all read without the writer's help."""
 
     def __init__(self, store: Any, rank: int, size: int) -> None:

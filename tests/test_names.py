@@ -17,7 +17,7 @@ CONCRETE = {
     for name, value in vars(strategies).items()
     if isinstance(value, type) and issubclass(value, Strategy) and value is not Strategy
 }
-OFFERED = {"Strategy", "MicroBatch", "Rows", "find", "resolve"}
+OFFERED = {"Strategy", "MicroBatch", "PendingRows", "find", "resolve"}
 """What the engine may import from `strategies`."""
 
 

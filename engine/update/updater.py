@@ -33,7 +33,7 @@ from engine.update.message import (
 )
 from engine.update.precision import LossScale
 from engine.update.timing import Meter
-from strategies import Rows, Strategy
+from strategies import PendingRows, Strategy
 
 Compute = Callable[[nn.Module, Any], Loss | Tensor]
 """From the prepared model and a batch to the loss, as `Task.loss` does."""
@@ -137,7 +137,7 @@ class Loop:
         self._expected = float(window.samples or window.stage.effective_batch)
         self._unit = 2.0 ** round(math.log2(self._late_weight)) if self._late_weight else self._expected
         self._window, self._wishes = window, wishes
-        self._receive: Rows | None = None
+        self._receive: PendingRows | None = None
         self.sums = Sums(self._loss_scale.value / self._unit, self.options.measures)
         if self._restores_buffers:
             self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}

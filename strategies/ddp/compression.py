@@ -53,7 +53,7 @@ class Hook(ABC):
         self._sent[bucket.index()] = collectives, size
 
 
-class Narrow(Hook):
+class CastHook(Hook):
     """Sends float16 or bfloat16.
 
     The mean is formed before the numbers are made narrow, and in full precision: torch's own hooks cast first and then
@@ -138,7 +138,9 @@ def make_hook(name: str | None, rank: int, start: int) -> Hook | None:
     """Return the hook of that name; None for None."""
     if name is None:
         return None
-    return LowRank(rank, start) if name == "powersgd" else Narrow({"fp16": torch.float16, "bf16": torch.bfloat16}[name])
+    return (
+        LowRank(rank, start) if name == "powersgd" else CastHook({"fp16": torch.float16, "bf16": torch.bfloat16}[name])
+    )
 
 
 def check_hook(name: str | None, rank: int, start: int) -> None:

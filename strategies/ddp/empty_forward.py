@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Untouched(nn.Module):
+class EmptyForward(nn.Module):
     """A forward without data: zero, with gradient zero for the parameters."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:

@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from strategies.ddp.compression import EXACT_TO, Hook, check_hook, make_hook
-from strategies.ddp.empty_forward import Untouched
-from strategies.ddp.zero1 import Shards
+from strategies.ddp.empty_forward import EmptyForward
+from strategies.ddp.zero1 import OptimizerShards
 from strategies.optimizer_state import load_named_state, merged, parameter_names
 from strategies.process_group import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
@@ -102,7 +102,7 @@ class DDPStrategy(ProcessGroupStrategy):
         self.powersgd_start = powersgd_start
         self.shard_optimizer = shard_optimizer
         self._hook: Hook | None = None
-        self._shards: Shards | None = None
+        self._shards: OptimizerShards | None = None
         self._keeps_buckets = gradient_as_bucket_view and not find_unused_parameters
         if sync_batchnorm and self._device_type == "cpu":
             raise ValueError(
@@ -167,7 +167,7 @@ class DDPStrategy(ProcessGroupStrategy):
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
         """Divide the steps of `optimizer` among the processes, if so wanted, and let a hook know of them."""
         if self.shard_optimizer:
-            self._shards = Shards(optimizer, self.rank, self.data_parallel_size)
+            self._shards = OptimizerShards(optimizer, self.rank, self.data_parallel_size)
         if self._hook is not None:
             optimizer.register_step_post_hook(self._note_update)
 
@@ -198,7 +198,7 @@ class DDPStrategy(ProcessGroupStrategy):
         if self.find_unused_parameters:  # those unused everywhere must keep the gradient None
             trainable = [self._used if self._used is not None else trainable[0]]
         modules = self._ddp._modules
-        modules["module"] = Untouched(trainable)
+        modules["module"] = EmptyForward(trainable)
         try:
             super().backward(self._ddp(), 1.0)
         finally:

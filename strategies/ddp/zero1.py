@@ -18,7 +18,7 @@ CHUNK = 25 << 20
 """Bytes that a broadcast is made of."""
 
 
-class Shards:
+class OptimizerShards:
     """Divides the steps of `optimizer` among `size` processes, of which this one is `rank`."""
 
     def __init__(self, optimizer: Optimizer, rank: int, size: int) -> None:

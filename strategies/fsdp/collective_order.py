@@ -19,7 +19,7 @@ PAUSE = 0.002
 """Seconds between two looks into the store, in a first pass without data."""
 
 
-class Passes:
+class CollectiveOrder:
     """Follows the passes of a model: `root`, and its `units`, the FSDP modules with parameters, by name.
 
     Between `start` and `end` each collective must come in its turn; `finish` takes part in what is left of a pass. The

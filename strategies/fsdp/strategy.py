@@ -15,8 +15,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from strategies.environment import notes
-from strategies.fsdp.collective_order import Passes
+from strategies.environment import new_store
+from strategies.fsdp.collective_order import CollectiveOrder
 from strategies.fsdp.units import check_units, in_lists
 from strategies.process_group import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
@@ -152,7 +152,9 @@ class FSDPStrategy(ProcessGroupStrategy):
             part.set_force_sum_reduction_for_comms(True)
         self._root.set_reduce_scatter_unused_params(True)
         named = {name: part for name, part in named.items() if part._get_fsdp_state()._fsdp_param_group is not None}
-        self._passes = Passes(self._root, named, notes(), self.data_parallel_size, self.timeout, frees is False)
+        self._passes = CollectiveOrder(
+            self._root, named, new_store(), self.data_parallel_size, self.timeout, frees is False
+        )
         self._parameters = list(model.parameters())
         self._buffers = list(model.buffers())
         parts = [p for group in self._passes.groups.values() for p in group.fsdp_params]

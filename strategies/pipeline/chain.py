@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from strategies.pipeline.parts import ElsewhereError, Like
+from strategies.pipeline.parts import PeerFailedError, TensorSpec
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class Chain:
     def together(self, work: Callable[[], T]) -> list[T]:
         """Do `work` on all processes of the pipeline; return what each returned, in order.
 
-        Raises what it raised here, and ElsewhereError where it raised on another.
+        Raises what it raised here, and PeerFailedError where it raised on another.
         """
         error, value = None, None
         try:
@@ -55,7 +55,7 @@ class Chain:
         if error is not None:
             raise error
         if not all(is_good for is_good, _ in rows):
-            raise ElsewhereError
+            raise PeerFailedError
         return [value for _, value in rows]
 
     def gather(self, value: Any) -> list[Any]:
@@ -75,7 +75,7 @@ class Chain:
             )
         return output
 
-    def through(self, x: Tensor | None, autocast: torch.dtype | None) -> tuple[Any, dict[int, Like]]:
+    def through(self, x: Tensor | None, autocast: torch.dtype | None) -> tuple[Any, dict[int, TensorSpec]]:
         """Run one batch through all parts; return the model's output, on the last process, and what each part gave.
 
         `x` is None but on the first process. A part that fails raises when the batch has passed by; the output is None.
@@ -93,17 +93,17 @@ class Chain:
                 x = None
             if number < self.last:
                 if x is not None:
-                    likes[number] = Like(tuple(x.shape), x.dtype)
+                    likes[number] = TensorSpec(tuple(x.shape), x.dtype)
                 self._send(x, autocast)
         if error is not None:
             raise error
         return x if self.is_last else None, likes
 
-    def likes(self, x: Tensor | None, autocast: torch.dtype | None) -> list[Like]:
+    def likes(self, x: Tensor | None, autocast: torch.dtype | None) -> list[TensorSpec]:
         """Return what each part gives for an input, from one forward without gradients that leaves no trace."""
         buffers = [buffer for part in self.parts.values() for buffer in part.buffers()]
 
-        def run() -> dict[int, Like]:
+        def run() -> dict[int, TensorSpec]:
             kept = [buffer.clone() for buffer in buffers]
             with torch.no_grad():
                 likes = self.through(x, autocast)[1]
@@ -112,12 +112,15 @@ class Chain:
             return likes
 
         found = {number: like for likes in self.together(run) for number, like in likes.items()}
-        return [*(found[number] for number in range(self.last)), Like((), torch.float32)]  # the last gives the loss
+        return [
+            *(found[number] for number in range(self.last)),
+            TensorSpec((), torch.float32),
+        ]  # the last gives the loss
 
     def _send(self, x: Tensor | None, autocast: torch.dtype | None) -> None:
         """Send a tensor of any shape, and how it is to be used, to the next process."""
         to = self.ranks[(self.stage + 1) % len(self.ranks)]
-        what = None if x is None else (Like(tuple(x.shape), x.dtype), autocast)
+        what = None if x is None else (TensorSpec(tuple(x.shape), x.dtype), autocast)
         dist.send_object_list([what], dst=to, group=self.host_group)
         if x is not None:
             dist.send(x.contiguous(), dst=to, group=self.group)

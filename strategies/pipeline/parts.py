@@ -15,7 +15,7 @@ Child = tuple[str, nn.Module]
 T = TypeVar("T")
 
 
-class Like(NamedTuple):
+class TensorSpec(NamedTuple):
     """The shape and dtype of one tensor."""
 
     shape: tuple[int, ...]
@@ -25,12 +25,12 @@ class Like(NamedTuple):
 class Call(NamedTuple):
     """What the first process tells the others of a micro-batch: the model's input, and how it was called."""
 
-    input: Like
+    input: TensorSpec
     autocast: torch.dtype | None
     seed: int
 
 
-class ElsewhereError(Exception):
+class PeerFailedError(Exception):
     """Another process of the pipeline has failed; it tells of it itself."""
 
 
@@ -72,7 +72,7 @@ def cut(model: nn.Module, count: int, boundaries: Sequence[int] | None) -> list[
     return parts
 
 
-class Reached(BaseException):  # no Exception: a task that catches those must not catch this
+class ModelCalled(BaseException):  # no Exception: a task that catches those must not catch this
     """Ends a `loss()` where it calls the model."""
 
     def __init__(self, x: Tensor, autocast: torch.dtype | None) -> None:
@@ -95,16 +95,16 @@ class PipelinedModel(nn.Module):
             if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
                 raise ValueError("a pipeline's model takes one tensor: call it as model(x).")
             kind = args[0].device.type
-            raise Reached(args[0], torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+            raise ModelCalled(args[0], torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
         if not self._outputs:
             raise ValueError("a pipeline's model is called once for each micro-batch: keep what it returned.")
         return self._outputs.pop()
 
-    def input_of(self, compute: Callable[[], object]) -> Reached:
+    def input_of(self, compute: Callable[[], object]) -> ModelCalled:
         """Return what `compute` calls the model with. Raises what it raises before that."""
         try:
             compute()
-        except Reached as reached:
+        except ModelCalled as reached:
             return reached
         raise ValueError(_NOT_CALLED)
 
@@ -140,7 +140,7 @@ def already_computed(loss: Tensor, target: Tensor) -> Tensor:
     return loss
 
 
-def zeros(like: Like, device: torch.device) -> Tensor:
+def zeros(like: TensorSpec, device: torch.device) -> Tensor:
     """Return zeros, which require grad where they can."""
     return torch.zeros(like.shape, dtype=like.dtype, device=device, requires_grad=like.dtype.is_floating_point)
 

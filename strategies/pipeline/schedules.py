@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from strategies.pipeline.chain import Chain
-from strategies.pipeline.parts import Call, Like, Part, PipelinedModel, already_computed, zeros
+from strategies.pipeline.parts import Call, Part, PipelinedModel, TensorSpec, already_computed, zeros
 
 ScheduleName = Literal["GPipe", "1F1B", "Interleaved1F1B"]
 
@@ -36,7 +36,7 @@ class Run(NamedTuple):
     inputs: Sequence[Tensor]
     """On the first process."""
     forwards: Sequence[Callable[[], tuple[Tensor, float | Tensor]]]
-    likes: Sequence[Like]
+    likes: Sequence[TensorSpec]
     """What each part gives."""
 
 
@@ -52,7 +52,7 @@ class Schedules:
         self._model = model
         self._seed = seed
         self._built: dict[tuple[Any, ...], Any] = {}
-        self._likes: dict[tuple[Any, ...], list[Like]] = {}
+        self._likes: dict[tuple[Any, ...], list[TensorSpec]] = {}
         self._run: Run
         self._error: Exception | None = None
         self.broken: Exception | None = None
@@ -103,7 +103,7 @@ class Schedules:
                 if number == self._chain.last:
                     loss, scale = self._model.with_output(output, run.forwards[index])
                     return loss * scale
-                if Like(tuple(output.shape), output.dtype) != run.likes[number]:
+                if TensorSpec(tuple(output.shape), output.dtype) != run.likes[number]:
                     raise ValueError(
                         f"part {number} of the pipeline returned {output.dtype} {tuple(output.shape)}, and "
                         f"{tuple(run.likes[number])} before for such an input: shapes must not depend on values."
@@ -121,7 +121,7 @@ class Schedules:
         self._built[*kind, count] = built
         return built
 
-    def _build(self, likes: Sequence[Like], count: int) -> Any:
+    def _build(self, likes: Sequence[TensorSpec], count: int) -> Any:
         """Return a schedule; of a window that is too short for the one asked for, one without its condition."""
         from torch.distributed import pipelining  # its import takes a second
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from strategies.base import MicroBatch, Rows
+from strategies.base import MicroBatch, PendingRows
 from strategies.environment import started_processes
 from strategies.optimizer_state import load_named_state, named_state
 from strategies.pipeline.chain import Chain
-from strategies.pipeline.parts import Call, ElsewhereError, Like, PipelinedModel, buckets, cut
+from strategies.pipeline.parts import Call, PeerFailedError, PipelinedModel, TensorSpec, buckets, cut
 from strategies.pipeline.schedules import ScheduleName, Schedules, takes
 from strategies.process_group import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
@@ -174,7 +174,7 @@ class PipelineStrategy(ProcessGroupStrategy):
         the window, so that they can hear of it.
         """
         self._share_buffers()
-        with suppress(ElsewhereError):  # that process tells of it
+        with suppress(PeerFailedError):  # that process tells of it
             micros, calls, inputs = self._begin(window, forward)
             self._schedules.run(calls, inputs, [partial(forward, micro) for micro in micros])
         self._reduce()
@@ -195,7 +195,7 @@ class PipelineStrategy(ProcessGroupStrategy):
             for micro in micros if self._place.is_first else ():
                 reached = self._pipelined.input_of(partial(forward, micro))
                 inputs.append(reached.input)
-                like = Like(tuple(reached.input.shape), reached.input.dtype)
+                like = TensorSpec(tuple(reached.input.shape), reached.input.dtype)
                 calls.append(Call(like, reached.autocast, self._seed))
             return len(micros), calls
 
@@ -211,7 +211,7 @@ class PipelineStrategy(ProcessGroupStrategy):
         """Take part, with zero, in the reduction of a window."""
         self._reduce()
 
-    def exchange(self, values: Sequence[float]) -> Rows:
+    def exchange(self, values: Sequence[float]) -> PendingRows:
         """Start the message of an update. Raises what broke the schedule: the others wait in it."""
         if self._schedules.broken is not None:
             raise self._schedules.broken

@@ -1,0 +1,14 @@
+"""Errors that a user can mend, and the check of a whole number. This module imports nothing."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something the user asked for cannot be done; the message says what was expected and the way out."""
+
+
+def check_count(name: str, value: object, least: int = 1, why: str = "") -> None:
+    """Raise UserError unless `value` is a whole number of at least `least`; the message ends with `why`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        reason = f" {why}" if why else ""
+        raise UserError(f"{name}={value!r}: expected a whole number of at least {least}.{reason}")
