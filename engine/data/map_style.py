@@ -12,14 +12,14 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from engine.data.fetch import Fetch, Piece, TensorFetch
 from engine.data.prefetch import Prefetch
-from engine.data.window import Micro, Window
+from engine.data.window import Window
 from engine.order import Order
 from engine.plan.schedule import Stage
 from engine.plan.windows import Plan
 from engine.plan.windows import Window as PlannedWindow
 from engine.signals import shielded
 from engine.task import Batching
-from strategies import Strategy
+from strategies import MicroBatch, Strategy
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,10 @@ class MapSource:
             micros, position = self._micros(batches, window, before), (epoch, window.stop)
             yield MapWindow(window.stage, count, -(-pieces // P), pieces <= rank, micros, position)
 
-    def _micros(self, batches: Iterator[Any], window: PlannedWindow, before: Sequence[int]) -> Iterator[Micro]:
+    def _micros(self, batches: Iterator[Any], window: PlannedWindow, before: Sequence[int]) -> Iterator[MicroBatch]:
         to_device = self._to_device
         for start, stop, is_last in window.micro_batches(*self._cut):
-            yield Micro(to_device(next(batches)), before[stop] - before[start], before[start], is_last)
+            yield MicroBatch(to_device(next(batches)), before[stop] - before[start], before[start], is_last)
 
 
 def _fetches(
@@ -140,12 +140,12 @@ class MapWindow:
     samples: int | None
     most_micro_batches: int
     is_empty: bool
-    micros: Iterator[Micro]
+    micros: Iterator[MicroBatch]
     position: tuple[int, int]
     """The epoch, and the place in its order."""
     more: bool = False  # the plan knows
 
-    def __iter__(self) -> Iterator[Micro]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         return self.micros
 
 

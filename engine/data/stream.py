@@ -11,13 +11,13 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from engine.data.prefetch import Prefetch
-from engine.data.window import Micro, Window
+from engine.data.window import Window
 from engine.order import mix
 from engine.plan.schedule import Schedule, Stage
 from engine.seeds import EPOCH_STREAM
 from engine.signals import shielded
 from engine.task import Batching
-from strategies import Strategy
+from strategies import MicroBatch, Strategy
 
 log = logging.getLogger("tally")
 
@@ -114,7 +114,7 @@ class StreamWindow:
         self.more = stream.has_next
         self._stream, self._places, self._to_device, self._batch_size = stream, places, to_device, batch_size
 
-    def __iter__(self) -> Iterator[Micro]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         stream, to_device, batch_size = self._stream, self._to_device, self._batch_size
         last = self._places[-1]
         for place in self._places:
@@ -122,7 +122,7 @@ class StreamWindow:
                 return
             batch = stream.take(place == last)
             more = self.more = stream.has_next
-            yield Micro(to_device(batch), batch_size(batch), place, place == last or not more)
+            yield MicroBatch(to_device(batch), batch_size(batch), place, place == last or not more)
 
     @property
     def position(self) -> dict[str, Any]:

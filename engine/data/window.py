@@ -8,20 +8,10 @@ has another one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from engine.plan.schedule import Stage
-
-
-@dataclass(slots=True)  # its fields are read at each micro-batch: slots cost the least
-class Micro:
-    """One micro-batch: its data on the device, its samples, its place in the epoch, and whether the update follows."""
-
-    batch: Any
-    size: int
-    place: int
-    is_last: bool
+from strategies import MicroBatch
 
 
 class Window(Protocol):
@@ -37,7 +27,7 @@ class Window(Protocol):
     more: bool
     """Whether this process has data after it; after the message of the update, whether any process has."""
 
-    def __iter__(self) -> Iterator[Micro]: ...
+    def __iter__(self) -> Iterator[MicroBatch]: ...
 
     @property
     def position(self) -> Any:

@@ -8,8 +8,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from engine.data.window import Micro
 from engine.loss import Loss
+from strategies import MicroBatch
 
 TOO_NARROW = {torch.float16, torch.bfloat16}
 """Dtypes in which a sum of losses would lose digits."""
@@ -30,7 +30,7 @@ class Sums:
         self._losses: list[Tensor] = []
         self._share = 1
 
-    def add(self, loss: Loss | Tensor, micro: Micro) -> tuple[Tensor, float]:
+    def add(self, loss: Loss | Tensor, micro: MicroBatch) -> tuple[Tensor, float]:
         """Add a micro-batch's loss and return what backward needs: the tensor, and its scale.
 
         Raises ValueError for a loss or weight that is none.

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from engine.data.window import Micro, Window
+from engine.data.window import Window
 from engine.update.reduction import Costs
+from strategies import MicroBatch
 
 DATA, COMPUTE, STEP = "waiting for data", "forward and backward", "optimizer's step"
 REDUCTION = "reduction, and waiting for others"
@@ -54,13 +55,13 @@ class Meter:
         self._K = 0  # the newest that is 2 or more
         self._wait = 0.0
 
-    def watched(self, window: Window, update: int) -> Iterator[Micro]:
+    def watched(self, window: Window, update: int) -> Iterator[MicroBatch]:
         """Yield the micro-batches of `window`, with an eye on one, at a place that follows no rhythm of data."""
         place = int(GOLDEN * update % 1.0 * window.stage.accumulate_grad_batches)
         micros = iter(window)
         return chain(islice(micros, place), self._next_of(micros), micros)
 
-    def _next_of(self, micros: Iterator[Micro]) -> Iterator[Micro]:
+    def _next_of(self, micros: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         asked = time.perf_counter()
         for micro in micros:
             self._wait = time.perf_counter() - asked

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from engine.checks import check_gradients
-from engine.data.window import Micro, Window
+from engine.data.window import Window
 from engine.loss import Loss
 from engine.seeds import ODD, SEED_BITS, epoch_key
 from engine.signals import Interrupted, Interrupts
@@ -33,7 +33,7 @@ from engine.update.message import (
 )
 from engine.update.precision import LossScale
 from engine.update.timing import Meter
-from strategies import PendingRows, Strategy
+from strategies import MicroBatch, PendingRows, Strategy
 
 Compute = Callable[[nn.Module, Any], Loss | Tensor]
 """From the prepared model and a batch to the loss, as `Task.loss` does."""
@@ -108,12 +108,12 @@ class Loop:
         model, add = self.model, self.sums.add
         is_timed = meter is not None and meter.sees_reduction
 
-        def forward(micro: Micro) -> tuple[Tensor, float]:
+        def forward(micro: MicroBatch) -> tuple[Tensor, float]:
             if interrupts.requested:
                 raise Interrupted
             if is_timed and micro.is_last:
                 self._last_began = time.perf_counter()
-            seed(key + micro.place * ODD & SEED_BITS)
+            seed(key + micro.seed_index * ODD & SEED_BITS)
             weighed = add(compute(model, micro.batch), micro)  # what `weigh` does, less a call per micro-batch
             if micro.is_last:
                 self._send()
@@ -151,18 +151,18 @@ class Loop:
         if window.is_empty:
             self._send()
 
-    def weigh(self, loss: Loss | Tensor, micro: Micro) -> tuple[Tensor, float]:
+    def weigh(self, loss: Loss | Tensor, micro: MicroBatch) -> tuple[Tensor, float]:
         """Add a micro-batch's loss to the window's and return what backward needs: the tensor, and its scale."""
         weighed = self.sums.add(loss, micro)
         if micro.is_last:
             self._send()
         return weighed
 
-    def seed(self, micro: Micro) -> None:
+    def seed(self, micro: MicroBatch) -> None:
         """Seed what the forward of a micro-batch draws from: it begins."""
         if micro.is_last:
             self._last_began = time.perf_counter()
-        self.strategy.seed(self._key + micro.place * ODD & SEED_BITS)
+        self.strategy.seed(self._key + micro.seed_index * ODD & SEED_BITS)
 
     def finish(self, window: Window, update: int) -> Outcome:
         """Correct, clip, step: once per window, the same on all processes."""
