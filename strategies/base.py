@@ -47,7 +47,7 @@ class Strategy(ABC):
     """Its name in the banner and in error messages."""
 
     exact_to: float | None = 1e-12
-    """Largest relative difference, in float64, from the update of one big batch; None if they are not meant to agree."""
+    """Largest relative difference, in float64, from the update of one big batch; None if they need not agree."""
 
     defers_reduction: bool = True
     """Whether gradients are reduced once per window; False: once per micro-batch."""

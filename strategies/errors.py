@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+MODEL_NOT_CALLED = "the loss was not computed with the `model` that loss() is given: call that one."
+
 
 class UserError(ValueError):
     """Something the user asked for cannot be done; the message says what was expected and the way out."""
