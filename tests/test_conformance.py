@@ -181,7 +181,7 @@ def test_the_command_ends_with_a_table_and_its_status_tells(
         (["ddp", "--bucket_cap_mb", "large"], "Expected a <class 'float'>"),
         (["dp", "--devices", "0"], "devices=0: expected a whole number of at least 1"),
         (["ddp", "--processes", "0"], "at least 1"),
-        (["single"], "single cannot be set up on 2 processes: ValueError: strategy 'single' trains in one process"),
+        (["single"], "single cannot be set up on 2 processes: UserError: strategy='single': expected one process"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -35,7 +35,7 @@ def wide() -> nn.Module:
 
 def test_a_wrong_name_is_told_the_right_ones() -> None:
     with pytest.raises(
-        ValueError, match="communication_hook='powersgd': expected one of fp16, bf16, or None.*DDPStrategy.wrap"
+        ValueError, match=r"communication_hook='powersgd': expected one of fp16, bf16, or None.*DDPStrategy\.wrap"
     ):
         DDPStrategy(communication_hook="powersgd")  # type: ignore[arg-type]
 

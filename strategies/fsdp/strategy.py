@@ -39,8 +39,8 @@ class FSDPStrategy(ProcessGroupStrategy):
     - `reduce`: "window" reduces gradients once per window and unit, in the last micro-batch's backward; until then each
       process keeps a whole gradient. "micro_batch" reduces at each micro-batch and keeps only a shard of the gradient:
       less memory, K times the traffic.
-    - `shard_size`: hybrid sharding. The model is sharded over `shard_size` neighbouring processes; the P / shard_size groups
-      hold replicas. None: sharded over all.
+    - `shard_size`: hybrid sharding. The model is sharded over `shard_size` neighbouring processes, and the other
+      groups of that size hold replicas. None: sharded over all.
     - `reshard_after_forward`: True frees every unit after its forward, None all but the root (FSDP's default). False
       keeps parameters from the window's first forward to its last backward: gathered once per window, more memory.
     - `param_dtype`: the dtype of forward, backward and gathered parameters; outputs are float32. `reduce_dtype`: the
