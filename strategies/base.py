@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from strategies.optimizer_state import load_named_state, named_state
+from strategies.optimizer_state import load_named_state, named_state, user_module
 from strategies.to_device import move
 
 PendingRows = Callable[[], list[list[float]]]
@@ -24,7 +24,7 @@ PendingRows = Callable[[], list[list[float]]]
 
 @dataclass(slots=True)  # its fields are read at each micro-batch: slots cost the least
 class MicroBatch:
-    """One micro-batch of a window: what one forward and backward sees."""
+    """One micro-batch of a window: the input of one forward and backward."""
 
     batch: Any
     """The data, on the device."""
@@ -309,7 +309,7 @@ class Strategy(ABC):
         return copied
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
-        """Load what `state_dict` returned. Raises RuntimeError or ValueError for other names, groups or shapes."""
+        """Load what `state_dict` returned. Raises RuntimeError or UserError for other names, groups or shapes."""
         from torch.distributed.checkpoint import state_dict as dcp
 
         options = dcp.StateDictOptions(full_state_dict=True)
@@ -324,8 +324,7 @@ class Strategy(ABC):
     @property
     def _user_module(self) -> nn.Module:
         """The model under the wrapper that `torch.compile` puts around it."""
-        module: nn.Module = getattr(self._model, "_orig_mod", self._model)
-        return module
+        return user_module(self._model)
 
     def _local(self, tensor: Tensor) -> Tensor:
         """The part of a parameter or gradient that this process holds."""

@@ -76,6 +76,12 @@ def user_name(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+def user_module(model: nn.Module) -> nn.Module:
+    """Return the user's own model, without the wrapper of `torch.compile`."""
+    module: nn.Module = getattr(model, "_orig_mod", model)
+    return module
+
+
 def parameter_names(model: nn.Module) -> dict[Tensor, str]:
     """Return the user's own name of each parameter."""
     return {p: user_name(name) for name, p in model.named_parameters()}

@@ -19,7 +19,7 @@ from strategies.environment import new_store
 from strategies.errors import UserError, check_count
 from strategies.fsdp.collective_order import CollectiveOrder
 from strategies.fsdp.units import check_units, in_lists
-from strategies.optimizer_state import user_name
+from strategies.optimizer_state import user_module, user_name
 from strategies.process_group import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
 from strategies.torch_internals import FSDP
@@ -212,7 +212,7 @@ class FSDPStrategy(ProcessGroupStrategy):
 
         Raises UserError for a model whose process group has ended.
         """
-        module = getattr(model, "_orig_mod", model)
+        module = user_module(model)
         if not isinstance(module, FSDPModule):
             return nullcontext()
         if module is not self._root:
