@@ -98,7 +98,7 @@ CASES = (
     fsdp(", reduce=micro_batch", reduce="micro_batch", then=("single", 1)),
     fsdp(", shard_size=2", 4, shard_size=2, then=("fsdp", 3)),
     pipeline("GPipe", then=("single", 1)),
-    pipeline("1F1B", then=("pipeline, 1F1B, P=2", 4)),
+    pipeline("1F1B", then=("fsdp", 2)),
     pipeline("1F1B", P=2, then=("ddp", 3)),
 )
 AT_ONCE = ddp(", each micro-batch reduced", DDPAtOnce)
