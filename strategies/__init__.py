@@ -1,10 +1,12 @@
-"""Place: devices, processes, collectives. Knows nothing of epochs, data or files."""
+"""Strategies: devices, processes and collectives. They know nothing of epochs, data or files."""
 
 from strategies.base import MicroBatch, PendingRows, Strategy
-from strategies.ddp.strategy import DDPStrategy
+from strategies.ddp import DDPStrategy
 from strategies.dp import DPStrategy
-from strategies.fsdp.strategy import FSDPStrategy
-from strategies.pipeline.strategy import PipelineStrategy
+from strategies.errors import UserError, check_count
+from strategies.fsdp import FSDPStrategy
+from strategies.optimizer_state import user_name
+from strategies.pipeline import PipelineStrategy
 from strategies.registry import find, resolve
 from strategies.single import SingleDeviceStrategy
 
@@ -17,6 +19,9 @@ __all__ = [
     "PipelineStrategy",
     "SingleDeviceStrategy",
     "Strategy",
+    "UserError",
+    "check_count",
     "find",
     "resolve",
+    "user_name",
 ]

@@ -1,4 +1,4 @@
-"""What a place to run must say of itself: devices, processes, collectives. It knows no epoch, callback or file."""
+"""The interface of a strategy: devices, processes and collectives. It knows no epoch, callback or file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,65 +15,70 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from strategies.optimizer_state import load_named_state, named_state
+from strategies.optimizer_state import load_named_state, named_state, user_module
+from strategies.to_device import move
 
 PendingRows = Callable[[], list[list[float]]]
-"""Waits for an exchange and returns each process's values, in rank order."""
+"""A started exchange: call it to wait for it and to get each process's values, in rank order."""
 
 
 @dataclass(slots=True)  # its fields are read at each micro-batch: slots cost the least
 class MicroBatch:
-    """One micro-batch: its data on the device, its samples, the index that seeds its draws, and whether it is last."""
+    """One micro-batch of a window: the input of one forward and backward."""
 
     batch: Any
+    """The data, on the device."""
     size: int
+    """Its samples."""
     seed_index: int
+    """The index, in the epoch, by which the random draws of its forward are seeded."""
     is_last: bool
+    """Whether it is the last one of this process in the window, so that the update follows."""
 
 
 class Strategy(ABC):
-    """Where and on how many processes a model trains. Subclass it, or a built-in one, for a new backend.
+    """A place to train: devices, processes and their collectives. Subclass it, or a built-in one, for a new backend.
 
     Only `accumulation_context`, `effective_batch` and `supports_variable_windows` must be given; every other method
     has a default that is right for one process on one device. Methods stand in the order of a run's life.
     """
 
     name: str = "custom"
-    """What the banner and error messages call it."""
+    """Its name in the banner and in error messages."""
 
     exact_to: float | None = 1e-12
-    """How far an update may be from that of one big batch, relative, in float64; None: it is meant to be another."""
+    """Largest relative difference, in float64, from the update of one big batch; None if they need not agree."""
 
     defers_reduction: bool = True
-    """Whether gradients cross the wire once per window; False: once per micro-batch."""
+    """Whether gradients are reduced once per window; False: once per micro-batch."""
 
     resumes_exactly: bool = True
-    """Whether a run that goes on from a checkpoint is to the bit the run that was not interrupted."""
+    """Whether a resumed run equals the uninterrupted run to the bit."""
 
     micro_batches: int | None = None
-    """K, where it is fixed when the strategy is built: a window is then run whole, by `run_window`."""
+    """K, if it is fixed when the strategy is built; `run_window` then runs a window as a whole."""
 
     compiles_in_place: bool = True
-    """Whether a forward calls the user's model as a whole, so that it can be compiled; False: copies or parts of it."""
+    """Whether a forward calls the user's model as a whole, so that it can be compiled; False: copies or parts."""
 
     evaluates_alone: bool = True
-    """Whether a process can leave a validation without another one waiting for it."""
+    """Whether a process can stop validating while the others continue."""
 
     _model: nn.Module
     _parameters: list[nn.Parameter]
     _scale = math.nan
     _gradient = torch.empty(())
 
-    # What every strategy declares
+    # Declared by every strategy
 
     @property
     @abstractmethod
     def supports_variable_windows(self) -> bool:
-        """Whether K may change during a run. False makes the engine refuse such a schedule before anything starts."""
+        """Whether K may change during a run. If False, the engine refuses such a schedule before anything starts."""
 
     @abstractmethod
     def effective_batch(self, N: int, K: int) -> int:
-        """Return the samples behind one full update: K micro-batches of N samples on each of the P."""
+        """Return the samples of one full update: K micro-batches of N samples on each of the P processes."""
 
     @abstractmethod
     def accumulation_context(self, is_last_microbatch: bool) -> AbstractContextManager[Any]:
@@ -104,12 +108,12 @@ class Strategy(ABC):
 
     @property
     def processes(self) -> int:
-        """All that were started together: more than P where several share one model, and its micro-batches."""
+        """All started processes: more than P if several processes share one model and its micro-batches."""
         return self.data_parallel_size
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes: its model's and its batches' device."""
+        """The device of this process's model and batches."""
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def describe(self) -> str:
@@ -117,36 +121,36 @@ class Strategy(ABC):
         return f"{self.name} on {self.device}"
 
     def setup(self) -> None:
-        """Start what the strategy needs (process groups). Raises ValueError where it cannot run as it was started."""
+        """Start process groups. Raises UserError if the strategy cannot run as it was started."""
 
     def teardown(self) -> None:
-        """Undo `setup`: what was made here is destroyed, what was found is left."""
+        """Undo `setup`: destroy the groups that it made, and leave those that existed before."""
 
     # The model
 
     @property
     def needs_equal_windows(self) -> bool:
-        """Whether a forward communicates (SyncBatchNorm), so that processes must have equally many in each window.
+        """Whether a forward communicates (SyncBatchNorm), so that all processes need equally many micro-batches.
 
-        Known after `prepare`; True makes the engine refuse data and windows that do not promise it.
+        Known after `prepare`. If True, the engine refuses data and windows that do not promise it.
         """
         return False
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Move `model` to the device and return the module to call in training, which may be a wrapper around it."""
+        """Move `model` to the device and return the module to call in training: the model or a wrapper."""
         self._model = model.to(self.device)
         self._parameters = list(model.parameters())
         return self._model
 
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
-        """Take part in the steps of `optimizer`, which stays the object it is: an LR scheduler may hold it.
+        """Take part in the steps of `optimizer`. It stays the same object, since an LR scheduler may hold it.
 
         Called once, after `prepare` and before any `step` or `load_state_dict`.
         """
 
     def to_device(self, batch: Any) -> Any:
         """Return `batch` with every tensor in it (in dicts, lists, tuples; anything with `.to`) on the device."""
-        return batch if self._is_on_cpu else _move(batch, self.device)
+        return batch if self._is_on_cpu else move(batch, self.device)
 
     def seed(self, value: int) -> None:
         """Seed the generators that a forward on this process draws from."""
@@ -157,9 +161,9 @@ class Strategy(ABC):
     # One window
 
     def start_window(self, most_micro_batches: int) -> None:
-        """Hear, before a window, how many micro-batches a process can have in it: K, or fewer at a known end.
+        """Called before each window with the largest number of micro-batches that any process has in it.
 
-        It is the same number on all processes, for strategies whose every forward communicates.
+        It is K, or fewer at a known end, and the same on all processes. FSDP needs it: each forward communicates.
         """
 
     def run_window(
@@ -169,8 +173,8 @@ class Strategy(ABC):
     ) -> None:
         """Run one window: afterwards `p.grad` holds the sum over processes and micro-batches of scale x d(loss).
 
-        `forward(micro)` returns a micro-batch's loss, a 0-dim tensor, and the scale of its gradient. Of `window`, count
-        on nothing but that it can be iterated over once.
+        `forward(micro)` returns a micro-batch's loss, a 0-dim tensor, and the scale of its gradient. `window` can be
+        iterated over once.
         """
         micro = None
         for micro in window:
@@ -185,7 +189,7 @@ class Strategy(ABC):
         if isinstance(scale, Tensor):
             gradient = scale.to(loss.dtype)
         else:
-            gradient = self._gradient  # kept from call to call: making it anew costs more than calling backward
+            gradient = self._gradient  # kept between calls: a new tensor costs more than the call of backward
             if scale != self._scale or loss.dtype is not gradient.dtype:
                 gradient = self._gradient = torch.full_like(loss, scale, requires_grad=False)
                 self._scale = scale
@@ -198,7 +202,7 @@ class Strategy(ABC):
         """Multiply the gradients by `factor`, clip them to `max_norm`, return their norm (0-dim) before the clipping.
 
         The norm is the 2-norm over all parameters, after `factor`. The clipping is that of
-        `torch.nn.utils.clip_grad_norm_`. Nothing is read back from the device.
+        `torch.nn.utils.clip_grad_norm_`. There is no host-device sync.
         """
         gradients = self._gradients()
         if not gradients:
@@ -215,7 +219,7 @@ class Strategy(ABC):
     def clear_gradients(self) -> None:
         """Set the gradient of every parameter of the model to None, those that no optimizer holds included.
 
-        `Optimizer.zero_grad` leaves the latter to leak into the next window's norm, and costs 40 times as much.
+        `Optimizer.zero_grad` leaves the latter in the norm of the next window, and costs 40 times as much.
         """
         for parameter in self._parameters:
             parameter.grad = None
@@ -223,7 +227,7 @@ class Strategy(ABC):
     def evaluate(
         self, compute: Callable[[nn.Module, Any], Mapping[str, Any]], model: nn.Module, batch: Any
     ) -> Mapping[str, Any]:
-        """Return `compute(model, batch)`; nothing where another process has it. `model` is the user's, in eval mode."""
+        """Return `compute(model, batch)`, or {} if another process has it. `model` is the user's, in eval mode."""
         return compute(model, batch)
 
     # Between processes
@@ -233,19 +237,19 @@ class Strategy(ABC):
         return tensor
 
     def exchange(self, values: Sequence[float]) -> PendingRows:
-        """Start sending a few host numbers to all processes; call what comes back to wait and get all rows."""
+        """Start sending a few host numbers to all processes; call the returned function to wait for all rows."""
         row = list(values)
         return lambda: [row]
 
     def gather(self, value: Any) -> list[Any]:
-        """Return each process's `value` (anything that pickles) in rank order. Slow: for starts and ends."""
+        """Return each process's `value` (any picklable object) in rank order. Slow: use it outside the loop."""
         return [value]
 
     def post(self, topic: str, text: str) -> None:
-        """Leave a text for the other processes, who may read it without this one's help; a later one replaces it."""
+        """Publish a text that the others can read even if this process hangs; it replaces the one before."""
 
     def posted(self, topic: str) -> dict[int, str]:
-        """Return what was posted under `topic`, by rank, as far as it can still be read."""
+        """Return the texts posted under `topic`, by rank, as far as they can still be read."""
         return {}
 
     def has_lost_contact(self, error: Exception) -> bool:
@@ -253,49 +257,48 @@ class Strategy(ABC):
         return False
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait for all processes."""
 
     def synchronize_buffers(self, model: nn.Module) -> None:
         """Give all processes the same buffers in `model` (BatchNorm's statistics), those of process 0."""
 
     def evaluation_context(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """Return the context around an evaluation: in it, the forward of `model` communicates with nobody."""
+        """Return the context around an evaluation: in it, the forward of `model` does not communicate."""
         return nullcontext()
 
     def fingerprint(self) -> int:
-        """Return a number that is the same on all processes when they hold the same replica, to the bit.
+        """Return a number that is equal on all processes that hold the same replica, to the bit.
 
-        It is the sum of all parameters' bits as whole numbers. A strategy whose processes hold different parameters
+        It is the sum of all parameters' bits as integers. A strategy whose processes hold different parameters
         returns 0.
         """
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for parameter in self._parameters:
             values = self._local(parameter.detach()).contiguous()
             flat = (torch.view_as_real(values) if values.is_complex() else values).view(-1)
-            total += flat.view(_WHOLE[flat.element_size()]).sum(dtype=torch.int64)
+            total += flat.view(_INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
         return int(total)
 
-    # What a run keeps
+    # Checkpoints and costs
 
     @property
     def holds_all(self) -> bool:
-        """Whether each process holds all that `state_dict` returns, so that process 0 alone can save it."""
+        """Whether each process holds the whole of `state_dict`, so that process 0 can save it alone."""
         return True
 
     def reductions(self) -> tuple[int, int]:
-        """Return (collectives, bytes) that one window's gradients cross the wire with, on each process."""
+        """Return (collectives, bytes) of the reduction of one window's gradients, on each process."""
         return 0, 0
 
     def bytes_to_reduce(self, model: nn.Module) -> int | None:
-        """Return the bytes of `reductions` for `model` before anything is set up; None where they are not known."""
+        """Return the bytes of `reductions` for `model` before `setup`; None if unknown."""
         return 0 if self.data_parallel_size == 1 else None
 
     def state_dict(self, optimizer: Optimizer | None = None) -> dict[str, Any]:
         """Return a copy of {"model": ..., "optimizer": ...} on the CPU, under the user's own parameter names.
 
-        On all processes together where a process holds only a part, and then whole on process 0; else any one may ask.
-        Names carry no `module.` and no `_orig_mod.` (torch.distributed.checkpoint.state_dict does the naming). Where a
-        strategy keeps something from update to update, that is under "strategy", with the optimizer.
+        Names carry no `module.` and no `_orig_mod.` (torch.distributed.checkpoint.state_dict removes them). If
+        `holds_all` is False, call it on all processes together; process 0 then gets the whole state.
         """
         from torch.distributed.checkpoint import state_dict as dcp
 
@@ -306,7 +309,7 @@ class Strategy(ABC):
         return copied
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
-        """Load what `state_dict` returned. Raises RuntimeError or ValueError for other names, groups or shapes."""
+        """Load what `state_dict` returned. Raises RuntimeError or UserError for other names, groups or shapes."""
         from torch.distributed.checkpoint import state_dict as dcp
 
         options = dcp.StateDictOptions(full_state_dict=True)
@@ -321,44 +324,24 @@ class Strategy(ABC):
     @property
     def _user_module(self) -> nn.Module:
         """The model under the wrapper that `torch.compile` puts around it."""
-        module: nn.Module = getattr(self._model, "_orig_mod", self._model)
-        return module
+        return user_module(self._model)
 
     def _local(self, tensor: Tensor) -> Tensor:
         """The part of a parameter or gradient that this process holds."""
         return tensor
 
     def _gradients(self) -> list[Tensor]:
-        """The gradients that there are, as far as this process holds them."""
+        """The gradients that are not None, as far as this process holds them."""
         return [gradient for p in self._parameters if (gradient := p.grad) is not None]
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        """The 2-norm of the whole gradient, of which these are the parts that this process holds."""
+        """The 2-norm of the whole gradient; `gradients` are the parts that this process holds."""
         norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         return norm
 
     def _copied(self, tensor: Tensor) -> Tensor:
-        """What `state_dict` returns of a tensor."""
+        """The copy of a tensor that `state_dict` returns."""
         return tensor.detach().to("cpu", copy=True)
 
 
-_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _move(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if hasattr(batch, "to"):
-        return batch.to(device)
-    if type(batch) is dict:
-        return {key: _move(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_move(value, device) for value in batch))
-    if type(batch) in (list, tuple):
-        return type(batch)(_move(value, device) for value in batch)
-    if isinstance(batch, Mapping):
-        moved = copy(batch)
-        for key, value in batch.items():
-            moved[key] = _move(value, device)  # type: ignore[index]
-        return moved
-    return batch
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

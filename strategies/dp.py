@@ -1,4 +1,4 @@
-"""One process, several devices: each micro-batch is split over them in forward."""
+"""Data parallelism in one process: each micro-batch is split over several devices in forward."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from strategies.errors import UserError, check_count
 from strategies.single import SingleDeviceStrategy
 
 CPU_DEVICES = 2
-"""How many CPU "devices" split a batch where there is no CUDA and the user names no number."""
+"""How many CPU "devices" split a batch if there is no CUDA and the user gives no number."""
 
 
 class DPStrategy(SingleDeviceStrategy):
     """Split each micro-batch of N over `devices` devices of one process: `torch.nn.DataParallel` on CUDA.
 
-    `devices` is a number of them (default: every CUDA device, or two on the CPU) and `device_type` their kind (default:
-    CUDA where there is any). Several CPU "devices" are really used, one after the other: what a batch that is split
-    does to a model can so be tried, and tested, on any machine. `torch.nn.DataParallel` itself passes through silently
-    on the CPU.
+    `devices` is their number (default: every CUDA device, or two on the CPU) and `device_type` their type (default:
+    CUDA if available). Several CPU "devices" run one after the other, so that a split batch can be tested on any
+    machine. `torch.nn.DataParallel` itself does not split on the CPU.
 
-    As everywhere under data parallelism, only the first device's buffers (BatchNorm's statistics) are kept.
+    Only the first device's buffers (BatchNorm's statistics) are kept, as in all data parallelism.
     """
 
     name = "dp"
@@ -32,20 +32,21 @@ class DPStrategy(SingleDeviceStrategy):
 
     def __init__(self, devices: int | None = None, device_type: Literal["cuda", "cpu"] | None = None) -> None:
         if device_type not in ("cuda", "cpu", None):
-            raise ValueError(f"device_type={device_type!r}: give 'cuda' or 'cpu', or None for CUDA where there is any.")
+            raise UserError(f"device_type={device_type!r}: expected 'cuda' or 'cpu', or None for CUDA if available.")
         kind = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-        found = torch.cuda.device_count() if kind == "cuda" else CPU_DEVICES
-        if devices is not None and (isinstance(devices, bool) or not isinstance(devices, int) or devices < 1):
-            raise ValueError(f"devices={devices!r}: give the number of devices that split a batch, 1 or more.")
-        if kind == "cuda" and (devices or 1) > found:
-            raise ValueError(
-                f"devices={devices or 1}: there are {found} CUDA devices here; use device_type='cpu' to try it out."
+        available = torch.cuda.device_count() if kind == "cuda" else CPU_DEVICES
+        if devices is not None:
+            check_count("devices", devices)
+        if kind == "cuda" and (devices or 1) > available:
+            raise UserError(
+                f"devices={devices or 1}: expected at most {available}, the CUDA devices of this host. Use "
+                "device_type='cpu' to try it."
             )
         super().__init__("cuda:0" if kind == "cuda" else "cpu")
-        self.devices = devices or found
+        self.devices = devices or available
 
     def effective_batch(self, N: int, K: int) -> int:
-        """Return N x K: the batch of N is split over the devices, not repeated on each."""
+        """Return N x K: the batch of N is split over the devices."""
         return N * K
 
     def describe(self) -> str:
@@ -68,7 +69,7 @@ class DPStrategy(SingleDeviceStrategy):
 
 
 class _DataParallel(nn.DataParallel[nn.Module]):
-    """Its threads know whether autocast is on, but not to which dtype: enter it anew in each replica."""
+    """torch's DataParallel with the dtype of autocast, which its threads do not pass on."""
 
     def parallel_apply(self, replicas: Sequence[nn.Module], inputs: Sequence[Any], kwargs: Any) -> list[Any]:
         """Run each replica in a thread, under this thread's autocast."""
@@ -81,16 +82,16 @@ class _DataParallel(nn.DataParallel[nn.Module]):
 
             return forward
 
-        casting_replicas: Any = [casting(replica) for replica in replicas]  # all that torch does is call them
+        casting_replicas: Any = [casting(replica) for replica in replicas]  # torch only calls them
         return super().parallel_apply(casting_replicas, inputs, kwargs)
 
 
 class SplitOverCPU(nn.Module):
-    """What `torch.nn.DataParallel` does, on `chunks` CPU "devices" that take turns.
+    """`torch.nn.DataParallel` on `chunks` CPU "devices", one after the other.
 
-    They share the parameters, so gradients add up as they should; each but the first gets buffers of its own. Tensors
-    are split in dim 0 as DataParallel splits them (`torch.chunk`: fewer chunks for a small batch), anything else is
-    passed to each; outputs are concatenated in dim 0, and 0-dim outputs become one element each.
+    They share the parameters, so gradients add up; each but the first gets a copy of the buffers. Tensors are split in
+    dim 0 as in DataParallel (`torch.chunk`: fewer chunks for a small batch), other values are passed to each. Outputs
+    are concatenated in dim 0; 0-dim outputs become one element each.
     """
 
     def __init__(self, module: nn.Module, chunks: int) -> None:
@@ -99,12 +100,12 @@ class SplitOverCPU(nn.Module):
         self.chunks = chunks
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the outputs of all chunks, as of one batch."""
+        """Return the joined outputs of all chunks. Raises UserError for tensors of different sizes in dim 0."""
         shares = _split((args, kwargs), self.chunks)
         buffers = [{name: b.clone() for name, b in self.module.named_buffers()} for _ in shares[1:]]
         outputs = [self.module(*shares[0][0], **shares[0][1])]
-        for (share_args, share_kwargs), own in zip(shares[1:], buffers, strict=True):
-            outputs.append(functional_call(self.module, own, share_args, share_kwargs))
+        for (share_args, share_kwargs), copies in zip(shares[1:], buffers, strict=True):
+            outputs.append(functional_call(self.module, copies, share_args, share_kwargs))
         return _join(outputs)
 
 
@@ -114,8 +115,8 @@ def _split(tree: Any, chunks: int) -> list[Any]:
     shares = min((len(parts) for parts in split.values()), default=1)
     if any(len(parts) != shares for parts in split.values()):
         sizes = sorted({leaves[i].shape[0] for i in split})
-        raise ValueError(
-            f"DP splits every tensor in dim 0, but their sizes there differ: {sizes}. Pass others by attribute."
+        raise UserError(
+            f"DP splits every tensor in dim 0, and their sizes there differ: {sizes}. Pass other tensors as attributes."
         )
     return [
         tree_unflatten([split[i][share] if i in split else leaf for i, leaf in enumerate(leaves)], spec)

@@ -1,13 +1,16 @@
-"""The error of a request that cannot be met, and the check of whole numbers that raises it. Imports no torch."""
+"""Errors that a user can mend, and the check of a whole number. This module imports nothing."""
 
 from __future__ import annotations
 
+MODEL_NOT_CALLED = "the loss was not computed with the `model` that loss() is given: call that one."
+
 
 class UserError(ValueError):
-    """Something that the user asked for cannot be done; the message says what was expected, and the way out."""
+    """Something the user asked for cannot be done; the message says what was expected and the way out."""
 
 
 def check_count(name: str, value: object, least: int = 1, why: str = "") -> None:
-    """Raise UserError unless `value` is a whole number (not a bool) of at least `least`."""
+    """Raise UserError unless `value` is a whole number of at least `least`; the message ends with `why`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{name}={value!r}: expected a whole number of at least {least}{why and f'; {why}'}.")
+        reason = f" {why}" if why else ""
+        raise UserError(f"{name}={value!r}: expected a whole number of at least {least}.{reason}")

@@ -1,4 +1,4 @@
-"""Several processes: the group that they form, and what they say to one another."""
+"""Strategies of several processes: their process group, and the messages between processes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from strategies.base import PendingRows, Strategy
-from strategies.environment import notes, rendezvous, started_local_rank, started_processes, started_rank
-from strategies.status_board import Notes
-from strategies.torch_internals import check_torch
+from strategies.environment import new_store, rendezvous, started_local_rank, started_processes, started_rank
+from strategies.errors import UserError
+from strategies.status_board import StatusBoard
+from strategies.torch_internals import check_torch, is_lost_contact
 
 
 class ProcessGroupStrategy(Strategy):
-    """What strategies of P data-parallel processes share: gloo on CPU, NCCL on CUDA, from torchrun's environment.
+    """Base of the strategies of several processes: gloo on CPU, NCCL on CUDA, started from torchrun's environment.
 
     A process group that exists is used and left in place. `timeout_seconds` bounds every wait for another process,
-    `device` is "cpu" or "cuda" (default: CUDA where there is one).
+    `device` is "cpu" or "cuda" (default: CUDA if available).
     """
 
     _torch_parts: tuple[str, ...] = ()
@@ -29,15 +30,17 @@ class ProcessGroupStrategy(Strategy):
 
     def __init__(self, timeout_seconds: float = 300.0, device: Literal["cpu", "cuda"] | None = None) -> None:
         if not timeout_seconds > 0:
-            raise ValueError(f"timeout_seconds={timeout_seconds}: give the seconds that a collective may take.")
+            raise UserError(
+                f"timeout_seconds={timeout_seconds}: expected the seconds that a collective may take, more than 0."
+            )
         if device not in ("cpu", "cuda", None):
-            raise ValueError(f"device={device!r}: give 'cpu' or 'cuda', or None for CUDA where there is one.")
+            raise UserError(f"device={device!r}: expected 'cpu' or 'cuda', or None for CUDA if available.")
         self.timeout = timedelta(seconds=timeout_seconds)
         self._device_type = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._backend = "nccl" if self._device_type == "cuda" else "gloo"
         self._owns_group = False
         self._host_group: dist.ProcessGroup | None = None
-        self._notes: Notes | None = None
+        self._board: StatusBoard | None = None
 
     def effective_batch(self, N: int, K: int) -> int:
         """Return P x N x K."""
@@ -45,7 +48,7 @@ class ProcessGroupStrategy(Strategy):
 
     @property
     def rank(self) -> int:
-        """This process in the group, or in torchrun's environment before there is one."""
+        """This process in the group, or in torchrun's environment before `setup`."""
         return dist.get_rank() if dist.is_initialized() else started_rank()
 
     @property
@@ -60,7 +63,7 @@ class ProcessGroupStrategy(Strategy):
 
     @property
     def processes(self) -> int:
-        """All processes of the group, or of torchrun's environment before there is one."""
+        """All processes of the group, or of torchrun's environment before `setup`."""
         return dist.get_world_size() if dist.is_initialized() else started_processes()
 
     @property
@@ -76,14 +79,14 @@ class ProcessGroupStrategy(Strategy):
     def setup(self) -> None:
         """Join the processes: a group for gradients, and one on the CPU for messages.
 
-        Raises ValueError where there are fewer GPUs than processes, RuntimeError for a torch that lacks what is used.
+        Raises UserError if the host has fewer GPUs than processes, RuntimeError if this torch lacks a part.
         """
         check_torch(self.name, self._torch_parts)
         if self._device_type == "cuda":
             if self.local_rank >= torch.cuda.device_count():
-                raise ValueError(
-                    f"process {self.local_rank} of this host has no GPU of its own: there are "
-                    f"{torch.cuda.device_count()}. Start as many processes, or use device='cpu'."
+                raise UserError(
+                    f"device='cuda': expected a GPU for each process of this host; process {self.local_rank} has none "
+                    f"of the {torch.cuda.device_count()}. Start as many processes, or use device='cpu'."
                 )
             torch.cuda.set_device(self.device)
             os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder: which collective hung
@@ -95,7 +98,7 @@ class ProcessGroupStrategy(Strategy):
                 self._backend, timeout=self.timeout, store=store, rank=started_rank(), world_size=started_processes()
             )
         self._host_group = dist.new_group(backend="gloo", timeout=self.timeout)
-        self._notes = Notes(notes(), self.rank, self.processes)
+        self._board = StatusBoard(new_store(), self.rank, self.processes)
 
     def teardown(self) -> None:
         """Destroy the groups that `setup` made."""
@@ -103,11 +106,11 @@ class ProcessGroupStrategy(Strategy):
             dist.destroy_process_group()
         elif self._host_group is not None and dist.is_initialized():
             dist.destroy_process_group(self._host_group)
-        self._owns_group, self._host_group, self._notes = False, None, None
+        self._owns_group, self._host_group, self._board = False, None, None
 
     @property
     def needs_equal_windows(self) -> bool:
-        """Whether the model has a SyncBatchNorm, and another process to wait for."""
+        """Whether the model has a SyncBatchNorm, and more than one process trains."""
         return self.data_parallel_size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in self._model.modules())
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
@@ -116,27 +119,27 @@ class ProcessGroupStrategy(Strategy):
         return tensor
 
     def exchange(self, values: Sequence[float]) -> PendingRows:
-        """Start one all-gather of a few doubles on the CPU group; call what comes back to wait and get all rows."""
-        mine = torch.tensor(values, dtype=torch.float64)
-        rows = [torch.empty_like(mine) for _ in range(self.processes)]
-        work = dist.all_gather(rows, mine, group=self._host_group, async_op=True)
+        """Start one all-gather of a few doubles on the CPU group; call the returned function to wait for all rows."""
+        row = torch.tensor(values, dtype=torch.float64)
+        rows = [torch.empty_like(row) for _ in range(self.processes)]
+        work = dist.all_gather(rows, row, group=self._host_group, async_op=True)
 
         def wait() -> list[list[float]]:
             work.wait()
-            return [row.tolist() for row in rows]
+            return [values.tolist() for values in rows]
 
         return wait
 
     def gather(self, value: Any) -> list[Any]:
-        """Return each process's `value` in rank order, by pickling it to the CPU group."""
+        """Return each process's `value` in rank order, pickled, on the CPU group."""
         values: list[Any] = [None] * self.processes
         dist.all_gather_object(values, value, group=self._host_group)
         return values
 
     def collect(self, value: Any) -> list[Any]:
-        """Return each process's `value` in rank order on process 0, which gets one at a time; elsewhere only one's own.
+        """Return each process's `value` in rank order on process 0; on the others, only their own.
 
-        For what is large: pickled, on the CPU group.
+        For large values: process 0 receives one at a time, pickled, on the CPU group.
         """
         values = [value]
         if self.rank != 0:
@@ -149,17 +152,17 @@ class ProcessGroupStrategy(Strategy):
         return values
 
     def post(self, topic: str, text: str) -> None:
-        """Put `text` into the store in which the processes met."""
-        if self._notes is not None:
-            self._notes.post(topic, text)
+        """Put `text` into the store of the process group."""
+        if self._board is not None:
+            self._board.post(topic, text)
 
     def posted(self, topic: str) -> dict[int, str]:
-        """Return the texts by rank; none where the store went with the process or the host that kept it."""
-        return {} if self._notes is None else self._notes.posted(topic)
+        """Return the texts by rank; {} if the store is gone with the process or host that kept it."""
+        return {} if self._board is None else self._board.posted(topic)
 
     def has_lost_contact(self, error: Exception) -> bool:
         """Whether `error` comes from the process group."""
-        return isinstance(error, dist.DistError) or "gloo" in str(error)
+        return is_lost_contact(error)
 
     def barrier(self) -> None:
         """Wait for all processes, on the CPU group."""

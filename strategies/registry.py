@@ -1,4 +1,4 @@
-"""Strategies by name: those that are built in, those that installed packages add, and any by its class path."""
+"""The registry of strategies: built-in names, names that installed packages add, and class paths."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from strategies.base import Strategy
-from strategies.ddp.strategy import DDPStrategy
+from strategies.ddp import DDPStrategy
 from strategies.dp import DPStrategy
 from strategies.environment import started_processes
-from strategies.fsdp.strategy import FSDPStrategy
-from strategies.pipeline.strategy import PipelineStrategy
+from strategies.errors import UserError
+from strategies.fsdp import FSDPStrategy
+from strategies.pipeline import PipelineStrategy
 from strategies.single import SingleDeviceStrategy
 
 NAMED: dict[str, type[Strategy]] = {
@@ -30,8 +31,8 @@ ENTRY_POINTS = "tally.strategies"
 def resolve(strategy: Strategy | str) -> Strategy:
     """Return the strategy of that name, or class path, with its defaults; an instance is returned as it is.
 
-    "auto" is DDP where several processes were started, else the single device (CUDA where there is one). Raises
-    ValueError as `find` does.
+    "auto" is DDP if several processes were started, else the single device (CUDA if available). Raises UserError as
+    `find` does.
     """
     if isinstance(strategy, Strategy):
         return strategy
@@ -43,10 +44,10 @@ def resolve(strategy: Strategy | str) -> Strategy:
 def find(name: str) -> type[Strategy]:
     """Return the class of that name or class path; an installed package cannot take a name that is built in.
 
-    Raises ValueError for an unknown name, with the known ones and the nearest, and for what is no whole Strategy.
+    Raises UserError for an unknown name, with the known ones and the nearest, and for an incomplete Strategy.
     """
     if not isinstance(name, str):
-        raise ValueError(_message(name, ""))
+        raise UserError(_message(name, ""))
     if name in NAMED:
         return NAMED[name]
     installed = _installed()
@@ -55,7 +56,7 @@ def find(name: str) -> type[Strategy]:
     if "." in name:
         return _checked(name, lambda: _imported(name))
     near = get_close_matches(name, ["auto", *NAMED, *installed], n=1)
-    raise ValueError(_message(name, f" Did you mean {near[0]!r}?" if near else ""))
+    raise UserError(_message(name, f" Did you mean {near[0]!r}?" if near else ""))
 
 
 def _installed() -> dict[str, EntryPoint]:
@@ -69,18 +70,18 @@ def _imported(path: str) -> Any:
 
 def _checked(name: str, load: Any, where: str = "") -> type[Strategy]:
     try:
-        found = load()
+        loaded = load()
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(_message(name, f" This one{where} could not be imported: {error}.")) from None
-    if not (isinstance(found, type) and issubclass(found, Strategy)):
-        raise ValueError(_message(name, f" {found!r}{where} is not a subclass of strategies.Strategy."))
-    if missing := ", ".join(sorted(found.__abstractmethods__)):
-        raise ValueError(_message(name, f" {found!r}{where} does not give {missing}."))
-    return found
+        raise UserError(_message(name, f" This one{where} could not be imported: {error}.")) from None
+    if not (isinstance(loaded, type) and issubclass(loaded, Strategy)):
+        raise UserError(_message(name, f" {loaded!r}{where} is not a subclass of strategies.Strategy."))
+    if missing := ", ".join(sorted(loaded.__abstractmethods__)):
+        raise UserError(_message(name, f" {loaded!r}{where} does not define {missing}."))
+    return loaded
 
 
 def _message(name: object, reason: str) -> str:
     installed = sorted(set(_installed()) - set(NAMED))
     added = f" (installed: {', '.join(installed)})" if installed else ""
     names = ", ".join(["auto", *NAMED])
-    return f"strategy={name!r}: choose one of {names}{added}, or give a Strategy or its class path.{reason}"
+    return f"strategy={name!r}: expected one of {names}{added}, a Strategy or its class path.{reason}"

@@ -9,12 +9,13 @@ import torch
 
 from strategies.base import Strategy
 from strategies.environment import started_processes
+from strategies.errors import UserError
 
 NOTHING_TO_DEFER = nullcontext()
 
 
 class SingleDeviceStrategy(Strategy):
-    """Train on one device: `device`, else CUDA where there is one, else the CPU. Gradients simply add up."""
+    """Train on one device: `device`, else CUDA if available, else the CPU. Gradients add up."""
 
     name = "single"
     supports_variable_windows = True
@@ -38,9 +39,9 @@ class SingleDeviceStrategy(Strategy):
         return self._device
 
     def setup(self) -> None:
-        """Refuse several processes: each would train a model of its own. Raises ValueError."""
+        """Raise UserError if several processes were started: each would train a model of its own."""
         if (processes := started_processes()) > 1:
-            raise ValueError(
-                f"strategy {self.name!r} trains in one process, but {processes} were started: each would train alone. "
-                "Use --trainer.strategy=ddp, or start one process."
+            raise UserError(
+                f"strategy={self.name!r}: expected one process, but {processes} were started. Use "
+                "--trainer.strategy=ddp, or start one process."
             )

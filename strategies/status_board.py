@@ -1,4 +1,4 @@
-"""Texts that processes leave for one another in the store in which they met."""
+"""The status board: texts that each process publishes in the store of the process group."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import suppress
 from typing import Any
 
 PATIENCE = 3.0
-"""Seconds for which a store may be silent."""
+"""Seconds to wait for an answer of the store."""
 
 
-class Notes:
-    """This process's side of a store: each of `size` processes writes, and all read without the writer's help."""
+class StatusBoard:
+    """One process's access to the store: each of `size` processes writes, and all read without the writer's help."""
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self._store = store
@@ -22,26 +22,26 @@ class Notes:
         self._unanswered: threading.Thread | None = None
 
     def post(self, topic: str, text: str) -> None:
-        """Put `text` into the store; a later one replaces it."""
+        """Put `text` into the store; it replaces the one before."""
         self._patiently(lambda: self._store.set(f"{topic}/{self._rank}", text))
 
     def posted(self, topic: str) -> dict[int, str]:
-        """Return the texts by rank; none where the store went with the process or the host that kept it."""
-        found: dict[int, str] = {}
+        """Return the texts by rank; {} if the store is gone with the process or host that kept it."""
+        texts: dict[int, str] = {}
 
         def read() -> None:
             for rank in range(self._size):
                 if self._store.check([key := f"{topic}/{rank}"]):
-                    found[rank] = self._store.get(key).decode()
+                    texts[rank] = self._store.get(key).decode()
 
         self._patiently(read)
-        return dict(found)
+        return dict(texts)
 
     def _patiently(self, use_store: Callable[[], object], seconds: float = PATIENCE) -> None:
-        """Use the store, but not for long: a host that is gone answers nothing, and TCP would wait for minutes.
+        """Use the store for at most `seconds`: a host that is gone does not answer, and TCP would wait for minutes.
 
-        While it does not answer it is not asked again. An interpreter that ends waits for it as long once more: a
-        thread that came back from the store later would abort it.
+        While the store does not answer, it is not asked again. At its end the interpreter waits for the thread once
+        more: a thread that returned from the store later would abort it.
         """
 
         def attempt() -> None:
@@ -50,7 +50,7 @@ class Notes:
 
         if self._unanswered is not None and self._unanswered.is_alive():
             return
-        thread = threading.Thread(target=attempt, name="tally-notes", daemon=True)
+        thread = threading.Thread(target=attempt, name="tally-status-board", daemon=True)
         thread.start()
         thread.join(seconds)
         if thread.is_alive():

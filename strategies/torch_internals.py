@@ -1,13 +1,15 @@
-"""Parts of torch that are private, or newer than the oldest torch that can be installed with Tally."""
+"""Private or new parts of torch, and error texts of torch that are read, with the versions they are tested with."""
 
 from __future__ import annotations
 
+import re
 from pkgutil import resolve_name
 
 import torch
+import torch.distributed as dist
 
 TESTED = "2.13 and 2.15"
-"""The versions of torch with which all of them are tested."""
+"""The tested versions of torch."""
 
 DDP = (
     "torch._C._distributed_c10d:Reducer._rebuild_buckets",
@@ -15,10 +17,10 @@ DDP = (
     "torch.nn.parallel:DistributedDataParallel._get_ddp_logging_data",
     "torch.nn.parallel:DistributedDataParallel._sync_buffers",
 )
-"""What `strategies.ddp.strategy` uses."""
+"""Used by `strategies.ddp.strategy`."""
 
 PIPELINE = ("torch.distributed.pipelining._utils:InferenceMode",)
-"""Came with what `strategies.pipeline.schedules` needs: stages whose outputs have the dtype that they are told."""
+"""Present since stages take the dtype of their outputs, which `strategies.pipeline.schedules` needs."""
 
 FSDP = (
     "torch.distributed:_broadcast_coalesced",
@@ -33,16 +35,27 @@ FSDP = (
     "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup.post_backward",
     "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup.unshard",
 )
-"""What `strategies.fsdp.strategy` and `strategies.fsdp.collective_order` use."""
+"""Used by `strategies.fsdp.strategy` and `strategies.fsdp.collective_order`."""
 
 
 def check_torch(name: str, parts: tuple[str, ...]) -> None:
-    """Raise RuntimeError where this torch lacks one of `parts`, "module:attribute" each, that strategy `name` needs."""
+    """Raise RuntimeError if this torch lacks one of `parts` ("module:attribute") that strategy `name` needs."""
     if missing := [part for part in parts if not _exists(part)]:
         raise RuntimeError(
             f"strategy {name!r} needs {', '.join(missing)}, which torch {torch.__version__} does not have. It is "
-            f"tested with torch {TESTED}: install one of them, or use another strategy."
+            f"tested with torch {TESTED}. Install one of them, or use another strategy."
         )
+
+
+def is_lost_contact(error: Exception) -> bool:
+    """Whether `error` comes from a process group: gloo raises a plain RuntimeError that names its source file."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def unused_parameters(error: RuntimeError) -> list[int]:
+    """Return the indices of the trainable parameters that DDP's reducer names as unused; [] if it names none."""
+    match = re.search(r"for rank \d+: ([\d ]+)", str(error))
+    return [int(index) for index in match[1].split()] if match else []
 
 
 def _exists(part: str) -> bool:

@@ -47,7 +47,7 @@ from engine import Callback, GradientAccumulationScheduler, Trainer
         ({"resume": False}, "resume=False: no such checkpoint. Give its path, or use 'auto' or 'never'"),
         ({"resume": ""}, "resume='': no such checkpoint"),
         ({"weights": True}, "weights=True: no such file. Give a .safetensors file"),
-        ({"strategy": "dpp"}, "strategy='dpp': choose one of auto, single, dp, ddp.*Did you mean 'd"),
+        ({"strategy": "dpp"}, "strategy='dpp': expected one of auto, single, dp, ddp.*Did you mean 'd"),
         (
             {"accumulate_grad_batches": 2, "effective_batch_size": 64},
             "accumulate_grad_batches=2 and effective_batch_size=64 both set",

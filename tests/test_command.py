@@ -128,5 +128,5 @@ def test_a_refusal_under_torchrun_is_one_line() -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("engine/run.py: strategy 'dp' trains in one process, but 2 were started")
+    assert done.stderr.startswith("engine/run.py: strategy='dp': expected one process, but 2 were started")
     assert len(done.stderr.splitlines()) == 1, done.stderr

@@ -176,12 +176,12 @@ def test_the_command_ends_with_a_table_and_its_status_tells(
     [
         (["nope.Nope"], "could not be imported: No module named 'nope'"),
         (["torch.Tensor"], "<class 'torch.Tensor'> is not a subclass of strategies.Strategy"),
-        (["strategies.Strategy"], "does not give accumulation_context, effective_batch, supports_variable_windows"),
+        (["strategies.Strategy"], "does not define accumulation_context, effective_batch, supports_variable_windows"),
         (["ddp", "--bucket_cap", "1"], "DDPStrategy has --find_unused_parameters"),
         (["ddp", "--bucket_cap_mb", "large"], "Expected a <class 'float'>"),
-        (["dp", "--devices", "0"], "devices=0: give the number"),
+        (["dp", "--devices", "0"], "devices=0: expected a whole number of at least 1"),
         (["ddp", "--processes", "0"], "at least 1"),
-        (["single"], "single cannot be set up on 2 processes: ValueError: strategy 'single' trains in one process"),
+        (["single"], "single cannot be set up on 2 processes: UserError: strategy='single': expected one process"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -17,7 +17,7 @@ CONCRETE = {
     for name, value in vars(strategies).items()
     if isinstance(value, type) and issubclass(value, Strategy) and value is not Strategy
 }
-OFFERED = {"Strategy", "MicroBatch", "PendingRows", "find", "resolve"}
+OFFERED = {"Strategy", "MicroBatch", "PendingRows", "UserError", "check_count", "find", "resolve", "user_name"}
 """What the engine may import from `strategies`."""
 
 
@@ -69,12 +69,12 @@ def test_a_class_path_is_a_name(installed: Path) -> None:
         ),
         ("their_backend.Their", "could not be imported: module 'their_backend' has no attribute 'Their'"),
         ("my.ddp", "could not be imported: No module named 'my'"),
-        ("strategies.Strategy", "does not give accumulation_context, effective_batch, supports_variable_windows"),
+        ("strategies.Strategy", "does not define accumulation_context, effective_batch, supports_variable_windows"),
     ],
 )
 def test_what_cannot_be_found_lists_the_names_and_the_way_out(installed: Path, name: str, reason: str) -> None:
-    choices = r"auto, single, dp, ddp.* \(installed: gone, theirs, wrong\), or give a Strategy or its class path"
-    with pytest.raises(ValueError, match=f"strategy='{name}': choose one of {choices}.*{reason}"):
+    choices = r"auto, single, dp, ddp.* \(installed: gone, theirs, wrong\), a Strategy or its class path"
+    with pytest.raises(ValueError, match=f"strategy='{name}': expected one of {choices}.*{reason}"):
         Trainer(name, max_epochs=1)
 
 

@@ -108,7 +108,7 @@ import sys
 import time
 from datetime import timedelta
 from torch.distributed import TCPStore
-from strategies.status_board import Notes
+from strategies.status_board import StatusBoard
 
 store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 asked = []
@@ -120,9 +120,9 @@ class Store:
         return False
 
 
-notes = Notes(Store(), 0, 1)
-notes._patiently(lambda: store.wait(["never"], timedelta(seconds=1.5)), seconds=0.1)
-notes.posted("doing")
+board = StatusBoard(Store(), 0, 1)
+board._patiently(lambda: store.wait(["never"], timedelta(seconds=1.5)), seconds=0.1)
+board.posted("doing")
 assert not asked  # while it has not answered
 
 

@@ -63,7 +63,7 @@ def test_auto(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["dpp", "lightning", "nope.Nope", 3])
 def test_an_unknown_name_is_told_the_known_ones(name: Any) -> None:
-    with pytest.raises(ValueError, match="choose one of auto, single, dp, ddp"):
+    with pytest.raises(ValueError, match="expected one of auto, single, dp, ddp"):
         resolve(name)
 
 
@@ -321,7 +321,7 @@ def test_a_torch_that_lacks_something_is_named_before_anything_starts(
 @pytest.mark.parametrize("device", ["gpu", "cuda:1", "CPU"])
 def test_a_device_is_a_kind_of_devices(device: Any) -> None:
     for strategy in (DDPStrategy, FSDPStrategy, PipelineStrategy):
-        with pytest.raises(ValueError, match=f"device='{device}': give 'cpu' or 'cuda', or None"):
+        with pytest.raises(ValueError, match=f"device='{device}': expected 'cpu' or 'cuda', or None"):
             strategy(device=device)
-    with pytest.raises(ValueError, match=f"device_type='{device}': give 'cuda' or 'cpu', or None"):
+    with pytest.raises(ValueError, match=f"device_type='{device}': expected 'cuda' or 'cpu', or None"):
         DPStrategy(device_type=device)

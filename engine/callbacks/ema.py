@@ -12,6 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from engine.callbacks.base import Callback
 from engine.errors import UserError
+from strategies import user_name
 
 if TYPE_CHECKING:
     from engine.trainer import Trainer
@@ -39,7 +40,7 @@ class EMA(Callback):
         """Begin with the parameters, or with what a checkpoint had."""
         if not trainer.strategy.holds_all:
             raise UserError(f"EMA needs whole parameters on each process, which {trainer.strategy.name} does not have.")
-        named = {n.replace("_orig_mod.", ""): p for n, p in trainer.model.named_parameters() if p.requires_grad}
+        named = {user_name(n): p for n, p in trainer.model.named_parameters() if p.requires_grad}
         self._parameters = list(named.values())
         self.averages = {n: self._saved.get(n, p).detach().to(p.device, copy=True) for n, p in named.items()}
         self._saved = {}

@@ -22,7 +22,7 @@ from engine.plan.windows import Plan
 from engine.settings import OPTIONS, Settings, class_path
 from engine.state import RunState
 from engine.update.updater import Updater
-from strategies import Strategy
+from strategies import Strategy, user_name
 
 log = logging.getLogger("tally")
 
@@ -158,7 +158,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         weights = load_file(path)
     except Exception as error:
         raise CheckpointError(f"weights={str(path)!r} cannot be read: {error}. Give a .safetensors file.") from error
-    names = {name.replace("_orig_mod.", ""): name for name in model.state_dict()}  # those of torch.compile
+    names = {user_name(name): name for name in model.state_dict()}  # those of torch.compile
     own = {name: model.state_dict()[full] for name, full in names.items()}
     check_model_state({name: value for name, value in own.items() if isinstance(value, Tensor)}, weights, path)
     model.load_state_dict({names[name]: value for name, value in weights.items()}, strict=False)

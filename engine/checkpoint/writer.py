@@ -77,9 +77,9 @@ class CheckpointWriter:
             self.error = None
         except Exception as error:  # a full disk, above all: safetensors has an error of its own for it
             self.error = error
-            kept = f"the last whole one is {self.newest}" if self.newest else "there is none yet"
+            kept = f"The newest is {self.newest}" if self.newest else "There is no other yet"
             log.error(
-                "the checkpoint of update %d could not be saved: %s. Training continues; the next save tries again; %s.",
+                "the checkpoint of update %d could not be saved: %s. Training continues, and tries again later. %s.",
                 update,
                 error,
                 kept,

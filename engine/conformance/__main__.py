@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
     try:
         backend.attempt(_start)
     except ProcessesFailedError as error:
-        if refused := [text for text in error.errors.values() if text.startswith("ValueError")]:
+        if refused := [text for text in error.errors.values() if text.startswith(("UserError", "ValueError"))]:
             return _refuse(f"{given.strategy} cannot be set up on {given.processes} processes: {refused[0]}")
     torch.set_num_threads(1)  # threads do not live through a fork
     from engine.conformance.report import report

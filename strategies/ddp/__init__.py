@@ -1,1 +1,3 @@
 """Distributed data parallelism."""
+
+from strategies.ddp.strategy import DDPStrategy as DDPStrategy

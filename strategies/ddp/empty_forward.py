@@ -1,4 +1,4 @@
-"""What a process without a micro-batch runs in its place: a forward without data, whose gradients are zero."""
+"""The forward of a process without a micro-batch: it reads no data, and its gradients are zero."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 
-class Untouched(nn.Module):
-    """A forward without data: zero, with gradient zero for the parameters."""
+class EmptyForward(nn.Module):
+    """A forward without data: it returns zero, with gradient zero for `parameters`."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Untouched(nn.Module):
 
 
 class _Zero(torch.autograd.Function):
-    """Zero, with gradient zero: `p.sum() * 0` would be NaN where a parameter is not finite."""
+    """Zero, with gradient zero: `p.sum() * 0` would be NaN for a parameter that is not finite."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor) -> Tensor:

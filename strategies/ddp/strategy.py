@@ -1,10 +1,9 @@
-"""Several processes, each with the whole model: DistributedDataParallel, one reduction per window."""
+"""Distributed data parallelism: each process holds the whole model, and gradients are reduced once per window."""
 
 from __future__ import annotations
 
 import gc
 import inspect
-import re
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -13,16 +12,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from strategies.ddp.compression import EXACT_TO, Hook, check_hook, make_hook
-from strategies.ddp.empty_forward import Untouched
-from strategies.ddp.zero1 import Shards
+from strategies.ddp.compression import DTYPES, EXACT_TO, CastHook, check_hook
+from strategies.ddp.empty_forward import EmptyForward
+from strategies.ddp.zero1 import OptimizerShards
+from strategies.errors import MODEL_NOT_CALLED, UserError
 from strategies.optimizer_state import load_named_state, merged, parameter_names
 from strategies.process_group import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
-from strategies.torch_internals import DDP
+from strategies.torch_internals import DDP, unused_parameters
 
 REFUSED = {
-    "static_graph": "it records the first backward, and dies with an internal assert where that one is not "
+    "static_graph": "it records the first backward, and fails with an internal assert if that one is not "
     "synchronised (any window with K > 1). Use find_unused_parameters=True for parameters that are not always "
     "used, and non-reentrant activation checkpointing.",
     "delay_all_reduce_named_params": "it ignores no_sync, so gradients would be wrong without an error. Leave it out.",
@@ -38,31 +38,29 @@ class DDPStrategy(ProcessGroupStrategy):
     place. The options are those of `torch.nn.parallel.DistributedDataParallel`:
 
     - `find_unused_parameters`: for models that do not use each parameter in each micro-batch (costs a walk over the
-      graph per window). Where it is False and a parameter was not used, the update raises instead of diverging.
-    - `gradient_as_bucket_view`: gradients live in the buckets, and are set to zero in place between updates, which
-      saves memory of their size. (Not with `find_unused_parameters`: there they must become None between updates, or
-      an optimizer would decay parameters that nobody used.)
-    - `bucket_cap_mb`: size of a bucket; smaller ones start earlier, larger ones are fewer.
+      graph per window). If it is False and a parameter was not used, the update raises instead of diverging.
+    - `gradient_as_bucket_view`: gradients are views of the buckets, and are set to zero in place between updates. It
+      saves memory of their size. With `find_unused_parameters` they become None instead: otherwise an optimizer would
+      decay unused parameters.
+    - `bucket_cap_mb`: size of a bucket; smaller ones start earlier, larger ones need fewer collectives.
     - `broadcast_buffers`: process 0's buffers (BatchNorm's statistics) go to all once per window.
-    - `sync_batchnorm`: BatchNorm becomes `torch.nn.SyncBatchNorm` (CUDA only), which normalises over the micro-batches
-      that the P processes have at a time. It communicates in every forward, so each window must have equally many
-      micro-batches on all processes.
+    - `sync_batchnorm`: BatchNorm becomes `torch.nn.SyncBatchNorm` (CUDA only), which normalises over the P concurrent
+      micro-batches. It communicates in every forward, so all processes need equally many micro-batches in a window.
 
-    Gradients may cross the wire in fewer bytes, as approximations. `communication_hook` is one of
+    `communication_hook` sends gradients in fewer bytes, as approximations:
 
-    - "fp16": half the bytes, 3e-4 off (relative, of the whole gradient). Entries below 6e-5 are held to 3e-8; one above
-      65504 overflows, and the update is skipped on all processes.
-    - "bf16": half the bytes, 3e-3 off, with the range of float32.
-    - "powersgd": two matrices of `powersgd_rank` columns for each large matrix of gradients, after `powersgd_start`
-      updates that are sent whole. Far off in each update, but what is lost is kept and added to the next. Each process
-      keeps as much as its gradients for that, and a checkpoint holds it of all P.
+    - "fp16": half the bytes, relative error of the whole gradient 3e-4. Entries below 6e-5 have an absolute error of up
+      to 3e-8. An entry above 65504 overflows, and all processes skip the update.
+    - "bf16": half the bytes, relative error 3e-3, with the range of float32.
 
-    `shard_optimizer` (ZeRO-1) divides the optimizer's state and steps among the processes by whole parameters, exactly:
-    after each step the parameters are sent, so an update sends that many bytes more. For optimizers that treat each
-    parameter by itself. Afterwards `trainer.optimizer` holds this process's share.
+    For another hook, such as torch's PowerSGD, override `wrap` and register it there; set `exact_to = None`.
+
+    `shard_optimizer` (ZeRO-1) divides the optimizer's state and steps among the processes by whole parameters, exactly.
+    After each step the parameters are sent, so an update sends their bytes in addition. The optimizer must treat each
+    parameter by itself. `trainer.optimizer` holds this process's share.
 
     `timeout_seconds` bounds every wait for another process (a download in `prepare_data` included), `device` is "cpu"
-    or "cuda" (default: CUDA where there is one).
+    or "cuda" (default: CUDA if available).
     """
 
     name = "ddp"
@@ -76,9 +74,7 @@ class DDPStrategy(ProcessGroupStrategy):
         bucket_cap_mb: float | None = None,
         broadcast_buffers: bool = True,
         sync_batchnorm: bool = False,
-        communication_hook: Literal["fp16", "bf16", "powersgd"] | None = None,
-        powersgd_rank: int = 1,
-        powersgd_start: int = 1000,
+        communication_hook: Literal["fp16", "bf16"] | None = None,
         shard_optimizer: bool = False,
         timeout_seconds: float = 300.0,
         device: Literal["cpu", "cuda"] | None = None,
@@ -86,9 +82,9 @@ class DDPStrategy(ProcessGroupStrategy):
     ) -> None:
         for option in refused:
             if option in REFUSED:
-                raise ValueError(f"DDPStrategy does not take {option}: {REFUSED[option]}")
+                raise _refusal(option)
             raise TypeError(f"DDPStrategy has no option {option!r}.")
-        check_hook(communication_hook, powersgd_rank, powersgd_start)
+        check_hook(communication_hook)
         super().__init__(timeout_seconds, device)
         self.find_unused_parameters = find_unused_parameters
         self.gradient_as_bucket_view = gradient_as_bucket_view
@@ -98,26 +94,24 @@ class DDPStrategy(ProcessGroupStrategy):
         self.communication_hook = communication_hook
         if communication_hook is not None:
             self.exact_to = EXACT_TO[communication_hook]
-        self.powersgd_rank = powersgd_rank
-        self.powersgd_start = powersgd_start
         self.shard_optimizer = shard_optimizer
-        self._hook: Hook | None = None
-        self._shards: Shards | None = None
+        self._hook: CastHook | None = None
+        self._shards: OptimizerShards | None = None
         self._keeps_buckets = gradient_as_bucket_view and not find_unused_parameters
         if sync_batchnorm and self._device_type == "cpu":
-            raise ValueError(
-                "sync_batchnorm=True: torch's SyncBatchNorm runs on GPUs only. On the CPU use GroupNorm or LayerNorm, "
-                "or BatchNorm over each micro-batch (sync_batchnorm=False)."
+            raise UserError(
+                "sync_batchnorm=True: expected a GPU, since torch's SyncBatchNorm runs on GPUs only. Use GroupNorm or "
+                "LayerNorm, or BatchNorm over each micro-batch (sync_batchnorm=False)."
             )
 
     def accumulation_context(self, is_last_microbatch: bool) -> AbstractContextManager[Any]:
-        """Return `no_sync` for all but the last micro-batch. DDP looks at it in forward, so that must be inside."""
+        """Return `no_sync` for all but the last micro-batch. DDP reads it in forward, so forward must be inside."""
         self._broadcast_buffers_once()
         return NOTHING_TO_DEFER if is_last_microbatch else self._ddp.no_sync()
 
     def describe(self) -> str:
         """Return one line for the banner."""
-        hook = f", gradients sent by {self.communication_hook}" if self.communication_hook else ""
+        hook = f", gradients sent in {self.communication_hook}" if self.communication_hook else ""
         return super().describe() + hook + (", optimizer sharded" if self.shard_optimizer else "")
 
     def teardown(self) -> None:
@@ -126,35 +120,37 @@ class DDPStrategy(ProcessGroupStrategy):
             self._shards.remove()
         self._shards = self._hook = None
         if hasattr(self, "_ddp"):
-            for part in ("reducer", "logger"):  # an exception's frames may hold the wrapper, and free it too late
+            for part in (
+                "reducer",
+                "logger",
+            ):  # an exception's frames may hold the wrapper for longer than the group
                 vars(self._ddp).pop(part, None)
             del self._ddp
             gc.collect()  # its hooks must be gone before the group that they use
         super().teardown()
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Wrap `model`, and fix the order in which its gradients are summed. Raises ValueError for a refused option."""
+        """Wrap `model`, and fix the order in which its gradients are summed. Raises UserError for a refused option."""
         if self.sync_batchnorm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         self._ddp = self.wrap(super().prepare(model))
         self._names = [name for name, p in model.named_parameters() if p.requires_grad]
-        self._used: nn.Parameter | None = None  # one that is known to take part in forward
+        self._used: nn.Parameter | None = None  # a parameter that is known to take part in forward
         self._has_buffers = any(True for _ in model.buffers())
         self._buffers_are_sent = self._was_called = False
         self._ddp.register_forward_pre_hook(self._note_call)
         if self._ddp.static_graph:
-            raise ValueError(f"DDPStrategy does not take static_graph: {REFUSED['static_graph']}")
+            raise _refusal("static_graph")
         if self._ddp._delay_all_reduce_params:
-            reason = REFUSED["delay_all_reduce_named_params"]
-            raise ValueError(f"DDPStrategy does not take delay_all_reduce_named_params: {reason}")
-        self._hook = make_hook(self.communication_hook, self.powersgd_rank, self.powersgd_start)
-        if self._hook is not None:
+            raise _refusal("delay_all_reduce_named_params")
+        if self.communication_hook is not None:
+            self._hook = CastHook(DTYPES[self.communication_hook])
             self._ddp.register_comm_hook(None, self._hook.reduce)
         self._fix_buckets()
         return self._ddp
 
     def wrap(self, model: nn.Module) -> DistributedDataParallel:
-        """Return `model` in DistributedDataParallel. Override it for an option that is not here, or to add a hook."""
+        """Return `model` in DistributedDataParallel. Override it for another option or communication hook."""
         return DistributedDataParallel(
             model,
             device_ids=None if self._device_type == "cpu" else [self.device],
@@ -165,19 +161,18 @@ class DDPStrategy(ProcessGroupStrategy):
         )
 
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
-        """Divide the steps of `optimizer` among the processes, if so wanted, and let a hook know of them."""
+        """Divide the steps of `optimizer` among the processes if `shard_optimizer` is set."""
         if self.shard_optimizer:
-            self._shards = Shards(optimizer, self.rank, self.data_parallel_size)
-        if self._hook is not None:
-            optimizer.register_step_post_hook(self._note_update)
+            self._shards = OptimizerShards(optimizer, self.rank, self.data_parallel_size)
 
     def backward(self, loss: Tensor, scale: float | Tensor) -> None:
-        """Add `scale x d(loss)`: DDP averages over P, we promise the sum.
+        """Add `scale x d(loss)`, times P: DDP averages over P, and a strategy promises the sum.
 
-        Raises RuntimeError after the last micro-batch of a window where a gradient was not reduced.
+        Raises UserError if the wrapper was not called, and RuntimeError after the window's last micro-batch if a
+        gradient was not reduced.
         """
         if not self._was_called:
-            raise ValueError("the loss was not computed with the `model` that loss() is given: call that one.")
+            raise UserError(MODEL_NOT_CALLED)
         super().backward(loss, scale * self.data_parallel_size)
         if not self._ddp.require_backward_grad_sync:
             return
@@ -189,16 +184,16 @@ class DDPStrategy(ProcessGroupStrategy):
         try:
             self._ddp._check_reducer_finalized()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
-            raise RuntimeError(self._unused_message(str(error))) from None
+            raise RuntimeError(self._unused_message(error)) from None
 
     def join(self, window: Any) -> None:
-        """Reduce zeros: the wrapper's forward runs, as its collectives must, around a module that touches no data."""
+        """Reduce zeros: run the wrapper's forward, and so its collectives, around a module that reads no data."""
         self._broadcast_buffers_once()
         trainable = [p for p in self._parameters if p.requires_grad]
-        if self.find_unused_parameters:  # those unused everywhere must keep the gradient None
+        if self.find_unused_parameters:  # parameters unused on all processes must keep the gradient None
             trainable = [self._used if self._used is not None else trainable[0]]
         modules = self._ddp._modules
-        modules["module"] = Untouched(trainable)
+        modules["module"] = EmptyForward(trainable)
         try:
             super().backward(self._ddp(), 1.0)
         finally:
@@ -206,7 +201,7 @@ class DDPStrategy(ProcessGroupStrategy):
         self._buffers_are_sent = self._was_called = False
 
     def clear_gradients(self) -> None:
-        """Set all gradients to None, or to zero where they live in the buckets."""
+        """Set all gradients to None, or to zero if they are views of the buckets."""
         if self._keeps_buckets:
             torch._foreach_zero_([p.grad for p in self._parameters if p.grad is not None])
         else:
@@ -214,20 +209,18 @@ class DDPStrategy(ProcessGroupStrategy):
 
     @property
     def holds_all(self) -> bool:
-        """Whether nothing is divided among the processes, and nothing is kept that differs between them."""
-        return self._shards is None and not (self._hook is not None and self._hook.keeps_state)
+        """Whether the optimizer's state is on each process: not with `shard_optimizer`."""
+        return self._shards is None
 
     def state_dict(self, optimizer: Optimizer | None = None) -> dict[str, Any]:
-        """Return model, optimizer and what a hook keeps; where `holds_all` is False, whole on process 0."""
+        """Return the state of model and optimizer; if `holds_all` is False, it is whole on process 0 only."""
         state = super().state_dict(optimizer)
         if optimizer is not None and self._shards is not None:
             state["optimizer"] = merged(self.collect(state["optimizer"]))
-        if optimizer is not None and self._hook is not None and self._hook.keeps_state:
-            state["strategy"] = self.collect(self._hook.state_dict())
         return state
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
-        """Load what `state_dict` returned; a parameter that has been stepped is one that takes part in forward."""
+        """Load what `state_dict` returned. A parameter with optimizer state is known to take part in forward."""
         super().load_state_dict(state, None)
         if optimizer is not None:
             elsewhere = self._shards.elsewhere if self._shards is not None else ()
@@ -235,11 +228,9 @@ class DDPStrategy(ProcessGroupStrategy):
             stepped = state["optimizer"]["state"]
             names = parameter_names(self._user_module)
             self._used = next((p for p in self._parameters if names[p] in stepped), None)
-        if self._hook is not None and self._hook.keeps_state and state.get("strategy"):
-            self._hook.load_state_dict(state["strategy"], self.rank, self.device)
 
     def reductions(self) -> tuple[int, int]:
-        """Return (collectives, bytes) of one window's gradients: told by DDP's own reducer, or by the hook."""
+        """Return (collectives, bytes) of one window's gradients, as counted by DDP's reducer or by the hook."""
         if self._hook is not None:
             return self._hook.reductions
         data = self._ddp._get_ddp_logging_data()  # type: ignore[no-untyped-call]
@@ -252,23 +243,23 @@ class DDPStrategy(ProcessGroupStrategy):
         return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
     def _fix_buckets(self) -> None:
-        """Let DDP rebuild its buckets now.
+        """Make DDP rebuild its buckets now.
 
-        It does so in a process's second synchronised forward, so that a resumed process would sum its first window in
-        another order than the run that was not interrupted: other bits, at P >= 3.
+        By itself it does so in a process's second synchronised forward. A resumed process would then sum its first
+        window in another order than the uninterrupted run, with other bits at P >= 3.
         """
         if not self.find_unused_parameters:
             self.join(None)
             super().clear_gradients()
             self._ddp.reducer._rebuild_buckets()
         if self._keeps_buckets:
-            self.join(None)  # gradients of zero, which live in the buckets
+            self.join(None)  # makes gradients of zero, views of the buckets
 
     def _broadcast_buffers_once(self) -> None:
-        """Send process 0's buffers, once per window on every process, so that all begin it with those a checkpoint has.
+        """Send process 0's buffers once per window, so that all processes begin it with those of a checkpoint.
 
-        DDP would do so in each synchronised forward, of which processes may have different numbers: a model that is
-        called twice in one loss, a process without a micro-batch, or one that failed.
+        DDP would send them in each synchronised forward. Processes may have different numbers of these: if a loss calls
+        the model twice, if a process has no micro-batch, or if one failed.
         """
         if self._has_buffers and self.broadcast_buffers and not self._buffers_are_sent:
             self._buffers_are_sent = True
@@ -277,13 +268,8 @@ class DDPStrategy(ProcessGroupStrategy):
     def _note_call(self, module: nn.Module, arguments: Any) -> None:
         self._was_called = True
 
-    def _note_update(self, optimizer: Optimizer, arguments: Any, named: Any) -> None:
-        if self._hook is not None:
-            self._hook.commit()
-
-    def _unused_message(self, reason: str) -> str:
-        found = re.search(r"for rank \d+: ([\d ]+)", reason)
-        unused = ", ".join(self._names[int(i)] for i in found[1].split()) if found else "some"
+    def _unused_message(self, error: RuntimeError) -> str:
+        unused = ", ".join(self._names[index] for index in unused_parameters(error)) or "unknown"
         return (
             f"process {self.rank}: the last micro-batch of the window did not use these parameters: {unused}. Their "
             "gradients were not reduced. Use DDPStrategy(find_unused_parameters=True) (--trainer.strategy="
@@ -291,7 +277,11 @@ class DDPStrategy(ProcessGroupStrategy):
         )
 
 
+def _refusal(option: str) -> UserError:
+    return UserError(f"DDPStrategy does not take {option}: {REFUSED[option]}")
+
+
 def _buffers_are_ours() -> dict[str, Any]:
-    """`broadcast_buffers=False` under the name that this torch wants (renamed in 2.13)."""
+    """Return `broadcast_buffers=False` under the name that this torch has (renamed in 2.13)."""
     parameters = inspect.signature(DistributedDataParallel.__init__).parameters
     return {"forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers": False}

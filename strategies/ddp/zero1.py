@@ -1,8 +1,8 @@
-"""ZeRO-1: each process keeps the optimizer's state of its share of the parameters, and steps these.
+"""ZeRO-1: each process keeps the optimizer state of its share of the parameters, and steps that share.
 
-The optimizer stays the object that the user made (an LR scheduler holds it), with all its groups: only while it steps
-are the parameters of others out of its sight. `torch.distributed.optim.ZeroRedundancyOptimizer` makes another one from
-class and defaults instead, which fails for AdamW (torch 2.13) and for parameters of several dtypes.
+The optimizer stays the object that the user made, with all its groups: an LR scheduler may hold it. Only during a step
+its groups leave out the parameters of other processes. `torch.distributed.optim.ZeroRedundancyOptimizer` builds another
+optimizer from class and defaults, which fails for AdamW (torch 2.13) and for parameters of several dtypes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 CHUNK = 25 << 20
-"""Bytes that a broadcast is made of."""
+"""Bytes of one broadcast."""
 
 
-class Shards:
+class OptimizerShards:
     """Divides the steps of `optimizer` among `size` processes, of which this one is `rank`."""
 
     def __init__(self, optimizer: Optimizer, rank: int, size: int) -> None:
@@ -26,19 +26,19 @@ class Shards:
         self._shares = divide(held, size)
         self.elsewhere = {p for owner, share in enumerate(self._shares) if owner != rank for p in share}
         """Parameters that other processes step."""
-        for parameter in self.elsewhere:  # some optimizers make their state at once
+        for parameter in self.elsewhere:  # some optimizers create their state at once
             optimizer.state.pop(parameter, None)
         self._hooks = [optimizer.register_step_pre_hook(self._hide), optimizer.register_step_post_hook(self._send)]
         self._group = dist.distributed_c10d._get_default_group()
-        self._all: list[list[nn.Parameter]] = []
+        self._whole_groups: list[list[nn.Parameter]] = []
 
     def _hide(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._all = [group["params"] for group in optimizer.param_groups]
+        self._whole_groups = [group["params"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if p not in self.elsewhere]
 
     def _send(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for group, parameters in zip(optimizer.param_groups, self._all, strict=True):
+        for group, parameters in zip(optimizer.param_groups, self._whole_groups, strict=True):
             group["params"] = parameters
         for owner, share in enumerate(self._shares):
             if share:
@@ -46,13 +46,13 @@ class Shards:
                 dist._broadcast_coalesced(self._group, tensors, CHUNK, owner)  # type: ignore[attr-defined]
 
     def remove(self) -> None:
-        """Let the optimizer step everything again."""
+        """Remove the hooks: the optimizer then steps all parameters again."""
         for hook in self._hooks:
             hook.remove()
 
 
 def divide(parameters: Iterable[nn.Parameter], size: int) -> list[list[nn.Parameter]]:
-    """Return `size` shares of whole parameters, about equally large: the largest first, to whoever has least."""
+    """Return `size` shares of whole parameters, of similar size: the largest first, each to the smallest share."""
     shares: list[list[nn.Parameter]] = [[] for _ in range(size)]
     numbers = [0] * size
     for parameter in sorted(parameters, key=lambda p: p.numel(), reverse=True):

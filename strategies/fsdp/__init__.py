@@ -1,1 +1,3 @@
 """Fully sharded data parallelism."""
+
+from strategies.fsdp.strategy import FSDPStrategy as FSDPStrategy

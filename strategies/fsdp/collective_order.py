@@ -1,8 +1,8 @@
 """The collectives of a micro-batch under FSDP, in order, so that a process without one can take part in them.
 
 A forward gathers the parameters of one unit after another and frees them, a backward gathers them again and reduces.
-Which unit comes when is known only from a forward and backward with data. So the first pass of all is written down, and
-read along by the processes that have no data in it; those that come later are held against it.
+The order of units is known only from a forward and backward with data. So the first pass is recorded in the store, and
+processes without data read it there. Later passes are compared with it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from torch.distributed.fsdp import FSDPModule
 
 END = "end"
 PAUSE = 0.002
-"""Seconds between two looks into the store, in a first pass without data."""
+"""Seconds between two reads of the store, in a first pass without data."""
 
 
-class Passes:
-    """Follows the passes of a model: `root`, and its `units`, the FSDP modules with parameters, by name.
+class CollectiveOrder:
+    """The order of the collectives in a pass (one forward and backward) of a model.
 
-    Between `start` and `end` each collective must come in its turn; `finish` takes part in what is left of a pass. The
-    first pass is written into `store`, which `processes` share; nobody waits there for longer than `timeout`. With
+    `root` is the model; `units` are its FSDP modules with parameters, by name.
+
+    Between `start` and `end` each collective must come in order; `finish` takes part in the rest of a pass. The first
+    pass is recorded in `store`, which `processes` share; no process waits there for longer than `timeout`. With
     `stays_gathered` only the first pass of a window gathers.
     """
 
@@ -39,34 +41,34 @@ class Passes:
         self._root, self._units = root, units
         self._store, self._processes, self._timeout = store, processes, timeout
         self._stays_gathered = stays_gathered
-        self._first: list[str] = []
+        self._recorded: list[str] = []
         self._is_known = self._waits = False
         self._order: list[str] = []
-        self._place = 0
+        self._position = 0
         self.is_open = False
-        """Whether a pass has begun and not ended."""
+        """Whether a pass has started and not ended."""
         self.used: set[Any] = set()
-        """FSDP's parameters that had a gradient to reduce, since this was cleared."""
+        """FSDP's parameters that had a gradient to reduce, since the set was cleared."""
         root._get_fsdp_state()._lazy_init()
         self.groups: dict[str, Any] = {name: unit._get_fsdp_state()._fsdp_param_group for name, unit in units.items()}
         for name in units:
             self._follow(name)
 
     def start(self, is_first_of_window: bool) -> None:
-        """Begin a pass."""
-        self.is_open, self._place, self._order = True, 0, self._first
+        """Start a pass."""
+        self.is_open, self._position, self._order = True, 0, self._recorded
         if self._stays_gathered and not is_first_of_window:
-            self._order = [event for event in self._first if event.startswith("reduce")]
+            self._order = [event for event in self._recorded if event.startswith("reduce")]
 
     def end(self) -> None:
-        """End a pass with data. Raises RuntimeError where it did not do all that the first one did."""
+        """End a pass with data. Raises RuntimeError if it made fewer collectives than the first pass."""
         self._note(END)
         self._is_known, self.is_open = True, False
 
     def finish(self) -> bool:
-        """Take part in what is left of a pass, touching no data; return False where no process has data to lead it."""
+        """Take part in the rest of a pass without data; return False if no process has data to lead it."""
         self.is_open = False
-        if self._place:  # it failed on the way
+        if self._position:  # its forward or backward failed
             self._root.reset_iter_state()
         while (event := self._next()) != END:
             if event is None:
@@ -77,16 +79,16 @@ class Passes:
                 self._units[name].reshard()
             else:
                 self.groups[name].post_backward()
-            self._place += 1
+            self._position += 1
         self._is_known = True
         state = self._root._get_fsdp_state()
-        if hasattr(state._state_ctx, "manual_backward_finalization_active"):  # torch 2.15: that a backward has begun
+        if hasattr(state._state_ctx, "manual_backward_finalization_active"):  # torch 2.15: set when a backward starts
             state._state_ctx.manual_backward_finalization_active = False
         state._root_post_backward_final_callback()
         return True
 
     def _follow(self, name: str) -> None:
-        """Let a unit tell what it does: FSDP has no hook there."""
+        """Wrap the methods of a unit that communicate: FSDP has no hooks there."""
         group = self.groups[name]
         unshard, post_backward = group.unshard, group.post_backward
 
@@ -105,26 +107,26 @@ class Passes:
         group.unshard, group.post_backward = noted_unshard, noted_post_backward
 
     def _note(self, event: str) -> None:
-        """Go on by one event. Raises RuntimeError where another was due."""
+        """Advance by one event. Raises RuntimeError if another event was due."""
         if self._is_known:
-            due = self._order[self._place] if self._place < len(self._order) else END
+            due = self._order[self._position] if self._position < len(self._order) else END
         else:
-            due = self._store.compare_set(str(self._place), "", event).decode()
+            due = self._store.compare_set(str(self._position), "", event).decode()
             if due != END:
-                self._first.append(due)
+                self._recorded.append(due)
         if due != event:
             raise RuntimeError(
-                f"FSDP: a micro-batch came to {event!r} where another one came to {due!r}. Each must call the same "
-                "units in the same order: make those that are called only sometimes part of a larger one (wrap=...)."
+                f"FSDP: a micro-batch made {event!r} where another one made {due!r}. Each must call the same units in "
+                "the same order. Make a unit that is not always called part of a larger one (wrap=...)."
             )
-        self._place += 1
+        self._position += 1
 
     def _next(self) -> str | None:
-        """Return what comes next in the pass; None where all processes ask for it."""
+        """Return the next event of the pass; None if all processes wait for it."""
         if self._is_known:
-            return self._order[self._place] if self._place < len(self._order) else END
-        key, end = str(self._place), time.monotonic() + self._timeout.total_seconds()
-        if self._place == len(self._first):
+            return self._order[self._position] if self._position < len(self._order) else END
+        key, end = str(self._position), time.monotonic() + self._timeout.total_seconds()
+        if self._position == len(self._recorded):
             if not self._waits:
                 self._waits = True
                 self._store.add("waiting", 1)
@@ -132,13 +134,13 @@ class Passes:
                 if self._store.add("waiting", 0) == self._processes:
                     return None
                 if time.monotonic() > end:
-                    raise dist.DistStoreError("no process went on with the first micro-batch")
+                    raise dist.DistStoreError("no process has made the next collective of the first micro-batch")
                 time.sleep(PAUSE)
             event: str = self._store.get(key).decode()
             if event == END:
                 return END
-            self._first.append(event)
-        return self._first[self._place]
+            self._recorded.append(event)
+        return self._recorded[self._position]
 
 
 def _has_gradient(parameter: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Several processes, each with a part of the model: FSDP2's `fully_shard`."""
+"""Fully sharded data parallelism: each process holds a part of the model, by FSDP2's `fully_shard`."""
 
 from __future__ import annotations
 
@@ -15,46 +15,48 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from strategies.environment import notes
-from strategies.fsdp.collective_order import Passes
+from strategies.environment import new_store
+from strategies.errors import UserError, check_count
+from strategies.fsdp.collective_order import CollectiveOrder
 from strategies.fsdp.units import check_units, in_lists
+from strategies.optimizer_state import user_module, user_name
 from strategies.process_group import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
 from strategies.torch_internals import FSDP
 
-_BUCKET = 1 << 28
-"""Bytes of buffers that are sent together."""
+_BROADCAST_BYTES = 1 << 28
+"""Bytes of one broadcast of buffers."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class FSDPStrategy(ProcessGroupStrategy):
-    """Share one model out over P processes: parameters, gradients and optimizer state, by FSDP2's `fully_shard`.
+    """Shard parameters, gradients and optimizer state over P processes, by FSDP2's `fully_shard`.
 
     A unit's parameters are gathered for its forward, freed, and gathered again for its backward. Each of the P
-    processes trains on samples of its own. The options:
+    processes trains on different samples. The options:
 
     - `reduce`: "window" reduces gradients once per window and unit, in the last micro-batch's backward; until then each
-      process keeps its own whole gradient. "micro_batch" reduces at each micro-batch, so that only a part of the
-      gradient is ever kept: less memory, K times the traffic.
-    - `shard_size`: hybrid sharding: the model is shared out over so many neighbouring processes, and P / shard_size
-      such groups hold replicas. None: over all.
+      process keeps a whole gradient. "micro_batch" reduces at each micro-batch and keeps only a shard of the gradient:
+      less memory, K times the traffic.
+    - `shard_size`: hybrid sharding. The model is sharded over `shard_size` neighbouring processes, and the other
+      groups of that size hold replicas. None: sharded over all.
     - `reshard_after_forward`: True frees every unit after its forward, None all but the root (FSDP's default). False
       keeps parameters from the window's first forward to its last backward: gathered once per window, more memory.
     - `param_dtype`: the dtype of forward, backward and gathered parameters; outputs are float32. `reduce_dtype`: the
-      dtype in which gradients are accumulated and cross the wire, float32 where `param_dtype` is given.
+      dtype in which gradients are accumulated and cross the wire, float32 if `param_dtype` is given.
     - `wrap`: the names of the classes whose instances become units. None: the children of each outermost ModuleList.
       The rest of the model is one unit. Override `units` for another choice.
-    - `find_unused_parameters`: for units that do not use each of their parameters in each window. One that no process
-      used keeps the gradient None, at the cost of a small all-reduce per window. Where it is False, a parameter that a
-      process with data did not use is an error.
+    - `find_unused_parameters`: for units that do not use each of their parameters in each window. A parameter that no
+      process used keeps the gradient None, at the cost of a small all-reduce per window. If it is False, a parameter
+      that a process with data did not use is an error.
     - `broadcast_buffers`: process 0's buffers (BatchNorm's statistics) go to all once per window.
 
-    All processes make as many passes in a window: one that has fewer micro-batches takes part with weight 0. So each
-    micro-batch must call the same units in the same order; a RuntimeError says where one does not.
+    All processes make the same number of passes in a window: one with fewer micro-batches takes part with weight 0. So
+    each micro-batch must call the same units in the same order; otherwise a RuntimeError names the two units.
 
-    `timeout_seconds` bounds every wait for another process, `device` is "cpu" or "cuda" (default: CUDA where there is
-    one).
+    `timeout_seconds` bounds every wait for another process, `device` is "cpu" or "cuda" (default: CUDA if
+    available).
     """
 
     name = "fsdp"
@@ -78,14 +80,14 @@ class FSDPStrategy(ProcessGroupStrategy):
     ) -> None:
         super().__init__(timeout_seconds, device)
         if reduce not in ("window", "micro_batch"):
-            raise ValueError(f"reduce={reduce!r}: choose 'window' or 'micro_batch'.")
+            raise UserError(f"reduce={reduce!r}: expected 'window' or 'micro_batch'.")
         if reshard_after_forward not in (None, True, False):
-            raise ValueError(f"reshard_after_forward={reshard_after_forward!r}: choose True, False or None.")
+            raise UserError(f"reshard_after_forward={reshard_after_forward!r}: expected True, False or None.")
         for option, dtype in (("param_dtype", param_dtype), ("reduce_dtype", reduce_dtype)):
             if dtype not in (None, "float32", "bfloat16", "float16"):
-                raise ValueError(f"{option}={dtype!r}: choose 'float32', 'bfloat16', 'float16' or None.")
-        if shard_size is not None and (isinstance(shard_size, bool) or shard_size < 1):
-            raise ValueError(f"shard_size={shard_size!r}: give the number of processes that share a model, or None.")
+                raise UserError(f"{option}={dtype!r}: expected 'float32', 'bfloat16', 'float16' or None.")
+        if shard_size is not None:
+            check_count("shard_size", shard_size, why="Use None to shard over all processes.")
         self.reduce = reduce
         self.defers_reduction = reduce == "window"
         self.shard_size = shard_size
@@ -97,12 +99,12 @@ class FSDPStrategy(ProcessGroupStrategy):
         self.broadcast_buffers = broadcast_buffers
         self._mesh: DeviceMesh | None = None
         self._root: Any = None
-        self._most: int | None = None
-        self._made = 0  # passes in this window
+        self._most_passes: int | None = None
+        self._passes_made = 0  # in this window
         self._is_last = False
 
     def accumulation_context(self, is_last_microbatch: bool) -> AbstractContextManager[Any]:
-        """Let the window's last pass reduce, or each one; FSDP looks at it in backward."""
+        """Make the window's last pass reduce, or each pass. FSDP reads it in backward."""
         self._is_last = is_last_microbatch
         self._start_pass(is_last_microbatch)
         return NOTHING_TO_DEFER
@@ -115,24 +117,24 @@ class FSDPStrategy(ProcessGroupStrategy):
     def setup(self) -> None:
         """Join the processes.
 
-        Raises ValueError for a `shard_size` that does not divide them, RuntimeError for a torch that lacks what is
+        Raises UserError if `shard_size` does not divide their number, RuntimeError if this torch lacks a part that is
         used.
         """
         P, size = self.data_parallel_size, self.shard_size or self.data_parallel_size
         if P % size:
-            raise ValueError(f"shard_size={size} does not divide the {P} processes: choose a divisor of {P}, or None.")
+            raise UserError(f"shard_size={size}: expected a divisor of the {P} processes. Use one, or None.")
         super().setup()
         shape, names = ((P,), ("shard",)) if size == P else ((P // size, size), ("replicate", "shard"))
         self._mesh = init_device_mesh(self._device_type, shape, mesh_dim_names=names)
 
     def teardown(self) -> None:
-        """Destroy the groups that `setup` made; in a group that was found, those of the shards are left too."""
+        """Destroy the groups that `setup` made; in an existing group, those of the shards are left too."""
         if self._owns_group:
             self._mesh = self._root = None
         super().teardown()
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Give all processes the parameters of process 0 and shard them. Raises ValueError for what cannot be."""
+        """Give all processes the parameters of process 0 and shard them. Raises UserError if FSDP cannot."""
         assert self._mesh is not None, "prepare comes after setup"
         self._model = model
         module = self._user_module
@@ -152,93 +154,98 @@ class FSDPStrategy(ProcessGroupStrategy):
             part.set_force_sum_reduction_for_comms(True)
         self._root.set_reduce_scatter_unused_params(True)
         named = {name: part for name, part in named.items() if part._get_fsdp_state()._fsdp_param_group is not None}
-        self._passes = Passes(self._root, named, notes(), self.data_parallel_size, self.timeout, frees is False)
+        self._order = CollectiveOrder(
+            self._root, named, new_store(), self.data_parallel_size, self.timeout, frees is False
+        )
         self._parameters = list(model.parameters())
         self._buffers = list(model.buffers())
-        parts = [p for group in self._passes.groups.values() for p in group.fsdp_params]
+        parts = [p for group in self._order.groups.values() for p in group.fsdp_params]
         self._trainable = [p for p in parts if p.sharded_param.requires_grad]
         self._is_closing: bool | None = None
-        self._made, self._most = 0, None
+        self._passes_made, self._most_passes = 0, None
         return model
 
     def units(self, model: nn.Module) -> list[nn.Module]:
-        """Return the submodules that are gathered and reduced by themselves. Override it for a choice of your own."""
+        """Return the submodules that are gathered and reduced as units. Override it for another choice."""
         if self.wrap is not None:
-            found = [m for m in model.modules() if m is not model and type(m).__name__ in self.wrap]
-            if missing := set(self.wrap) - {type(m).__name__ for m in found}:
+            units = [m for m in model.modules() if m is not model and type(m).__name__ in self.wrap]
+            if missing := set(self.wrap) - {type(m).__name__ for m in units}:
                 names = ", ".join(sorted({type(m).__name__ for m in model.modules() if m is not model}))
-                raise ValueError(f"wrap: the model has no submodule of class {', '.join(missing)}; it has {names}.")
-            return found[::-1]  # inner ones first
+                raise UserError(
+                    f"wrap={self.wrap!r}: expected classes of submodules; {', '.join(missing)} is not one. The model "
+                    f"has {names}."
+                )
+            return units[::-1]  # inner ones first
         return list(dict.fromkeys(in_lists(model)))
 
     def start_window(self, most_micro_batches: int) -> None:
-        """Hear how many passes all processes make in the window to come."""
-        self._most = most_micro_batches
+        """Note the number of passes that all processes make in the next window."""
+        self._most_passes = most_micro_batches
 
     def backward(self, loss: Tensor, scale: float | Tensor) -> None:
-        """Add `scale x d(loss)`; after this process's last micro-batch take part in those that others still have.
+        """Add `scale x d(loss)`; after this process's last micro-batch, take part in the passes of the others.
 
-        Raises RuntimeError after the window where a parameter was not used.
+        Raises RuntimeError after the window if a parameter was not used.
         """
         try:
             super().backward(loss, scale)
-            self._passes.end()
+            self._order.end()
         except Exception as error:
             if self._is_last and not self.has_lost_contact(error):
-                self._finish_window()  # the others hear of it when they have done theirs
+                self._finish_window()  # the others read of the failure after their passes
             raise
-        self._made += 1
+        self._passes_made += 1
         if self._is_last:
             self._finish_window()
             self._forget_unused() if self.find_unused_parameters else self._check_used()
 
     def join(self, window: Any) -> None:
-        """Take part in the window's passes that are left, with no data: gather for the others, and reduce zeros."""
-        if not self._passes.is_open:
+        """Take part in the rest of the window's passes without data: gather for the others, and reduce zeros."""
+        if not self._order.is_open:
             self._start_pass(is_last=True)
         self._finish_window()
         if self.find_unused_parameters:
             self._forget_unused()
 
     def evaluation_context(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """Gather the whole model once: in evaluation processes may call it as often as they have data.
+        """Gather the whole model once, so that each process may call it as often as it has data.
 
-        Raises ValueError for a model whose processes are gone.
+        Raises UserError for a model whose process group has ended.
         """
-        module = getattr(model, "_orig_mod", model)
+        module = user_module(model)
         if not isinstance(module, FSDPModule):
             return nullcontext()
         if module is not self._root:
-            raise ValueError(
-                "the model's parts are on processes whose group has ended. Validate during fit, keep a process group "
-                "of your own open around both, or load model.safetensors."
+            raise UserError(
+                "the model's shards are on processes whose group has ended. Validate during fit, keep your own process "
+                "group open around both, or load model.safetensors."
             )
         return self._gathered()
 
     def fingerprint(self) -> int:
-        """Return a number that replicas have in common, under hybrid sharding; 0 where there are none."""
+        """Return a number that is equal on all replicas under hybrid sharding; 0 without replicas."""
         assert self._mesh is not None
         if self._mesh.ndim == 1:
             return 0
         total = torch.tensor(super().fingerprint(), device=self.device)
-        dist.all_reduce(total, group=self._shards)
+        dist.all_reduce(total, group=self._shard_group)
         return int(total)
 
     def reductions(self) -> tuple[int, int]:
-        """Return (collectives, bytes of gradients in them) of one window, or of one micro-batch if each reduces."""
+        """Return (collectives, bytes of gradients) of one window, or of one micro-batch with reduce="micro_batch"."""
         assert self._mesh is not None
-        groups = [g for g in self._passes.groups.values() if any(p.sharded_param.requires_grad for p in g.fsdp_params)]
+        groups = [g for g in self._order.groups.values() if any(p.sharded_param.requires_grad for p in g.fsdp_params)]
         size = sum(
             p.sharded_param.numel() * (p.reduce_dtype or p.param_dtype or p.orig_dtype).itemsize
             for p in self._trainable
         )
-        shards = dist.get_world_size(self._shards)
+        shards = dist.get_world_size(self._shard_group)
         return len(groups) * self._mesh.ndim, size + (size // shards if self._mesh.ndim == 2 else 0)
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
-        """Load what `state_dict` of any strategy returned, of which each process takes its part."""
+        """Load what `state_dict` of any strategy returned, of which each process takes its shard."""
         if optimizer is not None:
-            state = {**state, "optimizer": {**state["optimizer"], "state": self._parts(state["optimizer"]["state"])}}
+            state = {**state, "optimizer": {**state["optimizer"], "state": self._sharded(state["optimizer"]["state"])}}
         super().load_state_dict(state, optimizer)
 
     def _local(self, tensor: Tensor) -> Tensor:
@@ -248,74 +255,77 @@ class FSDPStrategy(ProcessGroupStrategy):
         return [self._local(gradient) for gradient in super()._gradients()]
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        """The norm over the shards: one number is summed."""
+        """The norm over all shards, by an all-reduce of one number."""
         square = super()._norm(gradients).double() ** 2
-        dist.all_reduce(square, group=self._shards)
+        dist.all_reduce(square, group=self._shard_group)
         return square.sqrt().to(gradients[0].dtype)
 
     def _copied(self, tensor: Tensor) -> Tensor:
-        """The whole tensor, on the CPU of process 0; the others, who do not write it, know its shape."""
+        """The whole tensor on the CPU of process 0; on the others, which do not write it, only its shape."""
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         return super()._copied(whole) if self.rank == 0 else whole.to("meta")
 
-    def _parts(self, states: dict[str, Any]) -> dict[str, Any]:
-        """An optimizer's state with this process's part of each tensor that has the shape of its parameter."""
-        parameters = {name.replace("_orig_mod.", ""): p for name, p in self._user_module.named_parameters()}
+    def _sharded(self, states: dict[str, Any]) -> dict[str, Any]:
+        """The state of an optimizer with this process's shard of each tensor. Raises UserError for another shape."""
+        parameters = {user_name(name): p for name, p in self._user_module.named_parameters()}
 
-        def part(name: str, value: Any) -> Any:
+        def shard(name: str, value: Any) -> Any:
             parameter = parameters.get(name)
             if not isinstance(value, Tensor) or value.ndim == 0 or not isinstance(parameter, DTensor):
                 return value
             if value.shape != parameter.shape:
-                raise ValueError(f"the optimizer's state of {name} has shape {tuple(value.shape)}: it has no parts.")
+                raise UserError(
+                    f"the optimizer's state of {name} has shape {tuple(value.shape)}: expected that of the parameter, "
+                    f"{tuple(parameter.shape)}."
+                )
             value = value.to(parameter.device)
             return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
-        return {name: {key: part(name, value) for key, value in own.items()} for name, own in states.items()}
+        return {name: {key: shard(name, value) for key, value in state.items()} for name, state in states.items()}
 
     @property
-    def _shards(self) -> dist.ProcessGroup:
+    def _shard_group(self) -> dist.ProcessGroup:
         """The processes that share one model."""
         assert self._mesh is not None
         return self._mesh.get_group("shard")
 
     def _start_pass(self, is_last: bool) -> None:
-        """Begin a pass, and tell FSDP what to do in its backward."""
-        if not self._made:
-            self._passes.used.clear()
+        """Start a pass, and set what FSDP does in its backward."""
+        if not self._passes_made:
+            self._order.used.clear()
             if self._buffers and self.broadcast_buffers:
                 broadcast: Any = dist._broadcast_coalesced  # type: ignore[attr-defined]
-                broadcast(dist.group.WORLD, self._buffers, _BUCKET, 0)
-        if self._most is not None:
-            is_last = self._made + 1 == self._most
+                broadcast(dist.group.WORLD, self._buffers, _BROADCAST_BYTES, 0)
+        if self._most_passes is not None:
+            is_last = self._passes_made + 1 == self._most_passes
         if is_last != self._is_closing:
             self._is_closing = is_last
             self._root.set_requires_gradient_sync(is_last or self.reduce == "micro_batch")
             self._root.set_requires_all_reduce(is_last)
             self._root.set_reshard_after_backward(is_last or self.reshard_after_forward is not False)
-        self._passes.start(is_first_of_window=not self._made)
+        self._order.start(is_first_of_window=not self._passes_made)
 
     def _finish_window(self) -> None:
-        """Make the passes that are left of the window, without data."""
-        while self._passes.is_open or self._made < (self._most or 0):
-            if not self._passes.is_open:
+        """Make the rest of the window's passes, without data."""
+        while self._order.is_open or self._passes_made < (self._most_passes or 0):
+            if not self._order.is_open:
                 self._start_pass(is_last=True)
-            if not self._passes.finish():
+            if not self._order.finish():
                 break
-            self._made += 1
-        self._made, self._most = 0, None
+            self._passes_made += 1
+        self._passes_made, self._most_passes = 0, None
 
     def _check_used(self) -> None:
-        if unused := [str(p._param_fqn) for p in self._trainable if p not in self._passes.used]:
+        if unused := [str(p._param_fqn) for p in self._trainable if p not in self._order.used]:
             raise RuntimeError(
                 f"process {self.rank}: no micro-batch of the window used these parameters: {', '.join(unused)}. Their "
-                "gradients are zero, where one process would have none. Use FSDPStrategy(find_unused_parameters=True) "
+                "gradients would be zero instead of None. Use FSDPStrategy(find_unused_parameters=True) "
                 "(--trainer.strategy=strategies.FSDPStrategy --trainer.strategy.find_unused_parameters=true)."
             )
 
     def _forget_unused(self) -> None:
         """Give parameters that no process used the gradient None."""
-        used = torch.tensor([p in self._passes.used for p in self._trainable], dtype=torch.int32, device=self.device)
+        used = torch.tensor([p in self._order.used for p in self._trainable], dtype=torch.int32, device=self.device)
         for parameter, was_used in zip(self._trainable, self.all_reduce(used, "max").tolist(), strict=True):
             if not was_used:
                 parameter.sharded_param.grad = None

@@ -1,4 +1,4 @@
-"""Which submodules of a model FSDP gathers and reduces by themselves, and which it cannot."""
+"""The units of FSDP: submodules that are gathered and reduced as a whole."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from strategies.errors import UserError
+
 
 def in_lists(module: nn.Module) -> Iterator[nn.Module]:
-    """The children of the outermost ModuleLists that have parameters and a forward."""
+    """Yield the children of the outermost ModuleLists that have parameters and a forward."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from _members(child)
@@ -26,7 +28,7 @@ def _members(container: nn.Module) -> Iterator[nn.Module]:
 
 
 def check_units(model: nn.Module, units: Sequence[nn.Module]) -> None:
-    """Refuse what FSDP would refuse later, or not at all. Raises ValueError."""
+    """Raise UserError for units that FSDP would refuse later, or not at all."""
     home: dict[nn.Module, int] = {}
     for number, unit in enumerate(units):  # inner ones first
         for module in unit.modules():
@@ -41,13 +43,13 @@ def check_units(model: nn.Module, units: Sequence[nn.Module]) -> None:
                 dtypes.setdefault(home.get(module, -1), set()).add(parameter.dtype)
     for parameter, units_of_it in owners.items():
         if len(units_of_it) > 1:
-            raise ValueError(
-                f"{names[parameter]} is shared between units of FSDP, which it cannot be: choose others with "
-                "FSDPStrategy(wrap=...), so that all modules that share it are in one (wrap=[] makes the model one)."
+            raise UserError(
+                f"{names[parameter]} is shared between units of FSDP: expected all modules that share it in one unit. "
+                "Use FSDPStrategy(wrap=...) to choose units (wrap=[] makes the whole model one)."
             )
     for kinds in dtypes.values():
         if len(kinds) > 1:
-            raise ValueError(
-                f"a unit of FSDP has trainable parameters of dtypes {', '.join(sorted(map(str, kinds)))}: it needs "
-                "one. Make them one dtype, or choose other units with FSDPStrategy(wrap=...)."
+            raise UserError(
+                f"a unit of FSDP has trainable parameters of dtypes {', '.join(sorted(map(str, kinds)))}: expected "
+                "one dtype. Convert them, or choose other units with FSDPStrategy(wrap=...)."
             )

@@ -1,1 +1,3 @@
 """Pipeline parallelism."""
+
+from strategies.pipeline.strategy import PipelineStrategy as PipelineStrategy

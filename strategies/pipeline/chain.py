@@ -1,4 +1,4 @@
-"""The processes of one pipeline: what each holds of the model, and how a tensor goes through all of them."""
+"""The processes of one pipeline: each holds one part of the model, and a tensor passes through them in order."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from strategies.pipeline.parts import ElsewhereError, Like
+from strategies.errors import UserError
+from strategies.pipeline.parts import PeerFailedError, TensorSpec
 
 T = TypeVar("T")
 
 
 @dataclass
 class Chain:
-    """One process's place in a pipeline, which is a ring: the parts are dealt out in turn."""
+    """One process of a pipeline, and its neighbours."""
 
-    parts: dict[int, nn.Module]
-    """This process's, under their numbers in the model."""
-    last: int
-    """The number of the model's last part."""
+    part: nn.Module
+    """This process's part of the model."""
     stage: int
-    """This process in the pipeline, from 0."""
+    """The index of this process in the pipeline, and of its part in the model."""
     ranks: list[int]
     """The pipeline's processes."""
     device: torch.device
@@ -33,18 +32,18 @@ class Chain:
 
     @property
     def is_first(self) -> bool:
-        """Whether the model begins here."""
+        """Whether the model begins in this process."""
         return self.stage == 0
 
     @property
     def is_last(self) -> bool:
-        """Whether the model ends here."""
-        return self.last in self.parts
+        """Whether the model ends in this process."""
+        return self.stage == len(self.ranks) - 1
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """Do `work` on all processes of the pipeline; return what each returned, in order.
+        """Call `work` on all processes of the pipeline; return what each returned, in order.
 
-        Raises what it raised here, and ElsewhereError where it raised on another.
+        Raises what it raised on this process, and PeerFailedError if it raised on another.
         """
         error, value = None, None
         try:
@@ -55,7 +54,7 @@ class Chain:
         if error is not None:
             raise error
         if not all(is_good for is_good, _ in rows):
-            raise ElsewhereError
+            raise PeerFailedError
         return [value for _, value in rows]
 
     def gather(self, value: Any) -> list[Any]:
@@ -64,71 +63,68 @@ class Chain:
         dist.all_gather_object(rows, value, group=self.host_group)
         return rows
 
-    def call(self, number: int, x: Tensor, autocast: torch.dtype | None) -> Any:
-        """Return what a part gives. Raises ValueError where it is not one tensor, and does not end the model."""
+    def call(self, x: Tensor, autocast: torch.dtype | None) -> Any:
+        """Return the output of this part. Raises UserError unless it is one tensor or the part is the last."""
         with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
-            output = self.parts[number](x)
-        if number != self.last and not isinstance(output, Tensor):
-            raise ValueError(
-                f"part {number} of the pipeline ends with a {type(output).__name__}: one tensor passes to the next. "
-                "Set boundaries between children where it does."
+            output = self.part(x)
+        if not self.is_last and not isinstance(output, Tensor):
+            raise UserError(
+                f"part {self.stage} of the pipeline returned {type(output).__name__}: expected one tensor, for the "
+                "next part. Set boundaries between children that pass one tensor."
             )
         return output
 
-    def through(self, x: Tensor | None, autocast: torch.dtype | None) -> tuple[Any, dict[int, Like]]:
-        """Run one batch through all parts; return the model's output, on the last process, and what each part gave.
+    def through(self, x: Tensor | None, autocast: torch.dtype | None) -> tuple[Any, TensorSpec | None]:
+        """Run one batch through all parts; return the model's output, on the last process, and this part's spec.
 
-        `x` is None but on the first process. A part that fails raises when the batch has passed by; the output is None.
+        `x` is the input on the first process, and None on the others. A part that fails raises after its neighbours
+        have been served; their output is None.
         """
-        error, likes = None, {}
-        for number in self.parts:
-            if number > 0:
-                x, autocast = self._receive()
-            if x is not None and error is None:
-                try:
-                    x = self.call(number, x, autocast)
-                except Exception as raised:
-                    error = raised
-            if error is not None:
-                x = None
-            if number < self.last:
-                if x is not None:
-                    likes[number] = Like(tuple(x.shape), x.dtype)
-                self._send(x, autocast)
+        error = spec = None
+        if not self.is_first:
+            x, autocast = self._receive()
+        if x is not None:
+            try:
+                x = self.call(x, autocast)
+            except Exception as raised:
+                error, x = raised, None
+        if not self.is_last:
+            if x is not None:
+                spec = TensorSpec(tuple(x.shape), x.dtype)
+            self._send(x, spec, autocast)
         if error is not None:
             raise error
-        return x if self.is_last else None, likes
+        return x if self.is_last else None, spec
 
-    def likes(self, x: Tensor | None, autocast: torch.dtype | None) -> list[Like]:
-        """Return what each part gives for an input, from one forward without gradients that leaves no trace."""
-        buffers = [buffer for part in self.parts.values() for buffer in part.buffers()]
+    def specs(self, x: Tensor | None, autocast: torch.dtype | None) -> list[TensorSpec]:
+        """Return the spec of each part's output for an input, by one forward without gradients or other effects."""
+        buffers = list(self.part.buffers())
 
-        def run() -> dict[int, Like]:
-            kept = [buffer.clone() for buffer in buffers]
+        def run() -> TensorSpec | None:
+            saved = [buffer.clone() for buffer in buffers]
             with torch.no_grad():
-                likes = self.through(x, autocast)[1]
-                for buffer, value in zip(buffers, kept, strict=True):
+                spec = self.through(x, autocast)[1]
+                for buffer, value in zip(buffers, saved, strict=True):
                     buffer.copy_(value)
-            return likes
+            return spec
 
-        found = {number: like for likes in self.together(run) for number, like in likes.items()}
-        return [*(found[number] for number in range(self.last)), Like((), torch.float32)]  # the last gives the loss
+        specs = self.together(run)[:-1]
+        return [*(spec for spec in specs if spec is not None), TensorSpec((), torch.float32)]  # the last is the loss
 
-    def _send(self, x: Tensor | None, autocast: torch.dtype | None) -> None:
-        """Send a tensor of any shape, and how it is to be used, to the next process."""
-        to = self.ranks[(self.stage + 1) % len(self.ranks)]
-        what = None if x is None else (Like(tuple(x.shape), x.dtype), autocast)
-        dist.send_object_list([what], dst=to, group=self.host_group)
+    def _send(self, x: Tensor | None, spec: TensorSpec | None, autocast: torch.dtype | None) -> None:
+        """Send a tensor of any shape, and its dtype of autocast, to the next process."""
+        target = self.ranks[self.stage + 1]
+        dist.send_object_list([(spec, autocast)], dst=target, group=self.host_group)
         if x is not None:
-            dist.send(x.contiguous(), dst=to, group=self.group)
+            dist.send(x.contiguous(), dst=target, group=self.group)
 
     def _receive(self) -> tuple[Tensor | None, torch.dtype | None]:
         source = self.ranks[self.stage - 1]
-        what: list[Any] = [None]
-        dist.recv_object_list(what, src=source, group=self.host_group)
-        if what[0] is None:
+        header: list[Any] = [None]
+        dist.recv_object_list(header, src=source, group=self.host_group)
+        spec, autocast = header[0]
+        if spec is None:
             return None, None
-        like, autocast = what[0]
-        x = torch.empty(like.shape, dtype=like.dtype, device=self.device)
+        x = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
         dist.recv(x, src=source, group=self.group)
         return x, autocast

@@ -1,4 +1,4 @@
-"""Where to cut a chain of layers, so that the parts are of like size: arithmetic alone."""
+"""The cut of a chain of layers into parts of similar size."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 
+from strategies.errors import UserError
+
 
 def balanced(sizes: Sequence[int], parts: int) -> list[int]:
-    """Return where each part but the first begins, such that the largest part is as small as it can be.
+    """Return the index of the first layer of each part but the first, so that the largest part is as small as possible.
 
-    `sizes` are those of the layers in order; each part gets at least one layer. Raises ValueError for fewer layers than
+    `sizes` are those of the layers in order; each part gets at least one layer. Raises UserError for fewer layers than
     parts.
     """
     if not 1 <= parts <= len(sizes):
-        raise ValueError(f"{len(sizes)} layers cannot be cut into {parts} parts.")
+        raise UserError(f"stages={parts}: expected at most as many stages as layers, {len(sizes)}.")
     before = list(accumulate(sizes, initial=0))
 
     @cache
     def cut(stop: int, count: int) -> tuple[int, tuple[int, ...]]:
-        """The size of the largest of `count` parts of the layers before `stop`, and where the later ones begin."""
+        """The size of the largest of `count` parts of the layers before `stop`, and the starts of all but the first."""
         if count == 1:
             return before[stop], ()
         options = ((cut(start, count - 1), start) for start in range(count - 1, stop))

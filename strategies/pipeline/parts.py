@@ -1,4 +1,4 @@
-"""A model that is cut into parts: the cut, what `loss()` is given instead of the model, and what passes between."""
+"""The parts of a model: the cut, the stand-in that `loss()` calls, and the specs of tensors that pass between."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from strategies.errors import MODEL_NOT_CALLED, UserError
 from strategies.pipeline.partition import balanced
 
 Child = tuple[str, nn.Module]
 T = TypeVar("T")
 
 
-class Like(NamedTuple):
+class TensorSpec(NamedTuple):
     """The shape and dtype of one tensor."""
 
     shape: tuple[int, ...]
@@ -23,41 +24,40 @@ class Like(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What the first process tells the others of a micro-batch: the model's input, and how it was called."""
+    """A call of the model for one micro-batch, which the first process sends to the others."""
 
-    input: Like
+    input: TensorSpec
     autocast: torch.dtype | None
     seed: int
 
 
-class ElsewhereError(Exception):
-    """Another process of the pipeline has failed; it tells of it itself."""
+class PeerFailedError(Exception):
+    """Another process of the pipeline has failed; that process reports the error."""
 
 
 def cut(model: nn.Module, count: int, boundaries: Sequence[int] | None) -> list[list[Child]]:
-    """Return `model`'s children in `count` parts, balanced by parameters where no `boundaries` are given.
+    """Return `model`'s children in `count` parts, balanced by parameters if `boundaries` is None.
 
-    Raises ValueError for anything but a plain `nn.Sequential` with enough children, for boundaries that do not fit,
-    and for parts that share a parameter or a buffer.
+    Raises UserError unless the model is a plain `nn.Sequential` with enough children, for invalid boundaries, and for
+    parts that share a parameter or a buffer.
     """
     if type(model).forward is not nn.Sequential.forward or model._parameters or model._buffers:
-        raise ValueError(
-            f"a pipeline needs a plain nn.Sequential, and the model is a {type(model).__name__}: return its layers as "
-            "nn.Sequential(...), each of which takes the one tensor that the layer before returns, or use another "
-            "strategy."
+        raise UserError(
+            f"model={type(model).__name__}: expected a plain nn.Sequential. Return nn.Sequential(*layers), between "
+            "which one tensor passes, or use another strategy."
         )
     children: list[Child] = [(name, child) for name, child in model._modules.items() if child is not None]
     if len(children) < count:
-        raise ValueError(
-            f"the model has {len(children)} children, which cannot be cut into {count} parts: use fewer stages."
+        raise UserError(
+            f"stages={count}: expected at most the children of the model, {len(children)}. Use fewer stages."
         )
     sizes = [sum(p.numel() for p in child.parameters()) for _, child in children]
     starts = balanced(sizes, count) if boundaries is None else boundaries
     ends = [0, *starts, len(children)]
     if len(starts) != count - 1 or any(a >= b for a, b in pairwise(ends)):
-        raise ValueError(
-            f"boundaries={list(starts)}: give {count - 1} ascending numbers from 1 to {len(children) - 1}, the "
-            f"children of the model that begin each of the {count} parts but the first."
+        raise UserError(
+            f"boundaries={list(starts)}: expected {count - 1} ascending numbers from 1 to {len(children) - 1}, the "
+            f"first child of each of the {count} parts but the first."
         )
     parts = [children[a:b] for a, b in pairwise(ends)]
     owners: dict[Tensor, int] = {}
@@ -65,15 +65,15 @@ def cut(model: nn.Module, count: int, boundaries: Sequence[int] | None) -> list[
         for name, child in part:
             for inner, tensor in (*child.named_parameters(), *child.named_buffers()):
                 if owners.setdefault(tensor, number) != number:
-                    raise ValueError(
-                        f"{name}.{inner} is also in another part of the pipeline: parts share nothing. Set boundaries "
-                        "so that both are in one, or untie them."
+                    raise UserError(
+                        f"{name}.{inner} is also in another part of the pipeline: expected parts that share nothing. "
+                        "Set boundaries so that both are in one part, or untie them."
                     )
     return parts
 
 
-class Reached(BaseException):  # no Exception: a task that catches those must not catch this
-    """Ends a `loss()` where it calls the model."""
+class ModelCalled(BaseException):  # not an Exception: a task that catches those must not catch it
+    """Ends a `loss()` at its call of the model."""
 
     def __init__(self, x: Tensor, autocast: torch.dtype | None) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Reached(BaseException):  # no Exception: a task that catches those must no
 
 
 class PipelinedModel(nn.Module):
-    """What `loss()` is given: its call ends it on the first process, and gives the pipeline's output on the last."""
+    """The model that `loss()` calls: on the first process the call ends `loss()`, on the last it returns the output."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -90,70 +90,67 @@ class PipelinedModel(nn.Module):
         self._outputs: list[Any] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Take the input, or return the output. Raises ValueError for a second call, and another number of inputs."""
+        """Take the input, or return the output. Raises UserError for a second call, and another number of inputs."""
         if self._outputs is None:
             if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
-                raise ValueError("a pipeline's model takes one tensor: call it as model(x).")
+                raise UserError("the model of a pipeline takes one tensor. Call it as model(x).")
             kind = args[0].device.type
-            raise Reached(args[0], torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+            raise ModelCalled(args[0], torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
         if not self._outputs:
-            raise ValueError("a pipeline's model is called once for each micro-batch: keep what it returned.")
+            raise UserError("the model of a pipeline is called once for each micro-batch. Keep its output.")
         return self._outputs.pop()
 
-    def input_of(self, compute: Callable[[], object]) -> Reached:
-        """Return what `compute` calls the model with. Raises what it raises before that."""
+    def input_of(self, compute: Callable[[], object]) -> ModelCalled:
+        """Return the input with which `compute` calls the model. Raises what it raises before that."""
         try:
             compute()
-        except Reached as reached:
-            return reached
-        raise ValueError(_NOT_CALLED)
+        except ModelCalled as called:
+            return called
+        raise UserError(MODEL_NOT_CALLED)
 
     def with_output(self, output: Any, compute: Callable[[], T]) -> T:
-        """Return what `compute` returns where the model gives `output`."""
+        """Return the result of `compute` if the model returns `output`."""
         self._outputs = [output]
         try:
             result = compute()
             if self._outputs:
-                raise ValueError(_NOT_CALLED)
+                raise UserError(MODEL_NOT_CALLED)
             return result
         finally:
             self._outputs = None
 
 
-_NOT_CALLED = "the loss was not computed with the `model` that loss() is given: call that one."
-
-
 class Part(nn.Module):
-    """A part as torch's schedules call it: with the number of the micro-batch, which splits as tensors do."""
+    """The part for torch's schedules, which pass it the index of the micro-batch as a tensor."""
 
     def __init__(self, compute: Callable[[Tensor | None, int], Tensor]) -> None:
         super().__init__()
         self._compute = compute
 
     def forward(self, activation: Tensor | None = None, *, micro: Tensor) -> Tensor:
-        """Return the output for micro-batch `micro`, the loss where the model ends."""
+        """Return the output for micro-batch `micro`, or the loss in the last part."""
         return self._compute(activation, int(micro))
 
 
 def already_computed(loss: Tensor, target: Tensor) -> Tensor:
-    """Return what the last part returned: it is the loss."""
+    """Return the output of the last part, which is the loss."""
     return loss
 
 
-def zeros(like: Like, device: torch.device) -> Tensor:
-    """Return zeros, which require grad where they can."""
-    return torch.zeros(like.shape, dtype=like.dtype, device=device, requires_grad=like.dtype.is_floating_point)
+def zeros(spec: TensorSpec, device: torch.device) -> Tensor:
+    """Return zeros, which require grad if their dtype can."""
+    return torch.zeros(spec.shape, dtype=spec.dtype, device=device, requires_grad=spec.dtype.is_floating_point)
 
 
 def buckets(parameters: Iterable[nn.Parameter], size: int) -> list[list[nn.Parameter]]:
-    """Return the trainable ones in order, in lists of one dtype and about `size` bytes."""
-    found: list[list[nn.Parameter]] = []
+    """Return the trainable parameters in order, in lists of one dtype and about `size` bytes."""
+    lists: list[list[nn.Parameter]] = []
     filled = 0
     for parameter in parameters:
         if parameter.requires_grad:
-            if not found or filled >= size or found[-1][0].dtype != parameter.dtype:
-                found.append([])
+            if not lists or filled >= size or lists[-1][0].dtype != parameter.dtype:
+                lists.append([])
                 filled = 0
-            found[-1].append(parameter)
+            lists[-1].append(parameter)
             filled += parameter.numel() * parameter.element_size()
-    return found
+    return lists

@@ -1,49 +1,47 @@
-"""Windows as torch.distributed.pipelining runs them: schedules that are built for a number of micro-batches."""
+"""Schedules of torch.distributed.pipelining: built for a number of micro-batches of one shape, and kept for later."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from strategies.errors import UserError
 from strategies.pipeline.chain import Chain
-from strategies.pipeline.parts import Call, Like, Part, PipelinedModel, already_computed, zeros
+from strategies.pipeline.parts import Call, Part, PipelinedModel, TensorSpec, already_computed, zeros
 
-ScheduleName = Literal["GPipe", "1F1B", "Interleaved1F1B"]
+ScheduleName = Literal["GPipe", "1F1B"]
 
 KEPT = 4
-"""Schedules that stay built, for each keeps what it receives into: a full window's, its tail's, a ragged piece's."""
+"""Schedules that stay built. Each keeps its receive buffers: for full windows, short ones, and ragged micro-batches."""
 
 PART_SEED = 0x9E3779B185EBCA87
-"""Sets apart the draws of a model's parts, which are all seeded for the same micro-batch."""
+"""Separates the draws of the parts, which are all seeded for the same micro-batch."""
 
 
 def takes(schedule: ScheduleName, stages: int, count: int) -> bool:
-    """Whether a schedule over so many processes can run `count` micro-batches."""
-    if schedule == "GPipe":
-        return True
-    return count >= stages and (schedule == "1F1B" or count % (count // stages) == 0)
+    """Whether a schedule over `stages` processes can run `count` micro-batches."""
+    return schedule == "GPipe" or count >= stages
 
 
 class Run(NamedTuple):
-    """Micro-batches of one kind, which a schedule runs."""
+    """Micro-batches of one shape, which a schedule runs."""
 
     calls: Sequence[Call]
     inputs: Sequence[Tensor]
-    """On the first process."""
+    """On the first process; elsewhere empty."""
     forwards: Sequence[Callable[[], tuple[Tensor, float | Tensor]]]
-    likes: Sequence[Like]
-    """What each part gives."""
+    specs: Sequence[TensorSpec]
+    """The output of each part."""
 
 
 class Schedules:
     """Runs micro-batches forward and backward through a chain, by the schedule of that name.
 
-    What a user's code raises in a forward is kept until the schedule is over: the other processes are in it too.
+    An error of the user's code in a forward is kept until the schedule ends: the other processes are in it too.
     """
 
     def __init__(self, name: ScheduleName, chain: Chain, model: PipelinedModel, seed: Callable[[int], None]) -> None:
@@ -52,11 +50,11 @@ class Schedules:
         self._model = model
         self._seed = seed
         self._built: dict[tuple[Any, ...], Any] = {}
-        self._likes: dict[tuple[Any, ...], list[Like]] = {}
+        self._specs: dict[tuple[Any, ...], list[TensorSpec]] = {}
         self._run: Run
         self._error: Exception | None = None
         self.broken: Exception | None = None
-        """What ended a schedule in its middle: a backward, or another process."""
+        """The error that ended a schedule before its end: in a backward, or in another process."""
 
     def run(
         self,
@@ -64,23 +62,24 @@ class Schedules:
         inputs: Sequence[Tensor],
         forwards: Sequence[Callable[[], tuple[Tensor, float | Tensor]]],
     ) -> None:
-        """Run a window: a schedule for each row of micro-batches that are called alike.
+        """Run a window: one schedule for each run of neighbouring micro-batches with equal shape and autocast.
 
-        Raises, when all is over, what one of them raised on this process.
+        Raises, after the last one, the first error of a forward on this process.
         """
         self._error = None
-        for kind, row in groupby(range(len(calls)), key=lambda index: calls[index][:2]):
-            places = list(row)
-            if kind not in self._likes:
-                self._likes[kind] = self._chain.likes(inputs[places[0]] if inputs else None, calls[places[0]].autocast)
-            schedule = self._schedule(kind, len(places))
+        for kind, neighbours in groupby(range(len(calls)), key=lambda index: calls[index][:2]):
+            indices = list(neighbours)
+            if kind not in self._specs:
+                x = inputs[indices[0]] if inputs else None
+                self._specs[kind] = self._chain.specs(x, calls[indices[0]].autocast)
+            schedule = self._schedule(kind, len(indices))
             self._run = Run(
-                [calls[place] for place in places],
-                [inputs[place] for place in places if inputs],
-                [forwards[place] for place in places],
-                self._likes[kind],
+                [calls[index] for index in indices],
+                [inputs[index] for index in indices if inputs],
+                [forwards[index] for index in indices],
+                self._specs[kind],
             )
-            numbers = torch.arange(len(places))
+            numbers = torch.arange(len(indices))
             try:
                 schedule.step(target=numbers, return_outputs=False, micro=numbers)
             except Exception as error:
@@ -92,55 +91,50 @@ class Schedules:
         if self._error is not None:
             raise self._error
 
-    def _compute(self, number: int, activation: Tensor | None, index: int) -> Tensor:
-        """Return the output of a part for a micro-batch, or the loss; zero after an error."""
-        run = self._run
+    def _compute(self, activation: Tensor | None, index: int) -> Tensor:
+        """Return the output of this part for a micro-batch, or the loss; zeros after an error."""
+        run, chain = self._run, self._chain
+        spec = run.specs[chain.stage]
         if self._error is None:
             try:
                 x, call = run.inputs[index] if activation is None else activation, run.calls[index]
-                self._seed((call.seed + (number + 1) * PART_SEED) & 0xFFFFFFFFFFFFFFFF)
-                output: Tensor = self._chain.call(number, x, call.autocast)  # of the last part, anything
-                if number == self._chain.last:
+                self._seed((call.seed + (chain.stage + 1) * PART_SEED) & 0xFFFFFFFFFFFFFFFF)
+                output: Tensor = chain.call(x, call.autocast)  # any type in the last part
+                if chain.is_last:
                     loss, scale = self._model.with_output(output, run.forwards[index])
                     return loss * scale
-                if Like(tuple(output.shape), output.dtype) != run.likes[number]:
-                    raise ValueError(
-                        f"part {number} of the pipeline returned {output.dtype} {tuple(output.shape)}, and "
-                        f"{tuple(run.likes[number])} before for such an input: shapes must not depend on values."
+                if TensorSpec(tuple(output.shape), output.dtype) != spec:
+                    raise UserError(
+                        f"part {chain.stage} of the pipeline returned {output.dtype} {tuple(output.shape)}: expected "
+                        f"{spec.dtype} {spec.shape}, as before for such an input. Shapes must not depend on values."
                     )
                 return output.contiguous()
             except Exception as error:
                 self._error = error
-        return zeros(run.likes[number], self._chain.device)
+        return zeros(spec, chain.device)
 
     def _schedule(self, kind: tuple[Any, ...], count: int) -> Any:
-        """Return the schedule of `count` micro-batches of one kind: built before, else now."""
-        built = self._built.pop((*kind, count), None) or self._build(self._likes[kind], count)
+        """Return the schedule of `count` micro-batches of one kind, and build it if necessary."""
+        built = self._built.pop((*kind, count), None) or self._build(self._specs[kind], count)
         while len(self._built) >= KEPT:
             del self._built[next(iter(self._built))]
         self._built[*kind, count] = built
         return built
 
-    def _build(self, likes: Sequence[Like], count: int) -> Any:
-        """Return a schedule; of a window that is too short for the one asked for, one without its condition."""
+    def _build(self, specs: Sequence[TensorSpec], count: int) -> Any:
+        """Return a schedule: GPipe if there are too few micro-batches for the chosen one."""
         from torch.distributed import pipelining  # its import takes a second
 
         chain = self._chain
-        stages: Any = [
-            pipelining.PipelineStage(
-                Part(partial(self._compute, number)),
-                number,
-                chain.last + 1,
-                chain.device,
-                input_args=() if number == 0 else zeros(likes[number - 1], chain.device),
-                output_args=zeros(likes[number], chain.device),
-                group=chain.group,
-            )
-            for number in chain.parts
-        ]
-        is_fit = takes(self._name, len(chain.ranks), count)
-        if self._name == "Interleaved1F1B":
-            looped = pipelining.ScheduleInterleaved1F1B if is_fit else pipelining.ScheduleLoopedBFS
-            return looped(stages, count, already_computed, scale_grads=False)
-        single = pipelining.Schedule1F1B if self._name == "1F1B" and is_fit else pipelining.ScheduleGPipe
-        return single(stages[0], count, already_computed, scale_grads=False)
+        stage: Any = pipelining.PipelineStage(
+            Part(self._compute),
+            chain.stage,
+            len(chain.ranks),
+            chain.device,
+            input_args=() if chain.is_first else zeros(specs[chain.stage - 1], chain.device),
+            output_args=zeros(specs[chain.stage], chain.device),
+            group=chain.group,
+        )
+        is_1f1b = self._name == "1F1B" and takes(self._name, len(chain.ranks), count)
+        schedule = pipelining.Schedule1F1B if is_1f1b else pipelining.ScheduleGPipe
+        return schedule(stage, count, already_computed, scale_grads=False)

@@ -1,4 +1,4 @@
-"""Several processes that share one model, layer after layer: torch.distributed.pipelining, one schedule per window."""
+"""Pipeline parallelism: processes share one model layer by layer, and torch's schedules run each window."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ from torch.utils._pytree import tree_map_only
 
 from strategies.base import MicroBatch, PendingRows
 from strategies.environment import started_processes
-from strategies.optimizer_state import load_named_state, named_state
+from strategies.errors import UserError, check_count
+from strategies.optimizer_state import load_named_state, merged, named_state, user_name
 from strategies.pipeline.chain import Chain
-from strategies.pipeline.parts import Call, ElsewhereError, Like, PipelinedModel, buckets, cut
+from strategies.pipeline.parts import Call, PeerFailedError, PipelinedModel, TensorSpec, buckets, cut
 from strategies.pipeline.schedules import ScheduleName, Schedules, takes
 from strategies.process_group import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
 from strategies.torch_internals import PIPELINE
 
 BUCKET_BYTES = 25 << 20
-"""Gradients are reduced over the data-parallel processes in pieces of about this size, as DDP does."""
+"""Size of a bucket of gradients, which are reduced over the pipelines as in DDP."""
 
 
 class PipelineStrategy(ProcessGroupStrategy):
     """Cut one model into parts that run on `stages` processes; P = processes / stages train copies of it.
 
     A window is one run of the `schedule`, so K is fixed when it is built: `micro_batches`, which must be the trainer's
-    `accumulate_grad_batches`. A window with fewer micro-batches runs a schedule of its own, and so do those among them
-    whose shapes differ: nothing is padded and nothing is counted that is no data.
+    `accumulate_grad_batches`. A window with fewer micro-batches runs a shorter schedule, and so do neighbouring
+    micro-batches of another shape. Nothing is padded.
 
-    The model is an `nn.Sequential` between whose children one tensor passes. `boundaries` are the numbers of the
-    children that begin each later part (`[3]`: children 0 to 2, and the rest); None balances them by parameters. With
-    "Interleaved1F1B" each process has `parts_per_process` of them (default 2, else 1), taken in turn. The task's
-    `loss` calls the model once, with its one input: it begins on the first process of a pipeline, and ends on the last.
+    The model is an `nn.Sequential` between whose children one tensor passes. `boundaries` are the indices of the
+    children that begin each later part (`[3]`: children 0 to 2, and the rest); None balances them by parameters. The
+    task's `loss` calls the model once, with one tensor. It runs up to that call on the first process of a pipeline, and
+    past it on the last.
 
-    A process keeps its own parts; those of the others are on the meta device. `timeout_seconds` bounds every wait for
-    another process, `device` is "cpu" or "cuda" (default: CUDA where there is one).
+    A process keeps its own part; those of the others are on the meta device. `timeout_seconds` bounds every wait for
+    another process, `device` is "cpu" or "cuda" (default: CUDA if available).
     """
 
     name = "pipeline"
@@ -56,35 +57,23 @@ class PipelineStrategy(ProcessGroupStrategy):
         stages: int = 2,
         schedule: ScheduleName = "1F1B",
         micro_batches: int = 4,
-        parts_per_process: int | None = None,
         boundaries: Sequence[int] | None = None,
         timeout_seconds: float = 300.0,
         device: Literal["cpu", "cuda"] | None = None,
     ) -> None:
         super().__init__(timeout_seconds, device)
         if schedule not in get_args(ScheduleName):
-            raise ValueError(f"schedule={schedule!r}: choose one of {', '.join(get_args(ScheduleName))}.")
-        is_interleaved = schedule == "Interleaved1F1B"
-        if parts_per_process is None:
-            parts_per_process = 2 if is_interleaved else 1
-        _check_count("stages", stages, 2, "a model on one process needs no pipeline: use 'single' or 'ddp'")
-        _check_count("micro_batches", micro_batches, 1, "a window has at least one")
-        _check_count("parts_per_process", parts_per_process, 1, "each process has at least one")
-        if is_interleaved != (parts_per_process > 1):
-            raise ValueError(
-                f"parts_per_process={parts_per_process} with schedule={schedule!r}: Interleaved1F1B takes two or more "
-                "parts on each process, the other schedules one."
-            )
+            raise UserError(f"schedule={schedule!r}: expected one of {', '.join(get_args(ScheduleName))}.")
+        check_count("stages", stages, 2, "Use 'single' or 'ddp' for a model on one process.")
+        check_count("micro_batches", micro_batches)
         self.stages = stages
         self.schedule = schedule
         self.micro_batches = micro_batches
-        self.parts_per_process = parts_per_process
         self.boundaries = None if boundaries is None else list(boundaries)
         if not takes(schedule, stages, micro_batches):
-            rounds = "" if schedule == "1F1B" else f", and a multiple of micro_batches // {stages}"
-            raise ValueError(
-                f"micro_batches={micro_batches}: {schedule} over {stages} stages needs at least {stages}{rounds}. "
-                "Use GPipe, or another number."
+            raise UserError(
+                f"micro_batches={micro_batches}: expected at least {stages} for {schedule} over {stages} stages. Use "
+                "more, or schedule='GPipe'."
             )
         self._groups: list[dist.ProcessGroup] = []
         self._chain: Chain | None = None
@@ -100,7 +89,7 @@ class PipelineStrategy(ProcessGroupStrategy):
 
     @property
     def data_parallel_rank(self) -> int:
-        """The pipeline of this process: processes that are next to one another share a model."""
+        """The pipeline of this process: neighbouring processes share a model."""
         return self.rank // self.stages
 
     def describe(self) -> str:
@@ -109,15 +98,15 @@ class PipelineStrategy(ProcessGroupStrategy):
         return f"{self.name}: {shape}, {self.schedule} of {self.micro_batches} micro-batches"
 
     def setup(self) -> None:
-        """Join the processes: all, those of this pipeline, and those with the same parts in the others.
+        """Make the groups of all processes, of this pipeline, and of the copies of this part.
 
-        Raises ValueError for a number of processes that `stages` does not divide, RuntimeError for a torch that lacks
-        what is used.
+        Raises UserError if `stages` does not divide the number of processes, RuntimeError if this torch lacks a part
+        that is used.
         """
         if (processes := started_processes()) % self.stages:
-            raise ValueError(
-                f"stages={self.stages}: {processes} processes cannot be cut into pipelines of {self.stages}. Start a "
-                f"multiple of {self.stages}, as in torchrun --nproc_per_node={self.stages}."
+            raise UserError(
+                f"stages={self.stages}: expected a multiple of {self.stages} processes, but {processes} were started. "
+                f"Use torchrun --nproc_per_node={self.stages}."
             )
         super().setup()
         S, P = self.stages, self.data_parallel_size
@@ -134,7 +123,7 @@ class PipelineStrategy(ProcessGroupStrategy):
         """Destroy the groups that `setup` made."""
         self._chain = None
         vars(self).pop("_schedules", None)
-        gc.collect()  # what uses the groups must be gone before them
+        gc.collect()  # the users of the groups must be gone before them
         if not self._owns_group and dist.is_initialized():
             for group in self._groups:
                 dist.destroy_process_group(group)
@@ -144,18 +133,14 @@ class PipelineStrategy(ProcessGroupStrategy):
     # The model
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Cut `model`, keep this process's parts and return the module to call. Raises ValueError where it cannot."""
-        parts = cut(model, self.stages * self.parts_per_process, self.boundaries)
-        stage, last = self.rank % self.stages, len(parts) - 1
-        self._children = {name: child for part in parts[stage :: self.stages] for name, child in part}
-        for child in model.children():
-            child.to(self.device if any(child is own for own in self._children.values()) else "meta")
-        mine: dict[int, nn.Module] = {
-            number: nn.Sequential(*(child for _, child in parts[number]))
-            for number in range(stage, len(parts), self.stages)
-        }
-        self._chain = Chain(mine, last, stage, self._ranks, self.device, *self._groups[:2])
-        self._parameters = list(dict.fromkeys(p for part in mine.values() for p in part.parameters()))
+        """Cut `model`, keep this process's part and return the module to call. Raises UserError as `cut` does."""
+        stage = self.rank % self.stages
+        self._children = dict(cut(model, self.stages, self.boundaries)[stage])
+        for name, child in model.named_children():
+            child.to(self.device if name in self._children else "meta")
+        part = nn.Sequential(*self._children.values())
+        self._chain = Chain(part, stage, self._ranks, self.device, *self._groups[:2])
+        self._parameters = list(part.parameters())
         self._model, self._pipelined = model, PipelinedModel(model)
         self._schedules = Schedules(self.schedule, self._chain, self._pipelined, super().seed)
         return self._pipelined
@@ -163,80 +148,79 @@ class PipelineStrategy(ProcessGroupStrategy):
     # One window
 
     def seed(self, value: int) -> None:
-        """Seed the generators; each part of the model then draws from a stream of its own."""
+        """Seed the generators; each part of the model derives another seed from `value`."""
         self._seed = value
         super().seed(value)
 
     def run_window(self, window: Iterable[MicroBatch], forward: Callable[[Any], tuple[Tensor, float | Tensor]]) -> None:
         """Run one window by the schedule, and sum its gradients over the pipelines.
 
-        `forward` runs up to the model on the first process, and past it on the last. Where one process fails, all end
-        the window, so that they can hear of it.
+        `forward` runs up to the model on the first process, and past it on the last. If one process fails, all
+        end the window, so that each can raise.
         """
         self._share_buffers()
-        with suppress(ElsewhereError):  # that process tells of it
-            micros, calls, inputs = self._begin(window, forward)
+        with suppress(PeerFailedError):  # that process reports the error
+            micros, calls, inputs = self._start(window, forward)
             self._schedules.run(calls, inputs, [partial(forward, micro) for micro in micros])
         self._reduce()
 
-    def _begin(
+    def _start(
         self, window: Iterable[MicroBatch], forward: Callable[[Any], object]
     ) -> tuple[list[MicroBatch], list[Call], list[Tensor]]:
-        """Return the micro-batches, how the model is called with each, and, on the first process, its inputs.
+        """Return the micro-batches, the call of the model for each, and the inputs on the first process.
 
-        Raises ValueError where the processes of the pipeline have different numbers of them.
+        Raises UserError if the processes of the pipeline have different numbers of micro-batches.
         """
         micros: list[MicroBatch] = []
         inputs: list[Tensor] = []
 
-        def begin() -> tuple[int, list[Call]]:
+        def read() -> tuple[int, list[Call]]:
             micros.extend(window)
             calls = []
-            for micro in micros if self._place.is_first else ():
-                reached = self._pipelined.input_of(partial(forward, micro))
-                inputs.append(reached.input)
-                like = Like(tuple(reached.input.shape), reached.input.dtype)
-                calls.append(Call(like, reached.autocast, self._seed))
+            for micro in micros if self._this_chain.is_first else ():
+                called = self._pipelined.input_of(partial(forward, micro))
+                inputs.append(called.input)
+                spec = TensorSpec(tuple(called.input.shape), called.input.dtype)
+                calls.append(Call(spec, called.autocast, self._seed))
             return len(micros), calls
 
-        everyone = self._place.together(begin)
-        counts = [count for count, _ in everyone]
+        rows = self._this_chain.together(read)
+        counts = [count for count, _ in rows]
         if len(set(counts)) > 1:
-            raise ValueError(
-                f"the processes of one pipeline got {counts} micro-batches in a window: they must read the same data."
+            raise UserError(
+                f"the processes of one pipeline got {counts} micro-batches in a window. They must read the same data."
             )
-        return micros, everyone[0][1], inputs
+        return micros, rows[0][1], inputs
 
     def join(self, window: Any) -> None:
-        """Take part, with zero, in the reduction of a window."""
+        """Take part with zeros in the reduction of a window."""
         self._reduce()
 
     def exchange(self, values: Sequence[float]) -> PendingRows:
-        """Start the message of an update. Raises what broke the schedule: the others wait in it."""
+        """Start an exchange. Raises the error that broke the schedule: the others wait in it."""
         if self._schedules.broken is not None:
             raise self._schedules.broken
         return super().exchange(values)
 
     @property
-    def _place(self) -> Chain:
+    def _this_chain(self) -> Chain:
         if self._chain is None:
-            raise RuntimeError("the pipeline is not set up: call setup() and prepare(model) first.")
+            raise RuntimeError("the pipeline is not set up. Call setup() and prepare(model) first.")
         return self._chain
 
     @property
     def _copies(self) -> dist.ProcessGroup:
-        """The processes with the same parts in all pipelines."""
+        """The processes with the same part in all pipelines."""
         return self._groups[2]
 
     def _share_buffers(self) -> None:
-        """Begin each window with the buffers of the first pipeline (BatchNorm's statistics)."""
+        """Send the buffers of the first pipeline (BatchNorm's statistics) to all."""
         if self.data_parallel_size > 1:
-            for part in self._place.parts.values():
-                for buffer in part.buffers():
-                    dist.broadcast(buffer, src=self._place.stage, group=self._copies)
+            for buffer in self._this_chain.part.buffers():
+                dist.broadcast(buffer, src=self._this_chain.stage, group=self._copies)
 
     def _reduce(self) -> None:
-        """Sum the gradients over the pipelines. A parameter that none of them used keeps the gradient None."""
+        """Sum the gradients over the pipelines. A parameter that no pipeline used keeps the gradient None."""
         if self.data_parallel_size == 1:
             return
         for bucket in buckets(self._parameters, BUCKET_BYTES):
@@ -250,22 +234,22 @@ class PipelineStrategy(ProcessGroupStrategy):
                     parameter.grad = total.view_as(parameter)
 
     def clip(self, max_norm: float | None, factor: float = 1.0) -> Tensor:
-        """Multiply by `factor`, clip and return the norm; also where this process has no gradient."""
+        """Multiply by `factor`, clip and return the norm, also if this process has no gradient."""
         if any(p.grad is not None for p in self._parameters):
             return super().clip(max_norm, factor)
         return self._norm([]) * factor
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        """The 2-norm over all parts: one number is summed."""
-        own = super()._norm(gradients) if gradients else torch.zeros((), device=self.device)
-        squared = own.double() ** 2
-        dist.all_reduce(squared, group=self._place.group)
+        """The 2-norm over all parts, by an all-reduce of one number."""
+        local = super()._norm(gradients) if gradients else torch.zeros((), device=self.device)
+        squared = local.double() ** 2
+        dist.all_reduce(squared, group=self._this_chain.group)
         return squared.sqrt()
 
     def fingerprint(self) -> int:
-        """Return a number that is the same on all processes when all pipelines hold the same model."""
+        """Return a number that is equal on all processes if all pipelines hold the same model."""
         total = torch.tensor(super().fingerprint())
-        dist.all_reduce(total, group=self._place.host_group)
+        dist.all_reduce(total, group=self._this_chain.host_group)
         return int(total)
 
     # Evaluation
@@ -273,14 +257,14 @@ class PipelineStrategy(ProcessGroupStrategy):
     def evaluate(
         self, compute: Callable[[nn.Module, Any], Mapping[str, Any]], model: nn.Module, batch: Any
     ) -> Mapping[str, Any]:
-        """Return `compute(model, batch)` on the last process of a pipeline, and nothing on the others."""
+        """Return `compute(model, batch)` on the last process of a pipeline, and {} on the others."""
         if not self._is_prepared(model):
             self.prepare(model)
         on_batch, x, autocast = partial(compute, self._pipelined, batch), None, None
-        if self._place.is_first:
-            reached = self._pipelined.input_of(on_batch)
-            x, autocast = reached.input, reached.autocast
-        output, _ = self._place.through(x, autocast)
+        if self._this_chain.is_first:
+            called = self._pipelined.input_of(on_batch)
+            x, autocast = called.input, called.autocast
+        output, _ = self._this_chain.through(x, autocast)
         return {} if output is None else self._pipelined.with_output(output, on_batch)
 
     def synchronize_buffers(self, model: nn.Module) -> None:
@@ -291,52 +275,49 @@ class PipelineStrategy(ProcessGroupStrategy):
     def _is_prepared(self, model: nn.Module) -> bool:
         return self._chain is not None and self._model is model
 
-    # What a run keeps
+    # Checkpoints and costs
 
     def reductions(self) -> tuple[int, int]:
-        """Return (collectives, bytes) of one window's gradients; what passes between the stages is not in it."""
+        """Return (collectives, bytes) of one window's gradients, without what passes between the stages."""
         if self.data_parallel_size == 1:
             return 0, 0
-        found = buckets(self._parameters, BUCKET_BYTES)
-        return len(found), sum(p.numel() * p.element_size() for bucket in found for p in bucket)
+        lists = buckets(self._parameters, BUCKET_BYTES)
+        return len(lists), sum(p.numel() * p.element_size() for bucket in lists for p in bucket)
 
     def state_dict(self, optimizer: Optimizer | None = None) -> dict[str, Any]:
         """Return the whole model's state, gathered from the parts, on all processes together."""
-        everything = self._model.state_dict()
-        mine: dict[str, Any] = {"model": {plain: everything[name] for plain, name in self._names(own=True).items()}}
+        tensors = self._model.state_dict()
+        local: dict[str, Any] = {"model": {plain: tensors[name] for plain, name in self._names(local=True).items()}}
         if optimizer is not None:
-            mine["optimizer"] = named_state(self._model, optimizer)
-        mine = tree_map_only(Tensor, lambda t: t.detach().to("cpu", copy=True), mine)
-        parts = self._place.gather(mine)
-        found = {name: value for part in parts for name, value in part["model"].items()}
-        state: dict[str, Any] = {"model": {name: found[name] for name in self._names()}}
+            local["optimizer"] = named_state(self._model, optimizer)
+        local = tree_map_only(Tensor, self._copied, local)
+        parts = self._this_chain.gather(local)
+        model = {name: value for part in parts for name, value in part["model"].items()}
+        state: dict[str, Any] = {"model": {name: model[name] for name in self._names()}}
         if optimizer is not None:
-            states = {name: value for part in parts for name, value in part["optimizer"]["state"].items()}
+            states = merged([part["optimizer"] for part in parts])["state"]
             state["optimizer"] = {
                 "state": {name: states[name] for name in self._names() if name in states},
-                "param_groups": mine["optimizer"]["param_groups"],
+                "param_groups": local["optimizer"]["param_groups"],
             }
         return state
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
-        """Load this process's parts of a whole model's state. Raises RuntimeError or ValueError for another's."""
+        """Load this process's part of a whole model's state. Raises RuntimeError or UserError for another model's."""
         if differing := {*state["model"]} ^ {*self._names()}:
-            raise RuntimeError(f"the state is of another model: {', '.join(sorted(differing)[:3])} is in one of them.")
+            raise RuntimeError(
+                f"the state is that of another model: only one of them has {', '.join(sorted(differing)[:3])}."
+            )
         for child_name, child in self._children.items():
             prefix = f"{child_name}."
             names = {plain: name for plain, name in self._names().items() if name.startswith(prefix)}
             child.load_state_dict({name.removeprefix(prefix): state["model"][plain] for plain, name in names.items()})
         if optimizer is not None:
             saved = state["optimizer"]
-            states = {name: value for name, value in saved["state"].items() if name in self._names(own=True)}
+            states = {name: value for name, value in saved["state"].items() if name in self._names(local=True)}
             load_named_state(self._model, optimizer, {**saved, "state": states})
 
-    def _names(self, own: bool = False) -> dict[str, str]:
-        """Return the names in the whole model's state, in order, and those under `torch.compile`; or the own ones."""
-        names = [name for name in self._model.state_dict() if not own or name.partition(".")[0] in self._children]
-        return {name.replace("_orig_mod.", ""): name for name in names}
-
-
-def _check_count(name: str, value: object, least: int, why: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}: give a whole number of at least {least}; {why}.")
+    def _names(self, local: bool = False) -> dict[str, str]:
+        """Return {user's name: name in `state_dict`} of the whole model, in order, or of this process's part."""
+        names = [name for name in self._model.state_dict() if not local or name.partition(".")[0] in self._children]
+        return {user_name(name): name for name in names}

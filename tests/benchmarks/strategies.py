@@ -133,7 +133,7 @@ PARTS: dict[str, Callable[[], None]] = {
     ),
     "hooks": lambda: print_table(
         f"The digits model and data, N=16, K=2, {hooks.EPOCHS} epochs on two processes. *off*: how far the first "
-        "gradient that a hook sends is from the same without one, relative. PowerSGD begins after 23 updates.",
+        "gradient that a hook sends is from the same without one, relative.",
         hooks_of_ddp(),
     ),
 }
