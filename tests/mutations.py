@@ -75,9 +75,9 @@ FAULTS = [
     # the arithmetic of an update
     Fault(
         "divide by the nominal window",
-        "Scale.factor",
-        "self._unit / weight if weight",
-        "self._unit / self._expected if weight",
+        "Updater.finish",
+        "self.scale.factor(agreed.weight)",
+        "self.scale.factor(float(window.stage.effective_batch))",
         TABLE,
     ),
     Fault("divide by P twice", "DDPStrategy.backward", "scale * self.data_parallel_size)", "scale)", TABLE),
@@ -185,7 +185,8 @@ FAULTS = [
         "drop the tail",
         "Plan.windows",
         "            yield PlannedWindow(offset, stop, stage)",
-        "            if stop - offset == stage.effective_batch:\n                yield PlannedWindow(offset, stop, stage)",
+        "            if stop - offset == stage.effective_batch:\n"
+        "                yield PlannedWindow(offset, stop, stage)",
         TABLE,
     ),
     Fault(
