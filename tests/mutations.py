@@ -2,12 +2,14 @@
 
     python tests/mutations.py              # all of them, two at a time, in copies: the code stays as it is
     python tests/mutations.py clip stream  # those whose name has one of these words
+    python tests/mutations.py --check      # apply each in memory and run no test: a second
 
-Prints the table of docs/testing.md. Fails if a fault survives, or no longer applies because its line has changed.
+Prints the table of docs/testing.md. Fails if a fault survives, or no longer applies because its function has changed.
 """
 
 from __future__ import annotations
 
+import ast
 import multiprocessing
 import os
 import re
@@ -16,6 +18,9 @@ import shutil
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from difflib import get_close_matches
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,19 +28,37 @@ import processes  # noqa: F401 - torch, imported once: not by each pytest
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("engine", "strategies", "launch", "tests", "pyproject.toml")
+PACKAGES = ("engine", "strategies")
+COPIED = (*PACKAGES, "launch", "tests", "pyproject.toml")
 WORKERS = int(os.environ.get("TEST_WORKERS", "2"))
 FORK = multiprocessing.get_context("fork")
 
 
-class Mutation(NamedTuple):
-    """A fault: `old`, which stands once in `file`, becomes `new`, and one of `tests` must fail."""
+class Fault(NamedTuple):
+    """A fault: `old`, which stands once in `function`, becomes `new`, and one of `tests` must fail.
 
-    fault: str
-    file: str
+    `function` is the qualified name of a function or class in `engine/` or `strategies/`, such as "Plan.windows". If
+    several modules have the name, their path comes first: "engine.order:shuffled". "engine.order:" is the whole module.
+    """
+
+    name: str
+    function: str
     old: str
     new: str
     tests: str
+
+
+class StaleFaultError(ValueError):
+    """A fault does not apply: its function or its text is missing, or there are several."""
+
+
+class Definition(NamedTuple):
+    """A function or class: its module, and its text from `start` to `end`, decorators included."""
+
+    module: str
+    file: Path
+    start: int
+    end: int
 
 
 TABLE = "tests/test_table.py::test_ddp_equals_one_big_batch"
@@ -48,519 +71,533 @@ DRAWS = "tests/test_layout.py::test_every_sample_and_micro_batch_of_every_epoch_
 
 KILLED = "'tests/test_resume.py::test_killed_twice_and_continued_is_uninterrupted_to_the_bit[3-boundary]'"
 
-LOOP, DDP, BASE, PLAN = (
-    "engine/update/updater.py",
-    "strategies/ddp/strategy.py",
-    "strategies/base.py",
-    "engine/plan/windows.py",
-)
-FSDP = "strategies/fsdp/strategy.py"
-
-MUTATIONS = [
+FAULTS = [
     # the arithmetic of an update
-    Mutation(
+    Fault(
         "divide by the nominal window",
-        LOOP,
+        "Loop.finish",
         "correction = self._unit / facts.weight if",
         "correction = self._unit / window.stage.effective_batch if",
         TABLE,
     ),
-    Mutation("divide by P twice", DDP, "scale * self.data_parallel_size)", "scale)", TABLE),
-    Mutation(
+    Fault("divide by P twice", "DDPStrategy.backward", "scale * self.data_parallel_size)", "scale)", TABLE),
+    Fault(
         "average the averages of ragged micro-batches",
-        "engine/update/loss_sum.py",
+        "Sums.add",
         "= loss, micro.size",
         "= loss, 1",
         TABLE,
     ),
-    Mutation(
+    Fault(
         "divide by this process's weight",
-        LOOP,
+        "Loop.finish",
         "self._unit / facts.weight",
         "self._unit / float(self.sums._weight)",
         TOKENS,
     ),
-    Mutation(
+    Fault(
         "divide by the weight of the update before",
-        LOOP,
+        "Loop.finish",
         "correction = self._unit / facts.weight if facts.weight else 1.0",
         "correction = 1.0",
         TOKENS,
     ),
-    Mutation(
+    Fault(
         "a unit that processes do not share",
-        LOOP,
+        "Loop.finish",
         "facts.weight if facts.weight !=",
         "self.sums.samples if facts.weight !=",
         TOKENS,
     ),
-    Mutation(
+    Fault(
         "apply the scale twice",
-        LOOP,
+        "Loop.start",
         "self._loss_scale.value / self._unit",
         "self._loss_scale.value / self._unit**2",
         TABLE,
     ),
-    Mutation(
+    Fault(
         "leave fp16's scale in the gradient",
-        LOOP,
+        "Loop.finish",
         "correction / self._loss_scale.value",
         "correction",
         "tests/test_precision.py",
     ),
-    Mutation(
+    Fault(
         "step on a window of weight 0",
-        LOOP,
+        "Loop.finish",
         "skipped = overflowed or facts.weight == 0",
         "skipped = overflowed",
         "tests/test_tokens.py::test_a_window_of_weight_zero_is_a_skipped_update",
     ),
-    Mutation(
+    Fault(
         "step on a gradient that is not finite",
-        LOOP,
+        "Loop.finish",
         "overflowed = self._skips_nonfinite and",
         "overflowed = False and",
         "tests/test_loop.py::test_an_update_that_is_not_finite_is_skipped_on_all_processes",
     ),
-    Mutation(
+    Fault(
         "clip each micro-batch",
-        BASE,
+        "Strategy.run_window",
         "                self.backward(loss, scale)\n",
         "                self.backward(loss, scale)\n                self.clip(0.05)\n",
         "tests/test_table.py::test_clipping_acts_on_the_whole_gradient_of_an_update",
     ),
-    Mutation(
+    Fault(
         "clip before the correction",
-        BASE,
+        "Strategy.clip",
         "            norm = norm * factor\n",
         "            pass\n",
         "tests/test_strategies.py::test_clip_is_that_of_torch_after_the_factor",
     ),
-    Mutation(
+    Fault(
         "gradients leak into the next window",
-        LOOP,
+        "Loop.finish",
         "        self.strategy.clear_gradients()\n        if facts.weight",
         "        self.optimizer.zero_grad()\n        if facts.weight",
         "tests/test_loop.py::test_gradients_that_no_optimizer_holds_do_not_leak_into_the_next_window",
     ),
-    Mutation(
+    Fault(
         "move the learning rate with each micro-batch",
-        LOOP,
+        "Loop.run_update.forward",
         "weighed = add(compute(model, micro.batch), micro)",
         "weighed = add(compute(model, micro.batch), micro); self.lr_scheduler and self.lr_scheduler.step()",
         "tests/test_loop.py::test_the_learning_rate_moves_once_per_update",
     ),
-    Mutation(
+    Fault(
         "report this process's loss",
-        LOOP,
+        "Loop.finish",
         "mean = facts.loss / facts.weight",
         "mean = self.sums.read()[1] / facts.weight",
         "tests/test_loop.py::test_the_loss_of_a_record_is_the_mean_over_its_window",
     ),
     # windows and data
-    Mutation("the boundary one micro-batch late", PLAN, "piece + P >= pieces", "piece + P > pieces", COUNTS),
-    Mutation("the boundary one micro-batch early", PLAN, "piece + P >= pieces", "piece + 2 * P >= pieces", COUNTS),
-    Mutation(
+    Fault(
+        "the boundary one micro-batch late", "Window.micro_batches", "piece + P >= pieces", "piece + P > pieces", COUNTS
+    ),
+    Fault(
+        "the boundary one micro-batch early",
+        "Window.micro_batches",
+        "piece + P >= pieces",
+        "piece + 2 * P >= pieces",
+        COUNTS,
+    ),
+    Fault(
         "drop the tail",
-        PLAN,
+        "Plan.windows",
         "            yield Window(offset, stop, stage)",
         "            if stop - offset == stage.effective_batch:\n                yield Window(offset, stop, stage)",
         TABLE,
     ),
-    Mutation(
+    Fault(
         "cut micro-batches by P",
-        PLAN,
+        "Window.micro_batches",
         "piece * N, min((piece + 1) * N,",
         "piece * N, min((piece + 1) * N + P - 1,",
         TABLE,
     ),
-    Mutation(
+    Fault(
         "spread a window unevenly",
-        PLAN,
+        "Window.count",
         "min(self.samples, -(-pieces // P) * P) if spread else pieces",
         "pieces",
         "tests/test_plan.py",
     ),
-    Mutation(
+    Fault(
         "count one update too few",
-        PLAN,
+        "Plan.updates",
         "end - stage.first) * -(-self.samples",
         "end - stage.first - 1) * -(-self.samples",
         "tests/test_plan.py",
     ),
-    Mutation(
+    Fault(
         "plan nominal windows",
-        "engine/preview/forecast.py",
+        "expected_updates",
         "before[window.stop] - before[window.start], window",
         "window.stage.effective_batch, window",
         PREVIEW,
     ),
-    Mutation(
+    Fault(
         "plan the learning rate one update late",
-        "engine/preview/forecast.py",
+        "expected_updates",
         "lrs[number] *",
         "lrs[number - 1] *",
         PREVIEW,
     ),
-    Mutation(
+    Fault(
         "plan the bytes of float32",
-        "strategies/ddp/strategy.py",
+        "DDPStrategy.bytes_to_reduce",
         "p.numel() * p.element_size()",
         "p.numel() * 4",
         PREVIEW,
     ),
-    Mutation(
+    Fault(
         "change K one epoch late",
-        "engine/plan/schedule.py",
+        "Schedule._after",
         "return bisect_right(self.stages, place,",
         "return bisect_right(self.stages, place - 1,",
         "tests/test_plan.py",
     ),
-    Mutation("the same order in every epoch", "engine/order.py", "PCG64([seed, epoch])", "PCG64([seed])", LAYOUT),
-    Mutation(
+    Fault("the same order in every epoch", "_generator", "PCG64([seed, epoch])", "PCG64([seed])", LAYOUT),
+    Fault(
         "seed the dataset without the epoch",
-        "engine/data/fetch.py",
+        "Fetch._seed_all",
         "FETCH_STREAM, epoch, place",
         "FETCH_STREAM, place",
         DRAWS,
     ),
-    Mutation("seed the model without the epoch", "engine/seeds.py", "MODEL_STREAM, epoch)", "MODEL_STREAM)", DRAWS),
-    Mutation(
+    Fault("seed the model without the epoch", "epoch_key", "MODEL_STREAM, epoch)", "MODEL_STREAM)", DRAWS),
+    Fault(
         "seed the model by process",
-        "engine/update/updater.py",
+        "Loop.run_update.forward",
         "            seed(key + micro.place",
         "            seed(self.strategy.rank + key + micro.place",
         "tests/test_layout.py::test_dropout_and_augmentation_do_not_know_P",
     ),
-    Mutation(
+    Fault(
         "a stream that ends within a window has no last micro-batch",
-        "engine/data/stream.py",
+        "StreamWindow.__iter__",
         "place == last or not more",
         "place == last",
         STREAMS,
     ),
-    Mutation(
+    Fault(
         "a process's own end ends the epoch",
-        LOOP,
+        "Loop.finish",
         "window.more, window.samples = facts.more > 0, int(facts.samples)",
         "window.samples = int(facts.samples)",
         STREAMS,
     ),
-    Mutation(
+    Fault(
         "count padded validation samples twice",
-        "engine/training/validation.py",
+        "Evaluation.run",
         "means[name] = total / weight if",
         "means[name] = sum(r[name][0] / r[name][1] for r in everyone if name in r) / len(everyone) if",
         "tests/test_loop.py::test_a_validation_mean_is_that_over_all_samples_once",
     ),
     # processes
-    Mutation(
+    Fault(
         "reduce every micro-batch",
-        DDP,
+        "DDPStrategy.accumulation_context",
         "NOTHING_TO_DEFER if is_last_microbatch else self._ddp.no_sync()",
         "NOTHING_TO_DEFER",
         COUNTS,
     ),
-    Mutation(
+    Fault(
         "the context around backward only",
-        BASE,
+        "Strategy.run_window",
         "            with self.accumulation_context(micro.is_last):\n                loss, scale = forward(micro)\n",
         "            loss, scale = forward(micro)\n            with self.accumulation_context(micro.is_last):\n",
         COUNTS,
     ),
-    Mutation(
+    Fault(
         "skip the pass of a process without data",
-        DDP,
+        "DDPStrategy.join",
         "            super().backward(self._ddp(), 1.0)",
         "            pass",
         "'tests/test_streams.py::test_uneven_streams_equal_one_big_batch[[0, 1]-even]'",
     ),
-    Mutation(
+    Fault(
         "let DDP reorder its buckets in the second window",
-        DDP,
+        "DDPStrategy.prepare",
         "        self._fix_buckets()\n",
         "",
         "tests/test_strategies.py::test_a_rerun_sums_in_the_same_order_to_the_bit",
     ),
-    Mutation(
+    Fault(
         "believe that every gradient was reduced",
-        DDP,
+        "DDPStrategy.backward",
         "            self._ddp._check_reducer_finalized()  # type: ignore[no-untyped-call]",
         "            pass",
         "tests/test_strategies.py::test_a_gradient_that_was_not_reduced_is_an_error_that_names_it",
     ),
-    Mutation(
+    Fault(
         "do not compare replicas",
-        "engine/training/session.py",
+        "Epochs._run_epoch",
         "        trainer.loop.check_replicas(trainer.update)\n",
         "",
         "tests/test_replicas.py::test_replicas_that_diverge_stop_the_run_on_all_processes",
     ),
-    Mutation(
+    Fault(
         "buffers in each forward",
-        DDP,
+        "DDPStrategy.wrap",
         "            **_buffers_are_ours(),\n",
         "",
         "tests/test_replicas.py -k batch_norm_called_twice",
     ),
-    Mutation(
+    Fault(
         "DP that does not split",
-        "strategies/dp.py",
+        "strategies.dp:_split",
         "min((len(parts) for parts in split.values()), default=1)",
         "1",
         "tests/test_strategies.py -k dp_on_the_cpu",
     ),
-    Mutation(
+    Fault(
         "an effective batch without P",
-        "strategies/process_group.py",
+        "ProcessGroupStrategy.effective_batch",
         "return self.data_parallel_size * N * K",
         "return N * K",
         "tests/test_strategies.py::test_effective_batches",
     ),
     # shards
-    Mutation(
+    Fault(
         "sharded: reduce every micro-batch",
-        FSDP,
+        "FSDPStrategy._start_pass",
         'set_requires_gradient_sync(is_last or self.reduce == "micro_batch")',
         "set_requires_gradient_sync(True)",
         "'tests/test_sharded.py::test_collectives_of_a_window[window-3]'",
     ),
-    Mutation(
+    Fault(
         "sharded: average over the processes",
-        FSDP,
+        "FSDPStrategy.prepare",
         "part.set_gradient_divide_factor(1.0)",
         "part.set_gradient_divide_factor(2.0)",
         "'tests/test_sharded.py::test_fsdp_equals_one_big_batch[2-micro_batch]'",
     ),
-    Mutation(
+    Fault(
         "sharded: a norm of this process's part",
-        FSDP,
+        "FSDPStrategy._norm",
         "        dist.all_reduce(square, group=self._shards)\n",
         "",
         "'tests/test_sharded.py::test_token_weights_and_clipping[window-0.1]'",
     ),
-    Mutation(
+    Fault(
         "sharded: reduce at one's own last micro-batch",
-        FSDP,
+        "FSDPStrategy._start_pass",
         "            is_last = self._made + 1 == self._most\n",
         "            pass\n",
         "tests/test_sharded.py -k uneven_streams",
     ),
-    Mutation(
+    Fault(
         "sharded: reduce no zeros without data",
-        "strategies/fsdp/collective_order.py",
+        "Passes.finish",
         "self.groups[name].post_backward()",
         "pass",
         "'tests/test_sharded.py::test_processes_that_never_had_a_micro_batch_learn_the_order_from_the_others[2-1]'",
     ),
-    Mutation(
+    Fault(
         "sharded: go on from the middle of a forward that failed",
-        "strategies/fsdp/collective_order.py",
+        "Passes.finish",
         "        if self._place:  # it failed on the way\n",
         "        if False:\n",
         "tests/test_sharded.py -k forward_that_fails",
     ),
-    Mutation(
+    Fault(
         "sharded: validate with the list of the forwards before",
-        FSDP,
+        "FSDPStrategy._gathered",
         "            self._root.reset_iter_state()  # FSDP",
         "            pass  # FSDP",
         "tests/test_sharded.py::test_uneven_validation_between_updates",
     ),
     # interruptions
-    Mutation(
-        "forget the weight of the update before", LOOP, '"late_weight": self._late_weight', '"late_weight": 0.0', KILLED
+    Fault(
+        "forget the weight of the update before",
+        "Loop.state_dict",
+        '"late_weight": self._late_weight',
+        '"late_weight": 0.0',
+        KILLED,
     ),
-    Mutation(
+    Fault(
         "read the epoch again",
-        "engine/data/map_style.py",
+        "MapSource.windows",
         "positions[0][1] if positions and positions[0][0] == epoch else 0",
         "0",
         KILLED,
     ),
-    Mutation("forget the optimizer", DDP, "            load_named_state(", "            print(", KILLED),
-    Mutation(
+    Fault(
+        "forget the optimizer",
+        "DDPStrategy.load_state_dict",
+        "            load_named_state(",
+        "            print(",
+        KILLED,
+    ),
+    Fault(
         "forget the schedule of the learning rate",
-        "engine/checkpoint/snapshot.py",
+        "engine.checkpoint.snapshot:restore",
         'trainer.lr_scheduler.load_state_dict(saved["lr_scheduler"])',
         "pass",
         KILLED,
     ),
-    Mutation(
+    Fault(
         "buffers as each process left them",
-        DDP,
+        "DDPStrategy.accumulation_context",
         "        self._broadcast_buffers_once()\n        return NOTHING_TO_DEFER if",
         "        is_last_microbatch and self._broadcast_buffers_once()\n        return NOTHING_TO_DEFER if",
         "tests/test_resume.py::test_buffers_that_forward_reads_are_those_of_the_checkpoint",
     ),
-    Mutation(
+    Fault(
         "write updates twice into the history",
-        "engine/records/run_folder.py",
+        "RunFolder.rewind",
         "                if _is_before(line, update, validated):\n",
         "                if True:\n",
         KILLED,
     ),
-    Mutation(
+    Fault(
         "keep K instead of the effective batch on another P",
-        "engine/trainer.py",
+        "Trainer.lay_out",
         "saved is not None and self._has_same_windows(saved)",
         "False",
         "tests/test_resume.py::test_a_run_goes_on_with_another_number_of_processes",
     ),
-    Mutation(
+    Fault(
         "stop alone",
-        LOOP,
+        "Loop.finish",
         "        if facts.abort:",
         "        if self._interrupts.requested:",
         "tests/test_interrupts.py::test_sigterm_at_random_moments",
     ),
-    Mutation(
+    Fault(
         "keep the buffers of a window that was dropped",
-        LOOP,
+        "Loop._drop",
         "                    buffer.copy_(self._buffers[name])",
         "                    pass",
         "tests/test_interrupts.py::test_a_window_that_is_dropped_leaves_no_trace_in_buffers",
     ),
-    Mutation(
+    Fault(
         "believe a checkpoint",
-        "engine/checkpoint/files.py",
+        "verify",
         '        if _sha256(file) != expected["sha256"]:',
         "        if False:",
         "tests/test_run_dir.py::test_a_damaged_checkpoint_is_named_and_the_one_before_is_used",
     ),
-    Mutation(
+    Fault(
         "save while updates are skipped",
-        "engine/checkpoint/checkpointer.py",
+        "Keeper.save",
         "self._folder is None or (self._trainer.skipped_in_a_row and not is_last)",
         "self._folder is None",
         "tests/test_interrupts.py -k finite",
     ),
     # what people see, and what they ask for
-    Mutation(
+    Fault(
         "let the schedule see the rate of a rule",
-        LOOP,
+        "Loop._step",
         'group["lr"] = rate\n',
         "pass\n",
         "tests/test_lr_rules.py -k multiplies",
     ),
-    Mutation(
-        "report a rate without its factor", LOOP, "lr_factor * float(", "float(", "tests/test_lr_rules.py -k multiplies"
+    Fault(
+        "report a rate without its factor",
+        "Loop.finish",
+        "lr_factor * float(",
+        "float(",
+        "tests/test_lr_rules.py -k multiplies",
     ),
-    Mutation(
+    Fault(
         "train on with the average",
-        "engine/callbacks/ema.py",
+        "EMA.around_validation",
         "finally:\n            self._swap()",
         "finally:\n            pass",
         "tests/test_callbacks.py -k average",
     ),
-    Mutation(
+    Fault(
         "forget how long a stop has waited",
-        "engine/callbacks/early_stopping.py",
+        "EarlyStopping.load_state_dict",
         'self.best, self.waited = state["best"], state["waited"]',
         "pass",
         "tests/test_callbacks.py -k early",
     ),
-    Mutation(
+    Fault(
         "stop each process by itself",
-        "engine/callbacks/early_stopping.py",
+        "EarlyStopping._stop_if_due",
         "together=True",
         "together=False",
         "tests/test_callbacks.py -k early",
     ),
-    Mutation(
+    Fault(
         "make a schedule anew",
-        "engine/callbacks/learning_rate.py",
+        "EpochLR.on_fit_start",
         "group.update(values)",
         "pass",
         "tests/test_callbacks.py -k resume",
     ),
-    Mutation(
+    Fault(
         "look at the wait for the first micro-batch only",
-        "engine/update/timing.py",
+        "Meter.watched",
         "place = int(GOLDEN * update % 1.0 * window.stage.accumulate_grad_batches)",
         "place = 0",
         "tests/test_reduction.py -k another",
     ),
-    Mutation(
+    Fault(
         "call the wait for data computing",
-        "engine/update/timing.py",
+        "Times.computing",
         "max(0.0, self.before - self.data)",
         "self.before",
         "tests/test_reduction.py -k goes",
     ),
-    Mutation(
+    Fault(
         "compute before a batch has arrived",
-        "engine/data/prefetch.py",
+        "Prefetch.to_device",
         "self._computing.wait_event(moving.arrival)",
         "pass",
         "tests/test_prefetch.py -k waits",
     ),
-    Mutation(
+    Fault(
         "wait for each batch to arrive",
-        BASE,
+        "_move",
         "return batch.to(device, non_blocking=True)",
         "return batch.to(device)",
         "tests/test_device.py -k as_often",
     ),
-    Mutation(
+    Fault(
         "wait for each metric of a validation to arrive",
-        "engine/training/validation.py",
+        "Evaluation._pair",
         "metric.new_full((), size, dtype=torch.float64)",
         "torch.full((), size, dtype=torch.float64).to(metric.device)",
         "tests/test_device.py -k once_in_a_validation",
     ),
-    Mutation(
+    Fault(
         "overwrite a batch that is being read",
-        "engine/data/prefetch.py",
+        "Prefetch.start",
         "self._stream.wait_stream(self._computing)",
         "pass",
         "tests/test_prefetch.py -k waits",
     ),
-    Mutation(
+    Fault(
         "keep every batch that was moved",
-        "engine/data/prefetch.py",
+        "Prefetch.start",
         "self._being_read.clear()",
         "pass",
         "tests/test_prefetch.py -k kept",
     ),
-    Mutation(
+    Fault(
         "raise for a batch that was read ahead",
-        "engine/data/prefetch.py",
+        "Prefetch.one_ahead",
         "then, error = end, met",
         "raise met",
         "tests/test_prefetch.py -k error",
     ),
-    Mutation(
+    Fault(
         "step as the run before",
-        "strategies/optimizer_state.py",
+        "load_named_state",
         "for name in HOW_TO_STEP if name in group",
         "for name in ()",
         "tests/test_fused.py -k told",
     ),
-    Mutation(
+    Fault(
         "end while a thread is in the store",
-        "strategies/status_board.py",
+        "Notes._patiently",
         "atexit.register(thread.join, PATIENCE)",
         "pass",
         "tests/test_silence.py -k interpreter",
     ),
-    Mutation(
+    Fault(
         "let a logger end the run",
-        "engine/loggers/base.py",
+        "_Guarded._try",
         "except Exception as error:",
         "except ZeroDivisionError as error:",
         "tests/test_loggers.py -k away",
     ),
-    Mutation(
+    Fault(
         "keep rows that come again",
-        "engine/loggers/csv_tables.py",
+        "engine.loggers.csv_tables:_is_before",
         " and int(number) <= update",
         "",
         "tests/test_loggers.py -k history",
     ),
-    Mutation(
+    Fault(
         "tell TensorBoard nothing of a resume",
-        "engine/loggers/tensorboard_events.py",
+        "TensorBoardLogger.open",
         "purge_step=first",
         "purge_step=None",
         "tests/test_loggers.py -k history",
@@ -602,28 +639,113 @@ def _test(copy: Path, selection: str, output: Path) -> None:
     os._exit(status)
 
 
-def apply(mutation: Mutation) -> str:
+@lru_cache(maxsize=1)
+def definitions(root: Path) -> dict[str, list[Definition]]:
+    """Return the functions and classes of the packages in `root` by qualified name, and each module as "path:"."""
+    found: dict[str, list[Definition]] = {}
+
+    def visit(parent: ast.AST, prefix: str) -> None:
+        for node in ast.iter_child_nodes(parent):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                visit(node, prefix)
+                continue
+            first = min(part.lineno for part in (node, *node.decorator_list))
+            assert node.end_lineno is not None
+            found.setdefault(prefix + node.name, []).append(
+                Definition(module, file, lines[first - 1], lines[node.end_lineno])
+            )
+            visit(node, f"{prefix}{node.name}.")
+
+    for file in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
+        source = file.read_text()
+        module = ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        lines = [0, *accumulate(len(line) for line in source.splitlines(keepends=True))]
+        found[f"{module}:"] = [Definition(module, file, 0, len(source))]
+        visit(ast.parse(source), "")
+    return found
+
+
+def locate(function: str, root: Path = ROOT) -> list[Definition]:
+    """Return the definitions of `function`, all in one module: several for a property and its setter, say.
+
+    Raises StaleFaultError if there is no such function, or if several modules have one.
+    """
+    known = definitions(root)
+    module, colon, name = function.rpartition(":")
+    if not name:
+        places = known.get(function, [])
+    else:
+        places = [place for place in known.get(name, []) if not colon or place.module == module]
+    modules = sorted({place.module for place in places})
+    if len(modules) > 1:
+        choices = ", ".join(f"{module}:{name}" for module in modules)
+        raise StaleFaultError(f"{function!r} is in several modules. Use one of {choices}.")
+    if not places:
+        last = name.rpartition(".")[2]
+        same = [other for other in known if last and other.rpartition(".")[2] == last]
+        similar = same or get_close_matches(name or function, known)
+        raise StaleFaultError(f"{function!r} is missing. Similar: {', '.join(similar) or 'nothing'}.")
+    return places
+
+
+def broken(fault: Fault, root: Path = ROOT) -> tuple[Path, str]:
+    """Return the file of `root` that has the fault, and its text with the fault.
+
+    Raises StaleFaultError if the fault does not apply, or if Python cannot read the result.
+    """
+    places = locate(fault.function, root)
+    file = places[0].file
+    source = file.read_text()
+    counts = [source.count(fault.old, place.start, place.end) for place in places]
+    if sum(counts) != 1:
+        raise StaleFaultError(f"{fault.old!r} stands {sum(counts)} times in {fault.function}, in {file}")
+    start = source.index(fault.old, places[counts.index(1)].start)
+    changed = source[:start] + fault.new + source[start + len(fault.old) :]
+    try:
+        ast.parse(changed)
+    except SyntaxError as error:
+        raise StaleFaultError(f"{fault.new!r} in {fault.function}: {error}") from error
+    return file, changed
+
+
+def apply(fault: Fault) -> str:
     """Break a copy; return the test that went red, or what is wrong in capitals."""
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_into(folder)
-        file = copy / mutation.file
-        source = file.read_text()
-        if source.count(mutation.old) != 1:
-            return f"NOT APPLIED: {mutation.old!r} stands {source.count(mutation.old)} times in {mutation.file}"
-        file.write_text(source.replace(mutation.old, mutation.new))
-        status, red = test(copy, mutation.tests)
+        try:
+            file, changed = broken(fault, copy)
+        except StaleFaultError as error:
+            return f"NOT APPLIED: {error}"
+        file.write_text(changed)
+        status, red = test(copy, fault.tests)
     return f"`{red.removeprefix('tests/')}`" if status == 1 else f"SURVIVED (pytest ended with {status})"
 
 
-def main(words: list[str]) -> int:
+def check(faults: list[Fault]) -> int:
+    """Apply all in memory, print those that are stale, return the exit status."""
+    stale = 0
+    for fault in faults:
+        try:
+            broken(fault)
+        except StaleFaultError as error:
+            stale += 1
+            print(f"{fault.name}: {error}")
+    print(f"{len(faults) - stale} of {len(faults)} apply")
+    return 1 if stale else 0
+
+
+def main(arguments: list[str]) -> int:
     """Apply all, print the table, return the exit status."""
-    chosen = [m for m in MUTATIONS if not words or any(word in m.fault for word in words)]
+    words = [word for word in arguments if word != "--check"]
+    chosen = [fault for fault in FAULTS if not words or any(word in fault.name for word in words)]
+    if "--check" in arguments:
+        return check(chosen)
     print("| fault | where | goes red |\n| --- | --- | --- |", flush=True)
     wrong = 0
     with ProcessPoolExecutor(WORKERS, FORK) as pool:
-        for mutation, outcome in zip(chosen, pool.map(apply, chosen), strict=True):
+        for fault, outcome in zip(chosen, pool.map(apply, chosen), strict=True):
             wrong += not outcome.startswith("`")
-            print(f"| {mutation.fault} | `{mutation.file}` | {outcome} |", flush=True)
+            print(f"| {fault.name} | `{fault.function}` | {outcome} |", flush=True)
     print(f"\n{len(chosen) - wrong} of {len(chosen)} killed", flush=True)
     return 1 if wrong else 0
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from commands import ROOT, RUN, python
-from mutations import MUTATIONS, Mutation
 from processes import run
 from toy import Regression, Watch, big_batch_run, in_order, parameters
 
@@ -130,16 +129,6 @@ def test_the_plan_that_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     told = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert told == re.findall(r"```text\n(.*?)```", page, re.DOTALL)[0].splitlines()
     assert (tmp_path / "docs/images/plan.svg").read_text() == (ROOT / "docs/images/plan.svg").read_text()
-
-
-def test_the_table_of_faults_is_that_of_the_script() -> None:
-    rows = re.findall(r"^\| (.*) \| `(\S+)` \| `\S+` \|$", (ROOT / "docs/testing.md").read_text(), re.MULTILINE)
-    assert rows == [(mutation.fault, mutation.file) for mutation in MUTATIONS]
-
-
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.fault)
-def test_a_fault_has_its_place(mutation: Mutation) -> None:
-    assert (ROOT / mutation.file).read_text().count(mutation.old) == 1
 
 
 @pytest.mark.parametrize("page", PAGES)
