@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from processes import run
+from reference import Regression
 from torch import Tensor, nn
-from toy import Regression
 
 import engine.update.timing
 import engine.update.updater
