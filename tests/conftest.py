@@ -12,7 +12,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the backg
 settings.register_profile("tally", deadline=None)  # no test measures time
 settings.load_profile("tally")
 
-if (device := os.environ.get("TALLY_TEST_DEVICE", "gadget")) == "gadget":
+if (device := os.environ.get("TALLY_TEST_DEVICE", "fake")) == "fake":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests' processes talk over gloo
 elif device == "cuda":
     collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name != "test_device.py"]

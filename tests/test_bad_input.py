@@ -12,9 +12,9 @@ import pytest
 import torch
 from commands import RUN, python
 from processes import ChildError, run
+from reference import Regression
 from torch import nn
 from torch.utils.data import TensorDataset
-from toy import Regression
 
 from engine import Callback, GradientAccumulationScheduler, Trainer
 

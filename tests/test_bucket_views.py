@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from processes import run
+from reference import Regression, Watch, parameters
 from test_strategies import Branches
 from test_table import EPOCHS, TAILS, N, expected
-from toy import Regression, Watch, parameters
 
 from engine import Trainer
 from strategies import DDPStrategy

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from processes import ChildError, run
+from reference import Regression, Samples, data, parameters
 from safetensors.torch import load_file
 from test_resume import same
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
-from toy import Regression, Samples, data, parameters
 
 from engine import Callback, Loss, Trainer
 from engine.callbacks import EMA, EarlyStopping, EpochLR, PlateauLR, Profiler

@@ -22,8 +22,8 @@ import safetensors.torch
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from reference import Regression
 from torch import Tensor
-from toy import Regression
 
 from engine import Callback, Trainer
 from engine.checkpoint import files as checkpoint

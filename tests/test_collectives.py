@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from processes import run
+from reference import Regression, Watch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy import Regression, Watch
 
 from engine import Loss, Trainer
 from strategies import DDPStrategy

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run
-from toy import Regression, big_batch_run, in_order, parameters
+from reference import Regression, big_batch_run, in_order, parameters
 
 from engine import GradientAccumulationScheduler, Trainer
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from broken import DEFECTS, Defect
+from broken_strategies import DEFECTS, Defect
 from commands import python
 
 from engine.conformance import CHECKS, Backend, BrokenPromiseError, NotDeclaredError, processes

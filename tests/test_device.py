@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 import torch
 from processes import ChildError, run
+from reference import Regression, Samples, Watch, big_batch_run, data, in_order, mlp, parameters
 from test_resume import same
 from test_streams import Streamed, deal, windows_of
 from test_tokens import Sequences, big_batch
 from torch import Tensor, nn
-from toy import Regression, Samples, Watch, big_batch_run, data, in_order, mlp, parameters
 
 from engine import Trainer
 from engine.callbacks import EMA
 from strategies import DDPStrategy, DPStrategy, SingleDeviceStrategy
 
-DEVICE = os.environ.get("TALLY_TEST_DEVICE", "gadget")
+DEVICE = os.environ.get("TALLY_TEST_DEVICE", "fake")
 N, EPOCHS = 2, 2
 SMALL = 2.0**-6
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,8 +37,8 @@ def there(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _there(function: Callable[..., Any], args: Any) -> Any:
-    if DEVICE == "gadget":
-        import gadget  # noqa: F401
+    if DEVICE == "fake":
+        import fake_device  # noqa: F401
     return function(*args)
 
 
@@ -102,9 +102,9 @@ class Looks(Watch):
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
         else:
-            import gadget
+            import fake_device
 
-            self.seen = gadget.waits
+            self.seen = fake_device.waits
 
     def on_update_end(self, trainer: Any) -> None:
         super().on_update_end(trainer)
@@ -284,22 +284,22 @@ def test_a_precision_is_the_autocast_of_the_device(precision: str) -> None:
 
 
 def mix() -> None:
-    nn.Linear(5, 1).to("gadget")(torch.ones(2, 5))
+    nn.Linear(5, 1).to("fake")(torch.ones(2, 5))
 
 
 def come_late() -> Any:
-    import gadget
+    import fake_device
 
-    stream = gadget.Stream()
-    with torch.gadget.stream(stream):  # type: ignore[attr-defined]
-        batch = torch.ones(3).to("gadget", non_blocking=True)
+    stream = fake_device.Stream()
+    with torch.fake.stream(stream):  # type: ignore[attr-defined]
+        batch = torch.ones(3).to("fake", non_blocking=True)
     arrival = stream.record_event()
     before = batch.cpu().tolist()
     arrival()
-    return before, batch.cpu().tolist(), len(gadget.waits)
+    return before, batch.cpu().tolist(), len(fake_device.waits)
 
 
-@pytest.mark.skipif(DEVICE != "gadget", reason="of the device made of Python")
+@pytest.mark.skipif(DEVICE != "fake", reason="of the device made of Python")
 def test_the_device_made_of_python_is_one() -> None:
     with pytest.raises(ChildError, match="is on the host, others on the device"):
         there(mix)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from commands import ROOT, RUN, python
 from processes import run
-from toy import Regression, Watch, big_batch_run, in_order, parameters
+from reference import Regression, Watch, big_batch_run, in_order, parameters
 
 from engine import Trainer
 from engine.cli.main import main

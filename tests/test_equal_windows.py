@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import ChildError, run
+from reference import Regression, parameters
 from torch import Tensor, nn
-from toy import Regression, parameters
 
 from engine import Accumulator, Trainer
 from strategies import DDPStrategy

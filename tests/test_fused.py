@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from processes import run
+from reference import Regression, in_order, parameters
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy import Regression, in_order, parameters
 
 from engine import Trainer
 

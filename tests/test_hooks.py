@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run
+from reference import Regression, Watch, big_batch_run, in_order, parameters
 from test_collectives import Collectives
 from test_resume import fit, history, same
 from torch import nn
-from toy import Regression, Watch, big_batch_run, in_order, parameters
 
 from engine import Trainer
 from engine.cli.main import parse

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from processes import ChildError, run
+from reference import Regression, Samples
 from test_resume import Counting, Full, check_samples, fit, history, same
 from torch import nn
-from toy import Regression, Samples
 
 from engine import Callback, Trainer
 from strategies import DDPStrategy

@@ -9,8 +9,8 @@ import numpy
 import pytest
 import torch
 from processes import run
+from reference import Regression, Samples, Watch, big_batch_run, mlp, parameters
 from torch import nn
-from toy import Regression, Samples, Watch, big_batch_run, mlp, parameters
 
 from engine import GradientAccumulationScheduler, Trainer
 

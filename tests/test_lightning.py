@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from processes import run
+from reference import Regression, Watch, big_batch_run, data, in_order, mlp, parameters
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
-from toy import Regression, Watch, big_batch_run, data, in_order, mlp, parameters
 
 from engine import Loss, Trainer
 from engine.adapters import Lightning

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 from processes import ChildError, run
+from reference import Regression, Samples, data, parameters
 from torch import nn
-from toy import Regression, Samples, data, parameters
 
 from engine import Callback, Loss, Trainer
 from engine.loggers import CSVLogger, GroupedLogger, Start, TrackerLogger

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from processes import run
+from reference import Regression, Samples, Watch, in_order, mlp, parameters
 from torch import nn
-from toy import Regression, Samples, Watch, in_order, mlp, parameters
 
 from engine import Callback, Loss, Trainer
 

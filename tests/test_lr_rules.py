@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from processes import ChildError, run
+from reference import Regression, Watch, in_order, parameters
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, SequentialLR
-from toy import Regression, Watch, in_order, parameters
 
 from engine import Callback, GradientAccumulationScheduler, Trainer
 from engine.callbacks.banner import banner

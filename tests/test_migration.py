@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from processes import run
+from reference import in_order
 from test_docs import ROOT, blocks, printed
 from torch import Tensor
-from toy import in_order
 
 SAMPLES, N, K, LR = 1001, 8, 4, 0.1
 X = torch.linspace(-1, 1, SAMPLES)[:, None].double()

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from processes import run
+from reference import Regression, big_batch_run, in_order, parameters
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from toy import Regression, big_batch_run, in_order, parameters
 
 from engine import Callback, GradientAccumulationScheduler, Loss, Task, Trainer
 from engine.seeds import MODEL_STREAM, ODD, mix

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from commands import RUN, python
 from processes import run
-from toy import Regression, Watch
+from reference import Regression, Watch
 
 from engine import Trainer
 from engine.cli.main import main, make_parser

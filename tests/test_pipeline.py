@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed.pipelining  # here once, not in each process
 from processes import ChildError, run
+from reference import Regression, Samples, Watch, big_batch_run, in_order, mlp
 from test_collectives import Count
 from test_resume import Full, same
 from test_tokens import Sequences, big_batch
 from torch import Tensor, nn
-from toy import Regression, Samples, Watch, big_batch_run, in_order, mlp
 
 from engine import Accumulator, Callback, GradientAccumulationScheduler, Loss, Trainer
 from strategies import PipelineStrategy

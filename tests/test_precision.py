@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from processes import run
+from reference import Regression, Watch, in_order, mlp, parameters
 from torch import Tensor, nn
-from toy import Regression, Watch, in_order, mlp, parameters
 
 from engine import Loss, Trainer
 
@@ -19,7 +19,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Single(Regression):
-    """The toy in float32, its loss `factor` times as large, weighted by a number that each micro-batch brings."""
+    """Regression in float32; its loss is `factor` times as large, weighted by a number that each micro-batch brings."""
 
     def __init__(self, factor: float = 1.0) -> None:
         super().__init__(SAMPLES, lr=0.05 / factor, model=lambda: mlp().float())

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from processes import run
+from reference import Regression, Samples, big_batch_run, in_order, parameters
 from test_streams import Streamed, deal, windows_of
-from toy import Regression, Samples, big_batch_run, in_order, parameters
 
 from engine import Trainer
 from engine.data.prefetch import Prefetch

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 from processes import run
+from reference import Regression
 from rich.console import Console
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from toy import Regression
 
 from engine import GradientAccumulationScheduler, Trainer
 from engine.preview.forecast import PlannedUpdate

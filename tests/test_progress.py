@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 from processes import run
+from reference import Regression, Samples, Watch, data
 from torch import nn
-from toy import Regression, Samples, Watch, data
 
 from engine import Loss, Trainer
 from engine.callbacks import Progress

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from processes import run
+from reference import Regression, Samples, Watch, parameters
 from test_plan import UNITS, schedule_of, schedules
-from toy import Regression, Samples, Watch, parameters
 
 from engine import GradientAccumulationScheduler, Loss, Trainer
 from engine.plan.schedule import make_schedule

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from processes import run
-from toy import Watch, parameters
+from reference import Watch, parameters
 
 from engine import Trainer
 from launch.recipes.stdlib_lm import StdlibLM

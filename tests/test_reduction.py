@@ -11,8 +11,8 @@ import pytest
 import torch
 from benchmarks.scaling_model import Link, calibrated
 from processes import run
+from reference import Regression
 from torch import Tensor, nn
-from toy import Regression
 
 import engine.update.timing
 import engine.update.updater

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from processes import ChildError, run
+from reference import Regression, Watch, data, mlp, parameters
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
-from toy import Regression, Watch, data, mlp, parameters
 
 from engine import Accumulator, Callback, Trainer
 from strategies import DDPStrategy

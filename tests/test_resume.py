@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from processes import ChildError, run
+from reference import Samples, data
 from torch import Tensor, nn
-from toy import Samples, data
 
 from engine import Callback, GradientAccumulationScheduler, Loss, Task, Trainer
 from strategies import DDPStrategy

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hosts import until
 from processes import ChildError, run
+from reference import Samples
 from test_resume import Full, N, history, same
 from torch import nn
-from toy import Samples
 
 from engine import Callback, Trainer
 

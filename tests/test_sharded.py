@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import ChildError, run
+from reference import Regression, big_batch_run, in_order
 from test_collectives import Count
 from test_resume import SCHEDULING, Full, Witness, check_samples, history, same
 from test_streams import Streamed, deal, windows_of
 from test_table import TAILS
 from test_tokens import Sequences, big_batch
 from torch import Tensor, nn
-from toy import Regression, big_batch_run, in_order
 
 from engine import Accumulator, Callback, GradientAccumulationScheduler, Trainer
 from strategies import FSDPStrategy, resolve

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from processes import ChildError, run
+from reference import Regression, parameters
 from test_collectives import Count
 from test_resume import Dies, Full, fit, history, same
 from torch import Tensor, nn
-from toy import Regression, parameters
 
 from engine import Accumulator, Trainer
 from strategies import DDPStrategy

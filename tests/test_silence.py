@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from hosts import until
 from processes import ChildError, run
+from reference import Regression, Samples
 from torch import nn
-from toy import Regression, Samples
 
 from engine import Callback, Trainer
 from engine.training.heartbeat import Heartbeat

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import ChildError, run
+from reference import Regression, data, mlp, parameters
 from torch import nn
-from toy import Regression, data, mlp, parameters
 
 from engine import GradientAccumulationScheduler, Trainer
 from strategies import DDPStrategy, DPStrategy, FSDPStrategy, PipelineStrategy, SingleDeviceStrategy, Strategy, resolve

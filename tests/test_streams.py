@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import ChildError, run
+from reference import Regression, Watch, big_batch_run, mlp, parameters
 from test_collectives import Count
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from toy import Regression, Watch, big_batch_run, mlp, parameters
 
 from engine import GradientAccumulationScheduler, Trainer
 

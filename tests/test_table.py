@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run
-from toy import Regression, Watch, big_batch_run, in_order, parameters
+from reference import Regression, Watch, big_batch_run, in_order, parameters
 
 from engine import Accumulator, GradientAccumulationScheduler, Trainer
 from strategies import DDPStrategy, DPStrategy, SingleDeviceStrategy

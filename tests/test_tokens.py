@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from processes import ChildError, run
+from reference import Watch, in_order, parameters
 from torch import Tensor, nn
-from toy import Watch, in_order, parameters
 
 from engine import Loss, Task, Trainer
 from engine.order import within_budget

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from processes import run
+from reference import in_order, parameters
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from toy import in_order, parameters
 
 import engine
 from engine import Trainer

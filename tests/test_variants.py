@@ -13,11 +13,11 @@ import numpy
 import pytest
 import torch
 from processes import run
+from reference import Regression, Samples, mlp
 from test_resume import history, same
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
-from toy import Regression, Samples, mlp
 
 from engine import Callback, Trainer
 from strategies import DDPStrategy
@@ -26,7 +26,7 @@ SAMPLES, UPDATES = 22, 12  # two epochs of six updates, the last of each short
 
 
 class Variant(Regression):
-    """The toy, with the parts that a case replaces."""
+    """The regression, with the parts that a case replaces."""
 
     def __init__(self, **parts: Callable[..., Any]) -> None:
         super().__init__(SAMPLES, lr=0.05)

@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.distributed as dist
 from processes import run
+from reference import Watch, parameters
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from toy import Watch, parameters
 
 from benchmarks.stories.picture import Panel, draw, tell
 from engine import Trainer

@@ -27,14 +27,14 @@ waits: list[str] = []
 """Where the host has waited for the device."""
 
 
-class OnGadget(Tensor):
+class OnFakeDevice(Tensor):
     """A tensor there; `raw` is its memory."""
 
     raw: Tensor
 
-    def __new__(cls, raw: Tensor) -> OnGadget:
-        own: OnGadget = Tensor._make_wrapper_subclass(
-            cls, raw.shape, raw.stride(), raw.storage_offset(), dtype=raw.dtype, device=torch.device("gadget", 0)
+    def __new__(cls, raw: Tensor) -> OnFakeDevice:
+        own: OnFakeDevice = Tensor._make_wrapper_subclass(
+            cls, raw.shape, raw.stride(), raw.storage_offset(), dtype=raw.dtype, device=torch.device("fake", 0)
         )
         own.raw = raw
         return own
@@ -50,10 +50,10 @@ class OnGadget(Tensor):
 
 def kernel(operator: Any, *args: Any, **kwargs: Any) -> Any:
     """Every operator: on the memory, by the CPU."""
-    owners: dict[int, OnGadget] = {}
+    owners: dict[int, OnFakeDevice] = {}
 
     def memory(value: Any) -> Any:
-        if isinstance(value, OnGadget):
+        if isinstance(value, OnFakeDevice):
             owners[id(value.raw)] = value
             return value.raw
         if isinstance(value, Tensor) and value.ndim and operator not in COPIES:
@@ -79,7 +79,7 @@ def kernel(operator: Any, *args: Any, **kwargs: Any) -> Any:
         result = operator(*raw_args, **raw_kwargs)
     if to_host:
         return args[0] if operator is aten.copy_.default else result
-    return tree_map_only(Tensor, lambda raw: owners[id(raw)] if id(raw) in owners else OnGadget(raw), result)
+    return tree_map_only(Tensor, lambda raw: owners[id(raw)] if id(raw) in owners else OnFakeDevice(raw), result)
 
 
 def _goes_to_host(operator: Any, args: Any, kwargs: Any) -> bool:
@@ -123,7 +123,7 @@ class Stream:
 
 
 class Module(_DummyBackendModule):
-    """`torch.gadget`."""
+    """`torch.fake`."""
 
     Stream = Stream
 
@@ -143,7 +143,7 @@ class Module(_DummyBackendModule):
 
 
 Stream.current = Stream(is_late=False)
-_setup_privateuseone_for_python_backend("gadget", backend_module=Module())
+_setup_privateuseone_for_python_backend("fake", backend_module=Module())
 _kernels = torch.library.Library("_", "IMPL")
 _kernels.fallback(kernel, "PrivateUse1")
 _kernels.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
@@ -152,8 +152,8 @@ _kernels.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 @torch.library.impl("aten::linear", "AutocastPrivateUse1")
 def _linear(*tensors: Tensor | None) -> Tensor:
     """The one operator that autocast casts here."""
-    dtype = torch.get_autocast_dtype("gadget")
-    with torch.autocast("gadget", enabled=False):
+    dtype = torch.get_autocast_dtype("fake")
+    with torch.autocast("fake", enabled=False):
         return nn.functional.linear(
             *(t.to(dtype) if t is not None and t.dtype is torch.float32 else t for t in tensors)
         )
