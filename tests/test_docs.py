@@ -121,14 +121,12 @@ def test_the_strategies_of_the_docs_keep_what_they_declare(
 def test_the_plan_that_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     page = (ROOT / "docs/plan.md").read_text()
     options = re.findall(r"```bash\npython engine/run.py (.*)\n```", page)[0].split()
-    (tmp_path / "docs" / "images").mkdir(parents=True)
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     assert main(options) == 0
     told = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert told == re.findall(r"```text\n(.*?)```", page, re.DOTALL)[0].splitlines()
-    assert (tmp_path / "docs/images/plan.svg").read_text() == (ROOT / "docs/images/plan.svg").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     The site has its root in docs/, and shows a page's title where the repository shows its file's name.
     """
+    markdown = markdown.replace("<!-- settings -->", settings())
     markdown = re.sub(r"\[(?:docs/)?([\w-]+\.md)\]\(", _by_its_title, markdown)
     if page.file.src_uri in ABOVE:
         return markdown.replace("](docs/", "](")
@@ -36,6 +38,21 @@ def on_page_content(content: str, **_: Any) -> str:
     """Draw formulas."""
     content = re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', _drawn("inline"), content, flags=re.DOTALL)
     return re.sub(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', _drawn("block"), content, flags=re.DOTALL)
+
+
+def settings() -> str:
+    """Return a table for each section of the trainer's settings: name, type, default, text."""
+    from engine.settings import OPTIONS, SECTIONS, Settings
+
+    own = {field.name: field for field in fields(Settings)}
+    parts = []
+    for section in SECTIONS:
+        parts += ["", f"**{section}**", "", "| setting | type | default | |", "| --- | --- | --- | --- |"]
+        for name, option in OPTIONS.items():
+            if option.section == section:
+                kind = str(own[name].type).replace("|", "\\|")
+                parts.append(f"| `{name}` | {kind} | `{own[name].default!r}` | {option.text} |")
+    return "\n".join(parts)
 
 
 def _by_its_title(link: re.Match[str]) -> str:
