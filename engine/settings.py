@@ -42,6 +42,7 @@ class Option(NamedTuple):
     section: str
     """The section of `--help` and the docs that it stands in."""
     check: Check | None
+    """Its own check, if its type does not say enough."""
     identity: bool
     """Whether a resumed run must have the same value."""
     sets_windows: bool
@@ -86,6 +87,13 @@ def or_none(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
+def _check_of_type(kind: str) -> Check:
+    """Return the check of a setting that has no other: positive numbers, True or False; anything for other types."""
+    checks: dict[str, Check] = {"int": at_least(1), "float": positive, "bool": switch}
+    check = checks.get(kind.removesuffix(" | None"), lambda name, value: None)
+    return or_none(check) if kind.endswith("| None") else check
+
+
 def _accumulation(name: str, value: object) -> None:
     check_accumulation(value, name)
 
@@ -121,73 +129,53 @@ class Settings:
         "auto", 'The strategy: "auto", "single", "dp", "ddp", "fsdp", "pipeline", or a `Strategy`.', PLACE
     )
     micro_batch_size: int = option(
-        32,
-        "N, samples per micro-batch of map-style data. Ready micro-batches keep their own sizes.",
-        WINDOWS,
-        at_least(1),
-        sets_windows=True,
+        32, "N, samples per micro-batch; ready micro-batches keep their own sizes.", WINDOWS, sets_windows=True
     )
     accumulate_grad_batches: int = option(
-        1,
-        "K, micro-batches per process and window.",
-        WINDOWS,
-        _accumulation,
-        sets_windows=True,
+        1, "K, micro-batches per process and window.", WINDOWS, check=_accumulation, sets_windows=True
     )
     effective_batch_size: int | None = option(
-        None,
-        "Samples per update over all processes, instead of K, which then follows from P.",
-        WINDOWS,
-        or_none(at_least(1)),
-        sets_windows=True,
+        None, "Samples per update over all processes; K then follows from P.", WINDOWS, sets_windows=True
     )
-    max_epochs: int | None = option(
-        None, "Epochs after which the run ends; this or `max_updates` is needed.", END, or_none(at_least(1))
-    )
+    max_epochs: int | None = option(None, "Epochs after which the run ends; this or `max_updates` is needed.", END)
     max_updates: int | None = option(
-        None, "Updates after which the run ends; with `max_epochs`, whichever comes first.", END, or_none(at_least(1))
+        None, "Updates after which the run ends; with `max_epochs`, whichever comes first.", END
     )
-    max_time: float | None = option(
-        None, "Seconds of training after which the run ends with the current update.", END, or_none(positive)
-    )
+    max_time: float | None = option(None, "Seconds of training after which the run ends with the current update.", END)
     lr_rule: str = option(
         "none",
-        'Scale the learning rate with the effective batch of each stage over `lr_reference_batch`: "none", "linear" or '
-        '"sqrt".',
+        'Scale the learning rate with the effective batch: "none", "linear" or "sqrt".',
         LEARNING_RATE,
         identity=True,
     )
     lr_reference_batch: int | None = option(
-        None,
-        "The effective batch, in samples, for which the task's learning rate is right.",
-        LEARNING_RATE,
-        identity=True,
+        None, "The effective batch, in samples, of the task's learning rate.", LEARNING_RATE, identity=True
     )
     gradient_clip_norm: float | None = option(
-        None, "Clip the 2-norm of an update's whole gradient to this.", UPDATES, or_none(positive), identity=True
+        None, "Clip the 2-norm of an update's whole gradient to this.", UPDATES, identity=True
     )
     precision: str | None = option(
         None,
-        'Autocast forward to "fp32", "bf16" or "fp16"; None keeps the model\'s own dtype.',
+        'Autocast to "fp32", "bf16" or "fp16"; None keeps the model\'s dtype.',
         PLACE,
-        lambda name, value: check_precision(value),
+        check=lambda name, value: check_precision(value),
         identity=True,
     )
-    compile_model: bool = option(
-        False, 'Compile the model in place with torch.compile ("single" and "ddp").', PLACE, switch
-    )
+    compile_model: bool = option(False, 'Compile the model in place with torch.compile ("single" and "ddp").', PLACE)
     seed: int = option(
-        0, "Seed of the parameters, the data order, dropout and augmentation.", UPDATES, at_least(0), identity=True
+        0,
+        "Seed of the parameters, the data order, dropout and augmentation.",
+        UPDATES,
+        check=at_least(0),
+        identity=True,
     )
     shuffle: bool = option(
-        True, "Shuffle all samples in each epoch; `Task.order` gives another order.", UPDATES, switch, identity=True
+        True, "Shuffle all samples in each epoch; `Task.order` gives another order.", UPDATES, identity=True
     )
     spread_windows: bool = option(
         False,
-        "Cut each window into as many pieces of similar size for every process, so that no process waits in a window "
-        "that does not divide. Dropout and augmentation then depend on P (map-style data).",
+        "Cut each window into equally many pieces for every process; draws then depend on P (map-style data).",
         WINDOWS,
-        switch,
         identity=True,
     )
     callbacks: Callback | Sequence[Callback] | None = option(
@@ -195,82 +183,67 @@ class Settings:
     )
     loggers: Logger | str | Sequence[Logger | str] | None = option(
         None,
-        'Loggers, used on process 0: "csv", "tensorboard" (both write into `run_dir`), objects with `log(record)` and '
-        "`close()`, or a list. A logger that fails does not end the run.",
+        'Loggers on process 0: "csv", "tensorboard", an object with `log(record)` and `close()`, or a list.',
         OUTPUT,
         is_recorded=False,
     )
     run_dir: str | None = option(
         None,
-        "The folder that the run writes, on storage shared by all hosts; None writes nothing.",
+        "The folder to write, on storage shared by all hosts; None writes nothing.",
         KEEPING,
-        or_none(_folder),
+        check=or_none(_folder),
         is_recorded=False,
     )
     resume: str = option(
         "auto",
-        '"auto" resumes from the newest checkpoint in `run_dir`, "never" wants a new folder; or the path of a '
-        "checkpoint.",
+        '"auto" resumes from the newest in `run_dir`, "never" wants a new folder; or the path of a checkpoint.',
         KEEPING,
-        _resume,
+        check=_resume,
     )
-    resume_with_changes: bool = option(
-        False, "Resume even if data, seed, windows or optimizer have changed.", KEEPING, switch
-    )
+    resume_with_changes: bool = option(False, "Resume even if data, seed, windows or optimizer have changed.", KEEPING)
     weights: str | None = option(
-        None,
-        "A .safetensors file of pretrained weights, under the model's own names, for a new run.",
-        KEEPING,
-        or_none(_weights),
+        None, "A .safetensors file of pretrained weights for a new run.", KEEPING, check=or_none(_weights)
     )
-    save_every_n_updates: int | None = option(
-        None, "Save a checkpoint after each n-th update.", KEEPING, or_none(at_least(1))
-    )
+    save_every_n_updates: int | None = option(None, "Save a checkpoint after each n-th update.", KEEPING)
     save_every_n_minutes: float | None = option(
-        10.0, "Save a checkpoint when the last one is so old; None: not by time.", KEEPING, or_none(positive)
+        10.0, "Save a checkpoint when the last one is so old; None: not by time.", KEEPING
     )
-    keep_last_checkpoints: int = option(2, "The number of newest checkpoints to keep.", KEEPING, at_least(1))
+    keep_last_checkpoints: int = option(2, "The number of newest checkpoints to keep.", KEEPING)
     keep_best: str | None = option(
         None,
-        'Save and keep the best checkpoint by a validation mean: "min:loss", "max:accuracy".',
+        'Keep the best checkpoint by a validation mean: "min:loss", "max:accuracy".',
         KEEPING,
-        or_none(_metric_rule),
+        check=or_none(_metric_rule),
     )
     validate_every_n_epochs: int | None = option(
-        1, "Validate after each n-th epoch, and at the end; None: only at the end.", VALIDATION, or_none(at_least(1))
+        1, "Validate after each n-th epoch, and at the end; None: only at the end.", VALIDATION
     )
-    validate_every_n_updates: int | None = option(
-        None, "Validate after each n-th update too.", VALIDATION, or_none(at_least(1))
-    )
+    validate_every_n_updates: int | None = option(None, "Validate after each n-th update too.", VALIDATION)
     max_validation_samples: int | None = option(
-        None, "The largest number of samples to validate on (map-style data).", VALIDATION, or_none(at_least(1))
+        None, "The largest number of samples to validate on (map-style data).", VALIDATION
     )
     skip_nonfinite_updates: bool = option(
-        True, "Skip an update, on all processes, if its gradient norm is not finite.", UPDATES, switch, identity=True
+        True, "Skip an update, on all processes, if its gradient norm is not finite.", UPDATES, identity=True
     )
     stop_after_n_skipped: int | None = option(
-        100, "End the run with an error after so many non-finite updates in a row.", UPDATES, or_none(at_least(1))
+        100, "End the run with an error after so many non-finite updates in a row.", UPDATES
     )
-    num_workers: int = option(0, "Worker processes of torch's DataLoader (map-style data).", LOADING, at_least(0))
-    pin_memory: bool | None = option(
-        None, "Pin memory, as in torch's DataLoader; None pins for CUDA.", LOADING, or_none(switch)
-    )
-    persistent_workers: bool = option(True, "Keep workers between epochs, as in torch's DataLoader.", LOADING, switch)
+    num_workers: int = option(0, "Worker processes of torch's DataLoader (map-style data).", LOADING, check=at_least(0))
+    pin_memory: bool | None = option(None, "Pin memory, as in torch's DataLoader; None pins for CUDA.", LOADING)
+    persistent_workers: bool = option(True, "Keep workers between epochs, as in torch's DataLoader.", LOADING)
     prefetch_to_device: bool = option(
-        False, "Move the next micro-batch to the device during the current one; holds two more.", LOADING, switch
+        False, "Move the next micro-batch to the device during the current one; holds two more.", LOADING
     )
     deterministic: bool = option(
-        False, "Use only algorithms that give the same bits each time; raises if there is none.", PLACE, switch
+        False, "Use only algorithms that give the same bits each time; raises if there is none.", PLACE
     )
-    tf32: bool | None = option(
-        None, "Whether float32 products may use TF32; None leaves torch's setting.", PLACE, or_none(switch)
-    )
-    progress: bool = option(False, "Print a banner and progress, on process 0.", OUTPUT, switch, is_recorded=False)
+    tf32: bool | None = option(None, "Whether float32 products may use TF32; None leaves torch's setting.", PLACE)
+    progress: bool = option(False, "Print a banner and progress, on process 0.", OUTPUT, is_recorded=False)
 
     def __post_init__(self) -> None:
-        for name, described in OPTIONS.items():
-            if described.check is not None:
-                described.check(name, getattr(self, name))
+        for setting in fields(self):
+            check = OPTIONS[setting.name].check or _check_of_type(str(setting.type))
+            check(setting.name, getattr(self, setting.name))
         if self.max_epochs is None and self.max_updates is None:
             raise UserError("max_epochs=None, max_updates=None: expected an end. Give one, such as max_epochs=10.")
         check_lr_rule(self.lr_rule, self.lr_reference_batch)
