@@ -1,4 +1,4 @@
-"""What a task says of a micro-batch: a sum of losses, and the weight that the sum is divided by."""
+"""The loss of a micro-batch: a sum, and the weight that the sum is divided by."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def shuffled(samples: int, seed: int) -> Order:
 
 
 def bucketed(lengths: Sequence[int], bucket: int, seed: int) -> Order:
-    """Return an order in which neighbours are of like length: each `bucket` samples of a shuffled order are sorted.
+    """Return an order in which neighbours have similar length: each `bucket` samples of a shuffled order are sorted.
 
     `lengths` has one number for each sample; a bucket of some effective batches keeps most of the randomness.
     """
@@ -46,7 +46,7 @@ def bucketed(lengths: Sequence[int], bucket: int, seed: int) -> Order:
 def within_budget(lengths: Sequence[int], budget: int, seed: int) -> Order:
     """Return an order of groups, each a micro-batch for `micro_batch_size=1`: padded, none holds more than `budget`.
 
-    Samples of like length are grouped once, until (longest x number) would pass the budget; an epoch shuffles the
+    Samples of similar length are grouped once, until (longest x number) would pass the budget; an epoch shuffles the
     groups. Raises UserError where one sample alone is longer than the budget.
     """
     groups: list[list[int]] = [[]]

@@ -35,7 +35,7 @@ Check = Callable[[str, Any], None]
 
 
 class Option(NamedTuple):
-    """What is known of one setting beside its type and default."""
+    """The description of one setting, beside its type and default."""
 
     text: str
     """One sentence or two, for `--help` and the docs."""
@@ -235,7 +235,9 @@ class Settings:
         False, "Move the next micro-batch to the device during the current one; holds two more.", LOADING
     )
     deterministic: bool = option(
-        False, "Use only algorithms that give the same bits each time; raises if there is none.", PLACE
+        False,
+        "Use only algorithms that give the same bits each time; raises if an operation has no such algorithm.",
+        PLACE,
     )
     tf32: bool | None = option(None, "Whether float32 products may use TF32; None leaves torch's setting.", PLACE)
     progress: bool = option(False, "Print a banner and progress, on process 0.", OUTPUT, is_recorded=False)

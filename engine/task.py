@@ -1,4 +1,4 @@
-"""What to train: the class that a user writes."""
+"""The task: the class that a user writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from engine.loss import Loss
 
 
 class Batching:
-    """How samples become micro-batches; every method has a default."""
+    """Makes micro-batches of samples; every method has a default."""
 
     def collate(self, samples: list[Any]) -> Any:
         """Make one micro-batch of a list of samples: here torch's `default_collate`."""
@@ -26,14 +26,14 @@ class Batching:
         """Return the order of a training epoch as indices into the dataset, or None for the trainer's.
 
         It must depend on `epoch` alone, be the same on all processes, and of one length in all epochs. Indices may
-        repeat or be missing (weighted sampling, buckets of like length).
+        repeat or be missing (weighted sampling, buckets of similar length).
         """
         return None
 
     def batch_size(self, batch: Any) -> int:
         """Return the number of samples in a ready micro-batch: here dim 0 of the first tensor in it.
 
-        Raises UserError where there is none.
+        Raises UserError if there is no tensor.
         """
         first = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
         if isinstance(first, Tensor) and (shape := first.shape):

@@ -224,7 +224,7 @@ class Steps(nn.Module):
 
 
 class _NoTrainer:
-    """What `self.trainer` is: without it `current_epoch` and `global_step` would be 0 for ever."""
+    """Stands for `self.trainer`: without it `current_epoch` and `global_step` would be 0 for ever."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -251,7 +251,7 @@ def _check_module(module: object) -> None:
 
 
 def _arguments(module: nn.Module, step: str) -> int:
-    """How many arguments a step is to be given; 0 for one that wants other things."""
+    """Return the number of arguments that a step takes; 0 for an unsupported step."""
     parameters = inspect.signature(getattr(module, step)).parameters.values()
     if any(p.name == "dataloader_iter" for p in parameters):
         return 0

@@ -75,7 +75,7 @@ class _Pretrained(Task):
     def collate(self, samples: list[Any]) -> dict[str, Tensor]:
         """Pad to the longest sample on the right: labels with -100, `input_ids` with the model's padding, else 0.
 
-        Makes an `attention_mask` where there is none. Raises UserError for a column that is no number.
+        Makes an `attention_mask` if it is missing. Raises UserError for a column that is not numeric.
         """
         if "attention_mask" not in samples[0]:
             samples = [{**sample, "attention_mask": [1] * len(sample["input_ids"])} for sample in samples]

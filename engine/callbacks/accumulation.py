@@ -25,7 +25,7 @@ class GradientAccumulationScheduler(Callback):
 
 
 class Scheduling(NamedTuple):
-    """Where K changes, and what the keys count."""
+    """The places where K changes, and what they count."""
 
     by_start: dict[int, int]
     """{first epoch, update or sample: K}."""

@@ -22,7 +22,7 @@ class EMA(Callback):
     """Keeps an exponential moving average of the parameters, moved once per update, and validates with it.
 
     After each update `average = decay * average + (1 - decay) * parameter`, starting from the parameters before the
-    first. Training goes on with the parameters themselves. At the end of a run with a `run_dir`,
+    first. Training continues with the parameters themselves. At the end of a run with a `run_dir`,
     `model-ema.safetensors` has the model with averaged parameters. Raises UserError for a `decay` that is not between
     0 and 1, and for a strategy whose processes hold parts of the model.
     """

@@ -1,4 +1,4 @@
-"""Where the time of a few updates goes."""
+"""A trace of a few updates, by torch's profiler."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Profiler(Callback):
 
     The file is a Chrome trace: drop it on https://ui.perfetto.dev. Each update is a span by that name. Choose updates
     after the first few, which are slow, and not many: a trace has thousands of events an update. Raises UserError for
-    numbers that cannot be, and without a `run_dir`.
+    invalid numbers, and without a `run_dir`.
     """
 
     def __init__(self, first: int = 10, last: int = 12) -> None:
@@ -34,7 +34,7 @@ class Profiler(Callback):
         self._begin_if_due(trainer)
 
     def on_update_end(self, trainer: Trainer) -> None:
-        """Begin, go on to the next update, or end."""
+        """Begin, continue with the next update, or end."""
         if self._profile is None:
             self._begin_if_due(trainer)
         elif trainer.update in (self._last, trainer.total_updates):

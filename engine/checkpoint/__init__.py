@@ -1,1 +1,1 @@
-"""What a run keeps, and how it resumes."""
+"""Checkpoints, and resuming from them."""

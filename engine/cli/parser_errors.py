@@ -1,4 +1,4 @@
-"""What the option parser finds wrong, in one line that says what to do."""
+"""The option parser's errors, each in one line that says what to do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from difflib import get_close_matches
 NOISE = re.compile(
     r"Does not validate|Subtypes:|Errors:|Given value type|Expected a (path|<class '(NoneType|str|coll))|^$"
 )
-"""The parser tells of every type that it tried."""
+"""The parser lists every type that it tried."""
 
 WORDING = (
     (r'^Parser key "([^"]+)":', r"--\1:"),

@@ -34,7 +34,7 @@ class NotDeclaredError(Exception):
 
 
 class Declared(NamedTuple):
-    """What a strategy says of itself on one process."""
+    """The declarations of a strategy on one process."""
 
     name: str
     rank: int
@@ -109,7 +109,7 @@ class Backend:
 
     @cached_property
     def declared(self) -> list[Declared]:
-        """What the strategy says of itself on each process, before `setup`."""
+        """The strategy's declarations on each process, before `setup`."""
         return self.run(declare)
 
     @property

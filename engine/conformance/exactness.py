@@ -89,7 +89,7 @@ def _compare(
 
 
 def _refusal(strategy: Strategy, scheduling: Any) -> str:
-    """What the trainer says to a schedule; nothing where it takes it."""
+    """Return the trainer's refusal of a schedule; "" if it accepts it."""
     try:
         Trainer(strategy, max_epochs=3, callbacks=GradientAccumulationScheduler(scheduling))
     except ValueError as error:

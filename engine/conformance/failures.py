@@ -1,4 +1,4 @@
-"""What happens when something goes wrong on one process: all hear of it, and none waits for ever."""
+"""Checks of failures: if one process fails, all learn of it, and none waits for ever."""
 
 from __future__ import annotations
 

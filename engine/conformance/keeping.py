@@ -1,4 +1,4 @@
-"""What a checkpoint keeps: names, every bit, and a run that goes on, here and on another number of processes."""
+"""Checks of checkpoints: names, every bit, and a resumed run, here and on another number of processes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_names(backend: Backend) -> None:
 
 
 def check_round_trip(backend: Backend) -> None:
-    """What `load_state_dict` takes back is what `state_dict` gave, to the bit, and so is the next update."""
+    """`load_state_dict` restores what `state_dict` returned, to the bit, and so is the next update."""
     saved, resumes_exactly = _kept(backend)[0].first, backend.declared[0].resumes_exactly
     for rank, kept in enumerate(_kept(backend)):
         expect(
@@ -52,7 +52,7 @@ def check_round_trip(backend: Backend) -> None:
 
 
 def check_resume(backend: Backend) -> None:
-    """A run that goes on from a checkpoint is, to the bit, the run that was not interrupted."""
+    """A resumed run is, to the bit, the run that was not interrupted."""
     if not backend.declared[0].resumes_exactly:
         raise NotDeclaredError("resumes_exactly = False")
     task = Regression(2 * backend.P * N * backend.K, adam=True)
@@ -71,7 +71,7 @@ def check_resume(backend: Backend) -> None:
 
 
 def check_change_of_P(backend: Backend) -> None:  # noqa: N802 - a word of this field
-    """A run goes on with one process and the plain strategy, and then comes back; it trains the same model."""
+    """A run resumed with one process and the plain strategy, and then back, trains the same model."""
     backend.must_be_exact()
     B = backend.P * N * backend.K
     task = Regression(3 * B)

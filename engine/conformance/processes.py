@@ -82,7 +82,7 @@ def run(P: int, function: Callable[..., Any], *args: Any, seconds: float) -> lis
 
 
 def _place(child: Any, places: IO[str]) -> str:
-    """Where the main thread of a process is: its innermost frame that is not torch's, and its innermost."""
+    """Return the position of a process's main thread: its innermost frame outside torch, and its innermost."""
     os.kill(child.pid, signal.SIGUSR2)
     time.sleep(0.3)
     places.seek(0)

@@ -1,4 +1,4 @@
-"""What the kit trains, and what must come of it: one big batch, in a few lines of plain torch in float64."""
+"""The kit's model and data, and the reference: one big batch, in a few lines of plain torch in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pytest needs to run the checks, and the table at the end. The only module here that imports pytest."""
+"""The pytest plugin that runs the checks and prints a table. The only module here that imports pytest."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Report:
 
     @pytest.fixture(scope="session")
     def backend(self) -> Backend:
-        """What the checks check."""
+        """The backend that the checks run on."""
         return self._backend
 
     @pytest.hookimpl(tryfirst=True)

@@ -1,4 +1,4 @@
-"""What crosses the wire in a window, and what does not grow with K: by counting, not by comparing values."""
+"""Checks of traffic: collectives and host-device syncs of a window, by counting, not by comparing values."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_nothing_per_microbatch(backend: Backend) -> None:
 
 
 class Window(NamedTuple):
-    """What a window did, and the number of reductions that the strategy says it has."""
+    """The counts of a window, and the number of reductions that the strategy declares."""
 
     reductions: int
     looks: int

@@ -1,4 +1,4 @@
-"""Loggers: who is told of updates and validations."""
+"""Loggers: where else records go."""
 
 from engine.loggers.base import Logger, Start, opened
 from engine.loggers.csv_tables import CSVLogger

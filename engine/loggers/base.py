@@ -1,4 +1,4 @@
-"""What a logger is, and why it cannot end a run."""
+"""Loggers: their interface, and the guard that lets none of them end a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Logger(Protocol):
 
 
 class Start(NamedTuple):
-    """Where a run begins, or goes on: what a logger was told of later updates and validations comes again."""
+    """Where a run starts or resumes: records of later updates and validations come again."""
 
     folder: Path | None
     """The `run_dir`."""
@@ -33,7 +33,7 @@ class Start(NamedTuple):
     record: Mapping[str, Any]
     """That of the last update; empty at the start."""
     weight: float
-    """What the updates weigh together: samples, or valid tokens."""
+    """The weight of all updates so far: samples, or valid tokens."""
     configuration: Mapping[str, Any]
 
 
@@ -44,7 +44,7 @@ def opened(loggers: Iterable[Logger], start: Start) -> list[Logger]:
 
 
 class _Guarded:
-    """A logger that is warned of once when it fails; it is told of later updates all the same."""
+    """A logger whose first failure is logged as a warning; it still gets later records."""
 
     def __init__(self, logger: Logger) -> None:
         self._logger = logger
@@ -67,7 +67,7 @@ class _Guarded:
             if not self._has_failed:
                 name, what = type(self._logger).__name__, method.__name__
                 log.warning(
-                    "%s failed in %s(): %s: %s. Training goes on; metrics.jsonl in the run_dir has every update.",
+                    "%s failed in %s(): %s: %s. Training continues; metrics.jsonl in the run_dir has every update.",
                     name,
                     what,
                     type(error).__name__,

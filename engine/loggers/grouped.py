@@ -28,7 +28,7 @@ class GroupedLogger(Logger):
     """A logger that writes numbers by update, with samples and weight (tokens) since the run's start beside each."""
 
     def open(self, start: Start) -> None:
-        """Begin, or go on."""
+        """Start, or resume."""
         self._samples, self._weight = start.record.get("samples", 0), start.weight
 
     def log(self, record: Mapping[str, Any]) -> None:

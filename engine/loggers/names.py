@@ -13,7 +13,7 @@ BY_NAME: dict[str, type[Logger]] = {"csv": CSVLogger, "tensorboard": TensorBoard
 
 
 def make_loggers(given: Logger | str | Sequence[Logger | str] | None, run_dir: str | None) -> list[Logger]:
-    """Return the loggers that are given by name or as objects. Raises UserError for what is none."""
+    """Return the loggers that are given by name or as objects. Raises UserError for anything else."""
     listed = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     return [_logger(one, run_dir) for one in listed if one is not None]
 

@@ -16,7 +16,7 @@ class TrackerLogger(GroupedLogger):
     Args:
         run: what its `init` returned, or the name of its module, such as "wandb": then it is imported on process 0
             alone, and `init(config=..., **options)` is called when the run starts.
-        options: for `init`: a project; an `id` with `resume="allow"` where a resumed run is to go on with its history.
+        options: for `init`: a project; an `id` with `resume="allow"` if a resumed run is to continue its history.
     """
 
     def __init__(self, run: Any, options: Mapping[str, Any] | None = None) -> None:

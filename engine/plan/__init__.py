@@ -1,1 +1,1 @@
-"""Which samples each update sees: schedules and windows, as arithmetic without torch."""
+"""The plan of a run: schedules and windows, as arithmetic without torch."""

@@ -1,4 +1,4 @@
-"""How many micro-batches a window has, as a pure function of where the run is."""
+"""Schedules: the number of micro-batches of a window, as a pure function of the position in the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Unit = Literal["epoch", "update", "sample"]
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What holds from `first` (in the schedule's unit) until the next stage.
+    """The settings from `first` (in the schedule's unit) until the next stage.
 
     `accumulate_grad_batches` is K, micro-batches per process and window; `effective_batch` is the samples of
     a full window over all processes.
@@ -25,11 +25,11 @@ class Stage:
     accumulate_grad_batches: int
     effective_batch: int
     lr_factor: float = 1.0
-    """What the learning rate of the optimizer and its schedule is multiplied by."""
+    """The factor on the learning rate of the optimizer and its schedule."""
 
 
 def check_accumulation(value: object, name: str = "accumulate_grad_batches") -> int:
-    """Return `value` as K, or raise ValueError: a whole number of at least 1, and no bool."""
+    """Return `value` as K, or raise UserError: a whole number of at least 1, and no bool."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise UserError(f"{name}={value!r}: give a whole number of micro-batches, 1 or more.")
     if value < 1:
@@ -105,7 +105,7 @@ def solve(
 
 
 LR_RULES: dict[str, Callable[[float], float]] = {"none": lambda times: 1.0, "linear": lambda times: times, "sqrt": sqrt}
-"""What the learning rate is multiplied by where the effective batch is so many times the reference."""
+"""The factor on the learning rate, from (effective batch) / (reference)."""
 
 
 def check_lr_rule(rule: object, reference_batch: object) -> None:

@@ -1,4 +1,4 @@
-"""Which samples each update sees, on which process: arithmetic on one sample offset, known before the run starts.
+"""The windows of a run: which samples each update sees, on which process, as arithmetic on one sample offset.
 
 An epoch is `samples` positions of the global order. An update takes the next `effective_batch` of them (the last one
 what is left); they are cut into pieces of N from the update's first sample, and piece j goes to process j mod P. The

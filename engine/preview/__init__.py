@@ -1,1 +1,1 @@
-"""What a run would do, told before it starts."""
+"""Previews of a run before it starts."""

@@ -1,1 +1,1 @@
-"""What a run writes down."""
+"""Records, run folder and summary of a run."""

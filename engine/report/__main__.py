@@ -12,7 +12,7 @@ from engine.report.reading import NotARunError, read
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page and say where it is. Returns 2, after one line of why, where that cannot be."""
+    """Write the page and print its path. Return 2, after one line with the reason, if that fails."""
     parser = ArgumentParser("python -m engine.report", description="One run, or several compared, as an HTML page.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run")
     parser.add_argument("--output", metavar="FILE", help="the page; for one run report.html in its folder")

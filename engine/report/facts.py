@@ -1,4 +1,4 @@
-"""What is worth saying of a run in words and figures. Imports no torch."""
+"""Facts of a run, in words and figures. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from engine.report.reading import VALIDATION, Column, Run
 
 Facts = dict[str, str]
-"""What, and how much: a table's rows."""
+"""A table's rows: a name, and an amount."""
 
 
 def status(run: Run) -> str:

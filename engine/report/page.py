@@ -32,7 +32,7 @@ TITLES = {
 PLACES = ("update", "samples", "epoch")
 MEASURED = "Within updates as process 0's clock tells: of the wait for data it looks at one micro-batch of each window."
 STEPS = ("accumulate_grad_batches", "effective_batch", "skipped")
-"""What changes at once, and is drawn so."""
+"""Values that change in steps, and are drawn as steps."""
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -113,7 +113,7 @@ def _points(table: dict[str, Column], places: NDArray[np.intp], y: Column) -> di
 
 
 def _marks(run: Run) -> list[dict[str, Any]]:
-    """Return where updates were skipped, and where the run stopped and went on."""
+    """Return where updates were skipped, and where the run stopped and resumed."""
     update, samples = run.updates["update"], run.updates["samples"]
     places = np.flatnonzero(np.diff(np.nan_to_num(run.updates.get("skipped", np.zeros(0))), prepend=0.0) > 0)
     some = places[:: -(-len(places) // (2 * BINS)) or 1]

@@ -1,4 +1,4 @@
-"""What a run's folder tells, whole or damaged. Imports no torch."""
+"""Reads a run's folder, whole or damaged. Imports no torch."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Run:
     summary: dict[str, Any]
     """Of a run that came to its end; else empty."""
     notes: Sequence[str]
-    """What could not be read."""
+    """The lines and files that could not be read."""
 
     @property
     def length(self) -> int:
-        """How many updates are on record."""
+        """The number of updates on record."""
         return len(self.updates["update"])
 
     def happened(self, *kinds: str) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ BINS = 1000
 def thin(values: NDArray[np.float64], bins: int = BINS) -> NDArray[np.intp]:
     """Return the places of the points to keep, in order; all of them where they are at most `2 * bins`.
 
-    Otherwise the first, the last, and the lowest and the highest of each of `bins` stretches of like length. NaN counts
+    Otherwise the first, the last, and the lowest and highest of each of `bins` stretches of equal length. NaN counts
     for neither; a stretch of nothing else keeps one, and so its gap.
     """
     if len(values) <= 2 * bins:
