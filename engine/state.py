@@ -37,7 +37,7 @@ class RunState:
     metrics: dict[str, float] = field(default_factory=dict)
     """The newest validation means."""
     position: Any = field(default=None, metadata={"local": True})
-    """Where this process's data stands after the last update; None before the first."""
+    """This process's position in its data after the last update; None before the first."""
 
     _started = 0.0
 

@@ -41,7 +41,7 @@ from engine import Callback, GradientAccumulationScheduler, Trainer
         ({"tf32": "no"}, "tf32='no': expected True or False"),
         ({"callbacks": Callback}, "callbacks=<class .*>: expected a Callback object"),
         ({"callbacks": [Callback(), True]}, "callbacks=True: expected a Callback"),
-        ({"lr_rule": ["linear"]}, r"lr_rule=\['linear'\]: give one of none, linear, sqrt"),
+        ({"lr_rule": ["linear"]}, r"lr_rule=\['linear'\]: expected one of none, linear, sqrt"),
         ({"keep_best": True, "run_dir": "runs"}, "keep_best=True: expected min:METRIC or max:METRIC"),
         ({"run_dir": 3}, "run_dir=3: expected the path of a folder, or None"),
         ({"resume": False}, "resume=False: no such checkpoint. Give its path, or use 'auto' or 'never'"),

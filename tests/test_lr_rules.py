@@ -137,11 +137,11 @@ def test_a_rule_is_the_same_after_a_resume_on_any_P(P: int, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr_rule": "square"}, "lr_rule='square': give one of none, linear, sqrt"),
-        ({"lr_rule": "linear"}, "lr_reference_batch=None: give the effective batch"),
+        ({"lr_rule": "square"}, "lr_rule='square': expected one of none, linear, sqrt"),
+        ({"lr_rule": "linear"}, "lr_reference_batch=None: expected the effective batch"),
         ({"lr_rule": "sqrt", "lr_reference_batch": 0}, "lr_reference_batch=0: expected"),
         ({"lr_rule": "sqrt", "lr_reference_batch": True}, "lr_reference_batch=True: expected"),
-        ({"lr_reference_batch": 64}, "lr_reference_batch=64 without an lr_rule: give linear or sqrt"),
+        ({"lr_reference_batch": 64}, "lr_reference_batch=64 without an lr_rule"),
     ],
 )
 def test_what_is_no_rule_is_refused(options: dict[str, Any], message: str) -> None:

@@ -82,7 +82,7 @@ def around_validation(trainer: Trainer) -> Iterator[None]:
 
 
 def check_has_validation(trainer: Trainer, callback: Callback) -> None:
-    """Raise UserError if a callback needs a validation and there is none."""
+    """Raise UserError if a callback needs a validation and the task has no validation data."""
     if not trainer.has_validation:
         name = type(callback).__name__
         raise UserError(

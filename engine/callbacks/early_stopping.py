@@ -16,7 +16,7 @@ class EarlyStopping(Callback):
     """Ends the run after `patience` validations in a row whose `metric` was no better than the best before.
 
     `mode` is "min" or "max"; better means by more than `min_delta`, and NaN never is. All processes hold the same
-    means, so all stop at the same update, whatever P is. Raises UserError for invalid arguments, and for a
+    means, so all stop at the same update for any P. Raises UserError for invalid arguments, and for a
     metric that is not there.
     """
 

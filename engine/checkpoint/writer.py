@@ -38,11 +38,6 @@ class CheckpointWriter:
         probe.write_bytes(os.urandom(4096))  # a full or read-only disk is found now
         probe.unlink()
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether the save before is still being written."""
-        return self._writing is not None and self._writing.is_alive()
-
     def save(self, update: int, model: Mapping[str, Any], state: Mapping[str, Any], best: float | None = None) -> None:
         """Start writing a checkpoint, of metric `best` if it is the best; wait first for the one before."""
         self.wait()

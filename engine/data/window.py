@@ -34,7 +34,7 @@ class Window(Protocol):
 
     @property
     def position(self) -> Any:
-        """Where this process's data stands after the window; `Source.windows` resumes from it."""
+        """This process's position in its data after the window; `Source.windows` resumes from it."""
         ...
 
 

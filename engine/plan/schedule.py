@@ -109,16 +109,16 @@ LR_RULES: dict[str, Callable[[float], float]] = {"none": lambda times: 1.0, "lin
 
 
 def check_lr_rule(rule: object, reference_batch: object) -> None:
-    """Raise ValueError unless `rule` is one, and has a reference if it needs one."""
+    """Raise UserError for an unknown rule, a rule without a reference, and a reference without a rule."""
     if not isinstance(rule, str) or rule not in LR_RULES:
-        raise UserError(f"lr_rule={rule!r}: give one of {', '.join(LR_RULES)}.")
+        raise UserError(f"lr_rule={rule!r}: expected one of {', '.join(LR_RULES)}.")
     if rule == "none":
         if reference_batch is not None:
-            raise UserError(f"lr_reference_batch={reference_batch!r} without an lr_rule: give linear or sqrt.")
-    elif isinstance(reference_batch, bool) or not isinstance(reference_batch, int) or reference_batch < 1:
+            raise UserError(f"lr_reference_batch={reference_batch!r} without an lr_rule. Use linear or sqrt.")
+    elif reference_batch is None:
         raise UserError(
-            f"lr_rule={rule!r} with lr_reference_batch={reference_batch!r}: give the effective batch, in samples, that "
-            "the task's learning rate is for."
+            f"lr_rule={rule!r} with lr_reference_batch=None: expected the effective batch, in samples, of the task's "
+            "learning rate."
         )
 
 

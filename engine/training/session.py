@@ -39,7 +39,7 @@ class Session:
         self._signals, self._checkpointer, self._recorder = signals, checkpointer, recorder
         self._call, self._around_validation = call, around_validation
         self._positions = positions
-        """Where each process's data stood in the checkpoint, until an epoch has resumed from it."""
+        """The positions of all processes in the checkpoint, until an epoch has resumed from them."""
         self._updater = run.parts.updater
         self._has_ended = False
         """Whether all processes agreed to stop."""
