@@ -1,6 +1,7 @@
 """Strategies: devices, processes and collectives. They know nothing of epochs, data or files."""
 
 from strategies.base import MicroBatch, PendingRows, Strategy
+from strategies.buffers import Buffers
 from strategies.ddp import DDPStrategy
 from strategies.dp import DPStrategy
 from strategies.errors import UserError, check_count
@@ -11,6 +12,7 @@ from strategies.registry import find, resolve
 from strategies.single import SingleDeviceStrategy
 
 __all__ = [
+    "Buffers",
     "DDPStrategy",
     "DPStrategy",
     "FSDPStrategy",

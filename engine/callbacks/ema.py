@@ -35,6 +35,7 @@ class EMA(Callback):
         """The averaged parameters, by name, on their device."""
         self._parameters: list[nn.Parameter] = []
         self._saved: dict[str, Tensor] = {}
+        self._skipped = 0
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Begin with the parameters, or with what a checkpoint had."""
@@ -43,10 +44,13 @@ class EMA(Callback):
         named = {user_name(n): p for n, p in trainer.model.named_parameters() if p.requires_grad}
         self._parameters = list(named.values())
         self.averages = {n: self._saved.get(n, p).detach().to(p.device, copy=True) for n, p in named.items()}
-        self._saved = {}
+        self._saved, self._skipped = {}, trainer.skipped
 
     def on_update_end(self, trainer: Trainer) -> None:
-        """Move the average."""
+        """Move the average, unless the update was skipped."""
+        if trainer.skipped > self._skipped:
+            self._skipped = trainer.skipped
+            return
         self._move(list(self.averages.values()), self._parameters, None)
 
     @contextmanager

@@ -76,7 +76,7 @@ def saved_schedule(checkpoint: Checkpoint, N: int, strategy: Strategy) -> Schedu
 
 def snapshot(state: RunState, parts: RunParts) -> tuple[Mapping[str, Any], dict[str, Any]]:
     """Return (model, state by topic), copied. All processes call it; process 0 has the whole."""
-    strategy, rollback = parts.strategy, parts.updater.rollback
+    strategy, host_rng = parts.strategy, parts.updater.host_rng
     positions = None if state.position is None else strategy.gather(state.position)
     whole: dict[str, Any] = {"model": {}, "optimizer": {}}
     if strategy.rank == 0 or not strategy.holds_all:
@@ -90,7 +90,7 @@ def snapshot(state: RunState, parts: RunParts) -> tuple[Mapping[str, Any], dict[
         },
         "identity": dict(parts.identity),
         "updater": parts.updater.state_dict(),
-        "host_rng": strategy.gather(rollback.rng_state() if rollback is not None else None),
+        "host_rng": strategy.gather(None if host_rng is None else host_rng.state()),
         "lr_scheduler": None if parts.lr_scheduler is None else parts.lr_scheduler.state_dict(),
         "callbacks": [[class_path(callback), callback.state_dict()] for callback in parts.callbacks],
     }
@@ -109,8 +109,8 @@ def restore(checkpoint: Checkpoint, parts: RunParts, allows_changes: bool) -> Ru
         if parts.lr_scheduler is not None and "the LR scheduler" in unchanged:
             parts.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
         parts.updater.load_state_dict(checkpoint["updater"], "precision" in unchanged)
-        if parts.updater.rollback is not None:
-            parts.updater.rollback.load_rng_state(checkpoint["host_rng"], strategy.rank, strategy.processes)
+        if parts.updater.host_rng is not None:
+            parts.updater.host_rng.load_state(checkpoint["host_rng"], strategy.rank, strategy.processes)
         _restore_callbacks(parts.callbacks, checkpoint["callbacks"])
         positions = checkpoint["positions"]
         position = positions and positions[strategy.data_parallel_rank % len(positions)]

@@ -159,8 +159,8 @@ class Session:
 
     def _forget_draws(self) -> None:
         """Ignore what callbacks and validation drew from the host's generators."""
-        if self._updater.rollback is not None:
-            self._updater.rollback.forget_draws()
+        if self._updater.host_rng is not None:
+            self._updater.host_rng.forget()
 
     def _note_interruption(self) -> None:
         self._control.interrupted_by = self._signals.name or "a signal to another process"

@@ -1,46 +1,34 @@
-"""Rollback: the state that forward changes before an update, kept so that a dropped window leaves no trace."""
+"""Rollback: the state that forward changes before an update, so that a window without an update leaves no trace."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor, nn
-
-from engine.update.host_rng import HostRng, HostState
+from engine.update.host_rng import HostRng
+from strategies import Buffers
 
 
 class Rollback:
-    """Keeps the model's buffers (BatchNorm's statistics) and the host's generators of the boundary before a window."""
+    """Keeps the buffers (BatchNorm's statistics) of the boundary before a window, and the host's generators.
 
-    def __init__(self, model: nn.Module, seed: int, rank: int) -> None:
-        self._model = model
-        self._has_buffers = any(True for _ in model.buffers())
-        self._buffers: dict[str, Tensor] = {}
-        self._host_rng = HostRng(seed, rank)
+    The generators are kept only in a run that can be interrupted (`host_rng`). A dropped window is run again with the
+    same draws; a skipped one has used them.
+    """
+
+    def __init__(self, buffers: Buffers, host_rng: HostRng | None) -> None:
+        self._buffers, self._host_rng = buffers, host_rng
 
     def begin(self, update: int) -> None:
         """Keep the state before the window of `update`."""
-        if self._has_buffers:
-            self._buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
-        self._host_rng.start_window(update)
+        if self._buffers.exist:
+            self._buffers.keep()
+        if self._host_rng is not None:
+            self._host_rng.start_window(update)
+
+    def skip(self) -> None:
+        """Restore the buffers: the update was skipped."""
+        self._buffers.restore()
 
     def undo(self) -> None:
-        """Restore it."""
-        self._host_rng.drop()
-        with torch.no_grad():
-            for name, buffer in self._model.named_buffers():
-                if name in self._buffers:
-                    buffer.copy_(self._buffers[name])
-
-    def forget_draws(self) -> None:
-        """Ignore draws from the host's generators between two windows (validation, callbacks)."""
-        self._host_rng.forget()
-
-    def rng_state(self) -> HostState:
-        """Return what a resumed run needs of the host's generators."""
-        return self._host_rng.state()
-
-    def load_rng_state(self, states: Sequence[HostState], rank: int, processes: int) -> None:
-        """Load what all processes returned."""
-        self._host_rng.load_state(states, rank, processes)
+        """Restore everything: the window was dropped."""
+        self._buffers.restore()
+        if self._host_rng is not None:
+            self._host_rng.drop()

@@ -18,13 +18,14 @@ from engine.seeds import ODD, SEED_BITS, forward_seed
 from engine.signals import Interrupted, Signals
 from engine.state import RunState
 from engine.update.exchange import Exchange
+from engine.update.host_rng import HostRng
 from engine.update.loss_sum import LossSum
 from engine.update.message import NO_REQUESTS, Outcome, Requests
 from engine.update.model_checks import check_gradients
 from engine.update.rollback import Rollback
 from engine.update.scale import Scale
 from engine.update.timing import NO_TIMER, NoTimer
-from strategies import MicroBatch, Strategy
+from strategies import Buffers, MicroBatch, Strategy
 
 LossOf = Callable[[nn.Module, Any], Loss | Tensor]
 """From the prepared model and a batch to the loss, as `Task.loss`."""
@@ -65,8 +66,9 @@ class Updater:
         self.scale = Scale(options.precision)
         self.signals = signals or Signals()
         self.exchange = Exchange(strategy, self.signals)
-        is_interruptible, rank = signals is not None, strategy.data_parallel_rank
-        self.rollback = Rollback(model, options.seed, rank) if is_interruptible else None
+        self.host_rng = None if signals is None else HostRng(options.seed, strategy.data_parallel_rank)
+        buffers = Buffers(model)
+        self.rollback = Rollback(buffers, self.host_rng) if self.host_rng or buffers.exist else None
         self.timer = timer
         self._skips_nonfinite = options.skip_nonfinite_updates or options.precision == "fp16"
         self._needs_norm = bool(self._skips_nonfinite or options.gradient_clip_norm or options.is_recorded)
@@ -139,6 +141,8 @@ class Updater:
         elif not skipped:
             with _scaled_lr(self.optimizer, lr_factor):
                 self.optimizer.step()
+        elif self.rollback is not None:
+            self.rollback.skip()
         self.scale.end(agreed.weight, overflowed)
         self.lr = lr_factor * float(self.optimizer.param_groups[0]["lr"])
         if self.lr_scheduler is not None:

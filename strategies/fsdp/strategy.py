@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from strategies.buffers import Buffers
 from strategies.environment import new_store
 from strategies.errors import UserError, check_count
 from strategies.fsdp.collective_order import CollectiveOrder
@@ -158,7 +159,7 @@ class FSDPStrategy(ProcessGroupStrategy):
             self._root, named, new_store(), self.data_parallel_size, self.timeout, frees is False
         )
         self._parameters = list(model.parameters())
-        self._buffers = list(model.buffers())
+        self._buffers = Buffers(model)
         parts = [p for group in self._order.groups.values() for p in group.fsdp_params]
         self._trainable = [p for p in parts if p.sharded_param.requires_grad]
         self._is_closing: bool | None = None
@@ -293,9 +294,9 @@ class FSDPStrategy(ProcessGroupStrategy):
         """Start a pass, and set what FSDP does in its backward."""
         if not self._passes_made:
             self._order.used.clear()
-            if self._buffers and self.broadcast_buffers:
+            if self._buffers.exist and self.broadcast_buffers:
                 broadcast: Any = dist._broadcast_coalesced  # type: ignore[attr-defined]
-                broadcast(dist.group.WORLD, self._buffers, _BROADCAST_BYTES, 0)
+                broadcast(dist.group.WORLD, self._buffers.tensors(), _BROADCAST_BYTES, 0)
         if self._most_passes is not None:
             is_last = self._passes_made + 1 == self._most_passes
         if is_last != self._is_closing:

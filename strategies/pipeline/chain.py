@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from strategies.buffers import Buffers
 from strategies.errors import UserError
 from strategies.pipeline.parts import PeerFailedError, TensorSpec
 
@@ -98,14 +99,13 @@ class Chain:
 
     def specs(self, x: Tensor | None, autocast: torch.dtype | None) -> list[TensorSpec]:
         """Return the spec of each part's output for an input, by one forward without gradients or other effects."""
-        buffers = list(self.part.buffers())
 
         def run() -> TensorSpec | None:
-            saved = [buffer.clone() for buffer in buffers]
+            buffers = Buffers(self.part)
+            buffers.keep()
             with torch.no_grad():
                 spec = self.through(x, autocast)[1]
-                for buffer, value in zip(buffers, saved, strict=True):
-                    buffer.copy_(value)
+            buffers.restore()
             return spec
 
         specs = self.together(run)[:-1]
