@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from commands import RUN, python
 from processes import ChildError, run
 from reference import Regression
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from engine import Callback, GradientAccumulationScheduler, Trainer
@@ -121,6 +122,28 @@ def task_with(**methods: Any) -> Regression:
 def test_a_task_that_cannot_be_trained(methods: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit(task_with(**methods))
+
+
+class Late(Regression):
+    """Its third micro-batch has another kind of loss than the first two."""
+
+    def __init__(self, late: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(16)
+        self.late, self.calls = late, 0
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        self.calls += 1
+        losses = (model(batch[0]) - batch[1]).square()
+        return self.late(losses) if self.calls == 3 else losses.mean()
+
+
+@pytest.mark.parametrize(
+    ("late", "message"),
+    [(lambda losses: losses[:, 0], r"shape \(4,\): expected a 0-dim"), (lambda losses: losses.mean().detach(), "grad")],
+)
+def test_the_loss_of_every_micro_batch_is_checked(late: Callable[[Tensor], Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Trainer(micro_batch_size=4, accumulate_grad_batches=4, max_epochs=1).fit(Late(late))
 
 
 class Lies(TensorDataset):

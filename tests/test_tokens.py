@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from processes import ChildError, run
@@ -139,6 +141,27 @@ def test_one_negative_weight_is_found_among_many() -> None:
     )  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="expected a finite number of at least 0"):
         Trainer("single", micro_batch_size=3, accumulate_grad_batches=4, max_epochs=1, shuffle=False).fit(task)
+
+
+ODD = 2**24 + 1
+"""The first whole number that float32 does not have."""
+WEIGHTS = {
+    "int64": torch.tensor(ODD),
+    "int32": torch.tensor(ODD, dtype=torch.int32),
+    "float32": torch.tensor(1.0 + 2**-23),
+    "int": ODD,
+    "numpy float32": numpy.float32(1.0 + 2**-23),
+    "numpy int64": numpy.int64(ODD),
+}
+
+
+@pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("P", [1, 2])
+def test_weights_are_summed_exactly(P: int, weight: Any) -> None:
+    task = Weighs(36)
+    task.weight = weight
+    for _, records in run(P, fit, task, 12 // P, 1e9):
+        assert records[0]["weight"] == 12 * Fraction(weight.item() if hasattr(weight, "item") else weight)
 
 
 class Grouped(Sequences):

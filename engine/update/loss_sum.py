@@ -26,7 +26,8 @@ class LossSum:
         self.micro_batches = self.samples = 0
         """Micro-batches, and their samples, whose loss has been added."""
         self._scale, self._is_recorded = scale, is_recorded
-        self._weight: float | Tensor = 0.0
+        self._weight = 0.0
+        self._device_weight: Tensor | None = None
         self._least_weight: Tensor | None = None
         self._losses: list[Tensor] = []
         self._share = 1
@@ -48,7 +49,7 @@ class LossSum:
             self._add_weight(loss.weight)
         else:
             raise UserError(f"loss() returned {type(loss).__name__}: expected a 0-dim tensor, or Loss(sum, weight).")
-        if value.dtype in TOO_NARROW or (not self.micro_batches and (value.ndim or not value.requires_grad)):
+        if value.dtype in TOO_NARROW or value.ndim or not value.requires_grad:
             raise UserError(_loss_message(value))
         self.samples += micro.size
         self.micro_batches += 1
@@ -64,7 +65,8 @@ class LossSum:
         if self._least_weight is not None and not 0 <= (least := self._least_weight.item()) < math.inf:
             raise UserError(f"a micro-batch's loss has weight {least}: expected a finite number of at least 0.")
         loss = self._share * self._sum_of_losses().item() if self._losses else 0.0
-        return float(self._weight), loss
+        weight = self._weight if self._device_weight is None else self._weight + self._device_weight.item()
+        return weight, loss
 
     def _add_weight(self, weight: float | Tensor) -> None:
         """Add a weight. Of those on the device keep the least (NaN, if there was one): `read` checks it."""
@@ -72,11 +74,16 @@ class LossSum:
             if weight.ndim or weight.dtype in TOO_NARROW:
                 kind = f"{weight.dtype} of shape {tuple(weight.shape)}"
                 raise UserError(f"a loss's weight is a {kind}: expected one number, float32 or wider.")
-            weight = weight.detach()
-            self._least_weight = weight if self._least_weight is None else torch.minimum(self._least_weight, weight)
+            weight = weight.detach().double()  # integers would be summed in float32
+            if self._device_weight is None or self._least_weight is None:
+                self._device_weight = self._least_weight = weight
+            else:
+                self._device_weight = self._device_weight + weight
+                self._least_weight = torch.minimum(self._least_weight, weight)
         elif not isinstance(weight, Real) or not 0 <= weight < math.inf:
             raise UserError(f"a micro-batch's loss has weight {weight}: expected a finite number of at least 0.")
-        self._weight = self._weight + weight
+        else:
+            self._weight += float(weight)
 
     def _add_loss(self, value: Tensor, share: int) -> None:
         """Keep a loss in units of the first one's share; sixteen become one, so memory does not grow with K."""
