@@ -79,7 +79,7 @@ def test_one_all_reduce_per_bucket_and_one_message_per_update(
     samples = 2 * (2 * P * K) + 1  # a last window in which one process alone has a sample
     for counts, (buckets, size) in run(P, count, samples, K, bucket_cap_mb, find_unused):
         parameters = sum(p.numel() for p in wide().parameters())
-        assert size == 8 * parameters
+        assert size == 8 * (parameters + find_unused)  # and one of the wrapper's own
         assert (buckets > 1) == (bucket_cap_mb is not None)
         used = {"allreduce_": 1} if find_unused else {}  # DDP's map of used parameters
         for update in counts:

@@ -38,13 +38,19 @@ class EMA(Callback):
         self._skipped = 0
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Begin with the parameters, or with what a checkpoint had."""
+        """Begin with the trained parameters, or with what a checkpoint had."""
         if not trainer.strategy.holds_all:
             raise UserError(f"EMA needs whole parameters on each process, which {trainer.strategy.name} does not have.")
-        named = {user_name(n): p for n, p in trainer.model.named_parameters() if p.requires_grad}
-        self._parameters = list(named.values())
-        self.averages = {n: self._saved.get(n, p).detach().to(p.device, copy=True) for n, p in named.items()}
-        self._saved, self._skipped = {}, trainer.skipped
+        self.averages, self._parameters, self._skipped = {}, [], trainer.skipped
+        self.on_epoch_start(trainer)
+        self._saved = {}
+
+    def on_epoch_start(self, trainer: Trainer) -> None:
+        """Begin with parameters that were unfrozen since."""
+        for name, p in ((user_name(n), p) for n, p in trainer.model.named_parameters()):
+            if name in self._saved or (p.requires_grad and not self._saved and name not in self.averages):
+                self._parameters.append(p)
+                self.averages[name] = self._saved.get(name, p).detach().to(p.device, copy=True)
 
     def on_update_end(self, trainer: Trainer) -> None:
         """Move the average, unless the update was skipped."""

@@ -83,6 +83,7 @@ def snapshot(state: RunState, parts: RunParts) -> tuple[Mapping[str, Any], dict[
         whole = strategy.state_dict(parts.optimizer)
     rest = {
         "run": state.state_dict(),
+        "frozen": [user_name(name) for name, p in parts.model.named_parameters() if not p.requires_grad],
         "positions": positions,
         "schedule": {
             "unit": parts.schedule.unit,
@@ -103,6 +104,8 @@ def restore(checkpoint: Checkpoint, parts: RunParts, allows_changes: bool) -> Ru
     try:
         _compare(parts.identity, checkpoint, allows_changes)
         check_model_state(strategy.state_dict()["model"], checkpoint.model, checkpoint.path)
+        for name, parameter in parts.model.named_parameters():  # a callback may have changed it
+            parameter.requires_grad_(user_name(name) not in checkpoint["frozen"])
         unchanged = {name for name, text in parts.identity.items() if saved.get(name) == text}
         whole = {"model": checkpoint.model, "optimizer": checkpoint["optimizer"]}
         strategy.load_state_dict(whole, parts.optimizer if "the optimizer" in unchanged else None)

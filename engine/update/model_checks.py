@@ -58,6 +58,20 @@ def check_optimizer(configured: object, model: nn.Module) -> tuple[Optimizer, LR
     return optimizer, lr_scheduler
 
 
+def check_parameters(model: nn.Module, optimizer: Optimizer, at_start: Iterable[nn.Parameter]) -> None:
+    """Raise UserError if the model or the optimizer has other parameters than the model had `at_start`."""
+    known, now = set(at_start), {parameter: name for name, parameter in model.named_parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    new = [p for p in dict.fromkeys([*now, *held]) if p not in known]
+    if new or len(now) < len(known):
+        what = f"{now.get(new[0], 'one of the optimizer')!r} is new" if new else f"{len(known) - len(now)} are missing"
+        raise UserError(
+            f"the parameters changed during training ({what}): expected those of the start, since others are not "
+            "reduced, cleared or saved. Build the whole model in configure_model(), give the optimizer all of it, and "
+            "freeze with requires_grad_(False) what is trained later."
+        )
+
+
 def check_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
     """Raise UserError for a sparse gradient that no module announced; called at the first update."""
     for name, parameter in parameters:

@@ -21,7 +21,7 @@ from engine.update.exchange import Exchange
 from engine.update.host_rng import HostRng
 from engine.update.loss_sum import LossSum
 from engine.update.message import NO_REQUESTS, Outcome, Requests
-from engine.update.model_checks import check_gradients
+from engine.update.model_checks import check_gradients, check_parameters
 from engine.update.rollback import Rollback
 from engine.update.scale import Scale
 from engine.update.timing import NO_TIMER, NoTimer
@@ -73,6 +73,8 @@ class Updater:
         self._skips_nonfinite = options.skip_nonfinite_updates or options.precision == "fp16"
         self._needs_norm = bool(self._skips_nonfinite or options.gradient_clip_norm or options.is_recorded)
         self._epoch, self._epoch_seed = -1, 0
+        self._last_group: dict[str, Any] | None = None
+        self._parameters = [*model.parameters()]
 
     def run(self, loss_of: LossOf, window: Window, state: RunState, requests: Requests = NO_REQUESTS) -> Outcome:
         """Run one window and make its update, the same on all processes.
@@ -93,10 +95,16 @@ class Updater:
         self.losses = LossSum(self.scale.begin(window), self.options.is_recorded)
         if self.rollback is not None:
             self.rollback.begin(state.update)
-        if state.epoch != self._epoch:
-            self._epoch, self._epoch_seed = state.epoch, forward_seed(self.options.seed, state.epoch)
+        if state.epoch != self._epoch or self.optimizer.param_groups[-1] is not self._last_group:
+            self._start_epoch(state.epoch)
         self.strategy.start_window(window.most_micro_batches)
         self.exchange.begin(window, self.losses, requests)
+
+    def _start_epoch(self, epoch: int) -> None:
+        """Seed an epoch. Raises UserError if the model or the optimizer has other parameters than at the start."""
+        self._epoch, self._epoch_seed = epoch, forward_seed(self.options.seed, epoch)
+        self._last_group = self.optimizer.param_groups[-1]
+        check_parameters(self.model, self.optimizer, self._parameters)
 
     def _forward(self, micro: MicroBatch) -> tuple[Tensor, float]:
         self.before_forward(micro)

@@ -16,7 +16,7 @@ from strategies.ddp.compression import DTYPES, EXACT_TO, CastHook, check_hook
 from strategies.ddp.empty_forward import EmptyForward
 from strategies.ddp.zero1 import OptimizerShards
 from strategies.errors import MODEL_NOT_CALLED, UserError
-from strategies.optimizer_state import load_named_state, merged, parameter_names
+from strategies.optimizer_state import load_named_state, merged
 from strategies.process_group import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
 from strategies.torch_internals import DDP, unused_parameters
@@ -29,6 +29,8 @@ REFUSED = {
     "mixed_precision": "gradients would not be accumulated in float32. Use Trainer(precision=...).",
 }
 """Options of DistributedDataParallel that are wrong with deferred reduction (torch 2.13), and the way out."""
+ANCHOR = "_unused_by_forward"
+"""A parameter of one number, the model's only while it is wrapped: the use that a process without data makes of it."""
 
 
 class DDPStrategy(ProcessGroupStrategy):
@@ -120,34 +122,54 @@ class DDPStrategy(ProcessGroupStrategy):
             self._shards.remove()
         self._shards = self._hook = None
         if hasattr(self, "_ddp"):
-            for part in (
-                "reducer",
-                "logger",
-            ):  # an exception's frames may hold the wrapper for longer than the group
-                vars(self._ddp).pop(part, None)
+            self._remove_reducer()
             del self._ddp
-            gc.collect()  # its hooks must be gone before the group that they use
         super().teardown()
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Wrap `model`, and fix the order in which its gradients are summed. Raises UserError for a refused option."""
         if self.sync_batchnorm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-        self._ddp = self.wrap(super().prepare(model))
-        self._names = [name for name, p in model.named_parameters() if p.requires_grad]
-        self._used: nn.Parameter | None = None  # a parameter that is known to take part in forward
+        super().prepare(model)
         self._has_buffers = any(True for _ in model.buffers())
+        self._ddp = self._wrapped()
+        self._fix_buckets()
+        return self._ddp
+
+    def start_window(self, most_micro_batches: int) -> None:
+        """Wrap the model again if a parameter was frozen or unfrozen: DDP reduces those that it saw at first."""
+        if [p.requires_grad for p in self._parameters] == self._requires_grad:
+            return
+        super().clear_gradients()
+        self._remove_reducer()
+        wrapped = vars(self._wrapped())
+        vars(self._ddp).clear()  # the same object stays: the engine and the task have it
+        vars(self._ddp).update(wrapped)
+        self._fix_buckets()
+
+    def _wrapped(self) -> DistributedDataParallel:
+        """Wrap the model, with a parameter of its own that `join` can use if others may be unused."""
+        self._requires_grad = [p.requires_grad for p in self._parameters]
+        self._anchor = nn.Parameter(
+            next((p for p in self._parameters if p.requires_grad), self._parameters[0]).new_zeros(1)
+        )
+        if self.find_unused_parameters:
+            self._model.register_parameter(ANCHOR, self._anchor)
+        try:
+            ddp = self.wrap(self._model)
+            self._names = [name for name, p in self._model.named_parameters() if p.requires_grad]
+        finally:
+            self._model._parameters.pop(ANCHOR, None)
         self._buffers_are_sent = self._was_called = False
-        self._ddp.register_forward_pre_hook(self._note_call)
-        if self._ddp.static_graph:
+        ddp.register_forward_pre_hook(self._note_call)
+        if ddp.static_graph:
             raise _refusal("static_graph")
-        if self._ddp._delay_all_reduce_params:
+        if ddp._delay_all_reduce_params:
             raise _refusal("delay_all_reduce_named_params")
         if self.communication_hook is not None:
             self._hook = CastHook(DTYPES[self.communication_hook])
-            self._ddp.register_comm_hook(None, self._hook.reduce)
-        self._fix_buckets()
-        return self._ddp
+            ddp.register_comm_hook(None, self._hook.reduce)
+        return ddp
 
     def wrap(self, model: nn.Module) -> DistributedDataParallel:
         """Return `model` in DistributedDataParallel. Override it for another option or communication hook."""
@@ -178,8 +200,6 @@ class DDPStrategy(ProcessGroupStrategy):
             return
         self._buffers_are_sent = self._was_called = False
         if self.find_unused_parameters:
-            if self._used is None:
-                self._used = next((p for p in self._parameters if p.grad is not None), None)
             return
         try:
             self._ddp._check_reducer_finalized()  # type: ignore[no-untyped-call]
@@ -191,7 +211,7 @@ class DDPStrategy(ProcessGroupStrategy):
         self._broadcast_buffers_once()
         trainable = [p for p in self._parameters if p.requires_grad]
         if self.find_unused_parameters:  # parameters unused on all processes must keep the gradient None
-            trainable = [self._used if self._used is not None else trainable[0]]
+            trainable = [self._anchor]
         modules = self._ddp._modules
         modules["module"] = EmptyForward(trainable)
         try:
@@ -220,14 +240,11 @@ class DDPStrategy(ProcessGroupStrategy):
         return state
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
-        """Load what `state_dict` returned. A parameter with optimizer state is known to take part in forward."""
+        """Load what `state_dict` returned."""
         super().load_state_dict(state, None)
         if optimizer is not None:
             elsewhere = self._shards.elsewhere if self._shards is not None else ()
             load_named_state(self._user_module, optimizer, state["optimizer"], elsewhere)
-            stepped = state["optimizer"]["state"]
-            names = parameter_names(self._user_module)
-            self._used = next((p for p in self._parameters if names[p] in stepped), None)
 
     def reductions(self) -> tuple[int, int]:
         """Return (collectives, bytes) of one window's gradients, as counted by DDP's reducer or by the hook."""
@@ -240,7 +257,14 @@ class DDPStrategy(ProcessGroupStrategy):
 
     def bytes_to_reduce(self, model: nn.Module) -> int:
         """Return the bytes of all gradients: each is reduced once, in its own dtype."""
-        return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        sizes = [p.numel() * p.element_size() for p in model.parameters() if p.requires_grad]
+        return sum(sizes) + (next(model.parameters()).element_size() if self.find_unused_parameters else 0)
+
+    def _remove_reducer(self) -> None:
+        """Remove the reducer and its hooks now: an exception's frames may hold the wrapper longer than its group."""
+        for part in ("reducer", "logger"):
+            vars(self._ddp).pop(part, None)
+        gc.collect()
 
     def _fix_buckets(self) -> None:
         """Make DDP rebuild its buckets now.

@@ -159,6 +159,7 @@ class FSDPStrategy(ProcessGroupStrategy):
             self._root, named, new_store(), self.data_parallel_size, self.timeout, frees is False
         )
         self._parameters = list(model.parameters())
+        self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self._buffers = Buffers(model)
         parts = [p for group in self._order.groups.values() for p in group.fsdp_params]
         self._trainable = [p for p in parts if p.sharded_param.requires_grad]
@@ -180,7 +181,17 @@ class FSDPStrategy(ProcessGroupStrategy):
         return list(dict.fromkeys(in_lists(model)))
 
     def start_window(self, most_micro_batches: int) -> None:
-        """Note the number of passes that all processes make in the next window."""
+        """Note the number of passes that all processes make in the next window.
+
+        Raises UserError if a parameter was frozen or unfrozen since `prepare`.
+        """
+        requires_grad = {name: p.requires_grad for name, p in self._model.named_parameters()}
+        if requires_grad != self._requires_grad:
+            changed = [user_name(n) for n, value in requires_grad.items() if value != self._requires_grad.get(n)]
+            raise UserError(
+                f"requires_grad of {', '.join(changed[:3])} changed during training: expected it to stay, since FSDP "
+                "reads it when it shards the model. Use DDPStrategy, or freeze in configure_model() only."
+            )
         self._most_passes = most_micro_batches
 
     def backward(self, loss: Tensor, scale: float | Tensor) -> None:
