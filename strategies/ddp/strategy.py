@@ -150,9 +150,8 @@ class DDPStrategy(ProcessGroupStrategy):
     def _wrapped(self) -> DistributedDataParallel:
         """Wrap the model, with a parameter of its own that `join` can use if others may be unused."""
         self._requires_grad = [p.requires_grad for p in self._parameters]
-        self._anchor = nn.Parameter(
-            next((p for p in self._parameters if p.requires_grad), self._parameters[0]).new_zeros(1)
-        )
+        trained = [p for p in self._parameters if p.requires_grad] or self._parameters
+        self._anchor = nn.Parameter(trained[0].new_zeros(1))
         if self.find_unused_parameters:
             self._model.register_parameter(ANCHOR, self._anchor)
         try:
