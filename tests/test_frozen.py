@@ -146,7 +146,7 @@ def fit_thawing_shards() -> None:
 def test_fsdp_refuses_to_freeze_during_training() -> None:
     with pytest.raises(
         ChildError, match=r"requires_grad of 0.weight, .* changed during training.*Use DDPStrategy"
-    ) as e:
+    ) as raised:
         run(2, fit_thawing_shards, timeout=5)
     assert len(raised.value.errors) == 2
 
