@@ -20,7 +20,7 @@ from engine.plan.schedule import check_scheduling, make_schedule
 from engine.state import RunState
 from engine.task import Batching
 from engine.update.message import Outcome
-from engine.update.model_checks import check_optimizer
+from engine.update.model_checks import check_no_gradients, check_optimizer
 from engine.update.updater import UpdateOptions, Updater
 from strategies import Strategy
 
@@ -101,6 +101,7 @@ class OwnWindow:
         self._needs_backward = not window.is_empty
 
     def __iter__(self) -> Iterator[Any]:
+        check_no_gradients(self._updater.model)
         for micro in self._window:
             with self._updater.strategy.accumulation_context(micro.is_last):
                 self._micro, self._needs_backward = micro, True

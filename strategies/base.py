@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from strategies.errors import UserError
 from strategies.optimizer_state import load_named_state, named_state, user_module
 from strategies.to_device import move
 
@@ -64,8 +65,12 @@ class Strategy(ABC):
     evaluates_alone: bool = True
     """Whether a process can stop validating while the others continue."""
 
+    message_length = 0
+    """The numbers in each message of an engine by `exchange`; the engine sets it."""
+
     _model: nn.Module
     _parameters: list[nn.Parameter]
+    _has_model = False
     _scale = math.nan
     _gradient = torch.empty(())
 
@@ -124,7 +129,8 @@ class Strategy(ABC):
         """Start process groups. Raises UserError if the strategy cannot run as it was started."""
 
     def teardown(self) -> None:
-        """Undo `setup`: destroy the groups that it made, and leave those that existed before."""
+        """Undo `setup`: destroy the groups that it made, leave those that existed before, and let go of the model."""
+        self._has_model = False
 
     # The model
 
@@ -137,7 +143,11 @@ class Strategy(ABC):
         return False
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Move `model` to the device and return the module to call in training: the model or a wrapper."""
+        """Move `model` to the device and return the module to call in training: the model or a wrapper.
+
+        Raises UserError if the strategy has a model already.
+        """
+        self._take_model()
         self._model = model.to(self.device)
         self._parameters = list(model.parameters())
         return self._model
@@ -316,6 +326,15 @@ class Strategy(ABC):
         dcp.set_model_state_dict(self._user_module, state["model"], options=options)
         if optimizer is not None:
             load_named_state(self._user_module, optimizer, state["optimizer"])
+
+    def _take_model(self) -> None:
+        """Raise UserError if the strategy has a model already: it would clear and clip the gradients of the last."""
+        if self._has_model:
+            raise UserError(
+                f"strategy {self.name!r} has prepared a model already: expected one model for each strategy. Use "
+                "another strategy object for the second, or call teardown() first."
+            )
+        self._has_model = True
 
     @cached_property
     def _is_on_cpu(self) -> bool:

@@ -107,6 +107,7 @@ class ProcessGroupStrategy(Strategy):
         elif self._host_group is not None and dist.is_initialized():
             dist.destroy_process_group(self._host_group)
         self._owns_group, self._host_group, self._board = False, None, None
+        super().teardown()
 
     @property
     def needs_equal_windows(self) -> bool:

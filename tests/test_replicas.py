@@ -36,9 +36,30 @@ class OneBit(Callback):
             weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0, dtype=weight.dtype))
 
 
-class Unfreezes(Callback):
-    def on_fit_start(self, trainer: Any) -> None:
-        trainer.model[0].weight.requires_grad_(True)
+class FreezesOnOne(Callback):
+    """Freezes one parameter on one process, another on the rest if it is told."""
+
+    def __init__(self, at: int, on: int, other: bool) -> None:
+        self.at, self.on, self.other = at, on, other
+
+    def on_epoch_start(self, trainer: Any) -> None:
+        if trainer.epoch == self.at and (rank() == self.on or self.other):
+            trainer.model[0 if rank() == self.on else 2].weight.requires_grad_(False)
+
+
+def freeze_on_one(at: int, on: int, other: bool) -> None:
+    task = Regression(32)
+    task.model = normed
+    trainer(callbacks=FreezesOnOne(at, on, other), accumulate_grad_batches=2).fit(task)
+
+
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize(("at", "on"), [(0, 0), (0, 1), (1, 0), (1, 2)])
+def test_parameters_frozen_on_one_process_are_an_error_on_all(at: int, on: int, other: bool) -> None:
+    with pytest.raises(ChildError, match=r"requires_grad of 0\.weight changed: expected the same on all") as raised:
+        run(3, freeze_on_one, at, on, other, seconds=20)
+    assert len(raised.value.errors) == 3
+    assert all("requires_grad of " in text for text in raised.value.errors.values())
 
 
 def diverge(how: str) -> None:
@@ -48,19 +69,10 @@ def diverge(how: str) -> None:
         callbacks.append(OneBit(2))
     elif how == "learning rate":
         task.lr = 0.1 * (1 + rank())
-    elif how == "unfrozen":
-        task.model = lambda: frozen_first()
-        callbacks.append(Unfreezes())
     trainer(callbacks=callbacks).fit(task)
 
 
-def frozen_first() -> nn.Module:
-    model = mlp()
-    model[0].weight.requires_grad_(False)  # type: ignore[index]
-    return model
-
-
-@pytest.mark.parametrize("how", ["one bit", "learning rate", "unfrozen"])
+@pytest.mark.parametrize("how", ["one bit", "learning rate"])
 def test_replicas_that_diverge_stop_the_run_on_all_processes(how: str) -> None:
     with pytest.raises(ChildError, match=r"have diverged: .* on process 0, .* on process 1") as raised:
         run(2, diverge, how, seconds=30)

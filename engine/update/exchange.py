@@ -23,6 +23,7 @@ class Exchange:
     def __init__(self, strategy: Strategy, signals: Signals) -> None:
         self._strategy, self._signals = strategy, signals
         self.is_alone = strategy.processes == 1
+        strategy.message_length = len(Message._fields)
         self.grad_norm = math.nan
         """The gradient norm of the last update: replicas compare it in the next message."""
         self._rows: list[list[float]] = []

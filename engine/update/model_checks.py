@@ -72,6 +72,17 @@ def check_parameters(model: nn.Module, optimizer: Optimizer, at_start: Iterable[
         )
 
 
+def check_no_gradients(model: nn.Module) -> None:
+    """Raise UserError if a parameter has a gradient before a window's first forward: it would enter the update."""
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        if gradient is not None and getattr(gradient, "_local_tensor", gradient).any():  # zero: a view of DDP's buckets
+            raise UserError(
+                f"parameter {name!r} has a gradient before the window's first backward: expected none. If another "
+                "model learns through this one, freeze this one meanwhile, with model.requires_grad_(False)."
+            )
+
+
 def check_gradients(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
     """Raise UserError for a sparse gradient that no module announced; called at the first update."""
     for name, parameter in parameters:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import math
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from strategies.ddp.compression import DTYPES, EXACT_TO, CastHook, check_hook
 from strategies.ddp.empty_forward import EmptyForward
 from strategies.ddp.zero1 import OptimizerShards
 from strategies.errors import MODEL_NOT_CALLED, UserError
-from strategies.optimizer_state import load_named_state, merged
+from strategies.optimizer_state import load_named_state, merged, user_name
 from strategies.process_group import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
 from strategies.torch_internals import DDP, unused_parameters
@@ -137,9 +138,13 @@ class DDPStrategy(ProcessGroupStrategy):
         return self._ddp
 
     def start_window(self, most_micro_batches: int) -> None:
-        """Wrap the model again if a parameter was frozen or unfrozen: DDP reduces those that it saw at first."""
+        """Wrap the model again if a parameter was frozen or unfrozen: DDP reduces those that it saw at first.
+
+        Raises UserError if that did not happen on all processes.
+        """
         if [p.requires_grad for p in self._parameters] == self._requires_grad:
             return
+        self._agree_on_frozen()
         super().clear_gradients()
         self._remove_reducer()
         wrapped = vars(self._wrapped())
@@ -258,6 +263,23 @@ class DDPStrategy(ProcessGroupStrategy):
         """Return the bytes of all gradients: each is reduced once, in its own dtype."""
         sizes = [p.numel() * p.element_size() for p in model.parameters() if p.requires_grad]
         return sum(sizes) + (next(model.parameters()).element_size() if self.find_unused_parameters else 0)
+
+    def _agree_on_frozen(self) -> None:
+        """Raise UserError unless all processes have frozen and unfrozen the same parameters.
+
+        Processes that have not are in their window. They take the message for one of a process that failed.
+        """
+        self._broadcast_buffers_once()
+        rows = self.exchange([math.nan] * self.message_length)()
+        before = zip(self._model.named_parameters(), self._requires_grad, strict=True)
+        changed = [user_name(name) for (name, p), required in before if p.requires_grad != required]
+        if not all(math.isnan(row[0]) for row in rows):
+            for parameter, required in zip(self._parameters, self._requires_grad, strict=True):
+                parameter.requires_grad_(required)
+            self.join(None)
+        what = f"requires_grad of {', '.join(changed[:3])} changed: expected the same on all processes. Change all."
+        if len(set(self.gather(what))) > 1:
+            raise UserError(f"process {self.rank}: {what}")
 
     def _remove_reducer(self) -> None:
         """Remove the reducer and its hooks now: an exception's frames may hold the wrapper longer than its group."""

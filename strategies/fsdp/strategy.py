@@ -137,6 +137,7 @@ class FSDPStrategy(ProcessGroupStrategy):
     def prepare(self, model: nn.Module) -> nn.Module:
         """Give all processes the parameters of process 0 and shard them. Raises UserError if FSDP cannot."""
         assert self._mesh is not None, "prepare comes after setup"
+        self._take_model()
         self._model = model
         module = self._user_module
         units = self.units(module)

@@ -134,6 +134,7 @@ class PipelineStrategy(ProcessGroupStrategy):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Cut `model`, keep this process's part and return the module to call. Raises UserError as `cut` does."""
+        self._take_model()
         stage = self.rank % self.stages
         self._children = dict(cut(model, self.stages, self.boundaries)[stage])
         for name, child in model.named_children():
