@@ -99,11 +99,22 @@ def test_state_comes_back_to_the_bit(value: Any) -> None:
 
 
 def test_a_number_of_numpy_s_is_read_as_it_was_written(tmp_path: Path) -> None:
-    assert math.isnan(checkpoint.read(checkpoint.write(tmp_path, 1, {}, {"best": np.float64("nan")}))[1]["best"])
+    written = {
+        "best": np.float64("nan"),
+        "n": np.int64(2**60),
+        "x": np.float32(0.1),
+        "is": np.bool_(True),
+        np.int8(3): 1,
+    }
+    read = checkpoint.read(checkpoint.write(tmp_path, 1, {}, {"mine": written}))[1]["mine"]
+    assert math.isnan(read.pop("best"))
+    assert exact(read) == exact({"n": 2**60, "x": float(np.float32(0.1)), "is": True, 3: 1})
 
 
 @pytest.mark.parametrize(
-    "value", [{1}, object(), print, int, np.ones(1), np.int64(1), b"bytes", 1j], ids=lambda value: type(value).__name__
+    "value",
+    [{1}, object(), print, int, np.ones(1), np.longdouble(1), b"bytes", 1j],
+    ids=lambda value: type(value).__name__,
 )
 def test_anything_else_is_refused_by_name(tmp_path: Path, value: Any) -> None:
     with pytest.raises(ValueError, match=r"'callbacks\.0\.mine' is a (builtins|numpy)\."):

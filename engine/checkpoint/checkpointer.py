@@ -13,7 +13,7 @@ import torch
 
 from engine.checkpoint.files import FORMAT
 from engine.checkpoint.find import Checkpoint, find_checkpoint
-from engine.checkpoint.snapshot import RunParts, snapshot
+from engine.checkpoint.snapshot import RunParts, check_snapshot, snapshot
 from engine.checkpoint.writer import CheckpointWriter
 from engine.errors import CheckpointError, UserError
 from engine.records.metric import MetricRule
@@ -36,6 +36,7 @@ class Checkpointer:
         self._saved_at = time.perf_counter()
         self._stalled_seconds = 0.0
         self._saved_boundary: tuple[int, int] | None = None
+        self._is_checked = False
         self._state = RunState()
         self._parts: RunParts
         self.run_folder: RunFolder | None = None
@@ -127,8 +128,16 @@ class Checkpointer:
         is_late = minutes is not None and time.perf_counter() - self._saved_at > 60 * minutes
         return self._signals.save_requested or (is_late and self._strategy.rank == 0)
 
+    def check(self) -> None:
+        """Raise UserError, on all processes, for state that no checkpoint could hold."""
+        if self._folder is not None:
+            check_snapshot(self._state, self._parts)
+
     def save_if_due(self, is_requested: bool) -> bool:
         """Save after an update if all processes agreed to, or if it is the n-th; return whether it was due."""
+        if not self._is_checked and self._state.update > self._state.skipped:
+            self.check()  # optimizer and stream have a state by now
+            self._is_checked = True
         every = self._settings.save_every_n_updates
         is_due = is_requested or (every is not None and self._state.update % every == 0)
         if is_due:

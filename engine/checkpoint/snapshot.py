@@ -15,8 +15,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from engine.callbacks.accumulation import Scheduling
 from engine.callbacks.base import Callback
 from engine.checkpoint import tree
+from engine.checkpoint.buffers import UnsavedBuffers, take_shapes
 from engine.checkpoint.find import Checkpoint
-from engine.errors import CheckpointError
+from engine.checkpoint.saveable import check_saveable
+from engine.errors import CheckpointError, UserError
 from engine.plan.schedule import Schedule, solve
 from engine.plan.windows import Plan
 from engine.settings import OPTIONS, Settings, class_path
@@ -34,6 +36,7 @@ class RunParts:
     strategy: Strategy
     model: nn.Module
     """The user's own, not the prepared one."""
+    unsaved_buffers: UnsavedBuffers
     optimizer: Optimizer
     lr_scheduler: LRScheduler | None
     schedule: Schedule
@@ -76,26 +79,54 @@ def saved_schedule(checkpoint: Checkpoint, N: int, strategy: Strategy) -> Schedu
 
 def snapshot(state: RunState, parts: RunParts) -> tuple[Mapping[str, Any], dict[str, Any]]:
     """Return (model, state by topic), copied. All processes call it; process 0 has the whole."""
-    strategy, host_rng = parts.strategy, parts.updater.host_rng
-    positions = None if state.position is None else strategy.gather(state.position)
+    strategy, host_rng, buffers = parts.strategy, parts.updater.host_rng, parts.unsaved_buffers.changed()
     whole: dict[str, Any] = {"model": {}, "optimizer": {}}
     if strategy.rank == 0 or not strategy.holds_all:
         whole = strategy.state_dict(parts.optimizer)
+    if not strategy.holds_all:
+        buffers = {name: value for local in strategy.gather(buffers)[::-1] for name, value in local.items()}
     rest = {
+        **_local_state(state, parts),
+        "positions": None if state.position is None else strategy.gather(state.position),
+        "host_rng": strategy.gather(None if host_rng is None else host_rng.state()),
+        "buffers": buffers,
+    }
+    return whole["model"], {"optimizer": whole["optimizer"], **tree.copied(rest)}
+
+
+def _local_state(state: RunState, parts: RunParts) -> dict[str, Any]:
+    """Return the state that needs no other process."""
+    return {
         "run": state.state_dict(),
         "frozen": [user_name(name) for name, p in parts.model.named_parameters() if not p.requires_grad],
-        "positions": positions,
         "schedule": {
             "unit": parts.schedule.unit,
             "effective_batches": {stage.first: stage.effective_batch for stage in parts.schedule.stages},
         },
         "identity": dict(parts.identity),
         "updater": parts.updater.state_dict(),
-        "host_rng": strategy.gather(None if host_rng is None else host_rng.state()),
         "lr_scheduler": None if parts.lr_scheduler is None else parts.lr_scheduler.state_dict(),
         "callbacks": [[class_path(callback), callback.state_dict()] for callback in parts.callbacks],
     }
-    return whole["model"], {"optimizer": whole["optimizer"], **tree.copied(rest)}
+
+
+def check_snapshot(state: RunState, parts: RunParts) -> None:
+    """Raise UserError, on all processes, for state that `snapshot` could not save as it is now. Nothing is copied."""
+    problem = None
+    try:
+        check_saveable(
+            {
+                "model": parts.model.state_dict(),
+                "optimizer": parts.optimizer.state_dict(),
+                "position": state.position,
+                "buffers": parts.unsaved_buffers.changed(),
+                **_local_state(state, parts),
+            }
+        )
+    except UserError as error:
+        problem = str(error)
+    if problems := [text for text in parts.strategy.gather(problem) if text is not None]:
+        raise UserError(problems[0])
 
 
 def restore(checkpoint: Checkpoint, parts: RunParts, allows_changes: bool) -> RunState:
@@ -103,7 +134,9 @@ def restore(checkpoint: Checkpoint, parts: RunParts, allows_changes: bool) -> Ru
     strategy, saved = parts.strategy, checkpoint["identity"]
     try:
         _compare(parts.identity, checkpoint, allows_changes)
+        take_shapes(parts.model, checkpoint.model, strategy.device)
         check_model_state(strategy.state_dict()["model"], checkpoint.model, checkpoint.path)
+        parts.unsaved_buffers.load(checkpoint["buffers"], strategy.device)
         for name, parameter in parts.model.named_parameters():  # a callback may have changed it
             parameter.requires_grad_(user_name(name) not in checkpoint["frozen"])
         unchanged = {name for name, text in parts.identity.items() if saved.get(name) == text}

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import numpy
 from torch import Tensor
 
 from engine.errors import UserError
@@ -27,9 +28,11 @@ def flatten(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
             path += "'"
         tensors[path] = value
         return {TENSOR: path}
+    if isinstance(value, numpy.generic) and not isinstance(value.item(), numpy.generic):
+        value = value.item()
     if value is None or isinstance(value, str | bool | int):
         return value
-    if isinstance(value, float):  # numpy.float64 is one
+    if isinstance(value, float):
         return float(value) if math.isfinite(value) else {FLOAT: repr(float(value))}
     if isinstance(value, Mapping):
         if not isinstance(value, Counter) and all(isinstance(key, str) and not key.startswith("$") for key in value):

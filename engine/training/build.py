@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from engine.callbacks.accumulation import Scheduling
 from engine.callbacks.base import Callback
+from engine.checkpoint.buffers import UnsavedBuffers
 from engine.checkpoint.find import Checkpoint
 from engine.checkpoint.snapshot import RunParts, load_weights, run_identity, saved_schedule, window_identity
 from engine.data.checks import check_equal_windows, check_windows
@@ -92,7 +93,9 @@ def build(
     timer = UpdateTimer(strategy) if is_recorded else NO_TIMER
     updater = Updater(strategy, prepared, optimizer, lr_scheduler, options, heeded, timer)
     identity = run_identity(settings, scheduling, layout.plan, optimizer, lr_scheduler)
-    parts = RunParts(strategy, model, optimizer, lr_scheduler, layout.schedule, updater, callbacks, identity)
+    parts = RunParts(
+        strategy, model, UnsavedBuffers(model), optimizer, lr_scheduler, layout.schedule, updater, callbacks, identity
+    )
     return Run(layout, parts, source, autocast(task.loss, settings.precision, strategy.device.type), validation)
 
 

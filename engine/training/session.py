@@ -47,6 +47,7 @@ class Session:
     def run(self) -> None:
         """Run until the end, a stop or an interruption."""
         self._call("on_fit_start")
+        self._checkpointer.check()
         self._started = time.perf_counter()
         self._recorder.restart_clock()
         self._validate_if_due()  # the run may have been interrupted between an update and its validation

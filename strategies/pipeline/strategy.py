@@ -294,7 +294,8 @@ class PipelineStrategy(ProcessGroupStrategy):
         local = tree_map_only(Tensor, self._copied, local)
         parts = self._this_chain.gather(local)
         model = {name: value for part in parts for name, value in part["model"].items()}
-        state: dict[str, Any] = {"model": {name: model[name] for name in self._names()}}
+        names = [name for name in dict.fromkeys([*self._names(), *model]) if name in model]  # forward may register some
+        state: dict[str, Any] = {"model": {name: model[name] for name in names}}
         if optimizer is not None:
             states = merged([part["optimizer"] for part in parts])["state"]
             state["optimizer"] = {
