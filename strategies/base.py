@@ -174,6 +174,7 @@ class Strategy(ABC):
         """Called before each window with the largest number of micro-batches that any process has in it.
 
         It is K, or fewer at a known end, and the same on all processes. FSDP needs it: each forward communicates.
+        DDP wraps the model again here if parameters were frozen or unfrozen.
         """
 
     def run_window(

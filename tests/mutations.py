@@ -69,9 +69,99 @@ COUNTS = "tests/test_collectives.py::test_one_all_reduce_per_bucket_and_one_mess
 LAYOUT = "tests/test_layout.py::test_every_layout_sees_the_same_samples_at_every_update_and_ends_alike"
 DRAWS = "tests/test_layout.py::test_every_sample_and_micro_batch_of_every_epoch_draws_anew"
 
+SAVEABLE = "tests/test_saveable.py"
+TWO_MODELS = "tests/test_two_models.py"
+WEIGHTS = "tests/test_tokens.py::test_weights_are_summed_exactly"
+LATE = "tests/test_bad_input.py::test_the_loss_of_every_micro_batch_is_checked"
 KILLED = "'tests/test_resume.py::test_killed_twice_and_continued_is_uninterrupted_to_the_bit[3-boundary]'"
 
 FAULTS = [
+    # what a skipped update, and parameters and buffers that change in kind, must not spoil
+    Fault(
+        "keep a skipped update's buffers",
+        "Updater.finish",
+        "self.rollback.skip()",
+        "pass",
+        "tests/test_skipped.py",
+    ),
+    Fault("restore values only", "Buffers.restore", "buffers.update(kept)", "pass", "tests/test_skipped.py"),
+    Fault("copy into another shape", "Buffers.keep", "kinds == self._kinds", "self._kinds", "tests/test_skipped.py"),
+    Fault(
+        "average over skipped updates",
+        "EMA.on_update_end",
+        "trainer.skipped > self._skipped",
+        "False",
+        "tests/test_skipped.py",
+    ),
+    Fault(
+        "keep the wrapper of before an unfreezing",
+        "DDPStrategy.start_window",
+        "== self._requires_grad",
+        "!= []",
+        "tests/test_frozen.py",
+    ),
+    Fault(
+        "forget what was frozen",
+        "engine.checkpoint.snapshot:restore",
+        'user_name(name) not in checkpoint["frozen"]',
+        "parameter.requires_grad",
+        "tests/test_frozen.py",
+    ),
+    Fault(
+        "do not agree on what is frozen",
+        "DDPStrategy.start_window",
+        "self._agree_on_frozen()",
+        "pass",
+        "tests/test_replicas.py::test_parameters_frozen_on_one_process_are_an_error_on_all",
+    ),
+    Fault(
+        "overlook parameters that come within an epoch",
+        "Updater.begin",
+        "self.optimizer.param_groups[-1] is not self._last_group",
+        "False",
+        "tests/test_frozen.py",
+    ),
+    Fault(
+        "touch a parameter of the model for a process without data",
+        "DDPStrategy.join",
+        "trainable = [self._anchor]",
+        "trainable = trainable[:1]",
+        "tests/test_strategies.py::test_a_parameter_that_nobody_used_is_not_decayed_for_a_process_without_data",
+    ),
+    Fault("let a strategy have two models", "Strategy._take_model", "if self._has_model", "if False", TWO_MODELS),
+    Fault(
+        "take a gradient of another loss",
+        "OwnWindow.__iter__",
+        "check_no_gradients(self._updater.model)",
+        "pass",
+        TWO_MODELS,
+    ),
+    Fault(
+        "sum weights in float32", "LossSum._add_weight", "weight.detach().double()", "weight.detach().float()", WEIGHTS
+    ),
+    Fault(
+        "check the first loss only", "LossSum.add", "or value.ndim or", "or (not self.samples and value.ndim) or", LATE
+    ),
+    Fault(
+        "find at a save what cannot be saved", "Checkpointer.check", "is not None", "is None", "tests/test_saveable.py"
+    ),
+    Fault(
+        "look at the start only for what cannot be saved",
+        "Checkpointer.save_if_due",
+        "not self._is_checked and",
+        "False and",
+        SAVEABLE,
+    ),
+    Fault(
+        "leave buffers out that are not persistent",
+        "UnsavedBuffers.load",
+        "saved.items()",
+        "{}.items()",
+        SAVEABLE,
+    ),
+    Fault(
+        "keep the shapes of the start", "take_shapes", "isinstance(value, Tensor)", "False", "tests/test_saveable.py"
+    ),
     # the arithmetic of an update
     Fault(
         "divide by the nominal window",
@@ -443,8 +533,8 @@ FAULTS = [
     Fault(
         "keep the buffers of a window that was dropped",
         "Rollback.undo",
-        "                    buffer.copy_(self._buffers[name])",
-        "                    pass",
+        "self._buffers.restore()",
+        "pass",
         "tests/test_interrupts.py::test_a_window_that_is_dropped_leaves_no_trace_in_buffers",
     ),
     Fault(

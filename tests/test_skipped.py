@@ -30,7 +30,8 @@ class Buffers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            self.sizes.resize_(len(self.sizes) + 1).copy_(x.mean().expand(len(self.sizes)))
+            length = 1 if len(self.sizes) == 3 else 3
+            self.sizes.resize_(length).copy_(x.mean().expand(length))
             self.anew = self.anew + x.mean(0)
             self.hidden += x.mean()
             self.late = x.mean() if self.late is None else self.late + x.mean()

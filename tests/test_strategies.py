@@ -275,6 +275,33 @@ def test_parameters_used_only_in_some_micro_batches(P: int, K: int) -> None:
         torch.testing.assert_close(found, parameters(alone.model), rtol=0, atol=1e-9)
 
 
+class Positive(nn.Module):
+    """`side`, its first layer, is used for positive samples only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.side, self.base = nn.Linear(5, 1).double(), nn.Linear(5, 1).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.side(x) if x.max() > 0 else self.base(x)
+
+
+def fit_positive(P: int) -> Any:
+    strategy = DDPStrategy(find_unused_parameters=True) if P > 1 else "single"
+    task = Regression(3, model=Positive)
+    task.x[:2], task.x[2] = 1.0, -1.0  # the second update: one sample, on process 0, that does not use `side`
+    task.configure_optimizer = lambda model: torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)  # type: ignore[method-assign]
+    trainer = Trainer(strategy, micro_batch_size=1, effective_batch_size=2, max_epochs=2, shuffle=False)
+    trainer.fit(task)
+    return parameters(trainer.model)
+
+
+def test_a_parameter_that_nobody_used_is_not_decayed_for_a_process_without_data() -> None:
+    alone = fit_positive(1)
+    for found in run(2, fit_positive, 2):
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-9)
+
+
 def test_a_gradient_that_was_not_reduced_is_an_error_that_names_it() -> None:
     with pytest.raises(ChildError, match=r"did not use these parameters: .*never\.weight.*find_unused_parameters=True"):
         run(2, fit_branches, False, 2)

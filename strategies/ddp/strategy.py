@@ -46,7 +46,8 @@ class DDPStrategy(ProcessGroupStrategy):
       saves memory of their size. With `find_unused_parameters` they become None instead: otherwise an optimizer would
       decay unused parameters.
     - `bucket_cap_mb`: size of a bucket; smaller ones start earlier, larger ones need fewer collectives.
-    - `broadcast_buffers`: process 0's buffers (BatchNorm's statistics) go to all once per window.
+    - `broadcast_buffers`: process 0's buffers (BatchNorm's statistics) go to all once per window. If it is False, each
+      process has its own. A checkpoint holds those of process 0, so a resumed run differs if forward reads them.
     - `sync_batchnorm`: BatchNorm becomes `torch.nn.SyncBatchNorm` (CUDA only), which normalises over the P concurrent
       micro-batches. It communicates in every forward, so all processes need equally many micro-batches in a window.
 

@@ -51,7 +51,8 @@ class FSDPStrategy(ProcessGroupStrategy):
     - `find_unused_parameters`: for units that do not use each of their parameters in each window. A parameter that no
       process used keeps the gradient None, at the cost of a small all-reduce per window. If it is False, a parameter
       that a process with data did not use is an error.
-    - `broadcast_buffers`: process 0's buffers (BatchNorm's statistics) go to all once per window.
+    - `broadcast_buffers`: process 0's buffers (BatchNorm's statistics) go to all once per window. If it is False, each
+      process has its own. A checkpoint holds those of process 0, so a resumed run differs if forward reads them.
 
     All processes make the same number of passes in a window: one with fewer micro-batches takes part with weight 0. So
     each micro-batch must call the same units in the same order; otherwise a RuntimeError names the two units.
