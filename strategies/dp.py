@@ -50,11 +50,9 @@ class DPStrategy(SingleDeviceStrategy):
         return N * K
 
     def describe(self) -> str:
-        """Return one line for the banner."""
         return f"{self.name}: each micro-batch split over {self.devices} {self.device.type} devices"
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Move `model` to the first device and return the wrapper that splits its batches."""
         module = super().prepare(model)
         if self.device.type == "cuda":
             return _DataParallel(module, device_ids=list(range(self.devices)))

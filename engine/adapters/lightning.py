@@ -78,16 +78,13 @@ class Lightning(Task):
         return EpochLR(lambda optimizer: self._epoch_scheduler or _refuse("epoch_lr", "no scheduler moves by epoch"))
 
     def prepare_data(self) -> None:
-        """Let the module prepare its data."""
         if _defines(self.module, "prepare_data"):
             self._ours("prepare_data")
 
     def configure_model(self) -> nn.Module:
-        """Return the module, under its own names, to be called for its steps."""
         return Steps(self.module)
 
     def configure_optimizer(self, model: nn.Module) -> Optimizer | tuple[Optimizer, LRScheduler]:
-        """Return the module's optimizer, and its LR scheduler if that moves once per update."""
         optimizer, scheduler, interval = _configured(self._ours("configure_optimizers"))
         if scheduler is None or interval == "step":
             return optimizer if scheduler is None else (optimizer, scheduler)
@@ -101,30 +98,24 @@ class Lightning(Task):
         return optimizer
 
     def train_data(self) -> Dataset[Any] | Iterable[Any]:
-        """Return the data that was given, or the module's own."""
         return self._loaded()[0]  # type: ignore[no-any-return]
 
     def validation_data(self) -> Dataset[Any] | Iterable[Any] | None:
-        """Return the data that was given, or the module's own; None without a `validation_step`."""
         return self._loaded()[1] if _defines(self.module, "validation_step") else None
 
     def collate(self, samples: list[Any]) -> Any:
-        """Make a micro-batch as the loader would."""
         return self._collate(samples) if self._collate is not None else super().collate(samples)
 
     def order(self, epoch: int) -> Sequence[int] | None:
-        """Keep the order of a DataLoader that does not shuffle."""
         return range(self._in_order) if self._in_order else None
 
     def loss(self, model: nn.Module, batch: Any) -> Loss | Tensor:
-        """Return what `training_step` returns."""
         self._index["validation_step"] = 0
         found = self._step(model, "training_step", batch)
         loss: Loss | Tensor = found["loss"] if isinstance(found, Mapping) else found
         return loss
 
     def evaluate(self, model: nn.Module, batch: Any) -> Mapping[str, Loss | Tensor]:
-        """Return what `validation_step` logs; if it logs nothing, its returned loss."""
         self._logged = {}
         found = self._step(model, "validation_step", batch)
         if not self._logged and found is None:

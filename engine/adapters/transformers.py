@@ -40,7 +40,6 @@ class _Pretrained(Task):
         self._pad = 0
 
     def configure_model(self) -> nn.Module:
-        """Return the model in training mode. Raises UserError for one whose loss is another."""
         model = self._model()
         self.check(model.config)
         self._pad = getattr(model.config, "pad_token_id", None) or 0
@@ -61,15 +60,12 @@ class _Pretrained(Task):
             )
 
     def configure_optimizer(self, model: nn.Module) -> Optimizer | tuple[Optimizer, LRScheduler]:
-        """Return AdamW."""
         return AdamW(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
 
     def train_data(self) -> Dataset[Any] | Iterable[Any]:
-        """Return the dataset."""
         return self.dataset
 
     def validation_data(self) -> Dataset[Any] | Iterable[Any] | None:
-        """Return the data to evaluate on, if any."""
         return self.validation
 
     def collate(self, samples: list[Any]) -> dict[str, Tensor]:
@@ -126,7 +122,6 @@ class SequenceClassification(_Pretrained):
     auto_class = "AutoModelForSequenceClassification"
 
     def check(self, config: Any) -> None:
-        """Raise ValueError for a model that does not choose one of several labels."""
         super().check(config)
         if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
             raise UserError(
@@ -135,11 +130,9 @@ class SequenceClassification(_Pretrained):
             )
 
     def loss(self, model: nn.Module, batch: Any) -> Loss:
-        """Return the sum of cross-entropies and the number of labelled sequences."""
         return _cross_entropy(*_classified(model, batch))
 
     def evaluate(self, model: nn.Module, batch: Any) -> Mapping[str, Loss | Tensor]:
-        """Return cross-entropy and accuracy."""
         logits, labels = _classified(model, batch)
         loss = _cross_entropy(logits, labels)
         return {"loss": loss, "accuracy": Loss((logits.argmax(1) == labels).sum(), loss.weight)}

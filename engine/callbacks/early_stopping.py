@@ -40,7 +40,6 @@ class EarlyStopping(Callback):
         self._stop_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer) -> None:
-        """Compare, and count."""
         value = self._rule.value(trainer.metrics)
         if self._rule.improves(value, None if self.best is None else self.best + self._least_gain):
             self.best, self.waited = value, 0
@@ -53,9 +52,7 @@ class EarlyStopping(Callback):
             trainer.stop(is_collective=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best value and the count."""
         return {"best": self.best, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them back."""
         self.best, self.waited = state["best"], state["waited"]

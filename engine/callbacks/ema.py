@@ -37,7 +37,6 @@ class EMA(Callback):
         self._saved: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Begin with the parameters, or with what a checkpoint had."""
         if not trainer.strategy.holds_all:
             raise UserError(f"EMA needs whole parameters on each process, which {trainer.strategy.name} does not have.")
         named = {user_name(n): p for n, p in trainer.model.named_parameters() if p.requires_grad}
@@ -46,12 +45,10 @@ class EMA(Callback):
         self._saved = {}
 
     def on_update_end(self, trainer: Trainer) -> None:
-        """Move the average."""
         self._move(list(self.averages.values()), self._parameters, None)
 
     @contextmanager
     def around_validation(self, trainer: Trainer) -> Iterator[None]:
-        """Validate with the average."""
         self._swap()
         try:
             yield
@@ -59,7 +56,6 @@ class EMA(Callback):
             self._swap()
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """Write the averaged model."""
         if trainer.run_folder is not None:
             with self.around_validation(trainer):
                 trainer.run_folder.save_weights(trainer.strategy.state_dict()["model"], "model-ema.safetensors")
@@ -72,9 +68,7 @@ class EMA(Callback):
                 average.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages."""
         return dict(self.averages)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep them for `on_fit_start`."""
         self._saved = state

@@ -28,7 +28,6 @@ class EpochLR(Callback):
         self._saved: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Make the scheduler, or put it where it was."""
         if trainer.lr_scheduler is not None:
             raise UserError(
                 f"{type(self).__name__} and the task's {type(trainer.lr_scheduler).__name__} both set the learning "
@@ -44,15 +43,12 @@ class EpochLR(Callback):
             self._saved = {}
 
     def on_epoch_end(self, trainer: Trainer) -> None:
-        """Move it."""
         self._scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scheduler's state."""
         return dict(self._scheduler.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep it for `on_fit_start`."""
         self._saved = state
 
 
@@ -89,7 +85,6 @@ class PlateauLR(EpochLR):
         )
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Make the scheduler, or put it where it was."""
         check_has_validation(trainer, self)
         super().on_fit_start(trainer)
 
@@ -97,5 +92,4 @@ class PlateauLR(EpochLR):
         """Wait for a validation."""
 
     def on_validation_end(self, trainer: Trainer) -> None:
-        """Tell it of the metric."""
         self._scheduler.step(self._rule.value(trainer.metrics))

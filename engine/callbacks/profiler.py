@@ -28,13 +28,11 @@ class Profiler(Callback):
         self._profile: profile | None = None
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Begin, where it is to be from the first update on."""
         if trainer.settings.run_dir is None:
             raise UserError("Profiler writes into the run's folder: give a run_dir.")
         self._begin_if_due(trainer)
 
     def on_update_end(self, trainer: Trainer) -> None:
-        """Begin, continue with the next update, or end."""
         if self._profile is None:
             self._begin_if_due(trainer)
         elif trainer.update in (self._last, trainer.total_updates):
@@ -44,11 +42,9 @@ class Profiler(Callback):
             self._enter_span(trainer)
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """End, where the run is shorter."""
         self._end(trainer)
 
     def on_interruption(self, trainer: Trainer) -> None:
-        """End early."""
         self._end(trainer)
 
     def on_exception(self, trainer: Trainer, exception: BaseException) -> None:

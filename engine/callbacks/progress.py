@@ -40,7 +40,6 @@ class Progress(Callback):
         self._live: Live | None = None
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Print the banner."""
         self._due, self._live = math.inf, None
         if trainer.strategy.rank != 0:
             return
@@ -53,7 +52,6 @@ class Progress(Callback):
         self._restart(trainer)
 
     def on_update_end(self, trainer: Trainer) -> None:
-        """Show progress, from time to time."""
         now = time.perf_counter()
         if now < self._due:
             return
@@ -68,13 +66,11 @@ class Progress(Callback):
 
     @contextmanager
     def around_validation(self, trainer: Trainer) -> Iterator[None]:
-        """Stop counting while it lasts."""
         if self._due < math.inf:
             self._pace.see(trainer, time.perf_counter())
         yield
 
     def on_validation_end(self, trainer: Trainer) -> None:
-        """Print the means."""
         if self._due == math.inf:
             return
         means = "  ".join(f"{name} {value:.4g}" for name, value in trainer.metrics.items())
@@ -90,7 +86,6 @@ class Progress(Callback):
         self._restart(trainer)
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """Print the totals, and the run folder."""
         if self._due < math.inf:
             self._close()
             skipped = f", {trainer.skipped} of them skipped" if trainer.skipped else ""
@@ -101,11 +96,9 @@ class Progress(Callback):
                 print(trainer.reduction_cost or unknown, flush=True)
 
     def on_interruption(self, trainer: Trainer) -> None:
-        """Leave the terminal clean."""
         self._close()
 
     def on_exception(self, trainer: Trainer, exception: BaseException) -> None:
-        """Leave the terminal clean."""
         self._close()
 
     def _restart(self, trainer: Trainer) -> None:

@@ -206,10 +206,8 @@ class _Keep(Callback):
         self.state: State = {}
 
     def on_update_end(self, trainer: Trainer) -> None:
-        """Keep the record."""
         self.records.append(dict(trainer.record))
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """Keep the parameters."""
         state = trainer.strategy.state_dict()["model"]
         self.state = state if has_whole_state(trainer.strategy) else {}

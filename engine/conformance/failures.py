@@ -54,7 +54,6 @@ class _Failing(Regression):
     _seen = 0
 
     def loss(self, model: nn.Module, batch: Any) -> Any:
-        """Return the loss, or raise."""
         self._seen += 1
         if self.fails and self._seen == 2:
             raise RuntimeError(PLANNED)

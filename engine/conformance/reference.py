@@ -50,19 +50,15 @@ class Regression(Task):
         """This data-parallel process: which of the pieces it reads."""
 
     def configure_model(self) -> nn.Module:
-        """Return the network."""
         return network()
 
     def configure_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return SGD, which does not amplify rounding, or AdamW, which has a state to keep."""
         return torch.optim.AdamW(model.parameters()) if self.adam else torch.optim.SGD(model.parameters(), lr=LR)
 
     def train_data(self) -> Any:
-        """Return all samples, or this process's stream."""
         return TensorDataset(self.x, self.y, self.weight) if self.pieces is None else _Stream(self)
 
     def loss(self, model: nn.Module, batch: Any) -> Loss | Tensor:
-        """Return the mean, or the sum over tokens and their number."""
         x, y, weight = batch
         errors = (model(x) - y).square().squeeze(1)
         return Loss((weight * errors).sum(), weight.sum()) if self.tokens else errors.mean()

@@ -75,7 +75,6 @@ class _Count(Callback):
         self.windows: list[Window] = []
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Count in every window from now on."""
         strategy = trainer.strategy
         run_window = strategy.run_window
 

@@ -32,7 +32,6 @@ class GroupedLogger(Logger):
         self._samples, self._weight = start.record.get("samples", 0), start.weight
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Write a record."""
         values = {_grouped(name): value for name, value in record.items() if name != "update"}
         is_update = "loss" in record
         if is_update:

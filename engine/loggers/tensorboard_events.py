@@ -40,5 +40,4 @@ class TensorBoardLogger(GroupedLogger):
                 self._writer.add_scalar(name, value, update)
 
     def close(self) -> None:
-        """Write what is still in memory."""
         self._writer.close()

@@ -24,7 +24,6 @@ class TrackerLogger(GroupedLogger):
         self._options = options or {}
 
     def open(self, start: Start) -> None:
-        """Start the tracker's run, if it is not started yet."""
         super().open(start)
         self._run = self._given
         if isinstance(self._given, str):
@@ -35,5 +34,4 @@ class TrackerLogger(GroupedLogger):
         self._run.log(dict(values), step=update)
 
     def close(self) -> None:
-        """End the tracker's run."""
         self._run.finish()

@@ -110,7 +110,6 @@ class FSDPStrategy(ProcessGroupStrategy):
         return NOTHING_TO_DEFER
 
     def describe(self) -> str:
-        """Return one line for the banner."""
         replicas = self.data_parallel_size // (self.shard_size or self.data_parallel_size)
         return super().describe() + (f", {replicas} replicas" if replicas > 1 else "")
 
@@ -179,7 +178,6 @@ class FSDPStrategy(ProcessGroupStrategy):
         return list(dict.fromkeys(in_lists(model)))
 
     def start_window(self, most_micro_batches: int) -> None:
-        """Note the number of passes that all processes make in the next window."""
         self._most_passes = most_micro_batches
 
     def backward(self, loss: Tensor, scale: float | Tensor) -> None:
@@ -243,7 +241,6 @@ class FSDPStrategy(ProcessGroupStrategy):
         return len(groups) * self._mesh.ndim, size + (size // shards if self._mesh.ndim == 2 else 0)
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
-        """Load what `state_dict` of any strategy returned, of which each process takes its shard."""
         if optimizer is not None:
             state = {**state, "optimizer": {**state["optimizer"], "state": self._sharded(state["optimizer"]["state"])}}
         super().load_state_dict(state, optimizer)
@@ -255,7 +252,6 @@ class FSDPStrategy(ProcessGroupStrategy):
         return [self._local(gradient) for gradient in super()._gradients()]
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        """The norm over all shards, by an all-reduce of one number."""
         square = super()._norm(gradients).double() ** 2
         dist.all_reduce(square, group=self._shard_group)
         return square.sqrt().to(gradients[0].dtype)

@@ -93,7 +93,6 @@ class PipelineStrategy(ProcessGroupStrategy):
         return self.rank // self.stages
 
     def describe(self) -> str:
-        """Return one line for the banner."""
         shape = f"{self.data_parallel_size} x {self.stages} stages on {self._device_type}"
         return f"{self.name}: {shape}, {self.schedule} of {self.micro_batches} micro-batches"
 
@@ -120,7 +119,6 @@ class PipelineStrategy(ProcessGroupStrategy):
         self._ranks = pipelines[self.data_parallel_rank]
 
     def teardown(self) -> None:
-        """Destroy the groups that `setup` made."""
         self._chain = None
         vars(self).pop("_schedules", None)
         gc.collect()  # the users of the groups must be gone before them
@@ -148,7 +146,6 @@ class PipelineStrategy(ProcessGroupStrategy):
     # One window
 
     def seed(self, value: int) -> None:
-        """Seed the generators; each part of the model derives another seed from `value`."""
         self._seed = value
         super().seed(value)
 
@@ -240,14 +237,12 @@ class PipelineStrategy(ProcessGroupStrategy):
         return self._norm([]) * factor
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        """The 2-norm over all parts, by an all-reduce of one number."""
         local = super()._norm(gradients) if gradients else torch.zeros((), device=self.device)
         squared = local.double() ** 2
         dist.all_reduce(squared, group=self._this_chain.group)
         return squared.sqrt()
 
     def fingerprint(self) -> int:
-        """Return a number that is equal on all processes if all pipelines hold the same model."""
         total = torch.tensor(super().fingerprint())
         dist.all_reduce(total, group=self._this_chain.host_group)
         return int(total)
@@ -268,7 +263,6 @@ class PipelineStrategy(ProcessGroupStrategy):
         return {} if output is None else self._pipelined.with_output(output, on_batch)
 
     def synchronize_buffers(self, model: nn.Module) -> None:
-        """Give all pipelines the buffers of the first."""
         if self._is_prepared(model):
             self._share_buffers()
 
