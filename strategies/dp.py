@@ -13,8 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from strategies.errors import UserError, check_count
 from strategies.single import SingleDeviceStrategy
 
-CPU_DEVICES = 2
-"""How many CPU "devices" split a batch if there is no CUDA and the user gives no number."""
+CPU_DEVICES = 2  # how many CPU "devices" split a batch if there is no CUDA and the user gives no number
 
 
 class DPStrategy(SingleDeviceStrategy):

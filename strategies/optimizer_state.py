@@ -30,8 +30,7 @@ def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**parts[0], "state": {name: state for part in parts for name, state in part["state"].items()}}
 
 
-HOW_TO_STEP = ("foreach", "fused")
-"""Entries of groups that choose the kernel of a step: a resumed run keeps its own."""
+HOW_TO_STEP = ("foreach", "fused")  # entries of groups that choose the kernel of a step: a resumed run keeps its own
 
 
 def load_named_state(

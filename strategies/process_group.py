@@ -25,8 +25,7 @@ class ProcessGroupStrategy(Strategy):
     `device` is "cpu" or "cuda" (default: CUDA if available).
     """
 
-    _torch_parts: tuple[str, ...] = ()
-    """Private parts of torch that a strategy uses: see `strategies.torch_internals`."""
+    _torch_parts: tuple[str, ...] = ()  # private parts of torch that a strategy uses: see `strategies.torch_internals`
 
     def __init__(self, timeout_seconds: float = 300.0, device: Literal["cpu", "cuda"] | None = None) -> None:
         if not timeout_seconds > 0:

@@ -24,8 +24,7 @@ NAMED: dict[str, type[Strategy]] = {
     "pipeline": PipelineStrategy,
 }
 
-ENTRY_POINTS = "tally.strategies"
-"""The group of entry points by which an installed package adds a name."""
+ENTRY_POINTS = "tally.strategies"  # the group of entry points by which an installed package adds a name
 
 
 def resolve(strategy: Strategy | str) -> Strategy:

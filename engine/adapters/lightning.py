@@ -21,6 +21,7 @@ from engine.task import Task
 
 log = logging.getLogger("tally")
 
+# Methods that change what is trained, and that nobody would call; and all `on_...` of training and validation
 NOT_CALLED = {
     "backward",
     "configure_callbacks",
@@ -32,7 +33,6 @@ NOT_CALLED = {
     "optimizer_zero_grad",
     "transfer_batch_to_device",
 }
-"""Methods that change what is trained, and that nobody would call; and all `on_...` of training and validation."""
 
 STEPS = ("training_step", "validation_step")
 

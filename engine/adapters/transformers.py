@@ -17,8 +17,7 @@ from engine.errors import UserError
 from engine.loss import Loss
 from engine.task import Task
 
-IGNORED = -100
-"""The label of what is not predicted, as everywhere in `transformers`."""
+IGNORED = -100  # the label of what is not predicted, as everywhere in `transformers`
 
 
 class _Pretrained(Task):

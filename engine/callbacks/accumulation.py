@@ -27,8 +27,7 @@ class GradientAccumulationScheduler(Callback):
 class Scheduling(NamedTuple):
     """The places where K changes, and what they count."""
 
-    by_start: dict[int, int]
-    """{first epoch, update or sample: K}."""
+    by_start: dict[int, int]  # {first epoch, update or sample: K}
     unit: Unit = "epoch"
 
 

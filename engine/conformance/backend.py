@@ -21,8 +21,7 @@ from engine.trainer import Trainer
 from engine.update.updater import UpdateOptions, Updater
 from strategies import MicroBatch, Strategy
 
-N = 2
-"""Samples per micro-batch in every check."""
+N = 2  # samples per micro-batch in every check
 
 
 class BrokenPromiseError(AssertionError):

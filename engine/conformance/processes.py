@@ -22,12 +22,11 @@ import torch
 import torch._dynamo  # the first optimizer imports it: once here, not in each process
 import torch.distributed as dist
 
-GRACE = 10.0
-"""Seconds in which the others must end when one process has failed."""
+GRACE = 10.0  # seconds in which the others must end when one process has failed
 
 
+# Each run meets in the same store, as the restarts of a torchrun do, under a number of its own
 _attempts = itertools.count()
-"""Each run meets in the same store, as the restarts of a torchrun do, under a number of its own."""
 
 
 class ProcessesFailedError(Exception):

@@ -46,8 +46,7 @@ class Regression(Task):
         self.tokens = tokens
         self.adam = adam
         self.pieces = pieces
-        self.rank = 0
-        """This data-parallel process: which of the pieces it reads."""
+        self.rank = 0  # this data-parallel process: which of the pieces it reads
 
     def configure_model(self) -> nn.Module:
         return network()

@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.loggers.base import Logger, Start
 
+# Names that records have, and their names here; any other is one of `train/`
 GROUPED = {
     "loss": "train/loss",
     "grad_norm": "optim/grad_norm",
@@ -21,7 +22,6 @@ GROUPED = {
     "epoch": "data/epoch",
     "samples": "data/samples",
 }
-"""Names that records have, and their names here; any other is one of `train/`."""
 
 
 class GroupedLogger(Logger):

@@ -24,8 +24,7 @@ class Stage:
     first: int
     accumulate_grad_batches: int
     effective_batch: int
-    lr_factor: float = 1.0
-    """The factor on the learning rate of the optimizer and its schedule."""
+    lr_factor: float = 1.0  # the factor on the learning rate of the optimizer and its schedule
 
 
 def check_accumulation(value: object, name: str = "accumulate_grad_batches") -> int:
@@ -104,8 +103,8 @@ def solve(
     return Schedule(tuple(Stage(first, -(-B // share), B) for first, B in effective_batches.items()), unit)
 
 
+# The factor on the learning rate, from (effective batch) / (reference)
 LR_RULES: dict[str, Callable[[float], float]] = {"none": lambda times: 1.0, "linear": lambda times: times, "sqrt": sqrt}
-"""The factor on the learning rate, from (effective batch) / (reference)."""
 
 
 def check_lr_rule(rule: object, reference_batch: object) -> None:

@@ -16,15 +16,12 @@ class PlannedUpdate(NamedTuple):
 
     update: int
     epoch: int
-    samples: int
-    """Samples over all processes since the start, those of this update included."""
+    samples: int  # samples over all processes since the start, those of this update included
     effective_batch: int
     lr: float
     stage: Stage
-    micro_batches: int
-    """Of all processes together."""
-    turns: int
-    """Micro-batches of the process that has most of them."""
+    micro_batches: int  # of all processes together
+    turns: int  # micro-batches of the process that has most of them
 
 
 @dataclass(frozen=True)
@@ -32,17 +29,13 @@ class StageForecast:
     """One stage of the schedule, as far as the run reaches it. None: unknown, for a stream."""
 
     stage: Stage
-    epochs: tuple[int, int] | None = None
-    """The first and the last, from 0."""
+    epochs: tuple[int, int] | None = None  # the first and the last, from 0
     updates: int | None = None
     samples: int | None = None
     micro_batches: int | None = None
-    turns: int | None = None
-    """Reductions that there would be with one at each micro-batch."""
-    last_window: int | None = None
-    """Samples of the stage's last update."""
-    lr: tuple[float | None, float | None] = (None, None)
-    """The learning rate of its first and its last update."""
+    turns: int | None = None  # reductions that there would be with one at each micro-batch
+    last_window: int | None = None  # samples of the stage's last update
+    lr: tuple[float | None, float | None] = (None, None)  # the learning rate of its first and its last update
 
 
 def planned_updates(

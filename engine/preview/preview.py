@@ -26,8 +26,7 @@ from engine.update.model_checks import count_batch_norms
 from strategies import Strategy
 from strategies.environment import started_processes
 
-JUMP = 1.5
-"""An effective batch that grows or shrinks by so much should make one think of the learning rate."""
+JUMP = 1.5  # an effective batch that grows or shrinks by so much should make one think of the learning rate
 
 
 def preview(trainer: Trainer, task: Task) -> Preview:

@@ -13,8 +13,7 @@ from engine.preview.preview import Preview
 
 UNKNOWN = "?"
 
-Cell = Callable[[StageForecast], str]
-"""Returns the cell of a column for a stage."""
+Cell = Callable[[StageForecast], str]  # returns the cell of a column for a stage
 
 
 def print_plan(preview: Preview, console: Console | None = None) -> None:

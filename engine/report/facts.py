@@ -9,8 +9,7 @@ import numpy as np
 
 from engine.report.reading import VALIDATION, Column, Run
 
-Facts = dict[str, str]
-"""A table's rows: a name, and an amount."""
+Facts = dict[str, str]  # a table's rows: a name, and an amount
 
 
 def status(run: Run) -> str:

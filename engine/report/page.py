@@ -17,6 +17,7 @@ from engine.report.facts import differing, duration, facts, flat, history, time_
 from engine.report.reading import VALIDATION, Column, Run, number
 from engine.report.thinning import BINS, medians, thin
 
+# The plots, in their order; validations come after the loss, and other fields of a record by their own names
 TITLES = {
     "loss": "Training loss",
     "lr": "Learning rate",
@@ -27,12 +28,10 @@ TITLES = {
     "weight": "Weight of an update",
     "skipped": "Updates skipped so far",
 }
-"""The plots, in their order; validations come after the loss, and other fields of a record by their own names."""
 
 PLACES = ("update", "samples", "epoch")
 MEASURED = "Within updates as process 0's clock tells: of the wait for data it looks at one micro-batch of each window."
-STEPS = ("accumulate_grad_batches", "effective_batch", "skipped")
-"""Values that change in steps, and are drawn as steps."""
+STEPS = ("accumulate_grad_batches", "effective_batch", "skipped")  # values that change in steps, and are drawn as steps
 
 
 def page(runs: Sequence[Run]) -> str:

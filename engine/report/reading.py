@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Column = NDArray[np.float64]
-"""One number for each record; NaN where a record has none."""
+Column = NDArray[np.float64]  # one number for each record; NaN where a record has none
 
 
-VALIDATION = "validation/"
-"""Begins the names of validation means."""
+VALIDATION = "validation/"  # begins the names of validation means
 
 
 class NotARunError(ValueError):
@@ -29,17 +27,12 @@ class Run:
 
     name: str
     path: Path
-    updates: dict[str, Column]
-    """metrics.jsonl by field, one entry per update, in order."""
-    validations: dict[str, Column]
-    """Likewise, one entry per validation."""
-    events: Sequence[dict[str, Any]]
-    """Starts, ends, saves and what else happened, as they came."""
+    updates: dict[str, Column]  # metrics.jsonl by field, one entry per update, in order
+    validations: dict[str, Column]  # likewise, one entry per validation
+    events: Sequence[dict[str, Any]]  # starts, ends, saves and what else happened, as they came
     config: dict[str, Any]
-    summary: dict[str, Any]
-    """Of a run that came to its end; else empty."""
-    notes: Sequence[str]
-    """The lines and files that could not be read."""
+    summary: dict[str, Any]  # of a run that came to its end; else empty
+    notes: Sequence[str]  # the lines and files that could not be read
 
     @property
     def length(self) -> int:

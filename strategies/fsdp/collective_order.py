@@ -15,8 +15,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 END = "end"
-PAUSE = 0.002
-"""Seconds between two reads of the store, in a first pass without data."""
+PAUSE = 0.002  # seconds between two reads of the store, in a first pass without data
 
 
 class CollectiveOrder:
@@ -45,10 +44,8 @@ class CollectiveOrder:
         self._is_known = self._waits = False
         self._order: list[str] = []
         self._position = 0
-        self.is_open = False
-        """Whether a pass has started and not ended."""
-        self.used: set[Any] = set()
-        """FSDP's parameters that had a gradient to reduce, since the set was cleared."""
+        self.is_open = False  # whether a pass has started and not ended
+        self.used: set[Any] = set()  # FSDP's parameters that had a gradient to reduce, since the set was cleared
         root._get_fsdp_state()._lazy_init()
         self.groups: dict[str, Any] = {name: unit._get_fsdp_state()._fsdp_param_group for name, unit in units.items()}
         for name in units:

@@ -24,8 +24,7 @@ from strategies.process_group import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
 from strategies.torch_internals import FSDP
 
-_BROADCAST_BYTES = 1 << 28
-"""Bytes of one broadcast of buffers."""
+_BROADCAST_BYTES = 1 << 28  # bytes of one broadcast of buffers
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

@@ -20,12 +20,9 @@ T = TypeVar("T")
 class Chain:
     """One process of a pipeline, and its neighbours."""
 
-    part: nn.Module
-    """This process's part of the model."""
-    stage: int
-    """The index of this process in the pipeline, and of its part in the model."""
-    ranks: list[int]
-    """The pipeline's processes."""
+    part: nn.Module  # this process's part of the model
+    stage: int  # the index of this process in the pipeline, and of its part in the model
+    ranks: list[int]  # the pipeline's processes
     device: torch.device
     group: dist.ProcessGroup
     host_group: dist.ProcessGroup

@@ -15,11 +15,10 @@ from strategies.pipeline.parts import Call, Part, PipelinedModel, TensorSpec, al
 
 ScheduleName = Literal["GPipe", "1F1B"]
 
+# Schedules that stay built. Each keeps its receive buffers: for full windows, short ones, and ragged micro-batches
 KEPT = 4
-"""Schedules that stay built. Each keeps its receive buffers: for full windows, short ones, and ragged micro-batches."""
 
-PART_SEED = 0x9E3779B185EBCA87
-"""Separates the draws of the parts, which are all seeded for the same micro-batch."""
+PART_SEED = 0x9E3779B185EBCA87  # separates the draws of the parts, which are all seeded for the same micro-batch
 
 
 def takes(schedule: ScheduleName, stages: int, count: int) -> bool:
@@ -31,11 +30,9 @@ class Run(NamedTuple):
     """Micro-batches of one shape, which a schedule runs."""
 
     calls: Sequence[Call]
-    inputs: Sequence[Tensor]
-    """On the first process; elsewhere empty."""
+    inputs: Sequence[Tensor]  # on the first process; elsewhere empty
     forwards: Sequence[Callable[[], tuple[Tensor, float | Tensor]]]
-    specs: Sequence[TensorSpec]
-    """The output of each part."""
+    specs: Sequence[TensorSpec]  # the output of each part
 
 
 class Schedules:
@@ -53,8 +50,8 @@ class Schedules:
         self._specs: dict[tuple[Any, ...], list[TensorSpec]] = {}
         self._run: Run
         self._error: Exception | None = None
+        # The error that ended a schedule before its end: in a backward, or in another process
         self.broken: Exception | None = None
-        """The error that ended a schedule before its end: in a backward, or in another process."""
 
     def run(
         self,

@@ -25,8 +25,7 @@ from strategies.process_group import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
 from strategies.torch_internals import PIPELINE
 
-BUCKET_BYTES = 25 << 20
-"""Size of a bucket of gradients, which are reduced over the pipelines as in DDP."""
+BUCKET_BYTES = 25 << 20  # size of a bucket of gradients, which are reduced over the pipelines as in DDP
 
 
 class PipelineStrategy(ProcessGroupStrategy):
