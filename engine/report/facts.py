@@ -7,8 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from engine.report.reading import VALIDATION, Column, Run
+from engine.report.reading import VALIDATION, Column, Run, number
 
+# The plots, in their order; validations come after the loss, and other fields of a record by their own names
+TITLES = {
+    "loss": "Training loss",
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm before clipping",
+    "accumulate_grad_batches": "K: micro-batches per process and update",
+    "effective_batch": "Effective batch: samples per update",
+    "samples_per_second": "Throughput: samples per second",
+    "weight": "Weight of an update",
+    "skipped": "Updates skipped so far",
+}
+TOLD = ("update", "epoch", "samples", "loss", "accumulate_grad_batches", "effective_batch", "weight", "skipped")
 Facts = dict[str, str]  # a table's rows: a name, and an amount
 
 
@@ -30,7 +42,11 @@ def status(run: Run) -> str:
 
 def facts(run: Run) -> Facts:
     """Return a run's figures by name; what its folder does not tell is left out."""
-    begin = (run.happened("start", "resume") or [{}])[-1]
+    starts = run.happened("start", "resume") or [{}]
+    begin = starts[-1]
+    processes = np.full(run.length, np.nan)  # of each update
+    for start in starts:
+        processes[run.updates["update"] > start.get("update", np.inf)] = number(start.get("processes"))
     versions = run.summary.get("versions")
     versions = versions if isinstance(versions, dict) else {}
     updates, skipped = run.length, int(_last(run.updates.get("skipped"), 0.0))
@@ -39,7 +55,7 @@ def facts(run: Run) -> Facts:
         "Status": status(run),
         "Task": run.config.get("task"),
         "Strategy": begin.get("strategy", run.summary.get("strategy")),
-        "Processes, P": begin.get("processes", run.summary.get("processes")),
+        "Processes, P": _stages(processes) or begin.get("processes", run.summary.get("processes")),
         "Micro-batch, N": run.config.get("micro_batch_size"),
         "Accumulated, K": _stages(run.updates.get("accumulate_grad_batches")),
         "Effective batch": _stages(run.updates.get("effective_batch"), is_ragged=True),
@@ -50,6 +66,11 @@ def facts(run: Run) -> Facts:
             f"Validation {name.removeprefix(VALIDATION)}": _short(_last(column))
             for name, column in run.validations.items()
             if name.startswith(VALIDATION)
+        },
+        **{
+            TITLES.get(name, name): _short(_last(column))
+            for name, column in run.updates.items()
+            if name not in TOLD and is_constant(column)
         },
         "Time of running": duration(seconds) if seconds else None,
         "Times resumed": len(run.happened("resume")) or None,
@@ -76,7 +97,8 @@ def time_split(run: Run) -> dict[str, float]:
         if event.get("event") in ("start", "resume"):
             kept = [before for before in kept if before["update"] <= event["update"]]
         kept.append(event)
-    split = _within_updates(kept, float((sizes[is_timed] / rates[is_timed]).sum()))
+    with np.errstate(over="ignore"):
+        split = _within_updates(kept, _seconds(float((sizes[is_timed] / rates[is_timed]).sum())))
     for kind, name in (("validation", "validation"), ("save", "saving, while training waited")):
         took = sum(_seconds(event.get("took")) for event in kept if event.get("event") == kind)
         if took:
@@ -136,6 +158,12 @@ def flat(config: dict[str, Any], prefix: str = "") -> Facts:
     return found
 
 
+def is_constant(column: Column) -> bool:
+    """Whether the numbers of a column are all the same."""
+    finite = column[np.isfinite(column)]
+    return bool(len(finite)) and bool((finite == finite[0]).all())
+
+
 def duration(seconds: float) -> str:
     """Return seconds as people say them."""
     hours, minutes = divmod(round(seconds / 60), 60)
@@ -167,7 +195,7 @@ def _short(value: float) -> str | None:
 
 
 def _whole(value: Any) -> str:
-    return f"{value:,.0f}" if isinstance(value, int | float) else "?"
+    return f"{number(value):,.0f}" if np.isfinite(number(value)) else "?"
 
 
 def _thousands(value: Any) -> Any:
