@@ -1,4 +1,4 @@
-"""Whole runs against the one big batch: whatever K, tails, weights, schedules and lengths of streams."""
+"""Checks of whole runs against one big batch: tails, weights, schedules and streams of different lengths."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_exact(backend: Backend) -> None:
 
 
 def check_weights_known_late(backend: Backend) -> None:
-    """Exact where the weights are valid tokens, known only when the window is over."""
+    """Updates are exact if the weights are valid tokens, which are known only when the window is over."""
     backend.must_be_exact()
     B = backend.P * N * backend.K
     for samples in _tails(backend, B):
@@ -43,9 +43,8 @@ def check_variable_windows(backend: Backend) -> None:
             expect(bool(said), f"process {rank}: supports_variable_windows is False, and a schedule is not refused.")
         raise NotDeclaredError("supports_variable_windows = False: a schedule is refused")
     B = backend.P * N
-    samples = _tails(backend, B * 2 * backend.K)[-1]
-    callbacks = [GradientAccumulationScheduler(scheduling)]
-    task, what = Regression(samples), f"K by epoch {scheduling}"
+    samples, what = _tails(backend, B * 2 * backend.K)[-1], f"K by epoch {scheduling}"
+    task, callbacks = Regression(samples), [GradientAccumulationScheduler(scheduling)]
     ran = backend.fit(task, what, accumulate_grad_batches=1, max_epochs=len(scheduling), callbacks=callbacks)
     windows = [window for K in scheduling.values() for window in in_order(samples, B * K)]
     _compare(backend, task, ran, windows, what)
@@ -55,9 +54,9 @@ def check_uneven_data(backend: Backend) -> None:
     """Processes whose streams end early, or have no micro-batch at all, take part with weight 0 until all end."""
     if backend.needs_equal_windows:
         raise NotDeclaredError("needs_equal_windows: data that is not even is refused")
-    P, K = backend.P, backend.K
-    if backend.processes > P:
+    if backend.processes > backend.P:
         raise NotDeclaredError("data_parallel_size < processes: those that share a micro-batch take no streams")
+    P, K = backend.P, backend.K
     for lengths in ([K + 2, *[1] * (P - 1)], [K + 1, *[0] * (P - 1)], [*[0] * (P - 1), 2 * K]):
         pieces = deal(lengths, [N, 1, N + 1])
         windows = windows_of(pieces, K)
@@ -67,7 +66,7 @@ def check_uneven_data(backend: Backend) -> None:
 
 
 def _tails(backend: Backend, B: int) -> list[int]:
-    """Numbers of samples of which the last window is full, short, and one sample; all full where windows must be."""
+    """Return numbers of samples with a last window that is full, short, and one sample; only full if it must be."""
     return [2 * B] if backend.needs_equal_windows else [2 * B, B + B // 2 + 1, B + 1]
 
 
@@ -79,7 +78,7 @@ def _compare(
     what: str,
     max_norm: float | None = None,
 ) -> None:
-    """Expect each update to have its samples, and process 0 to end where big batches end."""
+    """Expect each update to have its samples, and process 0 to have the parameters of big batches."""
     sizes = [len(window) for window in windows]
     for rank, own in enumerate(ran):
         seen = [record["effective_batch"] for record in own.records]

@@ -1,4 +1,4 @@
-"""The kit's model and data, and the reference: one big batch, in a few lines of plain torch in float64."""
+"""The model and data of the checks, and the reference: one big batch, in plain torch in float64."""
 
 from __future__ import annotations
 
@@ -122,10 +122,7 @@ def windows_of(pieces: Sequence[Sequence[range]], K: int) -> list[list[int]]:
 
 
 def difference(found: State, expected: State) -> float:
-    """Return the largest difference, relative to the largest value expected; infinite for NaN and other shapes.
-
-    Names are not compared: what they should be is a promise of its own.
-    """
+    """Return the largest difference of values, relative to the largest expected; infinite for NaN and other shapes."""
     mine, theirs = (torch.cat([value.double().flatten() for value in state.values()]) for state in (found, expected))
     if mine.shape != theirs.shape or not bool(mine.isfinite().all()):
         return float("inf")
