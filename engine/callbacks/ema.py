@@ -1,4 +1,4 @@
-"""Averaged weights."""
+"""Exponential moving average of the parameters."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 class EMA(Callback):
     """Keeps an exponential moving average of the parameters, moved once per update, and validates with it.
 
-    After each update `average = decay * average + (1 - decay) * parameter`, starting from the parameters before the
-    first. Training continues with the parameters themselves. At the end of a run with a `run_dir`,
-    `model-ema.safetensors` has the model with averaged parameters. Raises UserError for a `decay` that is not between
-    0 and 1, and for a strategy whose processes hold parts of the model.
+    After each update `average = decay * average + (1 - decay) * parameter`, from the parameters before the first. At
+    the end, `model-ema.safetensors` in the `run_dir` has the averaged model. Raises UserError for a `decay` that is not
+    between 0 and 1, and for a strategy whose processes hold parts of the model.
     """
 
     def __init__(self, decay: float = 0.999) -> None:

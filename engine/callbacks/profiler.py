@@ -1,4 +1,4 @@
-"""A trace of a few updates, by torch's profiler."""
+"""Traces of a few updates, by torch's profiler."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 class Profiler(Callback):
     """Traces the updates `first` to `last` (from 1) on process 0 into `trace-FIRST-LAST.json` in the run_dir.
 
-    The file is a Chrome trace: drop it on https://ui.perfetto.dev. Each update is a span by that name. Choose updates
-    after the first few, which are slow, and not many: a trace has thousands of events an update. Raises UserError for
-    invalid numbers, and without a `run_dir`.
+    The file is a Chrome trace, for https://ui.perfetto.dev; each update is a span of that name. Leave out the first few
+    updates, which are slow, and take few: each has thousands of events. Raises UserError for invalid numbers, and
+    without a `run_dir`.
     """
 
     def __init__(self, first: int = 10, last: int = 12) -> None:
