@@ -1,4 +1,4 @@
-"""Tables that any spreadsheet opens."""
+"""The CSV logger: tables for a spreadsheet."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ GROUPED = {
 
 
 class GroupedLogger(Logger):
-    """A logger that writes numbers by update, with samples and weight (tokens) since the run's start beside each."""
+    """A logger that writes numbers by update, with the samples and the weight (tokens) since the run's start."""
 
     def open(self, start: Start) -> None:
         """Start, or resume."""
@@ -43,7 +43,7 @@ class GroupedLogger(Logger):
 
     @abstractmethod
     def write(self, update: int, values: Mapping[str, float], is_update: bool) -> None:
-        """Write the numbers of an update, or of the validation after it."""
+        """Write the numbers of an update, or of a validation after it."""
 
 
 def _grouped(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Forecasts a run from its plan: update by update, and stage by stage."""
+"""Forecasts of a run from its plan: update by update, and stage by stage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class PlannedUpdate(NamedTuple):
 
     update: int
     epoch: int
-    samples: int  # samples over all processes since the start, those of this update included
+    samples: int  # over all processes since the start, this update included
     effective_batch: int
     lr: float
     stage: Stage
@@ -55,35 +55,20 @@ def planned_updates(
 def stage_forecasts(updates: Iterator[PlannedUpdate]) -> Iterator[StageForecast]:
     """Sum up the updates of each stage."""
     for stage, group in groupby(updates, key=lambda update: update.stage):
-        yield _sum(stage, group)
-
-
-def _sum(stage: Stage, updates: Iterator[PlannedUpdate]) -> StageForecast:
-    first = last = next(updates)
-    samples, micro_batches, turns = first.effective_batch, first.micro_batches, first.turns
-    for last in updates:
-        samples += last.effective_batch
-        micro_batches += last.micro_batches
-        turns += last.turns
-    return StageForecast(
-        stage,
-        (first.epoch, last.epoch),
-        last.update - first.update + 1,
-        samples,
-        micro_batches,
-        turns,
-        last.effective_batch,
-        (first.lr, last.lr),
-    )
+        first = last = next(group)
+        micro_batches, turns = first.micro_batches, first.turns
+        for last in group:
+            micro_batches += last.micro_batches
+            turns += last.turns
+        count, samples = last.update - first.update + 1, last.samples - first.samples + first.effective_batch
+        epochs, lrs = (first.epoch, last.epoch), (first.lr, last.lr)
+        yield StageForecast(stage, epochs, count, samples, micro_batches, turns, last.effective_batch, lrs)
 
 
 def stream_stages(
     schedule: Schedule, epochs: int | None, total: int | None, lrs: Sequence[float]
 ) -> Iterator[StageForecast]:
-    """Yield what is known of each stage without knowing how long an epoch is.
-
-    `epochs` or `total` updates is where the run ends, where that is known.
-    """
+    """Yield what is known of each stage of a stream, which ends after `epochs` or `total` updates, if they are known."""
     for stage, following in zip(schedule.stages, [*schedule.stages[1:], None], strict=True):
         counts = schedule.unit == "update"
         start = stage.first if counts or stage.first == 0 else None

@@ -1,4 +1,4 @@
-"""Previews `Trainer.fit`: no process group, no device, no training, nothing written."""
+"""Previews of `Trainer.fit`, without process group, device, training or files."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from engine.update.model_checks import count_batch_norms
 from strategies import Strategy
 from strategies.environment import started_processes
 
-JUMP = 1.5  # an effective batch that grows or shrinks by so much should make one think of the learning rate
+JUMP = 1.5  # an effective batch that changes by this factor needs another learning rate
 
 
 def preview(trainer: Trainer, task: Task) -> Preview:
-    """Return what `trainer.fit(task)` would do from its start, for as many processes as the strategy counts.
+    """Return what `trainer.fit(task)` would do from its start, on the strategy's number of processes.
 
-    Reads the data's length and builds model, optimizer and LR scheduler as `fit` does; `trainer` stays as it is. Raises
-    ValueError for what cannot be trained.
+    It reads the data's length and builds model, optimizer and LR scheduler as `fit` does; `trainer` does not change.
+    Raises UserError if the task cannot be trained.
     """
     settings = trainer.settings
     task.prepare_data()
@@ -49,7 +49,7 @@ def learning_rates(optimizer: Optimizer, lr_scheduler: LRScheduler | None, updat
     """Return the learning rate of each update (of the first parameter group); the optimizer makes no step."""
     rates, group = array("d"), optimizer.param_groups[0]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch misses the optimizer's steps
+        warnings.simplefilter("ignore")  # torch warns that the optimizer made no step
         for _ in range(updates):
             rates.append(float(group["lr"]))
             if lr_scheduler is not None:
@@ -59,7 +59,7 @@ def learning_rates(optimizer: Optimizer, lr_scheduler: LRScheduler | None, updat
 
 @dataclass(frozen=True)
 class Preview:
-    """A run before it starts; `lrs` are those of its updates (of a stream: as far as known)."""
+    """A run before it starts; `lrs` are those of its updates, of a stream as far as they are known."""
 
     settings: Settings
     strategy: Strategy
@@ -80,7 +80,7 @@ class Preview:
 
     @property
     def is_grouped(self) -> bool:
-        """Whether the task's order holds groups of samples, of which a window takes so many."""
+        """Whether the task's order holds groups of samples, so that a window takes whole groups."""
         order = None if self.is_stream else self.task.order(0)
         return order is not None and isinstance(order[0], Sequence)
 
@@ -90,18 +90,17 @@ class Preview:
         return self.strategy.bytes_to_reduce(self.model)
 
     def updates(self) -> Iterator[PlannedUpdate]:
-        """Yield every update of the run; of a stream none, for they are unknown."""
-        plan = self.layout.plan
+        """Yield every update of the run; none of a stream, whose updates are unknown."""
+        plan, settings, is_grouped = self.layout.plan, self.settings, self.is_grouped
         if plan is None:
             return iter(())
-        P, spread = self.strategy.data_parallel_size, self.settings.spread_windows
-        is_grouped = self.is_grouped
 
         def before(epoch: int) -> Sequence[int]:
             order = self.task.order(epoch) if is_grouped else None
             return range(plan.samples + 1) if order is None else samples_before(order)
 
-        return planned_updates(plan, self.settings.micro_batch_size, P, spread, self.lrs, before)
+        P = self.strategy.data_parallel_size
+        return planned_updates(plan, settings.micro_batch_size, P, settings.spread_windows, self.lrs, before)
 
     @cached_property
     def stages(self) -> list[StageForecast]:
@@ -112,7 +111,7 @@ class Preview:
         return list(stage_forecasts(self.updates()))
 
     def warnings(self) -> list[str]:
-        """Return what to think about before paying, a sentence each."""
+        """Return warnings about the schedule, the model and the end of the run, a sentence each."""
         return [*self._of_the_schedule(), *self._of_the_model(), *self._of_the_end()]
 
     def _of_the_schedule(self) -> Iterator[str]:
@@ -120,13 +119,10 @@ class Preview:
         for stage in schedule.stages[schedule.stages.index(reached[-1].stage) + 1 :]:
             K = stage.accumulate_grad_batches
             yield f"the run ends before {schedule.unit} {stage.first}, where K would become {K}."
-        for forecast in reached:
-            B = forecast.stage.effective_batch
+        for B in (forecast.stage.effective_batch for forecast in reached):
             if plan is not None and plan.samples < B:
-                yield (
-                    f"a window of {B:,} samples is larger than an epoch of {plan.samples:,}: each epoch makes one "
-                    "update, of all that there is."
-                )
+                epoch = f"an epoch of {plan.samples:,}"
+                yield f"a window of {B:,} samples is larger than {epoch}: each epoch makes one update, of all samples."
         for before, after in pairwise(reached):
             old, new = before.stage.effective_batch, after.stage.effective_batch
             left, right = before.lr[1], after.lr[0]
@@ -166,6 +162,5 @@ class Preview:
 
     def describe(self) -> str:
         """Return what is planned, in one line."""
-        model = self.model
-        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return f"{class_path(self.task)}, {type(model).__name__} with {count:,} parameters"
+        count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return f"{class_path(self.task)}, {type(self.model).__name__} with {count:,} parameters"

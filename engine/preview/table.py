@@ -1,4 +1,4 @@
-"""A preview in the terminal: a table, or a few lines for each stage if the table is too wide."""
+"""A preview as text: a table, or a few lines for each stage if the table is too wide."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from engine.preview.forecast import StageForecast
 from engine.preview.preview import Preview
 
 UNKNOWN = "?"
-
 Cell = Callable[[StageForecast], str]  # returns the cell of a column for a stage
 
 
 def print_plan(preview: Preview, console: Console | None = None) -> None:
-    """Print the run stage by stage, and what to think about."""
+    """Print the run stage by stage, and the warnings."""
     console = console or Console(highlight=False, soft_wrap=False)
     columns = _columns(preview)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
