@@ -1,4 +1,4 @@
-"""Models of Hugging Face's `transformers` as tasks, weighted by what they predict; imported only to make a model."""
+"""Models of Hugging Face's `transformers` as tasks, weighted by the number of predictions."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class _Pretrained(Task):
         return auto.from_pretrained(self.source) if isinstance(self.source, str) else auto.from_config(self.source)
 
     def check(self, config: Any) -> None:
-        """Raise ValueError for a model that would need another loss."""
+        """Raise UserError for a model that needs another loss."""
         if getattr(config, "output_router_logits", False):
             raise UserError(
                 "output_router_logits=True adds a loss of the router, which this task would leave out: "
@@ -68,9 +68,9 @@ class _Pretrained(Task):
         return self.validation
 
     def collate(self, samples: list[Any]) -> dict[str, Tensor]:
-        """Pad to the longest sample on the right: labels with -100, `input_ids` with the model's padding, else 0.
+        """Pad on the right: labels with -100, `input_ids` with the model's padding, else 0.
 
-        Makes an `attention_mask` if it is missing. Raises UserError for a column that is not numeric.
+        It makes an `attention_mask` if none is given. Raises UserError for a column that is not numeric.
         """
         if "attention_mask" not in samples[0]:
             samples = [{**sample, "attention_mask": [1] * len(sample["input_ids"])} for sample in samples]
@@ -90,32 +90,32 @@ class _Pretrained(Task):
 
 
 class CausalLM(_Pretrained):
-    """Predicts each next token; an update's gradient is the mean over all predicted tokens of its window.
+    """Predicts each next token, with AdamW; an update's gradient is the mean over all predicted tokens of its window.
 
-    `model` is a causal language model, its config (then it begins at random, from the run's seed), or a name or path
-    for `AutoModelForCausalLM.from_pretrained`. Samples are dictionaries of token numbers, of any length: `input_ids`,
-    and `labels` (the same positions, not shifted; -100: not to be predicted) where not all of them are predicted.
+    `model` is a causal language model, its config (random parameters, from the run's seed), or a name or path for
+    `AutoModelForCausalLM.from_pretrained`. Samples are dictionaries of token numbers, of any length: `input_ids`, and
+    `labels` (the same positions, not shifted; -100: not predicted) if not all of them are predicted.
     """
 
     auto_class = "AutoModelForCausalLM"
 
     def collate(self, samples: list[Any]) -> dict[str, Tensor]:
-        """Pad to the longest sample; padding is neither looked at nor predicted."""
+        """Pad to the longest sample; padding is neither attended to nor predicted."""
         return super().collate([s if "labels" in s else {**s, "labels": _predicted(s)} for s in samples])
 
     def loss(self, model: nn.Module, batch: Any) -> Loss:
-        """Return the sum of cross-entropies and the number of predicted tokens: each sample's but its first."""
+        """Return the sum of cross-entropies and the number of predicted tokens: all but each sample's first."""
         labels = batch["labels"][:, 1:]
         logits = model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False).logits
         return _cross_entropy(logits[:, :-1].transpose(1, 2), labels)
 
 
 class SequenceClassification(_Pretrained):
-    """Gives each sequence one of several labels; `accuracy` is a metric of the validation.
+    """Gives each sequence one of several labels, with AdamW; validation means are `loss` and `accuracy`.
 
     `model` is a model for sequence classification, its config, or a name or path for
     `AutoModelForSequenceClassification.from_pretrained`. Samples are dictionaries of `input_ids` and `labels`, one
-    whole number (-100: none). Raises UserError for regression and several labels at a time.
+    whole number (-100: no label). Raises UserError for regression and several labels at a time.
     """
 
     auto_class = "AutoModelForSequenceClassification"
@@ -142,7 +142,7 @@ def _classified(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> tuple
 
 
 def _predicted(sample: Mapping[str, Any]) -> Tensor:
-    """The tokens themselves; none where the sample's own mask is 0 (padding that is there already)."""
+    """Return the tokens as labels, and -100 where the sample's own mask is 0, which is padding."""
     tokens = torch.as_tensor(sample["input_ids"])
     mask = sample.get("attention_mask")
     return tokens if mask is None else tokens.masked_fill(torch.as_tensor(mask) == 0, IGNORED)

@@ -55,20 +55,24 @@ def planned_updates(
 def stage_forecasts(updates: Iterator[PlannedUpdate]) -> Iterator[StageForecast]:
     """Sum up the updates of each stage."""
     for stage, group in groupby(updates, key=lambda update: update.stage):
-        first = last = next(group)
-        micro_batches, turns = first.micro_batches, first.turns
-        for last in group:
-            micro_batches += last.micro_batches
-            turns += last.turns
-        count, samples = last.update - first.update + 1, last.samples - first.samples + first.effective_batch
-        epochs, lrs = (first.epoch, last.epoch), (first.lr, last.lr)
-        yield StageForecast(stage, epochs, count, samples, micro_batches, turns, last.effective_batch, lrs)
+        yield _sum(stage, group)
+
+
+def _sum(stage: Stage, updates: Iterator[PlannedUpdate]) -> StageForecast:
+    first = last = next(updates)
+    micro_batches, turns = first.micro_batches, first.turns
+    for last in updates:
+        micro_batches += last.micro_batches
+        turns += last.turns
+    count, samples = last.update - first.update + 1, last.samples - first.samples + first.effective_batch
+    epochs, lrs = (first.epoch, last.epoch), (first.lr, last.lr)
+    return StageForecast(stage, epochs, count, samples, micro_batches, turns, last.effective_batch, lrs)
 
 
 def stream_stages(
     schedule: Schedule, epochs: int | None, total: int | None, lrs: Sequence[float]
 ) -> Iterator[StageForecast]:
-    """Yield what is known of each stage of a stream, which ends after `epochs` or `total` updates, if they are known."""
+    """Yield what is known of each stage of a stream, which ends after `epochs` or `total` updates, if known."""
     for stage, following in zip(schedule.stages, [*schedule.stages[1:], None], strict=True):
         counts = schedule.unit == "update"
         start = stage.first if counts or stage.first == 0 else None
