@@ -1,7 +1,6 @@
 """The state of an optimizer under the names of the model's parameters, if one process holds all of it.
 
-`torch.distributed.checkpoint.state_dict` offers the same, but makes a trial step if an optimizer has no state
-yet. That step counts in Adam's bias correction, so that saving would change the run.
+`torch.distributed.checkpoint.state_dict` makes a trial step if an optimizer has no state: saving would change the run.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from strategies.torch_internals import check_torch, is_lost_contact
 class ProcessGroupStrategy(Strategy):
     """Base of the strategies of several processes: gloo on CPU, NCCL on CUDA, started from torchrun's environment.
 
-    A process group that exists is used and left in place. `timeout_seconds` bounds every wait for another process,
+    An existing process group is used and left in place. `timeout_seconds` bounds every wait for another process,
     `device` is "cpu" or "cuda" (default: CUDA if available).
     """
 
@@ -29,9 +29,7 @@ class ProcessGroupStrategy(Strategy):
 
     def __init__(self, timeout_seconds: float = 300.0, device: Literal["cpu", "cuda"] | None = None) -> None:
         if not timeout_seconds > 0:
-            raise UserError(
-                f"timeout_seconds={timeout_seconds}: expected the seconds that a collective may take, more than 0."
-            )
+            raise UserError(f"timeout_seconds={timeout_seconds}: expected the seconds of a collective, more than 0.")
         if device not in ("cpu", "cuda", None):
             raise UserError(f"device={device!r}: expected 'cpu' or 'cuda', or None for CUDA if available.")
         self.timeout = timedelta(seconds=timeout_seconds)
@@ -62,7 +60,6 @@ class ProcessGroupStrategy(Strategy):
 
     @property
     def device(self) -> torch.device:
-        """The CUDA device of this process's local rank, or the CPU."""
         return torch.device("cpu") if self._device_type == "cpu" else torch.device("cuda", self.local_rank)
 
     def describe(self) -> str:
@@ -125,10 +122,7 @@ class ProcessGroupStrategy(Strategy):
         return values
 
     def collect(self, value: Any) -> list[Any]:
-        """Return each process's `value` in rank order on process 0; on the others, only their own.
-
-        For large values: process 0 receives one at a time, pickled, on the CPU group.
-        """
+        """Return each process's `value` in rank order on process 0, which receives one at a time; else only its own."""
         values = [value]
         if self.rank != 0:
             dist.send_object_list(values, dst=0, group=self._host_group)

@@ -35,27 +35,24 @@ class FSDPStrategy(ProcessGroupStrategy):
     A unit's parameters are gathered for its forward, freed, and gathered again for its backward. Each of the P
     processes trains on different samples. The options:
 
-    - `reduce`: "window" reduces gradients once per window and unit, in the last micro-batch's backward; until then each
-      process keeps a whole gradient. "micro_batch" reduces at each micro-batch and keeps only a shard of the gradient:
-      less memory, K times the traffic.
-    - `shard_size`: hybrid sharding. The model is sharded over `shard_size` neighbouring processes, and the other
-      groups of that size hold replicas. None: sharded over all.
+    - `reduce`: "window" reduces gradients once per window and unit; until then each process keeps a whole gradient.
+      "micro_batch" reduces at each micro-batch and keeps only a shard: less memory, K times the traffic.
+    - `shard_size`: hybrid sharding over `shard_size` neighbouring processes; other groups of that size hold replicas.
+      None: sharded over all.
     - `reshard_after_forward`: True frees every unit after its forward, None all but the root (FSDP's default). False
       keeps parameters from the window's first forward to its last backward: gathered once per window, more memory.
     - `param_dtype`: the dtype of forward, backward and gathered parameters; outputs are float32. `reduce_dtype`: the
       dtype in which gradients are accumulated and cross the wire, float32 if `param_dtype` is given.
     - `wrap`: the names of the classes whose instances become units. None: the children of each outermost ModuleList.
       The rest of the model is one unit. Override `units` for another choice.
-    - `find_unused_parameters`: for units that do not use each of their parameters in each window. A parameter that no
-      process used keeps the gradient None, at the cost of a small all-reduce per window. If it is False, a parameter
-      that a process with data did not use is an error.
+    - `find_unused_parameters`: a parameter that no process used in a window keeps the gradient None, at the cost of a
+      small all-reduce. If it is False, a parameter that a process with data did not use is an error.
     - `broadcast_buffers`: process 0's buffers (BatchNorm's statistics) go to all once per window.
 
     All processes make the same number of passes in a window: one with fewer micro-batches takes part with weight 0. So
     each micro-batch must call the same units in the same order; otherwise a RuntimeError names the two units.
 
-    `timeout_seconds` bounds every wait for another process, `device` is "cpu" or "cuda" (default: CUDA if
-    available).
+    `timeout_seconds` bounds every wait for another process, `device` is "cpu" or "cuda" (default: CUDA if available).
     """
 
     name = "fsdp"
@@ -113,11 +110,7 @@ class FSDPStrategy(ProcessGroupStrategy):
         return super().describe() + (f", {replicas} replicas" if replicas > 1 else "")
 
     def setup(self) -> None:
-        """Join the processes.
-
-        Raises UserError if `shard_size` does not divide their number, RuntimeError if this torch lacks a part that is
-        used.
-        """
+        """Join the processes. Raises UserError unless `shard_size` divides them, RuntimeError if torch lacks a part."""
         P, size = self.data_parallel_size, self.shard_size or self.data_parallel_size
         if P % size:
             raise UserError(f"shard_size={size}: expected a divisor of the {P} processes. Use one, or None.")
@@ -180,10 +173,7 @@ class FSDPStrategy(ProcessGroupStrategy):
         self._most_passes = most_micro_batches
 
     def backward(self, loss: Tensor, scale: float | Tensor) -> None:
-        """Add `scale x d(loss)`; after this process's last micro-batch, take part in the passes of the others.
-
-        Raises RuntimeError after the window if a parameter was not used.
-        """
+        """Add `scale x d(loss)`; after this process's last micro-batch, take part in the passes of the others."""
         try:
             super().backward(loss, scale)
             self._order.end()
@@ -205,10 +195,7 @@ class FSDPStrategy(ProcessGroupStrategy):
             self._forget_unused()
 
     def evaluation_context(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """Gather the whole model once, so that each process may call it as often as it has data.
-
-        Raises UserError for a model whose process group has ended.
-        """
+        """Gather the whole model once. Raises UserError for a model whose process group has ended."""
         module = user_module(model)
         if not isinstance(module, FSDPModule):
             return nullcontext()
@@ -261,7 +248,7 @@ class FSDPStrategy(ProcessGroupStrategy):
         return super()._copied(whole) if self.rank == 0 else whole.to("meta")
 
     def _sharded(self, states: dict[str, Any]) -> dict[str, Any]:
-        """The state of an optimizer with this process's shard of each tensor. Raises UserError for another shape."""
+        """Return an optimizer's state with this process's shard of each tensor. Raises UserError for another shape."""
         parameters = {user_name(name): p for name, p in self._user_module.named_parameters()}
 
         def shard(name: str, value: Any) -> Any:

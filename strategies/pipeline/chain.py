@@ -61,7 +61,7 @@ class Chain:
         return rows
 
     def call(self, x: Tensor, autocast: torch.dtype | None) -> Any:
-        """Return the output of this part. Raises UserError unless it is one tensor or the part is the last."""
+        """Return the output of this part. Raises UserError unless it is one tensor, except in the last part."""
         with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
             output = self.part(x)
         if not self.is_last and not isinstance(output, Tensor):
@@ -74,8 +74,7 @@ class Chain:
     def through(self, x: Tensor | None, autocast: torch.dtype | None) -> tuple[Any, TensorSpec | None]:
         """Run one batch through all parts; return the model's output, on the last process, and this part's spec.
 
-        `x` is the input on the first process, and None on the others. A part that fails raises after its neighbours
-        have been served; their output is None.
+        `x` is the input on the first process, else None. A part that fails raises after it has sent None to the next.
         """
         error = spec = None
         if not self.is_first:

@@ -38,7 +38,7 @@ class Run(NamedTuple):
 class Schedules:
     """Runs micro-batches forward and backward through a chain, by the schedule of that name.
 
-    An error of the user's code in a forward is kept until the schedule ends: the other processes are in it too.
+    An error in a forward is kept until the schedule ends, since the other processes are in it too.
     """
 
     def __init__(self, name: ScheduleName, chain: Chain, model: PipelinedModel, seed: Callable[[int], None]) -> None:
@@ -59,9 +59,9 @@ class Schedules:
         inputs: Sequence[Tensor],
         forwards: Sequence[Callable[[], tuple[Tensor, float | Tensor]]],
     ) -> None:
-        """Run a window: one schedule for each run of neighbouring micro-batches with equal shape and autocast.
+        """Run a schedule for each group of neighbouring micro-batches with equal shape and autocast.
 
-        Raises, after the last one, the first error of a forward on this process.
+        Raises the first error of a forward on this process, after the last schedule.
         """
         self._error = None
         for kind, neighbours in groupby(range(len(calls)), key=lambda index: calls[index][:2]):

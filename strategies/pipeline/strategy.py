@@ -31,17 +31,17 @@ BUCKET_BYTES = 25 << 20  # size of a bucket of gradients, which are reduced over
 class PipelineStrategy(ProcessGroupStrategy):
     """Cut one model into parts that run on `stages` processes; P = processes / stages train copies of it.
 
-    A window is one run of the `schedule`, so K is fixed when it is built: `micro_batches`, which must be the trainer's
-    `accumulate_grad_batches`. A window with fewer micro-batches runs a shorter schedule, and so do neighbouring
-    micro-batches of another shape. Nothing is padded.
+    A window is one run of the `schedule`, so K is fixed: `micro_batches` must be the trainer's
+    `accumulate_grad_batches`. Fewer micro-batches, and neighbours of another shape, run a shorter schedule, without
+    padding.
 
     The model is an `nn.Sequential` between whose children one tensor passes. `boundaries` are the indices of the
     children that begin each later part (`[3]`: children 0 to 2, and the rest); None balances them by parameters. The
-    task's `loss` calls the model once, with one tensor. It runs up to that call on the first process of a pipeline, and
+    task's `loss` calls the model once, with one tensor: it runs up to that call on the first process of a pipeline, and
     past it on the last.
 
-    A process keeps its own part; those of the others are on the meta device. `timeout_seconds` bounds every wait for
-    another process, `device` is "cpu" or "cuda" (default: CUDA if available).
+    Other processes' parts are on the meta device. `timeout_seconds` bounds every wait for another process, `device` is
+    "cpu" or "cuda" (default: CUDA if available).
     """
 
     name = "pipeline"
@@ -96,11 +96,7 @@ class PipelineStrategy(ProcessGroupStrategy):
         return f"{self.name}: {shape}, {self.schedule} of {self.micro_batches} micro-batches"
 
     def setup(self) -> None:
-        """Make the groups of all processes, of this pipeline, and of the copies of this part.
-
-        Raises UserError if `stages` does not divide the number of processes, RuntimeError if this torch lacks a part
-        that is used.
-        """
+        """Make the groups. Raises UserError unless `stages` divides the processes, RuntimeError if torch lacks a part."""
         if (processes := started_processes()) % self.stages:
             raise UserError(
                 f"stages={self.stages}: expected a multiple of {self.stages} processes, but {processes} were started. "
@@ -151,8 +147,7 @@ class PipelineStrategy(ProcessGroupStrategy):
     def run_window(self, window: Iterable[MicroBatch], forward: Callable[[Any], tuple[Tensor, float | Tensor]]) -> None:
         """Run one window by the schedule, and sum its gradients over the pipelines.
 
-        `forward` runs up to the model on the first process, and past it on the last. If one process fails, all
-        end the window, so that each can raise.
+        If one process fails, all end the window, so that each can raise.
         """
         self._share_buffers()
         with suppress(PeerFailedError):  # that process reports the error
@@ -183,9 +178,7 @@ class PipelineStrategy(ProcessGroupStrategy):
         rows = self._this_chain.together(read)
         counts = [count for count, _ in rows]
         if len(set(counts)) > 1:
-            raise UserError(
-                f"the processes of one pipeline got {counts} micro-batches in a window. They must read the same data."
-            )
+            raise UserError(f"the processes of a pipeline got {counts} micro-batches: they must read the same data.")
         return micros, rows[0][1], inputs
 
     def join(self, window: Any) -> None:
@@ -298,9 +291,8 @@ class PipelineStrategy(ProcessGroupStrategy):
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
         """Load this process's part of a whole model's state. Raises RuntimeError or UserError for another model's."""
         if differing := {*state["model"]} ^ {*self._names()}:
-            raise RuntimeError(
-                f"the state is that of another model: only one of them has {', '.join(sorted(differing)[:3])}."
-            )
+            only = ", ".join(sorted(differing)[:3])
+            raise RuntimeError(f"the state is that of another model: only one of them has {only}.")
         for child_name, child in self._children.items():
             prefix = f"{child_name}."
             names = {plain: name for plain, name in self._names().items() if name.startswith(prefix)}
