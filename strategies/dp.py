@@ -36,10 +36,8 @@ class DPStrategy(SingleDeviceStrategy):
         if devices is not None:
             check_count("devices", devices)
         if kind == "cuda" and (devices or 1) > available:
-            raise UserError(
-                f"devices={devices or 1}: expected at most {available}, the CUDA devices of this host. Use "
-                "device_type='cpu' to try it."
-            )
+            most = f"expected at most {available}, the CUDA devices of this host"
+            raise UserError(f"devices={devices or 1}: {most}. Use device_type='cpu' to try it.")
         super().__init__("cuda:0" if kind == "cuda" else "cpu")
         self.devices = devices or available
 
@@ -107,9 +105,7 @@ def _split(tree: Any, chunks: int) -> list[Any]:
     shares = min((len(parts) for parts in split.values()), default=1)
     if any(len(parts) != shares for parts in split.values()):
         sizes = sorted({leaves[i].shape[0] for i in split})
-        raise UserError(
-            f"DP splits every tensor in dim 0, and their sizes there differ: {sizes}. Pass other tensors as attributes."
-        )
+        raise UserError(f"DP splits tensors in dim 0: expected equal sizes, got {sizes}. Pass others as attributes.")
     return [
         tree_unflatten([split[i][share] if i in split else leaf for i, leaf in enumerate(leaves)], spec)
         for share in range(shares)

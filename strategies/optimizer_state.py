@@ -94,6 +94,5 @@ def _check_shapes(optimizer: Optimizer, name: str, parameter: Tensor, state: dic
     if type(optimizer).__module__.startswith("torch.optim") and not isinstance(optimizer, torch.optim.Adafactor):
         for key, value in state.items():
             if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
-                raise UserError(
-                    f"the saved {key} of {name} has shape {tuple(value.shape)} instead of {tuple(parameter.shape)}."
-                )
+                seen, expected = tuple(value.shape), tuple(parameter.shape)
+                raise UserError(f"the saved {key} of {name} has shape {seen} instead of {expected}.")

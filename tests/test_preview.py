@@ -147,7 +147,7 @@ class Follows(WithLR):
         (WithLR, {"max_epochs": 2}, []),
         (SlowToWarm, {"max_epochs": 2}, ["the learning rate still rises at the last of 24 updates"]),
         (WithLR, {"max_epochs": 5, "accumulate_grad_batches": 16}, ["a window of 64 samples is larger than an epoch"]),
-        (Normed, {"max_epochs": 2, "accumulate_grad_batches": 2}, ["1 BatchNorm layers .* one micro-batch of 4"]),
+        (Normed, {"max_epochs": 2, "accumulate_grad_batches": 2}, ["1 BatchNorm layers .* over a micro-batch of 4"]),
         (Normed, {"max_epochs": 2}, []),
         (Regression, by({0: 1, 1: 2}), ["the effective batch goes from 4 to 8 at epoch 1, .* does not follow"]),
         (Follows, by({0: 1, 1: 2}), []),

@@ -224,9 +224,7 @@ def _check_module(module: object) -> None:
     for name in dir(type(module)):
         is_hook = name.startswith("on_") and not name.startswith(("on_test", "on_predict"))
         if (is_hook or name in NOT_CALLED) and _defines(module, name):
-            _refuse(
-                f"the method {name}", "nothing would call it. Move it to a callback of engine.callbacks, or the trainer"
-            )
+            _refuse(f"the method {name}", "nothing would call it. Move it to a callback, or to the trainer")
     for step in STEPS:
         if _defines(module, step) and not 1 <= _arguments(module, step) <= 2:
             _refuse(f"{step} with other arguments than (batch, batch_idx)", "use one loader, and take a batch")

@@ -53,10 +53,8 @@ class _Pretrained(Task):
     def check(self, config: Any) -> None:
         """Raise UserError for a model that needs another loss."""
         if getattr(config, "output_router_logits", False):
-            raise UserError(
-                "output_router_logits=True adds a loss of the router, which this task would leave out: "
-                "write loss() yourself, with that term times the weight, or set it to False."
-            )
+            way_out = "Use False, or override loss() and add the router's loss times the weight."
+            raise UserError(f"output_router_logits=True: expected a model without a loss of its router. {way_out}")
 
     def configure_optimizer(self, model: nn.Module) -> Optimizer | tuple[Optimizer, LRScheduler]:
         return AdamW(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
@@ -80,10 +78,8 @@ class _Pretrained(Task):
         try:
             tensors = [torch.as_tensor(value) for value in values]
         except (TypeError, ValueError, RuntimeError):
-            raise UserError(
-                f"the data's column {name!r} holds {type(values[0]).__name__}: keep only what the model takes, "
-                "as in dataset.remove_columns(...)."
-            ) from None
+            what = f"column {name!r} holds {type(values[0]).__name__}"
+            raise UserError(f"{what}: expected numbers. Use dataset.remove_columns({name!r}).") from None
         if not tensors[0].ndim:
             return torch.stack(tensors)
         return pad_sequence(tensors, True, {"labels": IGNORED, "input_ids": self._pad}.get(name, 0))
@@ -123,10 +119,8 @@ class SequenceClassification(_Pretrained):
     def check(self, config: Any) -> None:
         super().check(config)
         if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
-            raise UserError(
-                f"num_labels={config.num_labels} with problem_type={config.problem_type!r}: this task is for one of "
-                "several labels; override loss() for others."
-            )
+            what = f"num_labels={config.num_labels}, problem_type={config.problem_type!r}"
+            raise UserError(f"{what}: expected one of several labels. Override loss() for others.")
 
     def loss(self, model: nn.Module, batch: Any) -> Loss:
         return _cross_entropy(*_classified(model, batch))

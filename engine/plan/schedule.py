@@ -105,10 +105,8 @@ def check_lr_rule(rule: object, reference_batch: object) -> None:
         if reference_batch is not None:
             raise UserError(f"lr_reference_batch={reference_batch!r} without an lr_rule. Use linear or sqrt.")
     elif reference_batch is None:
-        raise UserError(
-            f"lr_rule={rule!r} with lr_reference_batch=None: expected the effective batch, in samples, of the task's "
-            "learning rate."
-        )
+        what = f"lr_rule={rule!r} with lr_reference_batch=None"
+        raise UserError(f"{what}: expected the effective batch, in samples, of the task's learning rate.")
 
 
 def with_lr_rule(schedule: Schedule, rule: str, reference_batch: int | None) -> Schedule:

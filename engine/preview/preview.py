@@ -139,26 +139,18 @@ class Preview:
         if strategy.data_parallel_size == 1 < started_processes():
             yield f"strategy {strategy.name!r} shares samples with none of the {started_processes()} processes."
         if norms and any(stage.accumulate_grad_batches > 1 for stage in self.schedule.stages):
-            yield (
-                f"{norms} BatchNorm layers take their statistics from one micro-batch of {N}, not from the window: "
-                "GroupNorm or LayerNorm would not know the difference."
-            )
+            yield f"{norms} BatchNorm layers normalise over a micro-batch of {N}, not over the window: use GroupNorm."
 
     def _of_the_end(self) -> Iterator[str]:
         lrs = self.lrs
         if len(lrs) > 1 and lrs[-1] > lrs[-2] and lrs[-1] == max(lrs):
-            yield (
-                f"the learning rate still rises at the last of {len(lrs):,} updates ({lrs[-1]:.3g}): is its warm-up "
-                "longer than the run?"
-            )
+            end = f"the last of {len(lrs):,} updates ({lrs[-1]:.3g})"
+            yield f"the learning rate still rises at {end}: is its warm-up longer than the run?"
         if self.settings.max_time is not None:
             yield f"max_time={self.settings.max_time} may end the run before."
         run_dir = self.settings.run_dir
         if run_dir is not None and files.candidates(Path(run_dir) / "checkpoints"):
-            yield (
-                f"{run_dir} has checkpoints: the run would resume from there, with the effective batches that it "
-                "started with. This plan starts from the beginning."
-            )
+            yield f"{run_dir} has checkpoints: the run would resume there, and this plan starts from the beginning."
 
     def describe(self) -> str:
         """Return what is planned, in one line."""

@@ -162,10 +162,8 @@ class FSDPStrategy(ProcessGroupStrategy):
             units = [m for m in model.modules() if m is not model and type(m).__name__ in self.wrap]
             if missing := set(self.wrap) - {type(m).__name__ for m in units}:
                 names = ", ".join(sorted({type(m).__name__ for m in model.modules() if m is not model}))
-                raise UserError(
-                    f"wrap={self.wrap!r}: expected classes of submodules; {', '.join(missing)} is not one. The model "
-                    f"has {names}."
-                )
+                wrong = f"{', '.join(missing)} is not one"
+                raise UserError(f"wrap={self.wrap!r}: expected classes of submodules; {wrong}. The model has {names}.")
             return units[::-1]  # inner ones first
         return list(dict.fromkeys(in_lists(model)))
 
@@ -256,10 +254,8 @@ class FSDPStrategy(ProcessGroupStrategy):
             if not isinstance(value, Tensor) or value.ndim == 0 or not isinstance(parameter, DTensor):
                 return value
             if value.shape != parameter.shape:
-                raise UserError(
-                    f"the optimizer's state of {name} has shape {tuple(value.shape)}: expected that of the parameter, "
-                    f"{tuple(parameter.shape)}."
-                )
+                seen, expected = tuple(value.shape), tuple(parameter.shape)
+                raise UserError(f"the optimizer's state of {name} has shape {seen}: expected {expected}.")
             value = value.to(parameter.device)
             return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 

@@ -65,10 +65,8 @@ class Chain:
         with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
             output = self.part(x)
         if not self.is_last and not isinstance(output, Tensor):
-            raise UserError(
-                f"part {self.stage} of the pipeline returned {type(output).__name__}: expected one tensor, for the "
-                "next part. Set boundaries between children that pass one tensor."
-            )
+            seen = f"part {self.stage} of the pipeline returned {type(output).__name__}"
+            raise UserError(f"{seen}: expected one tensor. Set boundaries between children that pass one tensor.")
         return output
 
     def through(self, x: Tensor | None, autocast: torch.dtype | None) -> tuple[Any, TensorSpec | None]:

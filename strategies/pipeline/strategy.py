@@ -70,10 +70,8 @@ class PipelineStrategy(ProcessGroupStrategy):
         self.micro_batches = micro_batches
         self.boundaries = None if boundaries is None else list(boundaries)
         if not takes(schedule, stages, micro_batches):
-            raise UserError(
-                f"micro_batches={micro_batches}: expected at least {stages} for {schedule} over {stages} stages. Use "
-                "more, or schedule='GPipe'."
-            )
+            least = f"expected at least {stages} for {schedule} over {stages} stages"
+            raise UserError(f"micro_batches={micro_batches}: {least}. Use more, or schedule='GPipe'.")
         self._groups: list[dist.ProcessGroup] = []
         self._chain: Chain | None = None
 
@@ -96,12 +94,10 @@ class PipelineStrategy(ProcessGroupStrategy):
         return f"{self.name}: {shape}, {self.schedule} of {self.micro_batches} micro-batches"
 
     def setup(self) -> None:
-        """Make the groups. Raises UserError unless `stages` divides the processes, RuntimeError if torch lacks a part."""
+        """Make the groups. Raises UserError unless `stages` divides them, RuntimeError if torch lacks a part."""
         if (processes := started_processes()) % self.stages:
-            raise UserError(
-                f"stages={self.stages}: expected a multiple of {self.stages} processes, but {processes} were started. "
-                f"Use torchrun --nproc_per_node={self.stages}."
-            )
+            seen = f"expected a multiple of {self.stages} processes, but {processes} were started"
+            raise UserError(f"stages={self.stages}: {seen}. Use torchrun --nproc_per_node={self.stages}.")
         super().setup()
         S, P = self.stages, self.data_parallel_size
         pipelines = [list(range(p * S, p * S + S)) for p in range(P)]
