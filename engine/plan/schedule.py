@@ -63,9 +63,7 @@ class Schedule:
         return self.stages[following].first - place if following < len(self.stages) else None
 
     def _place(self, epoch: int, update: int, sample: int) -> int:
-        if self.unit == "epoch":
-            return epoch
-        return update if self.unit == "update" else sample
+        return {"epoch": epoch, "update": update, "sample": sample}[self.unit]
 
     def _after(self, place: int) -> int:
         """Return the index of the first stage after `place`."""

@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from engine.checkpoint import files
 from engine.data.map_style import samples_before
-from engine.plan.schedule import Schedule
 from engine.preview.forecast import PlannedUpdate, StageForecast, planned_updates, stage_forecasts, stream_stages
 from engine.settings import Settings, class_path
 from engine.task import Task
@@ -69,11 +68,6 @@ class Preview:
     lrs: Sequence[float]
 
     @property
-    def schedule(self) -> Schedule:
-        """The stages of the run."""
-        return self.layout.schedule
-
-    @property
     def is_stream(self) -> bool:
         """Whether the data has no length."""
         return self.layout.plan is None
@@ -107,7 +101,7 @@ class Preview:
         """Return the stages that the run reaches."""
         if self.is_stream:
             epochs = self.settings.max_epochs if self.settings.max_updates is None else None
-            return list(stream_stages(self.schedule, epochs, self.layout.total_updates, self.lrs))
+            return list(stream_stages(self.layout.schedule, epochs, self.layout.total_updates, self.lrs))
         return list(stage_forecasts(self.updates()))
 
     def warnings(self) -> list[str]:
@@ -115,7 +109,7 @@ class Preview:
         return [*self._of_the_schedule(), *self._of_the_model(), *self._of_the_end()]
 
     def _of_the_schedule(self) -> Iterator[str]:
-        schedule, plan, reached = self.schedule, self.layout.plan, self.stages
+        schedule, plan, reached = self.layout.schedule, self.layout.plan, self.stages
         for stage in schedule.stages[schedule.stages.index(reached[-1].stage) + 1 :]:
             K = stage.accumulate_grad_batches
             yield f"the run ends before {schedule.unit} {stage.first}, where K would become {K}."
@@ -138,7 +132,7 @@ class Preview:
         strategy, N, norms = self.strategy, self.settings.micro_batch_size, count_batch_norms(self.model)
         if strategy.data_parallel_size == 1 < started_processes():
             yield f"strategy {strategy.name!r} shares samples with none of the {started_processes()} processes."
-        if norms and any(stage.accumulate_grad_batches > 1 for stage in self.schedule.stages):
+        if norms and any(stage.accumulate_grad_batches > 1 for stage in self.layout.schedule.stages):
             yield f"{norms} BatchNorm layers normalise over a micro-batch of {N}, not over the window: use GroupNorm."
 
     def _of_the_end(self) -> Iterator[str]:

@@ -37,7 +37,7 @@ def print_plan(preview: Preview, console: Console | None = None) -> None:
                 lines.add_row(name.replace("-\n", "-").replace("\n", " "), cell(forecast))
             console.print(lines)
             console.print()
-    console.print(Text(_total(preview)))
+    console.print(Text(" ".join([*_updates(preview), *_bytes(preview)])))
     for warning in preview.warnings():
         console.print(Text(f"! {warning}", style="yellow"))
 
@@ -52,7 +52,7 @@ def size(count: int) -> str:
 
 
 def _columns(preview: Preview) -> dict[str, Cell]:
-    sent, unit = preview.bytes_per_update, preview.schedule.unit
+    sent, unit = preview.bytes_per_update, preview.layout.schedule.unit
     columns: dict[str, Cell] = {} if unit == "epoch" else {f"from\n{unit}": lambda s: f"{s.stage.first:,}"}
     columns |= {
         "epochs": lambda s: _span(s.epochs),
@@ -79,10 +79,6 @@ def _header(preview: Preview) -> str:
         return f"{strategy.name}: {processes}, streams of ready micro-batches{epochs}"
     what = "samples" if not preview.is_grouped else "groups of samples"
     return f"{strategy.name}: {processes}, N {settings.micro_batch_size}, {plan.samples:,} {what} an epoch{epochs}"
-
-
-def _total(preview: Preview) -> str:
-    return " ".join([*_updates(preview), *_bytes(preview)])
 
 
 def _updates(preview: Preview) -> Iterator[str]:

@@ -70,12 +70,8 @@ class Schedules:
                 x = inputs[indices[0]] if inputs else None
                 self._specs[kind] = self._chain.specs(x, calls[indices[0]].autocast)
             schedule = self._schedule(kind, len(indices))
-            self._run = Run(
-                [calls[index] for index in indices],
-                [inputs[index] for index in indices if inputs],
-                [forwards[index] for index in indices],
-                self._specs[kind],
-            )
+            group = slice(indices[0], indices[-1] + 1)
+            self._run = Run(calls[group], inputs[group], forwards[group], self._specs[kind])
             numbers = torch.arange(len(indices))
             try:
                 schedule.step(target=numbers, return_outputs=False, micro=numbers)
