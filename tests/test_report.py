@@ -103,10 +103,10 @@ def fit(folder: str, number: int) -> None:
 def test_a_run_tells_what_happened_to_it(tmp_path: Path) -> None:
     folder = str(tmp_path / "run")
     run(2, fit, folder, signal.SIGTERM)
-    assert status(read(folder)) == "interrupted by SIGTERM after update 7, and saved"
+    assert status(read(folder)) == "at update 7: interrupted by SIGTERM, and saved"
     with pytest.raises(Exception, match="the disk is on <fire>"):
         run(2, fit, folder, 0)
-    assert status(read(folder)) == "failed after update 8: RuntimeError: the disk is on <fire>"
+    assert status(read(folder)) == "at update 8: failed: RuntimeError: the disk is on <fire>"
     run(2, fit, folder, signal.SIGTERM)  # it is past update 7 by now
     told = read(folder)
     assert [(place, what.split(":")[0]) for _, place, what in history(told)] == [

@@ -1,4 +1,4 @@
-"""Facts of a run, in words and figures. Imports no torch."""
+"""Facts of a run, in words and figures, without torch."""
 
 from __future__ import annotations
 
@@ -25,23 +25,18 @@ Facts = dict[str, str]  # a table's rows: a name, and an amount
 
 
 def status(run: Run) -> str:
-    """Return where the run stands, as far as its folder knows."""
+    """Return the state of the run, as far as its folder tells."""
     stays = run.happened("start", "resume", "interrupt", "fail", "end")
     if not stays:
         return "finished" if run.summary else "unfinished: nothing tells why"
-    last = stays[-1]
-    kind, update, reason = last["event"], _whole(last.get("update")), last.get("reason", "")
-    if kind in ("start", "resume"):
+    if stays[-1]["event"] in ("start", "resume"):
         return "running, or killed"
-    return {
-        "end": "finished",
-        "interrupt": f"interrupted by {reason} after update {update}, and saved",
-        "fail": f"failed after update {update}: {reason}",
-    }[kind]
+    where, what = history(run)[-1][1:]
+    return "finished" if stays[-1]["event"] == "end" else f"at {where}: {what}"
 
 
 def facts(run: Run) -> Facts:
-    """Return a run's figures by name; what its folder does not tell is left out."""
+    """Return a run's figures by name, as far as its folder tells them."""
     starts = run.happened("start", "resume") or [{}]
     begin = starts[-1]
     processes = np.full(run.length, np.nan)  # of each update
@@ -83,10 +78,9 @@ def facts(run: Run) -> Facts:
 
 
 def time_split(run: Run) -> dict[str, float]:
-    """Return the seconds of running by what they went into.
+    """Return the seconds of the run by activity, without what a resume undid.
 
-    Updates by their throughput, and within them as process 0's clock has told; validations and saves by their events,
-    the rest by the difference. What a resume undid is not in it, as it is not in the run's own clock.
+    Updates count by their throughput, and are shared out by process 0's clock; validations and saves by their events.
     """
     sizes, rates = run.updates.get("effective_batch"), run.updates.get("samples_per_second")
     if sizes is None or rates is None:
@@ -109,7 +103,7 @@ def time_split(run: Run) -> dict[str, float]:
 
 
 def _within_updates(events: list[dict[str, Any]], seconds: float) -> dict[str, float]:
-    """Share out the seconds of updates as the last save after each start has told of those since that start."""
+    """Share out the seconds of updates by what the last save of each start has `spent` since that start."""
     starts: list[dict[str, Any]] = [{}]
     for event in events:
         if event.get("event") in ("start", "resume"):
@@ -142,7 +136,7 @@ def history(run: Run) -> list[tuple[str, str, str]]:
 
 
 def differing(tables: list[Facts]) -> list[str]:
-    """Return the names whose values are not the same in all tables."""
+    """Return the names whose values differ between tables."""
     names = dict.fromkeys(name for table in tables for name in table)
     return [name for name in names if len({table.get(name) for table in tables}) > 1]
 
@@ -165,7 +159,7 @@ def is_constant(column: Column) -> bool:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as people say them."""
+    """Return seconds as text, in the unit that suits them."""
     hours, minutes = divmod(round(seconds / 60), 60)
     if hours:
         return f"{hours} h {minutes} min"
@@ -173,7 +167,7 @@ def duration(seconds: float) -> str:
 
 
 def _stages(column: Column | None, is_ragged: bool = False) -> str | None:
-    """Return the values in order of appearance; of effective batches, those that came more than once in a row."""
+    """Return the values in order of appearance; of effective batches, those that come twice in a row."""
     values = column[np.isfinite(column)] if column is not None else np.zeros(0)
     if is_ragged and len(values) > 1:
         values = values[1:][values[1:] == values[:-1]] if (values[1:] == values[:-1]).any() else values

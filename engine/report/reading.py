@@ -45,30 +45,24 @@ class Run:
 
 
 def read(folder: str | Path) -> Run:
-    """Read the folder of a run that is over, broken off, or still written: a line without its end is left out.
+    """Read the folder of a run that has ended or still runs; a line without its end is left out.
 
-    Raises NotARunError where there is no metrics.jsonl, and OSError where it cannot be read.
+    Raises NotARunError if there is no metrics.jsonl, and OSError if it cannot be read.
     """
     path = Path(folder)
     if not (path / "metrics.jsonl").is_file():
         raise NotARunError(_refusal(path))
     notes: list[str] = []
     records = _lines(path / "metrics.jsonl", notes)
-    records.sort(key=lambda record: float(record["update"]))  # as they are, unless somebody has joined two files
+    records.sort(key=lambda record: float(record["update"]))  # they are sorted unless somebody joined two files
     updates = _columns(record for record in records if "loss" in record)
     validations = _columns(record for record in records if "loss" not in record)
     after = np.searchsorted(updates["update"], validations["update"], side="right")
     validations["samples"] = np.concatenate(([0.0], updates["samples"]))[after]
-    return Run(
-        name=path.resolve().name,
-        path=path,
-        updates=updates,
-        validations=validations,
-        events=_lines(path / "events.jsonl", notes) if (path / "events.jsonl").is_file() else [],
-        config=_object(path / "config.json", notes),
-        summary=_object(path / "summary.json", notes) if (path / "summary.json").is_file() else {},
-        notes=notes,
-    )
+    events = _lines(path / "events.jsonl", notes) if (path / "events.jsonl").is_file() else []
+    config = _object(path / "config.json", notes)
+    summary = _object(path / "summary.json", notes) if (path / "summary.json").is_file() else {}
+    return Run(path.resolve().name, path, updates, validations, events, config, summary, notes)
 
 
 def _refusal(path: Path) -> str:
