@@ -80,7 +80,7 @@ def test_the_plan_is_what_the_run_does(task: type[Regression], name: str, P: int
     with as_if_started(P):
         plan = preview(Trainer("single" if P == 1 else "ddp", micro_batch_size=N, **case), task(SAMPLES))
         updates, stretches = list(plan.updates()), plan.stages
-        sent = plan.bytes_per_update
+        sent = plan.strategy.bytes_to_reduce(plan.model)
     seen = run(P, train, P, task(SAMPLES), case, str(tmp_path / "run"), group=P > 1)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [as_recorded(update) for update in updates] == [

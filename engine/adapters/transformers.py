@@ -39,16 +39,13 @@ class _Pretrained(Task):
         self._pad = 0
 
     def configure_model(self) -> nn.Module:
-        model = self._model()
+        model: Any = self.source
+        if not isinstance(model, nn.Module):
+            auto = getattr(import_module("transformers"), self.auto_class)
+            model = (auto.from_pretrained if isinstance(model, str) else auto.from_config)(model)
         self.check(model.config)
         self._pad = getattr(model.config, "pad_token_id", None) or 0
         return model.train()  # type: ignore[no-any-return]
-
-    def _model(self) -> Any:
-        if isinstance(self.source, nn.Module):
-            return self.source
-        auto = getattr(import_module("transformers"), self.auto_class)
-        return auto.from_pretrained(self.source) if isinstance(self.source, str) else auto.from_config(self.source)
 
     def check(self, config: Any) -> None:
         """Raise UserError for a model that needs another loss."""

@@ -78,11 +78,6 @@ class Preview:
         order = None if self.is_stream else self.task.order(0)
         return order is not None and isinstance(order[0], Sequence)
 
-    @property
-    def bytes_per_update(self) -> int | None:
-        """The bytes of one update's gradients, on each process; None if the strategy knows them only after `setup`."""
-        return self.strategy.bytes_to_reduce(self.model)
-
     def updates(self) -> Iterator[PlannedUpdate]:
         """Yield every update of the run; none of a stream, whose updates are unknown."""
         plan, settings, is_grouped = self.layout.plan, self.settings, self.is_grouped

@@ -52,7 +52,7 @@ def size(count: int) -> str:
 
 
 def _columns(preview: Preview) -> dict[str, Cell]:
-    sent, unit = preview.bytes_per_update, preview.layout.schedule.unit
+    sent, unit = preview.strategy.bytes_to_reduce(preview.model), preview.layout.schedule.unit
     columns: dict[str, Cell] = {} if unit == "epoch" else {f"from\n{unit}": lambda s: f"{s.stage.first:,}"}
     columns |= {
         "epochs": lambda s: _span(s.epochs),
@@ -92,7 +92,8 @@ def _updates(preview: Preview) -> Iterator[str]:
 
 
 def _bytes(preview: Preview) -> Iterator[str]:
-    sent, strategy = preview.bytes_per_update, preview.strategy
+    strategy = preview.strategy
+    sent = strategy.bytes_to_reduce(preview.model)
     if sent is None:
         yield f"What strategy {strategy.name!r} sends is not known before it is set up."
     elif not sent:

@@ -46,6 +46,8 @@ def facts(run: Run) -> Facts:
     versions = versions if isinstance(versions, dict) else {}
     updates, skipped = run.length, int(_last(run.updates.get("skipped"), 0.0))
     seconds = sum(time_split(run).values())
+    last = {name: _short(_last(column)) for name, column in {**run.validations, **run.updates}.items()}
+    constant = [name for name, column in run.updates.items() if name not in TOLD and is_constant(column)]
     told: dict[str, Any] = {
         "Status": status(run),
         "Task": run.config.get("task"),
@@ -56,17 +58,9 @@ def facts(run: Run) -> Facts:
         "Effective batch": _stages(run.updates.get("effective_batch"), is_ragged=True),
         "Updates": f"{updates:,}" + (f", {skipped:,} of them skipped" if skipped else ""),
         "Samples": f"{int(_last(run.updates['samples'], 0.0)):,}",
-        "Last loss": _short(_last(run.updates.get("loss"))),
-        **{
-            f"Validation {name.removeprefix(VALIDATION)}": _short(_last(column))
-            for name, column in run.validations.items()
-            if name.startswith(VALIDATION)
-        },
-        **{
-            TITLES.get(name, name): _short(_last(column))
-            for name, column in run.updates.items()
-            if name not in TOLD and is_constant(column)
-        },
+        "Last loss": last.get("loss"),
+        **{name.replace(VALIDATION, "Validation "): last[name] for name in run.validations if name not in TOLD},
+        **{TITLES.get(name, name): last[name] for name in constant},
         "Time of running": duration(seconds) if seconds else None,
         "Times resumed": len(run.happened("resume")) or None,
         "All-reduces per update": run.summary.get("all_reduces_per_update"),

@@ -37,7 +37,7 @@ def page(runs: Sequence[Run]) -> str:
         title=escape(title),
         style=_file("page.css"),
         body="\n".join([*notes, _facts(runs), _plots(runs), _split(runs), *histories, _configurations(runs)]),
-        data=_json(_data(runs)),
+        data=json.dumps(_data(runs), separators=(",", ":")).replace("<", "\\u003c"),  # no HTML can hide in it
         plotly=get_plotlyjs(),
         script=_file("page.js"),
     )
@@ -171,8 +171,3 @@ def _compared(runs: Sequence[Run], tables: Sequence[dict[str, str]], names: Sequ
 def _numbers(column: Column, digits: int = 6) -> list[float | None]:
     """Return what JSON can hold: null for NaN, and no more digits than anybody reads."""
     return [None if value != value else float(f"{value:.{digits}g}") for value in column.tolist()]
-
-
-def _json(value: Any) -> str:
-    """Return JSON that no HTML can hide in."""
-    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
