@@ -38,10 +38,10 @@ class MicroBatch:
 
 
 class Strategy(ABC):
-    """A place to train: devices, processes and their collectives. Subclass it, or a built-in one, for a new backend.
+    """Devices, processes and their collectives. Subclass it, or a built-in one, for a new backend.
 
     Only `accumulation_context`, `effective_batch` and `supports_variable_windows` must be given; every other method
-    has a default that is right for one process on one device. Methods stand in the order of a run's life.
+    has a default for one process on one device. Methods stand in the order of a run's life.
     """
 
     name: str = "custom"
@@ -171,21 +171,15 @@ class Strategy(ABC):
     # One window
 
     def start_window(self, most_micro_batches: int) -> None:
-        """Called before each window with the largest number of micro-batches that any process has in it.
+        """Called before each window with the largest number of micro-batches of any process: at most K.
 
-        It is K, or fewer at a known end, and the same on all processes. FSDP needs it: each forward communicates.
-        DDP wraps the model again here if parameters were frozen or unfrozen.
+        FSDP needs the number, since each forward communicates. DDP wraps the model again if parameters were frozen.
         """
 
-    def run_window(
-        self,
-        window: Iterable[MicroBatch],
-        forward: Callable[[Any], tuple[Tensor, float | Tensor]],
-    ) -> None:
+    def run_window(self, window: Iterable[MicroBatch], forward: Callable[[Any], tuple[Tensor, float | Tensor]]) -> None:
         """Run one window: afterwards `p.grad` holds the sum over processes and micro-batches of scale x d(loss).
 
-        `forward(micro)` returns a micro-batch's loss, a 0-dim tensor, and the scale of its gradient. `window` can be
-        iterated over once.
+        `forward(micro)` returns a micro-batch's loss (0-dim) and the scale of its gradient. Iterate over `window` once.
         """
         micro = None
         for micro in window:
@@ -210,10 +204,9 @@ class Strategy(ABC):
         """Take part, with weight 0, in a window in which this process has no micro-batch."""
 
     def clip(self, max_norm: float | None, factor: float = 1.0) -> Tensor:
-        """Multiply the gradients by `factor`, clip them to `max_norm`, return their norm (0-dim) before the clipping.
+        """Multiply the gradients by `factor`, clip them to `max_norm`, return their norm (0-dim) between the two.
 
-        The norm is the 2-norm over all parameters, after `factor`. The clipping is that of
-        `torch.nn.utils.clip_grad_norm_`. There is no host-device sync.
+        It is the 2-norm over all parameters, clipped as by `torch.nn.utils.clip_grad_norm_`, without host-device sync.
         """
         gradients = self._gradients()
         if not gradients:
@@ -228,10 +221,7 @@ class Strategy(ABC):
         return norm
 
     def clear_gradients(self) -> None:
-        """Set the gradient of every parameter of the model to None, those that no optimizer holds included.
-
-        `Optimizer.zero_grad` leaves the latter in the norm of the next window, and costs 40 times as much.
-        """
+        """Set the gradient of every parameter of the model to None, those that no optimizer holds included."""
         for parameter in self._parameters:
             parameter.grad = None
 
@@ -278,10 +268,9 @@ class Strategy(ABC):
         return nullcontext()
 
     def fingerprint(self) -> int:
-        """Return a number that is equal on all processes that hold the same replica, to the bit.
+        """Return the sum of all parameters' bits as integers: equal on processes that hold the same replica.
 
-        It is the sum of all parameters' bits as integers. A strategy whose processes hold different parameters
-        returns 0.
+        A strategy whose processes hold different parameters returns 0.
         """
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for parameter in self._parameters:
@@ -306,10 +295,9 @@ class Strategy(ABC):
         return 0 if self.data_parallel_size == 1 else None
 
     def state_dict(self, optimizer: Optimizer | None = None) -> dict[str, Any]:
-        """Return a copy of {"model": ..., "optimizer": ...} on the CPU, under the user's own parameter names.
+        """Return a copy of {"model": ..., "optimizer": ...} on the CPU, under the user's names (no `module.`).
 
-        Names carry no `module.` and no `_orig_mod.` (torch.distributed.checkpoint.state_dict removes them). If
-        `holds_all` is False, call it on all processes together; process 0 then gets the whole state.
+        If `holds_all` is False, call it on all processes together; process 0 then gets the whole state.
         """
         from torch.distributed.checkpoint import state_dict as dcp
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,18 +14,15 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from strategies.errors import UserError, check_count
 from strategies.single import SingleDeviceStrategy
 
-CPU_DEVICES = 2
-"""How many CPU "devices" split a batch if there is no CUDA and the user gives no number."""
+CPU_DEVICES = 2  # how many CPU "devices" split a batch if there is no CUDA and the user gives no number
 
 
 class DPStrategy(SingleDeviceStrategy):
     """Split each micro-batch of N over `devices` devices of one process: `torch.nn.DataParallel` on CUDA.
 
-    `devices` is their number (default: every CUDA device, or two on the CPU) and `device_type` their type (default:
-    CUDA if available). Several CPU "devices" run one after the other, so that a split batch can be tested on any
-    machine. `torch.nn.DataParallel` itself does not split on the CPU.
-
-    Only the first device's buffers (BatchNorm's statistics) are kept, as in all data parallelism.
+    `devices` is their number (default: every CUDA device, or two on the CPU), `device_type` their type (default: CUDA
+    if available). CPU "devices" run one after the other, so that a split batch can be tested on any machine. Only the
+    first device's buffers (BatchNorm's statistics) are kept.
     """
 
     name = "dp"
@@ -38,10 +36,8 @@ class DPStrategy(SingleDeviceStrategy):
         if devices is not None:
             check_count("devices", devices)
         if kind == "cuda" and (devices or 1) > available:
-            raise UserError(
-                f"devices={devices or 1}: expected at most {available}, the CUDA devices of this host. Use "
-                "device_type='cpu' to try it."
-            )
+            most = f"expected at most {available}, the CUDA devices of this host"
+            raise UserError(f"devices={devices or 1}: {most}. Use device_type='cpu' to try it.")
         super().__init__("cuda:0" if kind == "cuda" else "cpu")
         self.devices = devices or available
 
@@ -50,18 +46,16 @@ class DPStrategy(SingleDeviceStrategy):
         return N * K
 
     def describe(self) -> str:
-        """Return one line for the banner."""
         return f"{self.name}: each micro-batch split over {self.devices} {self.device.type} devices"
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Move `model` to the first device and return the wrapper that splits its batches."""
         module = super().prepare(model)
         if self.device.type == "cuda":
             return _DataParallel(module, device_ids=list(range(self.devices)))
         return SplitOverCPU(module, self.devices)
 
     def seed(self, value: int) -> None:
-        """Seed the generators of the CPU and of each CUDA device, which draw differently from one another."""
+        """Seed the generators of the CPU and of each CUDA device, each with another seed."""
         torch.default_generator.manual_seed(value)
         if self.device.type == "cuda":
             for index in range(self.devices):
@@ -75,23 +69,19 @@ class _DataParallel(nn.DataParallel[nn.Module]):
         """Run each replica in a thread, under this thread's autocast."""
         enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
 
-        def casting(replica: nn.Module) -> Callable[..., Any]:
-            def forward(*args: Any, **named: Any) -> Any:
-                with torch.autocast("cuda", dtype=dtype, enabled=enabled):
-                    return replica(*args, **named)
+        def forward(replica: nn.Module, *args: Any, **named: Any) -> Any:
+            with torch.autocast("cuda", dtype=dtype, enabled=enabled):
+                return replica(*args, **named)
 
-            return forward
-
-        casting_replicas: Any = [casting(replica) for replica in replicas]  # torch only calls them
-        return super().parallel_apply(casting_replicas, inputs, kwargs)
+        casting: Any = [partial(forward, replica) for replica in replicas]  # torch only calls them
+        return super().parallel_apply(casting, inputs, kwargs)
 
 
 class SplitOverCPU(nn.Module):
     """`torch.nn.DataParallel` on `chunks` CPU "devices", one after the other.
 
-    They share the parameters, so gradients add up; each but the first gets a copy of the buffers. Tensors are split in
-    dim 0 as in DataParallel (`torch.chunk`: fewer chunks for a small batch), other values are passed to each. Outputs
-    are concatenated in dim 0; 0-dim outputs become one element each.
+    They share the parameters; each but the first gets a copy of the buffers. Tensors are split by `torch.chunk` in
+    dim 0, other values are passed to each. Outputs are concatenated in dim 0; 0-dim outputs become one element each.
     """
 
     def __init__(self, module: nn.Module, chunks: int) -> None:
@@ -115,9 +105,7 @@ def _split(tree: Any, chunks: int) -> list[Any]:
     shares = min((len(parts) for parts in split.values()), default=1)
     if any(len(parts) != shares for parts in split.values()):
         sizes = sorted({leaves[i].shape[0] for i in split})
-        raise UserError(
-            f"DP splits every tensor in dim 0, and their sizes there differ: {sizes}. Pass other tensors as attributes."
-        )
+        raise UserError(f"DP splits tensors in dim 0: expected equal sizes, got {sizes}. Pass others as attributes.")
     return [
         tree_unflatten([split[i][share] if i in split else leaf for i, leaf in enumerate(leaves)], spec)
         for share in range(shares)

@@ -1,7 +1,6 @@
 """The state of an optimizer under the names of the model's parameters, if one process holds all of it.
 
-`torch.distributed.checkpoint.state_dict` offers the same, but makes a trial step if an optimizer has no state
-yet. That step counts in Adam's bias correction, so that saving would change the run.
+`torch.distributed.checkpoint.state_dict` makes a trial step if an optimizer has no state: saving would change the run.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**parts[0], "state": {name: state for part in parts for name, state in part["state"].items()}}
 
 
-HOW_TO_STEP = ("foreach", "fused")
-"""Entries of groups that choose the kernel of a step: a resumed run keeps its own."""
+HOW_TO_STEP = ("foreach", "fused")  # entries of groups that choose the kernel of a step: a resumed run keeps its own
 
 
 def load_named_state(
@@ -96,6 +94,5 @@ def _check_shapes(optimizer: Optimizer, name: str, parameter: Tensor, state: dic
     if type(optimizer).__module__.startswith("torch.optim") and not isinstance(optimizer, torch.optim.Adafactor):
         for key, value in state.items():
             if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
-                raise UserError(
-                    f"the saved {key} of {name} has shape {tuple(value.shape)} instead of {tuple(parameter.shape)}."
-                )
+                seen, expected = tuple(value.shape), tuple(parameter.shape)
+                raise UserError(f"the saved {key} of {name} has shape {seen} instead of {expected}.")

@@ -21,18 +21,15 @@ from strategies.torch_internals import check_torch, is_lost_contact
 class ProcessGroupStrategy(Strategy):
     """Base of the strategies of several processes: gloo on CPU, NCCL on CUDA, started from torchrun's environment.
 
-    A process group that exists is used and left in place. `timeout_seconds` bounds every wait for another process,
+    An existing process group is used and left in place. `timeout_seconds` bounds every wait for another process,
     `device` is "cpu" or "cuda" (default: CUDA if available).
     """
 
-    _torch_parts: tuple[str, ...] = ()
-    """Private parts of torch that a strategy uses: see `strategies.torch_internals`."""
+    _torch_parts: tuple[str, ...] = ()  # private parts of torch that a strategy uses: see `strategies.torch_internals`
 
     def __init__(self, timeout_seconds: float = 300.0, device: Literal["cpu", "cuda"] | None = None) -> None:
         if not timeout_seconds > 0:
-            raise UserError(
-                f"timeout_seconds={timeout_seconds}: expected the seconds that a collective may take, more than 0."
-            )
+            raise UserError(f"timeout_seconds={timeout_seconds}: expected the seconds of a collective, more than 0.")
         if device not in ("cpu", "cuda", None):
             raise UserError(f"device={device!r}: expected 'cpu' or 'cuda', or None for CUDA if available.")
         self.timeout = timedelta(seconds=timeout_seconds)
@@ -43,36 +40,29 @@ class ProcessGroupStrategy(Strategy):
         self._board: StatusBoard | None = None
 
     def effective_batch(self, N: int, K: int) -> int:
-        """Return P x N x K."""
         return self.data_parallel_size * N * K
 
     @property
     def rank(self) -> int:
-        """This process in the group, or in torchrun's environment before `setup`."""
         return dist.get_rank() if dist.is_initialized() else started_rank()
 
     @property
     def local_rank(self) -> int:
-        """This process among those of its host."""
         return started_local_rank()
 
     @property
     def data_parallel_size(self) -> int:
-        """P, all processes of the group."""
         return self.processes
 
     @property
     def processes(self) -> int:
-        """All processes of the group, or of torchrun's environment before `setup`."""
         return dist.get_world_size() if dist.is_initialized() else started_processes()
 
     @property
     def device(self) -> torch.device:
-        """The CUDA device of this process's local rank, or the CPU."""
         return torch.device("cpu") if self._device_type == "cpu" else torch.device("cuda", self.local_rank)
 
     def describe(self) -> str:
-        """Return one line for the banner."""
         backend = dist.get_backend() if dist.is_initialized() else self._backend
         return f"{self.name}: {self.data_parallel_size} x {self._device_type}, {backend}"
 
@@ -101,7 +91,6 @@ class ProcessGroupStrategy(Strategy):
         self._board = StatusBoard(new_store(), self.rank, self.processes)
 
     def teardown(self) -> None:
-        """Destroy the groups that `setup` made."""
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
         elif self._host_group is not None and dist.is_initialized():
@@ -111,16 +100,13 @@ class ProcessGroupStrategy(Strategy):
 
     @property
     def needs_equal_windows(self) -> bool:
-        """Whether the model has a SyncBatchNorm, and more than one process trains."""
         return self.data_parallel_size > 1 and any(isinstance(m, nn.SyncBatchNorm) for m in self._model.modules())
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        """Reduce `tensor` in place over the processes by "sum", "min" or "max"; return it."""
         dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[op])
         return tensor
 
     def exchange(self, values: Sequence[float]) -> PendingRows:
-        """Start one all-gather of a few doubles on the CPU group; call the returned function to wait for all rows."""
         row = torch.tensor(values, dtype=torch.float64)
         rows = [torch.empty_like(row) for _ in range(self.processes)]
         work = dist.all_gather(rows, row, group=self._host_group, async_op=True)
@@ -132,16 +118,12 @@ class ProcessGroupStrategy(Strategy):
         return wait
 
     def gather(self, value: Any) -> list[Any]:
-        """Return each process's `value` in rank order, pickled, on the CPU group."""
         values: list[Any] = [None] * self.processes
         dist.all_gather_object(values, value, group=self._host_group)
         return values
 
     def collect(self, value: Any) -> list[Any]:
-        """Return each process's `value` in rank order on process 0; on the others, only their own.
-
-        For large values: process 0 receives one at a time, pickled, on the CPU group.
-        """
+        """Return each process's `value` in rank order on process 0, which receives one at a time; else only its own."""
         values = [value]
         if self.rank != 0:
             dist.send_object_list(values, dst=0, group=self._host_group)
@@ -153,7 +135,6 @@ class ProcessGroupStrategy(Strategy):
         return values
 
     def post(self, topic: str, text: str) -> None:
-        """Put `text` into the store of the process group."""
         if self._board is not None:
             self._board.post(topic, text)
 
@@ -162,14 +143,11 @@ class ProcessGroupStrategy(Strategy):
         return {} if self._board is None else self._board.posted(topic)
 
     def has_lost_contact(self, error: Exception) -> bool:
-        """Whether `error` comes from the process group."""
         return is_lost_contact(error)
 
     def barrier(self) -> None:
-        """Wait for all processes, on the CPU group."""
         dist.barrier(group=self._host_group)
 
     def synchronize_buffers(self, model: nn.Module) -> None:
-        """Give all processes the buffers of process 0."""
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)

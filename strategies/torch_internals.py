@@ -8,20 +8,20 @@ from pkgutil import resolve_name
 import torch
 import torch.distributed as dist
 
-TESTED = "2.13 and 2.15"
-"""The tested versions of torch."""
+TESTED = "2.13 and 2.15"  # the tested versions of torch
 
+# Used by `strategies.ddp.strategy`
 DDP = (
     "torch._C._distributed_c10d:Reducer._rebuild_buckets",
     "torch.nn.parallel:DistributedDataParallel._check_reducer_finalized",
     "torch.nn.parallel:DistributedDataParallel._get_ddp_logging_data",
     "torch.nn.parallel:DistributedDataParallel._sync_buffers",
 )
-"""Used by `strategies.ddp.strategy`."""
 
+# Present since stages take the dtype of their outputs, which `strategies.pipeline.schedules` needs
 PIPELINE = ("torch.distributed.pipelining._utils:InferenceMode",)
-"""Present since stages take the dtype of their outputs, which `strategies.pipeline.schedules` needs."""
 
+# Used by `strategies.fsdp.strategy` and `strategies.fsdp.collective_order`
 FSDP = (
     "torch.distributed:_broadcast_coalesced",
     "torch.distributed.fsdp:FSDPModule._get_fsdp_state",
@@ -35,7 +35,6 @@ FSDP = (
     "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup.post_backward",
     "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup.unshard",
 )
-"""Used by `strategies.fsdp.strategy` and `strategies.fsdp.collective_order`."""
 
 
 def check_torch(name: str, parts: tuple[str, ...]) -> None:

@@ -159,7 +159,7 @@ DEFECTS = [
         "a window of K=4 micro-batches has 4 reductions",
         "exact weights_known_late uneven_data error",
     ),
-    Defect(LooksAtEachLoss, "nothing_per_microbatch", "seen (K: looks) {1: "),
+    Defect(LooksAtEachLoss, "nothing_per_microbatch", "seen (K: syncs) {1: "),
     Defect(AsManyAsTheFirst, "variable_windows", "K by epoch {0: 2, 1: 4, 2: 1}: expected updates of [8, 8"),
     Defect(
         NeverJoins,

@@ -63,7 +63,9 @@ def check_readable(page: Any, width: int) -> None:
 
 def hover(page: Any, plot: str, along: float) -> str:
     """Return what a plot tells where the mouse is; `along` is the share of its width, from the left."""
-    box = page.locator(f'[id="plot {plot}"] .nsewdrag').first.bounding_box()
+    area = page.locator(f'[id="plot {plot}"] .nsewdrag').first
+    area.scroll_into_view_if_needed()
+    box = area.bounding_box()
     page.mouse.move(0, 0)
     page.locator(".hoverlayer text").first.wait_for(state="detached")
     page.mouse.move(box["x"] + along * box["width"], box["y"] + box["height"] / 2)

@@ -23,11 +23,11 @@ from engine import Callback, GradientAccumulationScheduler, Trainer
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches=0: a window needs at least one micro-batch; use 1"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches=0: expected a whole number of at least 1. Use 1"),
         ({"accumulate_grad_batches": -3}, "accumulate_grad_batches=-3"),
-        ({"accumulate_grad_batches": True}, "accumulate_grad_batches=True: give a whole number"),
-        ({"accumulate_grad_batches": 2.0}, "accumulate_grad_batches=2.0: give a whole number"),
-        ({"accumulate_grad_batches": "2"}, "accumulate_grad_batches='2': give a whole number"),
+        ({"accumulate_grad_batches": True}, "accumulate_grad_batches=True: expected a whole number"),
+        ({"accumulate_grad_batches": 2.0}, "accumulate_grad_batches=2.0: expected a whole number"),
+        ({"accumulate_grad_batches": "2"}, "accumulate_grad_batches='2': expected a whole number"),
         ({"micro_batch_size": 0}, "micro_batch_size=0: expected a whole number of at least 1"),
         ({"effective_batch_size": 0}, "effective_batch_size=0"),
         ({"max_epochs": 0}, "max_epochs=0"),
@@ -240,7 +240,7 @@ def test_a_task_that_fails_on_one_process_stops_all_and_names_it(where: str) -> 
     [
         (
             ("--trainer.accumulate_grad_batches=0",),
-            "accumulate_grad_batches=0: a window needs at least one micro-batch",
+            "accumulate_grad_batches=0: expected a whole number of at least 1.",
         ),
         (("--trainer.accumulate_grad_batches=true",), "--trainer.accumulate_grad_batches: expected int, got True"),
         (("--trainer.accumulate=3",), "Did you mean --trainer.accumulate_grad_batches?"),

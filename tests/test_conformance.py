@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from commands import python
 
 from engine.conformance import CHECKS, Backend, BrokenPromiseError, NotDeclaredError, processes
 from engine.conformance.__main__ import main
-from engine.conformance.report import Report
+from engine.conformance.report import run_check, table
 from strategies import DDPStrategy, find
 
 NAMES = {
@@ -130,11 +129,9 @@ class NoProcesses(DDPStrategy):
 
 
 def test_what_a_check_cannot_bear_is_a_broken_promise_too() -> None:
-    report = Report(Backend(NoProcesses))
-    with pytest.raises(ZeroDivisionError):
-        report.pytest_pyfunc_call(SimpleNamespace(obj=NAMES["declared"]))
-    assert report.table().startswith("declared: ZeroDivisionError: ")
-    assert report.table().endswith("1 promises: 0 kept, 1 broken, 0 not declared.")
+    text = table([run_check(Backend(NoProcesses), NAMES["declared"])])
+    assert text.startswith("declared: ZeroDivisionError: ")
+    assert text.endswith("1 promises: 0 kept, 1 broken, 0 not declared.")
 
 
 MINE = """
@@ -153,15 +150,10 @@ class Mine(DDPStrategy):
 
 
 @pytest.mark.parametrize("lossy", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_the_command_ends_with_a_table_and_its_status_tells(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lossy: bool
-) -> None:
+def test_the_command_ends_with_a_table_and_its_status_tells(tmp_path: Path, lossy: bool) -> None:
     (tmp_path / "mine.py").write_text(MINE)
-    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --not-an-option\n")
-    words = ["--only=clip or variable", f"--lossy={lossy}".lower()]
-    with monkeypatch.context() as environment:
-        environment.setenv("PYTEST_ADDOPTS", "--nor-this")
-        done = python("-m", "engine.conformance", "mine.Mine", "--processes", "2", *words, folder=tmp_path)
+    words = ["--only", "clip", "variable", f"--lossy={lossy}".lower()]
+    done = python("-m", "engine.conformance", "mine.Mine", "--processes", "2", *words, folder=tmp_path)
     assert done.returncode == int(lossy), done.stdout + done.stderr
     lines = done.stdout.strip().splitlines()
     assert lines[-1] == f"2 promises: {1 - lossy} kept, {int(lossy)} broken, 1 not declared."
@@ -181,6 +173,10 @@ def test_the_command_ends_with_a_table_and_its_status_tells(
         (["ddp", "--bucket_cap_mb", "large"], "Expected a <class 'float'>"),
         (["dp", "--devices", "0"], "devices=0: expected a whole number of at least 1"),
         (["ddp", "--processes", "0"], "at least 1"),
+        (
+            ["single", "--processes", "1", "--only", "nope"],
+            "--only=nope: expected a word that is in the name of a check.",
+        ),
         (["single"], "single cannot be set up on 2 processes: UserError: strategy='single': expected one process"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -193,14 +189,6 @@ def test_bad_usage_is_one_message_and_status_2(
     assert said.startswith("python -m engine.conformance: ")
     assert says in said
     assert len(said.splitlines()) == 1
-
-
-def test_without_pytest_the_kit_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "pytest", None)
-    assert main(["ddp"]) == 2
-    assert "pip install 'tally-engine[conformance]'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")

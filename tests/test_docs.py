@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +135,18 @@ def test_the_plan_that_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)", (ROOT / page).read_text()):
         assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+MODULES = [path for package in ("engine", "strategies") for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_public_method_has_a_docstring_or_inherits_one(path: Path) -> None:
+    if path.stem in ("__main__", "run"):
+        return
+    module = import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+    for owner in vars(module).values():
+        if inspect.isclass(owner) and owner.__module__ == module.__name__ and not owner.__name__.startswith("_"):
+            for name in (name for name in vars(owner) if not name.startswith("_")):
+                if callable(getattr(owner, name)) or isinstance(vars(owner)[name], property):
+                    assert inspect.getdoc(getattr(owner, name)), f"{owner.__name__}.{name}"

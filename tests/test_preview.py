@@ -80,7 +80,7 @@ def test_the_plan_is_what_the_run_does(task: type[Regression], name: str, P: int
     with as_if_started(P):
         plan = preview(Trainer("single" if P == 1 else "ddp", micro_batch_size=N, **case), task(SAMPLES))
         updates, stretches = list(plan.updates()), plan.stages
-        sent = plan.bytes_per_update
+        sent = plan.strategy.bytes_to_reduce(plan.model)
     seen = run(P, train, P, task(SAMPLES), case, str(tmp_path / "run"), group=P > 1)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [as_recorded(update) for update in updates] == [
@@ -147,7 +147,7 @@ class Follows(WithLR):
         (WithLR, {"max_epochs": 2}, []),
         (SlowToWarm, {"max_epochs": 2}, ["the learning rate still rises at the last of 24 updates"]),
         (WithLR, {"max_epochs": 5, "accumulate_grad_batches": 16}, ["a window of 64 samples is larger than an epoch"]),
-        (Normed, {"max_epochs": 2, "accumulate_grad_batches": 2}, ["1 BatchNorm layers .* one micro-batch of 4"]),
+        (Normed, {"max_epochs": 2, "accumulate_grad_batches": 2}, ["1 BatchNorm layers .* over a micro-batch of 4"]),
         (Normed, {"max_epochs": 2}, []),
         (Regression, by({0: 1, 1: 2}), ["the effective batch goes from 4 to 8 at epoch 1, .* does not follow"]),
         (Follows, by({0: 1, 1: 2}), []),

@@ -103,10 +103,10 @@ def fit(folder: str, number: int) -> None:
 def test_a_run_tells_what_happened_to_it(tmp_path: Path) -> None:
     folder = str(tmp_path / "run")
     run(2, fit, folder, signal.SIGTERM)
-    assert status(read(folder)) == "interrupted by SIGTERM after update 7, and saved"
+    assert status(read(folder)) == "at update 7: interrupted by SIGTERM, and saved"
     with pytest.raises(Exception, match="the disk is on <fire>"):
         run(2, fit, folder, 0)
-    assert status(read(folder)) == "failed after update 8: RuntimeError: the disk is on <fire>"
+    assert status(read(folder)) == "at update 8: failed: RuntimeError: the disk is on <fire>"
     run(2, fit, folder, signal.SIGTERM)  # it is past update 7 by now
     told = read(folder)
     assert [(place, what.split(":")[0]) for _, place, what in history(told)] == [
@@ -214,13 +214,73 @@ def test_runs_of_different_shapes_are_compared(tmp_path: Path) -> None:
     assert [run["name"] for run in data["runs"]] == [str(first), str(second), "none"]  # two have the same name
     names = [plot["name"] for plot in data["plots"]]
     assert names[:2] == ["loss", "validation/<b>accuracy"]
-    assert names[-1] == "temperature"
+    assert names[-1] == "skipped"
     assert "weight" not in names  # it is the effective batch
     assert data["runs"][0]["series"]["validation/<b>accuracy"] == {"y": [0.5], "update": [3], "samples": [24]}
     assert data["runs"][1]["marks"][0]["text"] == ["update 1 skipped"]
     assert data["end"] == {"update": 3, "samples": 24}
     assert differing([{"seed": "0", "shuffle": "1"}, {"seed": "1", "shuffle": "1"}, {}]) == ["seed", "shuffle"]
     assert "What was configured otherwise" in html
+
+
+def drawn(*folders: Path) -> list[str]:
+    data = page([read(folder) for folder in folders]).partition('id="data">')[2].partition("</script>")[0]
+    return [plot["name"] for plot in json.loads(data, parse_constant=pytest.fail)["plots"]]
+
+
+def test_what_never_changes_is_a_figure_and_no_plot(tmp_path: Path) -> None:
+    one = write(tmp_path / "one", [record(n, lr=0.003, grad_norm=n) for n in (1, 2, 3)])
+    other = write(tmp_path / "other", [record(n, lr=0.004, grad_norm=n) for n in (1, 2, 3)])
+    assert drawn(one) == ["loss", "grad_norm"]
+    assert facts(read(one))["Learning rate"] == "0.003"
+    assert "Gradient norm before clipping" not in facts(read(one))
+    assert drawn(one, other) == ["loss", "lr", "grad_norm"]  # it differs between them
+
+
+def test_a_loss_that_never_changes_is_still_a_plot(tmp_path: Path) -> None:
+    records = [record(n, loss=0.5) for n in (1, 2)] + [{"update": 2, "epoch": 0, "validation/loss": 0.25}]
+    assert drawn(write(tmp_path / "run", records)) == ["loss", "validation/loss"]
+
+
+def test_the_processes_are_those_of_the_updates(tmp_path: Path) -> None:
+    resumed = {"event": "resume", "update": 2, "processes": 4, "strategy": "ddp: 4 x cpu, gloo"}
+    events = [{"event": "start", "update": 0, "processes": 2, "strategy": "ddp: 2 x cpu, gloo"}, resumed]
+    wide = {"effective_batch": 128, "accumulate_grad_batches": 2}
+    records = [record(1, **wide), record(2, **wide)]
+    told = facts(read(write(tmp_path / "resumed", records, events, micro_batch_size=32)))
+    assert (told["Processes, P"], told["Accumulated, K"], told["Effective batch"]) == ("2", "2", "128")
+    records += [record(3, effective_batch=128, accumulate_grad_batches=1)]
+    told = facts(read(write(tmp_path / "continued", records, events, micro_batch_size=32)))
+    assert (told["Processes, P"], told["Accumulated, K"], told["Effective batch"]) == ("2, 4", "2, 1", "128")
+
+
+def test_what_took_no_time_has_no_row(tmp_path: Path) -> None:
+    events = [
+        {"event": "start", "update": 0, "seconds": 0.0},
+        {"event": "validation", "update": 1, "seconds": 2.0, "took": 1e-5},
+        {"event": "end", "update": 1, "seconds": 4.0, "took": 0.0},
+    ]
+    html = page([read(write(tmp_path / "run", [record(1)], events))])
+    assert "<td>0.0 %</td>" not in html
+    assert html.count("<td>50.0 %</td>") == 2
+
+
+@pytest.mark.parametrize("odd", ["9" * 400, "NaN", "Infinity", "-Infinity", "1e999", '"\\ud800"', "[]", "null"])
+def test_odd_numbers_and_text_end_no_report(tmp_path: Path, odd: str) -> None:
+    folder = write(tmp_path / "run", [record(1)])
+    names = [*record(1), "note", "validation/loss", "\\ud800"]
+    lines = [json.dumps(record(2)).replace("}", f', "{name}": {odd}}}') for name in names]
+    (folder / "metrics.jsonl").write_text("\n".join(["", *lines, json.dumps(record(3)), ""]))
+    fields = ("undone", "samples", "seconds", "took", "processes", "strategy", "reason", "time", "spent", "update")
+    kinds = ("start", "resume", "interrupt", "fail", "validation", "save", "end")
+    events = [f'{{"event": "{kind}", "update": 1, "{field}": {odd}}}\n' for kind in kinds for field in fields]
+    (folder / "events.jsonl").write_text("".join(events))
+    for name in ("summary.json", "config.json"):
+        others = ("seconds", "versions", "bytes_reduced_per_update", "micro_batch_size", "task")
+        (folder / name).write_text(json.dumps(dict.fromkeys(others, 0)).replace("0", odd))
+    assert main([str(folder)]) == 0
+    assert "update 1" in (folder / "report.html").read_text()
+    assert "loss" in drawn(folder)  # as JSON, which has no Infinity
 
 
 def test_names_are_text_and_never_html(tmp_path: Path) -> None:

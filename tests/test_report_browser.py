@@ -35,10 +35,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         {"event": "interrupt", "update": 5, "samples": 40, "seconds": 9.0, "reason": "SIGTERM"},
         {"event": "resume", "update": 5, "samples": 40, "seconds": 9.0, "processes": 2, "strategy": "ddp"},
     ]
-    records = [record(n, skipped=int(n >= 7), grad_norm=None if n == 7 else 1.0) for n in range(1, 11)]
+    norms = [None if n == 7 else n for n in range(1, 11)]
+    records = [record(n, skipped=int(n >= 7), grad_norm=norms[n - 1], effective_batch=n) for n in range(1, 11)]
     one = write(folder / "one", [*records, validation], events, task="a.Task")
     many = write(folder / "many", [record(n, loss=1e6 if n == 6180 else 1 / n) for n in range(1, 10_001)])
-    evil = write(folder / EVIL.replace("/", "|"), [record(1, **{EVIL: 1.0})], [], task=EVIL, **{"x" * 300: "y" * 300})
+    evil = write(
+        folder / EVIL.replace("/", "|"),
+        [record(n, **{EVIL: n}) for n in (1, 2)],
+        [],
+        task=EVIL,
+        **{"x" * 300: "y" * 300},
+    )
     paths = {name: folder / f"{name}.html" for name in ("one", "many", "compared")}
     assert main([str(one), "--output", str(paths["one"])]) == 0
     assert main([str(many), "--output", str(paths["many"])]) == 0
@@ -57,7 +64,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 )
 def test_it_is_drawn_and_readable(browser: Any, files: dict[str, Path], name: str, theme: str, width: int) -> None:
     with opened(browser, files[name], theme, width) as page:
-        assert page.locator(".plot").count() >= 6
+        assert page.locator(".plot").count() >= 5
         check_readable(page, width)
         page.locator("summary").click()  # the configuration, which may have long words
         check_readable(page, width)
@@ -70,7 +77,7 @@ def test_hovering_tells_the_values(browser: Any, files: dict[str, Path]) -> None
     with opened(browser, files["one"]) as page:
         assert hover(page, "loss", 0.4) == "update 40.25"
         assert "update 7 skipped" in hover(page, "loss", 0.7)
-        assert "update 5: interrupt SIGTERM resume" in hover(page, "lr", 0.5)
+        assert "update 5: interrupt SIGTERM resume" in hover(page, "grad_norm", 0.5)
     with opened(browser, files["compared"]) as page:
         assert page.locator("main h1").inner_text() == "3 runs"
         assert "many" in hover(page, "loss", 0.618)
@@ -83,6 +90,11 @@ def test_the_spike_of_a_long_run_is_drawn(browser: Any, files: dict[str, Path]) 
         assert page.evaluate(f"{drawn}.layout.yaxis.range[1]") > 1e6
         assert page.evaluate(f"{drawn}.data[0].x[{drawn}.data[0].y.indexOf(1e6)]") == 6180
         assert page.evaluate(f"{drawn}.data[0].x.length") <= 2002
+
+
+def test_a_constant_is_drawn_in_the_middle_of_its_plot(browser: Any, files: dict[str, Path]) -> None:
+    with opened(browser, files["one"]) as page:
+        assert page.evaluate("document.getElementById('plot validation/loss').layout.yaxis.range") == [0, 0.5]
 
 
 def test_the_switches_change_the_axes(browser: Any, files: dict[str, Path]) -> None:

@@ -130,7 +130,7 @@ def test_dp_keeps_the_buffers_of_its_first_device() -> None:
 
 
 def test_dp_refuses_tensors_that_cannot_be_split_together() -> None:
-    with pytest.raises(ValueError, match=r"sizes there differ: \[1, 8\]"):
+    with pytest.raises(ValueError, match=r"expected equal sizes, got \[1, 8\]"):
         SplitOverCPU(nn.Bilinear(5, 5, 1).double(), 2)(data(8)[0], data(1)[0])
 
 

@@ -187,7 +187,7 @@ def test_another_loss_is_refused(task: Any, message: str) -> None:
 
 
 def test_a_column_of_text_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="column 'text' holds str: keep only what the model takes"):
+    with pytest.raises(ValueError, match="column 'text' holds str: expected numbers"):
         CausalLM(gpt2(), []).collate([{"input_ids": [1, 2], "text": "one"}])
 
 

@@ -34,7 +34,10 @@ DIGITS = ("--task=launch.recipes.digits.Digits", "--trainer.max_epochs=1")
         ([*DIGITS, "--task.lrr=3"], "--task: launch.recipes.digits.Digits has no option 'lrr'. --task.help=launch."),
         ([SCHEDULER], "the following arguments are required: scheduling"),
         ([SCHEDULER, "--trainer.callbacks.scheduling=8"], "scheduling: expected dict, got 8"),
-        ([SCHEDULER, "--trainer.callbacks.scheduling={0: 0}"], "scheduling[0]=0: a window needs at least one"),
+        (
+            [SCHEDULER, "--trainer.callbacks.scheduling={0: 0}"],
+            "scheduling[0]=0: expected a whole number of at least 1. Use 1",
+        ),
         ([DIGITS[0]], "max_epochs=None, max_updates=None: expected an end. Give one, such as max_epochs=10."),
     ],
 )

@@ -1,4 +1,4 @@
-"""A class written for Lightning as a task. Lightning itself is not needed, and is imported nowhere here."""
+"""Modules written for Lightning as tasks; Lightning itself is not imported."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from engine.task import Task
 
 log = logging.getLogger("tally")
 
+# Methods that change what is trained, and that the engine does not call, as all `on_...` of training and validation
 NOT_CALLED = {
     "backward",
     "configure_callbacks",
@@ -32,7 +33,6 @@ NOT_CALLED = {
     "optimizer_zero_grad",
     "transfer_batch_to_device",
 }
-"""Methods that change what is trained, and that nobody would call; and all `on_...` of training and validation."""
 
 STEPS = ("training_step", "validation_step")
 
@@ -40,22 +40,22 @@ STEPS = ("training_step", "validation_step")
 class Lightning(Task):
     """Trains a module with Lightning's methods: `training_step`, `configure_optimizers`, and loaders or given data.
 
-    `module` is a LightningModule, or any `nn.Module` with these methods; it is trained in place, from the parameters
-    that it has (process 0's). `train` and `validation` come before its own loaders, and are what `Task.train_data` may
-    return. A DataLoader that only shuffles or reads in order stands for its dataset, its order and its `collate_fn`;
-    micro-batches, workers and sharing out are the trainer's.
+    `module` is a LightningModule, or any `nn.Module` with these methods; it is trained in place, from process 0's
+    parameters. `train` and `validation` replace its own loaders, and are what `Task.train_data` may return. A
+    DataLoader that only shuffles or reads in order gives its dataset, order and `collate_fn`; micro-batches and workers
+    are the trainer's.
 
-    `training_step` returns the mean over the micro-batch's samples, a dictionary with it as "loss", or a `Loss`.
-    What `validation_step` logs are the validation's metrics; what `training_step` logs is ignored, with one warning.
-    `batch_idx` counts this process's micro-batches since it started, in a validation from its beginning.
+    `training_step` returns the mean over the micro-batch's samples, a dictionary with it as "loss", or a `Loss`. What
+    `validation_step` logs, or else its loss, are the metrics; what `training_step` logs is ignored, with one warning.
+    `batch_idx` counts this process's micro-batches since its start, or since the start of a validation.
 
-    Raises UserError, naming it, for what cannot be carried over: manual optimization, several optimizers or loaders,
-    hooks, Lightning's callbacks, and any use of `self.trainer`.
+    Raises UserError for what cannot be carried over: manual optimization, several optimizers or loaders, hooks,
+    Lightning's callbacks, and any use of `self.trainer`.
     """
 
     def __init__(self, module: nn.Module, train: Any = None, validation: Any = None) -> None:
         _check_module(module)
-        self.module = module
+        self.module: Any = module
         self._given = train, validation
         self._data: tuple[Any, Any] | None = None
         self._collate: Any = None
@@ -68,27 +68,23 @@ class Lightning(Task):
         self._epoch_scheduler: LRScheduler | None = None
         self._has_epoch_lr = False
         attributes: Any = module
-        attributes.log, attributes.log_dict = self._log, self._log_dict
-        attributes.trainer = _NoTrainer()
+        attributes.log, attributes.log_dict, attributes.trainer = self._log, self._log_dict, _NoTrainer()
 
     @property
     def epoch_lr(self) -> EpochLR:
-        """The callback that moves the module's LR scheduler once per epoch, where that is its interval."""
+        """The callback that moves the module's LR scheduler once per epoch, if that is its interval."""
         self._has_epoch_lr = True
         return EpochLR(lambda optimizer: self._epoch_scheduler or _refuse("epoch_lr", "no scheduler moves by epoch"))
 
     def prepare_data(self) -> None:
-        """Let the module prepare its data."""
         if _defines(self.module, "prepare_data"):
-            self._ours("prepare_data")
+            self.module.prepare_data()
 
     def configure_model(self) -> nn.Module:
-        """Return the module, under its own names, to be called for its steps."""
         return Steps(self.module)
 
     def configure_optimizer(self, model: nn.Module) -> Optimizer | tuple[Optimizer, LRScheduler]:
-        """Return the module's optimizer, and its LR scheduler if that moves once per update."""
-        optimizer, scheduler, interval = _configured(self._ours("configure_optimizers"))
+        optimizer, scheduler, interval = _configured(self.module.configure_optimizers())
         if scheduler is None or interval == "step":
             return optimizer if scheduler is None else (optimizer, scheduler)
         self._epoch_scheduler = scheduler
@@ -101,30 +97,24 @@ class Lightning(Task):
         return optimizer
 
     def train_data(self) -> Dataset[Any] | Iterable[Any]:
-        """Return the data that was given, or the module's own."""
         return self._loaded()[0]  # type: ignore[no-any-return]
 
     def validation_data(self) -> Dataset[Any] | Iterable[Any] | None:
-        """Return the data that was given, or the module's own; None without a `validation_step`."""
         return self._loaded()[1] if _defines(self.module, "validation_step") else None
 
     def collate(self, samples: list[Any]) -> Any:
-        """Make a micro-batch as the loader would."""
         return self._collate(samples) if self._collate is not None else super().collate(samples)
 
     def order(self, epoch: int) -> Sequence[int] | None:
-        """Keep the order of a DataLoader that does not shuffle."""
         return range(self._in_order) if self._in_order else None
 
     def loss(self, model: nn.Module, batch: Any) -> Loss | Tensor:
-        """Return what `training_step` returns."""
         self._index["validation_step"] = 0
         found = self._step(model, "training_step", batch)
         loss: Loss | Tensor = found["loss"] if isinstance(found, Mapping) else found
         return loss
 
     def evaluate(self, model: nn.Module, batch: Any) -> Mapping[str, Loss | Tensor]:
-        """Return what `validation_step` logs; if it logs nothing, its returned loss."""
         self._logged = {}
         found = self._step(model, "validation_step", batch)
         if not self._logged and found is None:
@@ -137,18 +127,13 @@ class Lightning(Task):
         self._index[step] += 1
         return model(step, *(batch, index)[: self._takes[step]])
 
-    def _ours(self, method: str, *arguments: Any) -> Any:
-        return getattr(self.module, method)(*arguments)
-
     def _loaded(self) -> tuple[Any, Any]:
-        """Both kinds of data, with loaders taken apart, once."""
+        """Return both kinds of data, and take loaders apart, once."""
         if self._data is None:
             if _defines(self.module, "setup"):
-                self._ours("setup", "fit")
-            own: list[Any] = [
-                self._ours(name) if _defines(self.module, name) else None
-                for name in ("train_dataloader", "val_dataloader")
-            ]
+                self.module.setup("fit")
+            names = [name if _defines(self.module, name) else "" for name in ("train_dataloader", "val_dataloader")]
+            own: list[Any] = [getattr(self.module, name)() if name else None for name in names]
             train, validation = (mine if given is None else given for given, mine in zip(self._given, own, strict=True))
             if train is None:
                 _refuse("a module without train_dataloader", "give the data: Lightning(module, train=dataset)")
@@ -184,10 +169,7 @@ class Lightning(Task):
 
 
 class Steps(nn.Module):
-    """A module's parameters under its own names, with a forward that runs one of its steps.
-
-    A wrapper such as DDP sees only its forward: the whole step is in it, whatever the step calls.
-    """
+    """A module under its own parameter names, whose forward runs a whole step, for wrappers such as DDP."""
 
     own: nn.Module
 
@@ -200,7 +182,7 @@ class Steps(nn.Module):
         vars(self).update({name: vars(module)[name] for name in shared})
 
     def forward(self, step: str, *arguments: Any) -> Any:
-        """Run a step."""
+        """Run the step of that name."""
         return getattr(self.own, step)(*arguments)
 
     @property
@@ -224,7 +206,7 @@ class Steps(nn.Module):
 
 
 class _NoTrainer:
-    """Stands for `self.trainer`: without it `current_epoch` and `global_step` would be 0 for ever."""
+    """The module's `trainer`: any use raises; without a trainer, `current_epoch` and `global_step` would stay 0."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -242,9 +224,7 @@ def _check_module(module: object) -> None:
     for name in dir(type(module)):
         is_hook = name.startswith("on_") and not name.startswith(("on_test", "on_predict"))
         if (is_hook or name in NOT_CALLED) and _defines(module, name):
-            _refuse(
-                f"the method {name}", "nothing would call it. Move it to a callback of engine.callbacks, or the trainer"
-            )
+            _refuse(f"the method {name}", "nothing would call it. Move it to a callback, or to the trainer")
     for step in STEPS:
         if _defines(module, step) and not 1 <= _arguments(module, step) <= 2:
             _refuse(f"{step} with other arguments than (batch, batch_idx)", "use one loader, and take a batch")
@@ -259,7 +239,7 @@ def _arguments(module: nn.Module, step: str) -> int:
 
 
 def _defines(module: nn.Module, name: str) -> bool:
-    """Whether a class of the user's own has the method, not one of Lightning's or torch's that it derives from."""
+    """Whether a class of the user has the method, not one of Lightning or torch."""
     for owner in type(module).__mro__:
         if name in vars(owner):
             return owner.__module__.split(".")[0] not in ("lightning", "pytorch_lightning", "torch")
@@ -293,7 +273,7 @@ def _configured(found: Any) -> tuple[Optimizer, LRScheduler | None, str]:
 
 
 def _shuffles_or_reads(loader: Any) -> bool:
-    """Whether a DataLoader does nothing to the order of its dataset but what the engine does."""
+    """Whether `loader` is a DataLoader that only shuffles its dataset, or reads it in order."""
     if isinstance(loader, Mapping) or (
         isinstance(loader, list | tuple) and any(isinstance(x, DataLoader) for x in loader)
     ):

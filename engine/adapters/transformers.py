@@ -1,4 +1,4 @@
-"""Models of Hugging Face's `transformers` as tasks, weighted by what they predict; imported only to make a model."""
+"""Models of Hugging Face's `transformers` as tasks, weighted by the number of predictions."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from engine.errors import UserError
 from engine.loss import Loss
 from engine.task import Task
 
-IGNORED = -100
-"""The label of what is not predicted, as everywhere in `transformers`."""
+IGNORED = -100  # the label of what is not predicted, as everywhere in `transformers`
 
 
 class _Pretrained(Task):
@@ -40,42 +39,33 @@ class _Pretrained(Task):
         self._pad = 0
 
     def configure_model(self) -> nn.Module:
-        """Return the model in training mode. Raises UserError for one whose loss is another."""
-        model = self._model()
+        model: Any = self.source
+        if not isinstance(model, nn.Module):
+            auto = getattr(import_module("transformers"), self.auto_class)
+            model = (auto.from_pretrained if isinstance(model, str) else auto.from_config)(model)
         self.check(model.config)
         self._pad = getattr(model.config, "pad_token_id", None) or 0
         return model.train()  # type: ignore[no-any-return]
 
-    def _model(self) -> Any:
-        if isinstance(self.source, nn.Module):
-            return self.source
-        auto = getattr(import_module("transformers"), self.auto_class)
-        return auto.from_pretrained(self.source) if isinstance(self.source, str) else auto.from_config(self.source)
-
     def check(self, config: Any) -> None:
-        """Raise ValueError for a model that would need another loss."""
+        """Raise UserError for a model that needs another loss."""
         if getattr(config, "output_router_logits", False):
-            raise UserError(
-                "output_router_logits=True adds a loss of the router, which this task would leave out: "
-                "write loss() yourself, with that term times the weight, or set it to False."
-            )
+            way_out = "Use False, or override loss() and add the router's loss times the weight."
+            raise UserError(f"output_router_logits=True: expected a model without a loss of its router. {way_out}")
 
     def configure_optimizer(self, model: nn.Module) -> Optimizer | tuple[Optimizer, LRScheduler]:
-        """Return AdamW."""
         return AdamW(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
 
     def train_data(self) -> Dataset[Any] | Iterable[Any]:
-        """Return the dataset."""
         return self.dataset
 
     def validation_data(self) -> Dataset[Any] | Iterable[Any] | None:
-        """Return the data to evaluate on, if any."""
         return self.validation
 
     def collate(self, samples: list[Any]) -> dict[str, Tensor]:
-        """Pad to the longest sample on the right: labels with -100, `input_ids` with the model's padding, else 0.
+        """Pad on the right: labels with -100, `input_ids` with the model's padding, else 0.
 
-        Makes an `attention_mask` if it is missing. Raises UserError for a column that is not numeric.
+        It makes an `attention_mask` if none is given. Raises UserError for a column that is not numeric.
         """
         if "attention_mask" not in samples[0]:
             samples = [{**sample, "attention_mask": [1] * len(sample["input_ids"])} for sample in samples]
@@ -85,61 +75,54 @@ class _Pretrained(Task):
         try:
             tensors = [torch.as_tensor(value) for value in values]
         except (TypeError, ValueError, RuntimeError):
-            raise UserError(
-                f"the data's column {name!r} holds {type(values[0]).__name__}: keep only what the model takes, "
-                "as in dataset.remove_columns(...)."
-            ) from None
+            what = f"column {name!r} holds {type(values[0]).__name__}"
+            raise UserError(f"{what}: expected numbers. Use dataset.remove_columns({name!r}).") from None
         if not tensors[0].ndim:
             return torch.stack(tensors)
         return pad_sequence(tensors, True, {"labels": IGNORED, "input_ids": self._pad}.get(name, 0))
 
 
 class CausalLM(_Pretrained):
-    """Predicts each next token; an update's gradient is the mean over all predicted tokens of its window.
+    """Predicts each next token, with AdamW; an update's gradient is the mean over all predicted tokens of its window.
 
-    `model` is a causal language model, its config (then it begins at random, from the run's seed), or a name or path
-    for `AutoModelForCausalLM.from_pretrained`. Samples are dictionaries of token numbers, of any length: `input_ids`,
-    and `labels` (the same positions, not shifted; -100: not to be predicted) where not all of them are predicted.
+    `model` is a causal language model, its config (random parameters, from the run's seed), or a name or path for
+    `AutoModelForCausalLM.from_pretrained`. Samples are dictionaries of token numbers, of any length: `input_ids`, and
+    `labels` (the same positions, not shifted; -100: not predicted) if not all of them are predicted.
     """
 
     auto_class = "AutoModelForCausalLM"
 
     def collate(self, samples: list[Any]) -> dict[str, Tensor]:
-        """Pad to the longest sample; padding is neither looked at nor predicted."""
+        """Pad to the longest sample; padding is neither attended to nor predicted."""
         return super().collate([s if "labels" in s else {**s, "labels": _predicted(s)} for s in samples])
 
     def loss(self, model: nn.Module, batch: Any) -> Loss:
-        """Return the sum of cross-entropies and the number of predicted tokens: each sample's but its first."""
+        """Return the sum of cross-entropies and the number of predicted tokens: all but each sample's first."""
         labels = batch["labels"][:, 1:]
         logits = model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False).logits
         return _cross_entropy(logits[:, :-1].transpose(1, 2), labels)
 
 
 class SequenceClassification(_Pretrained):
-    """Gives each sequence one of several labels; `accuracy` is a metric of the validation.
+    """Gives each sequence one of several labels, with AdamW; validation means are `loss` and `accuracy`.
 
     `model` is a model for sequence classification, its config, or a name or path for
     `AutoModelForSequenceClassification.from_pretrained`. Samples are dictionaries of `input_ids` and `labels`, one
-    whole number (-100: none). Raises UserError for regression and several labels at a time.
+    whole number (-100: no label). Raises UserError for regression and several labels at a time.
     """
 
     auto_class = "AutoModelForSequenceClassification"
 
     def check(self, config: Any) -> None:
-        """Raise ValueError for a model that does not choose one of several labels."""
         super().check(config)
         if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
-            raise UserError(
-                f"num_labels={config.num_labels} with problem_type={config.problem_type!r}: this task is for one of "
-                "several labels; override loss() for others."
-            )
+            what = f"num_labels={config.num_labels}, problem_type={config.problem_type!r}"
+            raise UserError(f"{what}: expected one of several labels. Override loss() for others.")
 
     def loss(self, model: nn.Module, batch: Any) -> Loss:
-        """Return the sum of cross-entropies and the number of labelled sequences."""
         return _cross_entropy(*_classified(model, batch))
 
     def evaluate(self, model: nn.Module, batch: Any) -> Mapping[str, Loss | Tensor]:
-        """Return cross-entropy and accuracy."""
         logits, labels = _classified(model, batch)
         loss = _cross_entropy(logits, labels)
         return {"loss": loss, "accuracy": Loss((logits.argmax(1) == labels).sum(), loss.weight)}
@@ -150,7 +133,7 @@ def _classified(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> tuple
 
 
 def _predicted(sample: Mapping[str, Any]) -> Tensor:
-    """The tokens themselves; none where the sample's own mask is 0 (padding that is there already)."""
+    """Return the tokens as labels, and -100 where the sample's own mask is 0, which is padding."""
     tokens = torch.as_tensor(sample["input_ids"])
     mask = sample.get("attention_mask")
     return tokens if mask is None else tokens.masked_fill(torch.as_tensor(mask) == 0, IGNORED)

@@ -1,4 +1,4 @@
-"""The banner: what is about to run."""
+"""The banner: what a run will do, printed before it starts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from engine.update.model_checks import count_batch_norms
 
 if TYPE_CHECKING:
     from engine.trainer import Trainer
-
 
 INDENT = 12
 
@@ -43,9 +42,8 @@ def _windows(trainer: Trainer) -> str:
     lines = []
     for stage in schedule.stages:
         since = f"from {schedule.unit} {stage.first}: " if len(schedule.stages) > 1 else ""
-        lines.append(
-            f"{since}P {P} x N {N} x K {stage.accumulate_grad_batches} = effective batch {stage.effective_batch}"
-        )
+        K, B = stage.accumulate_grad_batches, stage.effective_batch
+        lines.append(f"{since}P {P} x N {N} x K {K} = effective batch {B}")
     return ("\n" + " " * INDENT).join(lines)
 
 

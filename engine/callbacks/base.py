@@ -84,8 +84,5 @@ def around_validation(trainer: Trainer) -> Iterator[None]:
 def check_has_validation(trainer: Trainer, callback: Callback) -> None:
     """Raise UserError if a callback needs a validation and the task has no validation data."""
     if not trainer.has_validation:
-        name = type(callback).__name__
-        raise UserError(
-            f"{name} needs validation means, but {type(trainer.task).__name__}.validation_data() returned None. "
-            f"Return data there, or leave {name} out."
-        )
+        name, source = type(callback).__name__, f"{type(trainer.task).__name__}.validation_data()"
+        raise UserError(f"{name}: expected validation data, but {source} returned None. Return data, or leave it out.")

@@ -1,4 +1,4 @@
-"""Stop when validation has nothing left to gain."""
+"""Early stopping: ends a run when a validation metric no longer improves."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ if TYPE_CHECKING:
 
 
 class EarlyStopping(Callback):
-    """Ends the run after `patience` validations in a row whose `metric` was no better than the best before.
+    """Ends the run after `patience` validations in a row whose `metric` was not better than the best before.
 
-    `mode` is "min" or "max"; better means by more than `min_delta`, and NaN never is. All processes hold the same
-    means, so all stop at the same update for any P. Raises UserError for invalid arguments, and for a
-    metric that is not there.
+    `mode` is "min" or "max"; better means by more than `min_delta`; NaN never is. All processes hold the same means, so
+    they stop at the same update. Raises UserError for invalid arguments, and for a metric that is missing.
     """
 
     def __init__(self, metric: str = "loss", patience: int = 3, mode: str = "min", min_delta: float = 0.0) -> None:
@@ -33,14 +32,13 @@ class EarlyStopping(Callback):
         """Validations since then."""
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Stop at once where a resumed run had stopped."""
+        """Stop at once if the resumed run had stopped."""
         check_has_validation(trainer, self)
         if trainer.update == 0:
             self.best, self.waited = None, 0
         self._stop_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer) -> None:
-        """Compare, and count."""
         value = self._rule.value(trainer.metrics)
         if self._rule.improves(value, None if self.best is None else self.best + self._least_gain):
             self.best, self.waited = value, 0
@@ -53,9 +51,7 @@ class EarlyStopping(Callback):
             trainer.stop(is_collective=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best value and the count."""
         return {"best": self.best, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them back."""
         self.best, self.waited = state["best"], state["waited"]

@@ -1,4 +1,4 @@
-"""Averaged weights."""
+"""Exponential moving average of the parameters."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 class EMA(Callback):
     """Keeps an exponential moving average of the parameters, moved once per update, and validates with it.
 
-    After each update `average = decay * average + (1 - decay) * parameter`, starting from the parameters before the
-    first. Training continues with the parameters themselves. At the end of a run with a `run_dir`,
-    `model-ema.safetensors` has the model with averaged parameters. Raises UserError for a `decay` that is not between
-    0 and 1, and for a strategy whose processes hold parts of the model.
+    After each update `average = decay * average + (1 - decay) * parameter`, from the parameters before the first. At
+    the end, `model-ema.safetensors` in the `run_dir` has the averaged model. Raises UserError for a `decay` that is not
+    between 0 and 1, and for a strategy whose processes hold parts of the model.
     """
 
     def __init__(self, decay: float = 0.999) -> None:
@@ -61,7 +60,6 @@ class EMA(Callback):
 
     @contextmanager
     def around_validation(self, trainer: Trainer) -> Iterator[None]:
-        """Validate with the average."""
         self._swap()
         try:
             yield
@@ -69,7 +67,6 @@ class EMA(Callback):
             self._swap()
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """Write the averaged model."""
         if trainer.run_folder is not None:
             with self.around_validation(trainer):
                 trainer.run_folder.save_weights(trainer.strategy.state_dict()["model"], "model-ema.safetensors")
@@ -82,9 +79,7 @@ class EMA(Callback):
                 average.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages."""
         return dict(self.averages)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep them for `on_fit_start`."""
         self._saved = state

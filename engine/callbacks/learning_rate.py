@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class EpochLR(Callback):
     """Moves one of torch's LR schedulers at the end of each epoch: `EpochLR(lambda optimizer: StepLR(optimizer, 3))`.
 
-    Raises UserError where the task has an LR scheduler of its own: both would set the same number.
+    Raises UserError if the task has an LR scheduler too.
     """
 
     def __init__(self, make: Callable[[Optimizer], LRScheduler]) -> None:
@@ -28,39 +28,33 @@ class EpochLR(Callback):
         self._saved: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Make the scheduler, or put it where it was."""
         if trainer.lr_scheduler is not None:
-            raise UserError(
-                f"{type(self).__name__} and the task's {type(trainer.lr_scheduler).__name__} both set the learning "
-                "rate: keep one."
-            )
+            both = f"{type(self).__name__} and the task's {type(trainer.lr_scheduler).__name__}"
+            raise UserError(f"{both} both set the learning rate. Use only one.")
         groups = trainer.optimizer.param_groups
         before = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         self._scheduler = self._make(trainer.optimizer)
         if self._saved:
             self._scheduler.load_state_dict(self._saved)
-            for group, values in zip(groups, before, strict=True):  # making it has moved what was resumed
+            for group, values in zip(groups, before, strict=True):  # its constructor has changed what was resumed
                 group.update(values)
             self._saved = {}
 
     def on_epoch_end(self, trainer: Trainer) -> None:
-        """Move it."""
         self._scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scheduler's state."""
         return dict(self._scheduler.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep it for `on_fit_start`."""
         self._saved = state
 
 
 class PlateauLR(EpochLR):
     """Multiplies the learning rate by `factor` after more than `patience` validations without a better `metric`.
 
-    It is torch's ReduceLROnPlateau, and `threshold`, `cooldown` and `min_lr` are its own. Raises UserError as
-    `EpochLR` does, and for a metric that is not there.
+    It is torch's ReduceLROnPlateau, with its `threshold`, `cooldown` and `min_lr`. Raises UserError as `EpochLR` does,
+    and for a metric that is missing.
     """
 
     def __init__(
@@ -76,20 +70,10 @@ class PlateauLR(EpochLR):
         self._rule = MetricRule(f"{mode}:{metric}", "PlateauLR")
         if not 0 < factor < 1:
             raise UserError(f"PlateauLR(factor={factor!r}): give a number between 0 and 1.")
-        super().__init__(
-            lambda optimizer: ReduceLROnPlateau(
-                optimizer,
-                "min" if mode == "min" else "max",
-                factor,
-                patience,
-                threshold,
-                cooldown=cooldown,
-                min_lr=min_lr,
-            )
-        )
+        how: Any = {"mode": mode, "factor": factor, "patience": patience, "threshold": threshold}
+        super().__init__(lambda optimizer: ReduceLROnPlateau(optimizer, **how, cooldown=cooldown, min_lr=min_lr))
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Make the scheduler, or put it where it was."""
         check_has_validation(trainer, self)
         super().on_fit_start(trainer)
 
@@ -97,5 +81,4 @@ class PlateauLR(EpochLR):
         """Wait for a validation."""
 
     def on_validation_end(self, trainer: Trainer) -> None:
-        """Tell it of the metric."""
         self._scheduler.step(self._rule.value(trainer.metrics))

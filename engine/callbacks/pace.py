@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class _Point(NamedTuple):
-    """The totals of a run at a time."""
+    """The totals of a run at one time."""
 
     time: float
     update: int
@@ -22,14 +22,14 @@ class _Point(NamedTuple):
 
 
 class Pace:
-    """Samples the totals of a run, and measures the last `seconds`; nothing before `restart` counts."""
+    """Samples the totals of a run, and measures its last `seconds` since `restart`."""
 
     def __init__(self, seconds: float = 10.0) -> None:
         self._seconds = seconds
         self._points: deque[_Point] = deque()
 
     def restart(self, trainer: Trainer, now: float) -> None:
-        """Begin here: the time before was not training."""
+        """Measure from now on: the time before was not training."""
         self._points.clear()
         self.see(trainer, now)
 
@@ -60,9 +60,9 @@ class Pace:
         return timedelta(seconds=round(min(ends) / rate)) if ends and rate else None
 
     def slow_process(self) -> str:
-        """Name the process for which the others wait more than a tenth of the time, if there is one.
+        """Name the process for which the others wait more than a tenth of the time, or return "".
 
-        Measured from what each does by itself in a window: data, and all but the last backward, which waits for others.
+        Each process measures what it does by itself in a window: data, and all but the last backward.
         """
         first, last = self._points[0], self._points[-1]
         updates, seconds = last.update - first.update, last.time - first.time

@@ -1,4 +1,4 @@
-"""A trace of a few updates, by torch's profiler."""
+"""Traces of a few updates, by torch's profiler."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 class Profiler(Callback):
     """Traces the updates `first` to `last` (from 1) on process 0 into `trace-FIRST-LAST.json` in the run_dir.
 
-    The file is a Chrome trace: drop it on https://ui.perfetto.dev. Each update is a span by that name. Choose updates
-    after the first few, which are slow, and not many: a trace has thousands of events an update. Raises UserError for
-    invalid numbers, and without a `run_dir`.
+    The file is a Chrome trace, for https://ui.perfetto.dev; each update is a span of that name. Leave out the first few
+    updates, which are slow, and take few: each has thousands of events. Raises UserError for invalid numbers, and
+    without a `run_dir`.
     """
 
     def __init__(self, first: int = 10, last: int = 12) -> None:
@@ -28,13 +28,11 @@ class Profiler(Callback):
         self._profile: profile | None = None
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Begin, where it is to be from the first update on."""
         if trainer.settings.run_dir is None:
             raise UserError("Profiler writes into the run's folder: give a run_dir.")
         self._begin_if_due(trainer)
 
     def on_update_end(self, trainer: Trainer) -> None:
-        """Begin, continue with the next update, or end."""
         if self._profile is None:
             self._begin_if_due(trainer)
         elif trainer.update in (self._last, trainer.total_updates):
@@ -44,11 +42,9 @@ class Profiler(Callback):
             self._enter_span(trainer)
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """End, where the run is shorter."""
         self._end(trainer)
 
     def on_interruption(self, trainer: Trainer) -> None:
-        """End early."""
         self._end(trainer)
 
     def on_exception(self, trainer: Trainer, exception: BaseException) -> None:

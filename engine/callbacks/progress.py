@@ -15,7 +15,7 @@ import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from engine.callbacks.banner import banner
@@ -27,10 +27,9 @@ if TYPE_CHECKING:
 
 
 class Progress(Callback):
-    """Prints a banner, and progress.
+    """Prints a banner, and progress: a few live lines in a terminal, else a line at most every `seconds`.
 
-    In a terminal a few lines are kept up to date; elsewhere (a file, a pipe, CI) there is a line at most every
-    `seconds`. Between these an update costs one look at the clock. `NO_COLOR` and `TERM=dumb` are heeded.
+    Between these an update costs one look at the clock. `NO_COLOR` and `TERM=dumb` are heeded.
     """
 
     def __init__(self, seconds: float = 5.0) -> None:
@@ -40,7 +39,6 @@ class Progress(Callback):
         self._live: Live | None = None
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Print the banner."""
         self._due, self._live = math.inf, None
         if trainer.strategy.rank != 0:
             return
@@ -53,7 +51,6 @@ class Progress(Callback):
         self._restart(trainer)
 
     def on_update_end(self, trainer: Trainer) -> None:
-        """Show progress, from time to time."""
         now = time.perf_counter()
         if now < self._due:
             return
@@ -68,21 +65,17 @@ class Progress(Callback):
 
     @contextmanager
     def around_validation(self, trainer: Trainer) -> Iterator[None]:
-        """Stop counting while it lasts."""
         if self._due < math.inf:
             self._pace.see(trainer, time.perf_counter())
         yield
 
     def on_validation_end(self, trainer: Trainer) -> None:
-        """Print the means."""
         if self._due == math.inf:
             return
         means = "  ".join(f"{name} {value:.4g}" for name, value in trainer.metrics.items())
         rate, _ = self._pace.rates()
-        line = (
-            f"epoch {trainer.epoch}  update {_position(trainer)}  loss {trainer.record['loss']:.4f}  |  "
-            f"validation: {means}" + (f"  |  {rate:,.0f} samples/s" if rate else "")
-        )
+        here = f"epoch {trainer.epoch}  update {_position(trainer)}  loss {trainer.record['loss']:.4f}"
+        line = f"{here}  |  validation: {means}" + (f"  |  {rate:,.0f} samples/s" if rate else "")
         if self._live is not None:
             self._console.print(line)
         else:
@@ -90,7 +83,6 @@ class Progress(Callback):
         self._restart(trainer)
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """Print the totals, and the run folder."""
         if self._due < math.inf:
             self._close()
             skipped = f", {trainer.skipped} of them skipped" if trainer.skipped else ""
@@ -101,11 +93,9 @@ class Progress(Callback):
                 print(trainer.reduction_cost or unknown, flush=True)
 
     def on_interruption(self, trainer: Trainer) -> None:
-        """Leave the terminal clean."""
         self._close()
 
     def on_exception(self, trainer: Trainer, exception: BaseException) -> None:
-        """Leave the terminal clean."""
         self._close()
 
     def _restart(self, trainer: Trainer) -> None:
@@ -120,16 +110,12 @@ class Progress(Callback):
 
 
 def _picture(trainer: Trainer, pace: Pace, width: int) -> Group:
-    """The epoch, a bar and the time left in one line; below it the details, in as many lines as they need."""
+    """Return a line with epoch, bar and time left; below it the details, in as many lines as they need."""
     left, total = pace.left(trainer), trainer.total_updates
-    head = Table.grid(padding=(0, 1), expand=True)
-    head.add_column(no_wrap=True, style="bold")
-    head.add_column(ratio=1)
-    head.add_column(no_wrap=True)
+    columns = Column(no_wrap=True, style="bold"), Column(ratio=1), Column(no_wrap=True)
+    head = Table.grid(*columns, padding=(0, 1), expand=True)
     bar = ProgressBar(total=total, completed=trainer.update, pulse=total is None, complete_style="cyan")
-    head.add_row(
-        f"epoch {trainer.epoch}", bar, f"{_position(trainer)}" + (f"  {left} left" if left is not None else "")
-    )
+    head.add_row(f"epoch {trainer.epoch}", bar, _position(trainer) + (f"  {left} left" if left is not None else ""))
     space = "\N{NO-BREAK SPACE}"
     unbroken = "  ".join(detail.replace(" ", space) for detail in _details(trainer, pace))
     lines = textwrap.wrap(unbroken, width, break_on_hyphens=False)
@@ -161,7 +147,7 @@ def _position(trainer: Trainer) -> str:
 
 
 def _peak_memory(trainer: Trainer) -> int:
-    """The most bytes that this process has held so far: on its GPU where it has one, else on the host."""
+    """Return the most bytes that this process has held so far: on its GPU if it has one, else on the host."""
     device = trainer.strategy.device
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

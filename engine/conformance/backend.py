@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,8 +22,7 @@ from engine.trainer import Trainer
 from engine.update.updater import UpdateOptions, Updater
 from strategies import MicroBatch, Strategy
 
-N = 2
-"""Samples per micro-batch in every check."""
+N = 2  # samples per micro-batch in every check
 
 
 class BrokenPromiseError(AssertionError):
@@ -41,7 +41,7 @@ class Declared(NamedTuple):
     local_rank: int
     data_parallel_size: int
     data_parallel_rank: int
-    device: str
+    device: torch.device
     supports_variable_windows: object
     exact_to: float | None
     defers_reduction: bool
@@ -56,7 +56,7 @@ class Started(NamedTuple):
 
 
 class Ran(NamedTuple):
-    """A run as one process saw it: the record of each update, and the parameters at the end, where it has them all."""
+    """A run on one process: the record of each update, and the parameters at the end, if it has them all."""
 
     records: list[dict[str, Any]]
     state: State
@@ -64,10 +64,7 @@ class Ran(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Backend:
-    """A strategy's class and options on so many processes. Each check ends after `seconds`.
-
-    K is `accumulate_grad_batches` of all windows but those of a schedule.
-    """
+    """A strategy's class, its options and its processes; K is that of constant windows, `seconds` limits each run."""
 
     strategy_class: type[Strategy]
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -75,16 +72,12 @@ class Backend:
     K: int = 4
     seconds: float = 60.0
 
-    def make(self) -> Strategy:
-        """Return a new instance."""
-        return self.strategy_class(**self.options)
-
     def run(
         self, function: Callable[..., Any], *args: Any, processes: int | None = None, what: str = "a run"
     ) -> list[Any]:
-        """Call `function(strategy, *args)` on each process, with a strategy that is not set up.
+        """Call `function(strategy, *args)` on each process, with a new strategy that is not set up.
 
-        Raises BrokenPromiseError where one of them fails or does not end; it tells of `what`.
+        Raises BrokenPromiseError, naming `what`, if one of them fails or does not end.
         """
         try:
             return self.attempt(function, *args, processes=processes)
@@ -92,20 +85,18 @@ class Backend:
             raise BrokenPromiseError(f"{what}: expected all processes to end without an error, seen {error}.") from None
 
     def attempt(self, function: Callable[..., Any], *args: Any, processes: int | None = None) -> list[Any]:
-        """Do the same where failing is what is expected. Raises ProcessesFailedError."""
+        """Do the same if a failure is expected. Raises ProcessesFailedError."""
         P = self.processes if processes is None else processes
-        return run(P, lambda: function(self.make(), *args), seconds=self.seconds)
+        return run(P, lambda: function(self.strategy_class(**self.options), *args), seconds=self.seconds)
 
     def fit(self, task: Regression, what: str = "a run", strategy: str | None = None, **settings: Any) -> list[Ran]:
-        """Train on all processes, or on one with a strategy of ours; without shuffling, N samples a micro-batch.
+        """Train in order, N samples a micro-batch, on all processes, or on one with a strategy of ours.
 
-        Raises BrokenPromiseError, telling of `what`, where that fails or does not end.
+        Raises BrokenPromiseError, naming `what`, if that fails or does not end.
         """
         settings = {"micro_batch_size": N, "accumulate_grad_batches": self.K, "shuffle": False, **settings}
-        processes = self.processes if strategy is None else 1
-        return self.run(
-            lambda own: fit(own if strategy is None else strategy, task, settings), processes=processes, what=what
-        )
+        processes = None if strategy is None else 1
+        return self.run(lambda own: fit(strategy or own, task, settings), processes=processes, what=what)
 
     @cached_property
     def declared(self) -> list[Declared]:
@@ -128,7 +119,7 @@ class Backend:
         return any(self.run(ask))
 
     def must_be_exact(self) -> float:
-        """Return how exact an update must be. Raises NotDeclaredError where it is meant to be another."""
+        """Return `exact_to`. Raises NotDeclaredError if it is None."""
         if (exact_to := self.declared[0].exact_to) is None:
             raise NotDeclaredError("exact_to = None: its updates are not those of one big batch")
         return exact_to
@@ -149,14 +140,13 @@ def expect(holds: bool, sentence: str) -> None:
 
 
 def declare(strategy: Strategy) -> Declared:
-    """Return what `strategy` says of itself."""
-    values: dict[str, Any] = {name: getattr(strategy, name) for name in Declared._fields}
-    return Declared(**{**values, "device": str(strategy.device)})
+    """Return the declarations of `strategy`."""
+    return Declared(*(getattr(strategy, name) for name in Declared._fields))
 
 
 @contextmanager
 def started(strategy: Strategy) -> Iterator[Started]:
-    """Set `strategy` up, yield the network, and tear it down when all processes are here."""
+    """Set `strategy` up, yield the network, and tear `strategy` down on all processes together."""
     strategy.setup()
     module = network()
     yield Started(module, strategy.prepare(module))
@@ -165,16 +155,15 @@ def started(strategy: Strategy) -> Iterator[Started]:
 
 
 def has_whole_state(strategy: Strategy) -> bool:
-    """Whether `state_dict` on this process is that of the whole model: it always is on process 0."""
+    """Whether `state_dict` on this process is that of the whole model, as it always is on process 0."""
     return strategy.holds_all or strategy.rank == 0
 
 
 def run_window(
     strategy: Strategy, own: Started, optimizer: Optimizer, task: Regression, K: int, scale: float | Tensor
 ) -> None:
-    """Run one window of `task`, a stream, as the engine would, but with this scale of its losses."""
+    """Run one window of `task`, a stream, as the engine does, but with `scale` for its losses."""
     task.rank = strategy.data_parallel_rank
-
     updater = Updater(strategy, own.model, optimizer, None, UpdateOptions())
 
     def forward(micro: MicroBatch) -> tuple[Tensor, float | Tensor]:
@@ -189,27 +178,22 @@ def run_window(
 
 
 def fit(strategy: Strategy | str, task: Regression, settings: Mapping[str, Any]) -> Ran:
-    """Train and return what this process saw."""
-    watch = _Keep()
+    """Train and return the run of this process."""
+    keep = _Keep()
     callbacks: Sequence[Callback] = settings.get("callbacks", ())
-    trainer = Trainer(strategy, **{**settings, "callbacks": [*callbacks, watch]})
+    trainer = Trainer(strategy, **{**settings, "callbacks": [*callbacks, keep]})
     task.rank = trainer.strategy.data_parallel_rank
     trainer.fit(task)
-    return Ran(watch.records, watch.state)
+    return keep.ran
 
 
 class _Keep(Callback):
-    """Keeps each update's record, and the parameters at the end."""
-
     def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
-        self.state: State = {}
+        self.ran = Ran([], {})
 
     def on_update_end(self, trainer: Trainer) -> None:
-        """Keep the record."""
-        self.records.append(dict(trainer.record))
+        self.ran.records.append(dict(trainer.record))
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """Keep the parameters."""
         state = trainer.strategy.state_dict()["model"]
-        self.state = state if has_whole_state(trainer.strategy) else {}
+        self.ran.state.update(state if has_whole_state(trainer.strategy) else {})

@@ -9,17 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from engine.conformance.backend import (
-    Backend,
-    N,
-    NotDeclaredError,
-    Started,
-    declare,
-    expect,
-    has_whole_state,
-    run_window,
-    started,
-)
+from engine.conformance import Backend, NotDeclaredError
+from engine.conformance.backend import N, declare, expect, has_whole_state, run_window, started
 from engine.conformance.reference import LR, Regression, State, deal, difference, network
 from strategies import Strategy
 
@@ -97,7 +88,7 @@ def check_synchronize_buffers(backend: Backend) -> None:
 
 
 class Case(NamedTuple):
-    """One window, and what is asked of `clip` after it, if it is."""
+    """One window, and the arguments of `clip` after it, if it is called."""
 
     scale: Any
     clips: bool = False
@@ -138,7 +129,7 @@ def _check_windows(backend: Backend, cases: Sequence[Case], what: str) -> None:
 
 
 def _expected(task: Regression, case: Case, state: State) -> tuple[State, float]:
-    """The gradient after `case`, by one big batch, and its norm before the clipping."""
+    """Return the gradient after `case`, by one big batch, and its norm before the clipping."""
     model = network()
     with torch.no_grad():
         for parameter, value in zip(model.parameters(), state.values(), strict=True):
@@ -156,22 +147,18 @@ def _ratio(found: State, expected: State) -> str:
 
 
 def _run_windows(strategy: Strategy, task: Regression, cases: Sequence[Case], K: int) -> list[Seen]:
+    rows = []
     with started(strategy) as own:
         optimizer = torch.optim.SGD(own.module.parameters(), lr=LR)
-        rows = [_run_window(strategy, own, optimizer, task, case, K) for case in cases]
+        for case in cases:
+            before = strategy.state_dict()["model"]
+            scale = case.scale.to(strategy.device) if isinstance(case.scale, torch.Tensor) else case.scale
+            run_window(strategy, own, optimizer, task, K, scale)
+            norm = strategy.clip(case.max_norm, case.factor).item() if case.clips else math.nan
+            optimizer.step()
+            strategy.clear_gradients()
+            rows.append(Seen(before, strategy.state_dict()["model"], norm))
         return rows if has_whole_state(strategy) else []
-
-
-def _run_window(
-    strategy: Strategy, own: Started, optimizer: torch.optim.Optimizer, task: Regression, case: Case, K: int
-) -> Seen:
-    before = strategy.state_dict()["model"]
-    scale = case.scale.to(strategy.device) if isinstance(case.scale, torch.Tensor) else case.scale
-    run_window(strategy, own, optimizer, task, K, scale)
-    norm = strategy.clip(case.max_norm, case.factor).item() if case.clips else math.nan
-    optimizer.step()
-    strategy.clear_gradients()
-    return Seen(before, strategy.state_dict()["model"], norm)
 
 
 def _declared_after_setup(strategy: Strategy) -> Any:

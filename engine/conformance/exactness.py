@@ -1,4 +1,4 @@
-"""Whole runs against the one big batch: whatever K, tails, weights, schedules and lengths of streams."""
+"""Checks of whole runs against one big batch: tails, weights, schedules and streams of different lengths."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine import GradientAccumulationScheduler
-from engine.conformance.backend import Backend, N, NotDeclaredError, Ran, expect
+from engine.conformance.backend import Backend, N, NotDeclaredError, expect
 from engine.conformance.reference import Regression, deal, in_order, windows_of
 from engine.trainer import Trainer
 from strategies import Strategy
@@ -21,18 +21,16 @@ def check_exact(backend: Backend) -> None:
     for samples, max_norm in zip(_tails(backend, B), (0.05, None, 0.05), strict=False):
         task = Regression(samples)
         what = f"{samples} samples in updates of {B}" + (f", clipped at {max_norm}" if max_norm else "")
-        ran = backend.fit(task, what, max_epochs=EPOCHS, gradient_clip_norm=max_norm)
-        _compare(backend, task, ran, in_order(samples, B) * EPOCHS, what, max_norm)
+        _check(backend, task, in_order(samples, B) * EPOCHS, what, gradient_clip_norm=max_norm)
 
 
 def check_weights_known_late(backend: Backend) -> None:
-    """Exact where the weights are valid tokens, known only when the window is over."""
+    """Updates are exact if the weights are valid tokens, which are known only when the window is over."""
     backend.must_be_exact()
     B = backend.P * N * backend.K
     for samples in _tails(backend, B):
-        task = Regression(samples, tokens=True)
         what = f"tokens of {samples} samples in updates of {B}"
-        _compare(backend, task, backend.fit(task, what, max_epochs=EPOCHS), in_order(samples, B) * EPOCHS, what)
+        _check(backend, Regression(samples, tokens=True), in_order(samples, B) * EPOCHS, what)
 
 
 def check_variable_windows(backend: Backend) -> None:
@@ -43,49 +41,40 @@ def check_variable_windows(backend: Backend) -> None:
             expect(bool(said), f"process {rank}: supports_variable_windows is False, and a schedule is not refused.")
         raise NotDeclaredError("supports_variable_windows = False: a schedule is refused")
     B = backend.P * N
-    samples = _tails(backend, B * 2 * backend.K)[-1]
-    callbacks = [GradientAccumulationScheduler(scheduling)]
-    task, what = Regression(samples), f"K by epoch {scheduling}"
-    ran = backend.fit(task, what, accumulate_grad_batches=1, max_epochs=len(scheduling), callbacks=callbacks)
+    samples, what = _tails(backend, B * 2 * backend.K)[-1], f"K by epoch {scheduling}"
     windows = [window for K in scheduling.values() for window in in_order(samples, B * K)]
-    _compare(backend, task, ran, windows, what)
+    settings = {"accumulate_grad_batches": 1, "callbacks": [GradientAccumulationScheduler(scheduling)]}
+    _check(backend, Regression(samples), windows, what, max_epochs=len(scheduling), **settings)
 
 
 def check_uneven_data(backend: Backend) -> None:
     """Processes whose streams end early, or have no micro-batch at all, take part with weight 0 until all end."""
     if backend.needs_equal_windows:
         raise NotDeclaredError("needs_equal_windows: data that is not even is refused")
-    P, K = backend.P, backend.K
-    if backend.processes > P:
+    if backend.processes > backend.P:
         raise NotDeclaredError("data_parallel_size < processes: those that share a micro-batch take no streams")
+    P, K = backend.P, backend.K
     for lengths in ([K + 2, *[1] * (P - 1)], [K + 1, *[0] * (P - 1)], [*[0] * (P - 1), 2 * K]):
         pieces = deal(lengths, [N, 1, N + 1])
         windows = windows_of(pieces, K)
         task = Regression(sum(map(len, windows)), pieces=pieces)
-        what = f"streams of {lengths} micro-batches"
-        _compare(backend, task, backend.fit(task, what, max_epochs=EPOCHS), windows * EPOCHS, what)
+        _check(backend, task, windows * EPOCHS, f"streams of {lengths} micro-batches")
 
 
 def _tails(backend: Backend, B: int) -> list[int]:
-    """Numbers of samples of which the last window is full, short, and one sample; all full where windows must be."""
+    """Return numbers of samples with a last window that is full, short, and one sample; only full if it must be."""
     return [2 * B] if backend.needs_equal_windows else [2 * B, B + B // 2 + 1, B + 1]
 
 
-def _compare(
-    backend: Backend,
-    task: Regression,
-    ran: Sequence[Ran],
-    windows: Sequence[Sequence[int]],
-    what: str,
-    max_norm: float | None = None,
-) -> None:
-    """Expect each update to have its samples, and process 0 to end where big batches end."""
+def _check(backend: Backend, task: Regression, windows: Sequence[Sequence[int]], what: str, **settings: Any) -> None:
+    """Train; expect each update to have its samples, and process 0 to have the parameters of big batches."""
+    ran = backend.fit(task, what, **{"max_epochs": EPOCHS, **settings})
     sizes = [len(window) for window in windows]
     for rank, own in enumerate(ran):
         seen = [record["effective_batch"] for record in own.records]
         expect(seen == sizes, f"{what}: expected updates of {sizes} samples, process {rank} has seen {seen}.")
     if backend.declared[0].exact_to is not None:
-        backend.expect_equal(ran[0].state, task.big_batches(windows, max_norm), what)
+        backend.expect_equal(ran[0].state, task.big_batches(windows, settings.get("gradient_clip_norm")), what)
 
 
 def _refusal(strategy: Strategy, scheduling: Any) -> str:

@@ -12,16 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from engine.conformance.backend import (
-    Backend,
-    N,
-    NotDeclaredError,
-    Started,
-    expect,
-    has_whole_state,
-    run_window,
-    started,
-)
+from engine.conformance import Backend, NotDeclaredError
+from engine.conformance.backend import N, Started, expect, has_whole_state, run_window, started
 from engine.conformance.reference import Regression, deal, in_order, network
 from strategies import Strategy
 
@@ -30,11 +22,9 @@ def check_names(backend: Backend) -> None:
     """`state_dict` has the user's own parameter names: no `module.`, no `_orig_mod.`."""
     expected = list(network().state_dict())
     for rank, kept in enumerate(_kept(backend)):
-        for part, seen in (("model", list(kept.first["model"])), ("optimizer", list(kept.first["optimizer"]["state"]))):
-            if rank == 0 or seen:
-                expect(
-                    seen == expected, f"process {rank}: {part} has the names {seen[:2]}..., expected {expected[:2]}..."
-                )
+        for part, state in (("model", kept.first["model"]), ("optimizer", kept.first["optimizer"]["state"])):
+            seen, wrong = list(state), f"process {rank}: {part} has the names {list(state)[:2]}..."
+            expect(seen == expected or (rank > 0 and not seen), f"{wrong}, expected {expected[:2]}...")
 
 
 def check_round_trip(backend: Backend) -> None:
@@ -124,7 +114,7 @@ def _update(strategy: Strategy, own: Started, optimizer: torch.optim.Optimizer, 
 
 
 def _what(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """The first part of a state that differs."""
+    """Return the name of the first part of a state that differs."""
     for name, value in one.items():
         if name not in other or not _same(value, other[name]):
             inner = isinstance(value, dict) and isinstance(other.get(name), dict)

@@ -1,4 +1,4 @@
-"""Real processes for the kit: started with torchrun's environment, bounded in time, none left behind."""
+"""Forked processes with torchrun's environment, bounded in time, none left behind."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ import torch
 import torch._dynamo  # the first optimizer imports it: once here, not in each process
 import torch.distributed as dist
 
-GRACE = 10.0
-"""Seconds in which the others must end when one process has failed."""
+GRACE = 10.0  # seconds in which the others must end when one process has failed
 
 
+# Each run meets in the same store, as the restarts of a torchrun do, under a number of its own
 _attempts = itertools.count()
-"""Each run meets in the same store, as the restarts of a torchrun do, under a number of its own."""
 
 
 class ProcessesFailedError(Exception):
-    """Processes raised, died, or did not end in time; `errors` holds what each said, in one line, by rank."""
+    """Processes raised, died, or did not end in time; `errors` holds one line of each, by rank."""
 
     def __init__(self, errors: dict[int, str]) -> None:
         super().__init__("; ".join(f"process {rank}: {text}" for rank, text in sorted(errors.items())))
@@ -39,10 +38,9 @@ class ProcessesFailedError(Exception):
 
 
 def run(P: int, function: Callable[..., Any], *args: Any, seconds: float) -> list[Any]:
-    """Call `function(*args)` in P forked processes; return what each returned, in rank order.
+    """Call `function(*args)` in P forked processes without a group; return what each returned, in rank order.
 
-    They are started as torchrun starts them, and make their group themselves. Raises ProcessesFailedError, after
-    `seconds` at the latest.
+    Raises ProcessesFailedError, after `seconds` at the latest.
     """
     context = multiprocessing.get_context("fork")
     port, attempt = _port(), next(_attempts)
@@ -89,18 +87,16 @@ def _place(child: Any, places: IO[str]) -> str:
     thread = places.read().rpartition("(most recent call first):")[2]
     frames = re.findall(r'File "(.*)", line (\d+) in (\S+)', thread) or [("nowhere", "0", "?")]
     ours = next((frame for frame in frames if "/torch/" not in frame[0]), frames[0])
-    told = (
-        f"{os.path.basename(file)}, line {line}, in {name}" for file, line, name in dict.fromkeys((ours, frames[0]))
-    )
+    told = [f"{os.path.basename(file)}, line {line}, in {name}" for file, line, name in {ours: 1, frames[0]: 1}]
     return f"it is at {', and in it '.join(told)}"
 
 
 @cache
 def _port() -> int:
-    """The port of the store in which all runs meet. It is in a process of its own, as it is in torchrun's agent.
+    """Return the port of the store of all runs, which is in a process of its own.
 
-    A store's thread looks up who has connected, under a lock of glibc. A process forked meanwhile inherits the lock,
-    taken, and waits for ever when it looks up an address itself: so who forks has no store.
+    A store's thread looks up addresses under a lock of glibc. A process forked meanwhile inherits the locked lock, and
+    waits for ever when it looks up an address.
     """
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
@@ -112,7 +108,7 @@ def _port() -> int:
 
 
 def _serve(pipe: Connection, life: int, alive: int) -> NoReturn:
-    """Keep a store until all who could ask it have ended, however they did."""
+    """Keep a store until the processes that could use it have ended."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     pipe.send(store.port)
     os.close(alive)
@@ -161,6 +157,6 @@ def _child(
 
 
 def _end(pipe: Connection, message: tuple[Any, str]) -> NoReturn:
-    """Send and exit: nothing is freed (DDP may wait for ever in it), no exit handler runs (they are the parent's)."""
+    """Send and exit, without freeing anything (DDP may wait for ever in it) and without the parent's exit handlers."""
     pipe.send_bytes(pickle.dumps(message))  # bytes: tensors sent as tensors would live in this process
     os._exit(0)

@@ -1,4 +1,4 @@
-"""The kit's model and data, and the reference: one big batch, in a few lines of plain torch in float64."""
+"""The model and data of the checks, and the reference: one big batch, in plain torch in float64."""
 
 from __future__ import annotations
 
@@ -46,23 +46,18 @@ class Regression(Task):
         self.tokens = tokens
         self.adam = adam
         self.pieces = pieces
-        self.rank = 0
-        """This data-parallel process: which of the pieces it reads."""
+        self.rank = 0  # this data-parallel process: which of the pieces it reads
 
     def configure_model(self) -> nn.Module:
-        """Return the network."""
         return network()
 
     def configure_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return SGD, which does not amplify rounding, or AdamW, which has a state to keep."""
         return torch.optim.AdamW(model.parameters()) if self.adam else torch.optim.SGD(model.parameters(), lr=LR)
 
     def train_data(self) -> Any:
-        """Return all samples, or this process's stream."""
         return TensorDataset(self.x, self.y, self.weight) if self.pieces is None else _Stream(self)
 
     def loss(self, model: nn.Module, batch: Any) -> Loss | Tensor:
-        """Return the mean, or the sum over tokens and their number."""
         x, y, weight = batch
         errors = (model(x) - y).square().squeeze(1)
         return Loss((weight * errors).sum(), weight.sum()) if self.tokens else errors.mean()
@@ -127,10 +122,7 @@ def windows_of(pieces: Sequence[Sequence[range]], K: int) -> list[list[int]]:
 
 
 def difference(found: State, expected: State) -> float:
-    """Return the largest difference, relative to the largest value expected; infinite for NaN and other shapes.
-
-    Names are not compared: what they should be is a promise of its own.
-    """
+    """Return the largest difference of values, relative to the largest expected; infinite for NaN and other shapes."""
     mine, theirs = (torch.cat([value.double().flatten() for value in state.values()]) for state in (found, expected))
     if mine.shape != theirs.shape or not bool(mine.isfinite().all()):
         return float("inf")

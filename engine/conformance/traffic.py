@@ -17,7 +17,7 @@ from engine.trainer import Trainer
 from strategies import Strategy
 
 GROUPS = ("c10d", "_c10d_functional")
-LOOK = "_local_scalar_dense"
+SYNC = "_local_scalar_dense"
 
 
 def check_one_reduction(backend: Backend) -> None:
@@ -36,18 +36,18 @@ def check_one_reduction(backend: Backend) -> None:
 def check_nothing_per_microbatch(backend: Backend) -> None:
     """The host reads nothing from the device per micro-batch."""
     for rank, by_K in enumerate(_count(backend)):
-        looks = {K: window.looks for K, window in by_K.items()}
+        syncs = {K: window.syncs for K, window in by_K.items()}
         expect(
-            len(set(looks.values())) == 1,
-            f"process {rank}: expected as many looks at the device in each window, seen (K: looks) {looks}.",
+            len(set(syncs.values())) == 1,
+            f"process {rank}: expected as many host-device syncs in each window, seen (K: syncs) {syncs}.",
         )
 
 
 class Window(NamedTuple):
-    """The counts of a window, and the number of reductions that the strategy declares."""
+    """The counts of a window, and the reductions that the strategy declares."""
 
     reductions: int
-    looks: int
+    syncs: int
     said: int
 
 
@@ -59,38 +59,35 @@ class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count the call, and make it."""
         namespace, _, name = func._schema.name.partition("::")
-        if name == LOOK:
-            self.counts["looks"] += 1
-        if namespace in GROUPS and "reduce" in name and any(_is_float(leaf) for leaf in tree_leaves(args)):
-            self.counts["reductions"] += 1
+        self.counts["syncs"] += name == SYNC
+        if namespace in GROUPS and "reduce" in name:
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            self.counts["reductions"] += any(tensor.is_floating_point() for tensor in tensors)
         return func(*args, **(kwargs or {}))
 
 
 class _Count(Callback):
-    """Counts in `run_window` alone: not at the boundary, where a norm may be reduced."""
+    """Counts in `run_window` only, since a norm may be reduced at the boundary."""
 
     def __init__(self) -> None:
         self.windows: list[Window] = []
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Count in every window from now on."""
         strategy = trainer.strategy
         run_window = strategy.run_window
 
         def counted(*args: Any) -> None:
             with Calls() as calls:
                 run_window(*args)
-            found = calls.counts["reductions"], calls.counts["looks"], strategy.reductions()[0]
-            self.windows.append(Window(*found))
+            self.windows.append(Window(calls.counts["reductions"], calls.counts["syncs"], strategy.reductions()[0]))
 
         strategy.run_window = counted  # type: ignore[assignment, method-assign]
 
 
 @cache
 def _count(backend: Backend) -> list[dict[int, Window]]:
-    """For each process, by K: what the second window did (in the first, things are still being made)."""
+    """Return the counts of the second window for each process, by K; the first one still builds things."""
     Ks = (1, backend.K) if backend.declared[0].supports_variable_windows else (backend.K,)
     by_K = {K: backend.run(_count_window, Regression(2 * backend.P * N * K), K) for K in Ks}
     return [{K: rows[rank] for K, rows in by_K.items()} for rank in range(backend.processes)]
@@ -98,10 +95,5 @@ def _count(backend: Backend) -> list[dict[int, Window]]:
 
 def _count_window(strategy: Strategy, task: Regression, K: int) -> Window:
     count = _Count()
-    settings = {"micro_batch_size": N, "accumulate_grad_batches": K, "max_epochs": 1, "callbacks": [count]}
-    fit(strategy, task, settings)
+    fit(strategy, task, {"micro_batch_size": N, "accumulate_grad_batches": K, "max_epochs": 1, "callbacks": [count]})
     return count.windows[1]
-
-
-def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()

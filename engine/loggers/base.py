@@ -11,7 +11,7 @@ log = logging.getLogger("tally")
 
 
 class Logger(Protocol):
-    """Anything that takes records; used on process 0. Where it has `open(start: Start)`, that is called first."""
+    """Anything that takes records, on process 0. If it has `open(start: Start)`, that is called first."""
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Take one update's record, or one of validation means (`validation/...` beside `update` and `epoch`)."""
@@ -23,7 +23,7 @@ class Logger(Protocol):
 
 
 class Start(NamedTuple):
-    """Where a run starts or resumes: records of later updates and validations come again."""
+    """Where a run starts or resumes: the records of later updates and validations come again."""
 
     folder: Path | None
     """The `run_dir`."""
@@ -65,14 +65,8 @@ class _Guarded:
             method(*arguments)
         except Exception as error:  # a service that is away, a full disk: whatever it is, the run matters more
             if not self._has_failed:
-                name, what = type(self._logger).__name__, method.__name__
-                log.warning(
-                    "%s failed in %s(): %s: %s. Training continues; metrics.jsonl in the run_dir has every update.",
-                    name,
-                    what,
-                    type(error).__name__,
-                    error,
-                )
+                what = f"{type(self._logger).__name__} failed in {method.__name__}(): {type(error).__name__}: {error}."
+                log.warning("%s Training continues; metrics.jsonl in the run_dir has every update.", what)
             self._has_failed = True
             return False
         return True

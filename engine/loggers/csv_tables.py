@@ -1,4 +1,4 @@
-"""Tables that any spreadsheet opens."""
+"""The CSV logger: tables for a spreadsheet."""
 
 from __future__ import annotations
 
@@ -17,18 +17,15 @@ class CSVLogger(GroupedLogger):
     needs_run_dir = True
 
     def open(self, start: Start) -> None:
-        """Cut the rows that come again."""
         super().open(start)
         assert start.folder is not None
         self._updates = _Table(start.folder / "metrics.csv", start.update)
         self._validations = _Table(start.folder / "validation.csv", start.validated_update)
 
     def write(self, update: int, values: Mapping[str, float], is_update: bool) -> None:
-        """Write a row."""
         (self._updates if is_update else self._validations).append({"update": update, **values})
 
     def close(self) -> None:
-        """Close the files."""
         self._updates.close()
         self._validations.close()
 

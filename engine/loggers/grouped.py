@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.loggers.base import Logger, Start
 
+# Names that records have, and their names here; any other is one of `train/`
 GROUPED = {
     "loss": "train/loss",
     "grad_norm": "optim/grad_norm",
@@ -21,18 +22,16 @@ GROUPED = {
     "epoch": "data/epoch",
     "samples": "data/samples",
 }
-"""Names that records have, and their names here; any other is one of `train/`."""
 
 
 class GroupedLogger(Logger):
-    """A logger that writes numbers by update, with samples and weight (tokens) since the run's start beside each."""
+    """A logger that writes numbers by update, with the samples and the weight (tokens) since the run's start."""
 
     def open(self, start: Start) -> None:
         """Start, or resume."""
         self._samples, self._weight = start.record.get("samples", 0), start.weight
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Write a record."""
         values = {_grouped(name): value for name, value in record.items() if name != "update"}
         is_update = "loss" in record
         if is_update:
@@ -44,7 +43,7 @@ class GroupedLogger(Logger):
 
     @abstractmethod
     def write(self, update: int, values: Mapping[str, float], is_update: bool) -> None:
-        """Write the numbers of an update, or of the validation after it."""
+        """Write the numbers of an update, or of a validation after it."""
 
 
 def _grouped(name: str) -> str:

@@ -1,4 +1,4 @@
-"""TensorBoard: `tensorboard --logdir runs` shows all runs beside one another."""
+"""The TensorBoard logger: `tensorboard --logdir runs` compares all runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TensorBoardLogger(GroupedLogger):
             raise UserError("the tensorboard logger needs TensorBoard: pip install 'tally-engine[tensorboard]'.")
 
     def open(self, start: Start) -> None:
-        """Tell TensorBoard to forget what comes again."""
+        """Open the events file, and let TensorBoard drop the records that come again."""
         from torch.utils.tensorboard import SummaryWriter
 
         super().open(start)
@@ -34,11 +34,10 @@ class TensorBoardLogger(GroupedLogger):
             self.log(start.record)
 
     def write(self, update: int, values: Mapping[str, float], is_update: bool) -> None:
-        """Write scalars; what stands beside a validation stands at its update already."""
+        """Write scalars; a validation's samples and weight are those of its update, which are written already."""
         for name, value in values.items():
             if is_update or not name.startswith("data/"):
                 self._writer.add_scalar(name, value, update)
 
     def close(self) -> None:
-        """Write what is still in memory."""
         self._writer.close()

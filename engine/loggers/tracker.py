@@ -1,4 +1,4 @@
-"""Experiment trackers that speak as wandb does: `init(...)` gives a run with `log(values, step=...)` and `finish()`."""
+"""Experiment trackers with wandb's interface: `init(...)` gives a run with `log(values, step=...)` and `finish()`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class TrackerLogger(GroupedLogger):
     """Logs to a tracker.
 
     Args:
-        run: what its `init` returned, or the name of its module, such as "wandb": then it is imported on process 0
-            alone, and `init(config=..., **options)` is called when the run starts.
+        run: what its `init` returned, or the name of its module, such as "wandb": process 0 then imports it, and calls
+            `init(config=..., **options)` when the run starts.
         options: for `init`: a project; an `id` with `resume="allow"` if a resumed run is to continue its history.
     """
 
@@ -24,16 +24,14 @@ class TrackerLogger(GroupedLogger):
         self._options = options or {}
 
     def open(self, start: Start) -> None:
-        """Start the tracker's run, if it is not started yet."""
         super().open(start)
         self._run = self._given
         if isinstance(self._given, str):
             self._run = import_module(self._given).init(**{"config": dict(start.configuration), **self._options})
 
     def write(self, update: int, values: Mapping[str, float], is_update: bool) -> None:
-        """Log the numbers at the update; a tracker leaves out what it has been told before the run was resumed."""
+        """Log the numbers at the update; a tracker ignores those that come again after a resume."""
         self._run.log(dict(values), step=update)
 
     def close(self) -> None:
-        """End the tracker's run."""
         self._run.finish()

@@ -8,48 +8,37 @@ from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Literal, get_args
 
-from engine.errors import UserError
+from engine.errors import UserError, check_count
 
 Unit = Literal["epoch", "update", "sample"]
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """The settings from `first` (in the schedule's unit) until the next stage.
-
-    `accumulate_grad_batches` is K, micro-batches per process and window; `effective_batch` is the samples of
-    a full window over all processes.
-    """
+    """The settings from `first` (in the schedule's unit) until the next stage."""
 
     first: int
-    accumulate_grad_batches: int
-    effective_batch: int
-    lr_factor: float = 1.0
-    """The factor on the learning rate of the optimizer and its schedule."""
+    accumulate_grad_batches: int  # K, the micro-batches per process and window
+    effective_batch: int  # the samples of a full window over all processes
+    lr_factor: float = 1.0  # the factor on the learning rate of the optimizer and its schedule
 
 
-def check_accumulation(value: object, name: str = "accumulate_grad_batches") -> int:
-    """Return `value` as K, or raise UserError: a whole number of at least 1, and no bool."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"{name}={value!r}: give a whole number of micro-batches, 1 or more.")
-    if value < 1:
-        raise UserError(f"{name}={value}: a window needs at least one micro-batch; use 1 to update after each.")
-    return value
+def check_accumulation(value: object, name: str = "accumulate_grad_batches") -> None:
+    """Raise UserError unless `value` can be K."""
+    check_count(name, value, why="Use 1 to update after each micro-batch.")
 
 
 def check_scheduling(scheduling: object, unit: str = "epoch") -> dict[int, int]:
-    """Return a checked copy of `{first epoch (or update, or sample): K}`, in ascending order, starting at 0.
+    """Return a checked copy of `{first epoch (or update, or sample): K}`, in ascending order, from 0.
 
-    Where 0 is not given, K is 1 until the first key. Raises UserError for anything but a dictionary of whole
-    numbers (no bools), keys of at least 0 and K of at least 1.
+    K is 1 until the first key. Raises UserError except for whole numbers, keys of at least 0 and K of at least 1.
     """
     if unit not in get_args(Unit):
         raise UserError(f"unit={unit!r}: a schedule counts by one of {', '.join(get_args(Unit))}.")
     if not isinstance(scheduling, Mapping) or not scheduling:
         raise UserError(f"scheduling={scheduling!r}: give a dictionary such as {{0: 8, 4: 4, 8: 1}}, {unit} -> K.")
     for first, K in scheduling.items():
-        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-            raise UserError(f"scheduling has the {unit} {first!r}: {unit}s are whole numbers from 0.")
+        check_count(f"scheduling: {unit}", first, 0)
         check_accumulation(K, f"scheduling[{first}]")
     return dict(sorted({0: 1, **scheduling}.items()))
 
@@ -62,24 +51,22 @@ class Schedule:
     unit: Unit = "epoch"
 
     def at(self, epoch: int, update: int, sample: int) -> Stage:
-        """Return the stage that holds at this place in the run; `sample` counts all since the start."""
+        """Return the stage at this position of the run; `sample` counts those since the start."""
         if len(self.stages) == 1:
             return self.stages[0]
         return self.stages[self._after(self._place(epoch, update, sample)) - 1]
 
     def left(self, epoch: int, update: int, sample: int) -> int | None:
-        """Return how far the stage that holds there still goes, in the schedule's unit; None for the last one."""
+        """Return the length of the rest of the stage at this position, in the schedule's unit; None for the last."""
         place = self._place(epoch, update, sample)
         following = self._after(place)
         return self.stages[following].first - place if following < len(self.stages) else None
 
     def _place(self, epoch: int, update: int, sample: int) -> int:
-        if self.unit == "epoch":
-            return epoch
-        return update if self.unit == "update" else sample
+        return {"epoch": epoch, "update": update, "sample": sample}[self.unit]
 
     def _after(self, place: int) -> int:
-        """The index of the first stage that begins after `place`."""
+        """Return the index of the first stage after `place`."""
         return bisect_right(self.stages, place, key=lambda stage: stage.first)
 
 
@@ -90,7 +77,7 @@ def make_schedule(
     unit: Unit = "epoch",
     effective_batch_size: int | None = None,
 ) -> Schedule:
-    """Return the stages of `{first: K}`, or of one effective batch, on the processes that `effective_batch` counts."""
+    """Return the stages of `{first: K}`, or of one effective batch; `effective_batch(N, K)` is the strategy's."""
     if effective_batch_size is not None:
         return solve({0: effective_batch_size}, N, effective_batch)
     return Schedule(tuple(Stage(first, K, effective_batch(N, K)) for first, K in scheduling.items()), unit)
@@ -99,13 +86,13 @@ def make_schedule(
 def solve(
     effective_batches: Mapping[int, int], N: int, effective_batch: Callable[[int, int], int], unit: Unit = "epoch"
 ) -> Schedule:
-    """Return the stages of `{first: samples of a full window}`: K is what the busiest of these processes needs."""
+    """Return the stages of `{first: samples of a full window}`: K is that of the busiest process."""
     share = effective_batch(N, 1)
     return Schedule(tuple(Stage(first, -(-B // share), B) for first, B in effective_batches.items()), unit)
 
 
+# The factor on the learning rate, from (effective batch) / (reference)
 LR_RULES: dict[str, Callable[[float], float]] = {"none": lambda times: 1.0, "linear": lambda times: times, "sqrt": sqrt}
-"""The factor on the learning rate, from (effective batch) / (reference)."""
 
 
 def check_lr_rule(rule: object, reference_batch: object) -> None:
@@ -116,10 +103,8 @@ def check_lr_rule(rule: object, reference_batch: object) -> None:
         if reference_batch is not None:
             raise UserError(f"lr_reference_batch={reference_batch!r} without an lr_rule. Use linear or sqrt.")
     elif reference_batch is None:
-        raise UserError(
-            f"lr_rule={rule!r} with lr_reference_batch=None: expected the effective batch, in samples, of the task's "
-            "learning rate."
-        )
+        what = f"lr_rule={rule!r} with lr_reference_batch=None"
+        raise UserError(f"{what}: expected the effective batch, in samples, of the task's learning rate.")
 
 
 def with_lr_rule(schedule: Schedule, rule: str, reference_batch: int | None) -> Schedule:

@@ -1,8 +1,7 @@
 """The windows of a run: which samples each update sees, on which process, as arithmetic on one sample offset.
 
-An epoch is `samples` positions of the global order. An update takes the next `effective_batch` of them (the last one
-what is left); they are cut into pieces of N from the update's first sample, and piece j goes to process j mod P. The
-cut never asks for P, so one effective batch gives the same micro-batches on any number of processes.
+An update takes the next `effective_batch` positions of the epoch's order, or what is left. They are cut into pieces of
+N from the update's first sample, and piece j goes to process j mod P. So the micro-batches do not depend on P.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class PlannedWindow:
 
     @property
     def samples(self) -> int:
-        """The effective batch that this update really has."""
+        """The effective batch of this update."""
         return self.stop - self.start
 
     def count(self, N: int, P: int = 1, spread: bool = False) -> int:
@@ -33,10 +32,10 @@ class PlannedWindow:
         return min(self.samples, -(-pieces // P) * P) if spread else pieces
 
     def micro_batches(self, N: int, rank: int = 0, P: int = 1, spread: bool = False) -> Iterator[tuple[int, int, bool]]:
-        """Yield (start, stop, is_last) for each micro-batch of process `rank` among P; none where the samples ran out.
+        """Yield (start, stop, is_last) for each micro-batch of process `rank` among P, if it has any.
 
-        Each has N samples, the window's last one what is left. `spread` makes as many on each process, of nearly one
-        size and at most N samples: no process waits for another, but where a micro-batch begins then depends on P.
+        Each has N samples, the window's last one what is left. `spread` makes equally many on each process, of similar
+        size and at most N samples; where a micro-batch begins then depends on P.
         """
         pieces = self.count(N, P, spread)
         for piece in range(rank, pieces, P):
@@ -49,10 +48,7 @@ class PlannedWindow:
 
 @dataclass(frozen=True)
 class Plan:
-    """All windows of a run over `samples` samples an epoch, cut by a schedule of effective batches.
-
-    At least one of `max_epochs` and `max_updates` bounds the run; with both, whichever comes first.
-    """
+    """All windows of a run over `samples` samples an epoch; it ends with `max_epochs` or `max_updates`, if given."""
 
     samples: int
     schedule: Schedule
@@ -95,10 +91,10 @@ class Plan:
 
     @property
     def updates(self) -> int:
-        """The exact number of updates in the whole run. Raises UserError where nothing bounds it."""
+        """The exact number of updates in the whole run. Raises UserError if it has no end."""
         if self.max_epochs is None:
             if self.max_updates is None:
-                raise UserError("a run without max_epochs and max_updates has no last update.")
+                raise UserError("max_epochs=None, max_updates=None: expected an end. Give one, such as max_epochs=10.")
             return self.max_updates
         total = 0
         if self.schedule.unit == "epoch":

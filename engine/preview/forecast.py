@@ -1,4 +1,4 @@
-"""Forecasts a run from its plan: update by update, and stage by stage."""
+"""Forecasts of a run from its plan: update by update, and stage by stage."""
 
 from __future__ import annotations
 
@@ -16,15 +16,12 @@ class PlannedUpdate(NamedTuple):
 
     update: int
     epoch: int
-    samples: int
-    """Samples over all processes since the start, those of this update included."""
+    samples: int  # over all processes since the start, this update included
     effective_batch: int
     lr: float
     stage: Stage
-    micro_batches: int
-    """Of all processes together."""
-    turns: int
-    """Micro-batches of the process that has most of them."""
+    micro_batches: int  # of all processes together
+    turns: int  # micro-batches of the process that has most of them
 
 
 @dataclass(frozen=True)
@@ -32,17 +29,13 @@ class StageForecast:
     """One stage of the schedule, as far as the run reaches it. None: unknown, for a stream."""
 
     stage: Stage
-    epochs: tuple[int, int] | None = None
-    """The first and the last, from 0."""
+    epochs: tuple[int, int] | None = None  # the first and the last, from 0
     updates: int | None = None
     samples: int | None = None
     micro_batches: int | None = None
-    turns: int | None = None
-    """Reductions that there would be with one at each micro-batch."""
-    last_window: int | None = None
-    """Samples of the stage's last update."""
-    lr: tuple[float | None, float | None] = (None, None)
-    """The learning rate of its first and its last update."""
+    turns: int | None = None  # reductions that there would be with one at each micro-batch
+    last_window: int | None = None  # samples of the stage's last update
+    lr: tuple[float | None, float | None] = (None, None)  # the learning rate of its first and its last update
 
 
 def planned_updates(
@@ -67,30 +60,19 @@ def stage_forecasts(updates: Iterator[PlannedUpdate]) -> Iterator[StageForecast]
 
 def _sum(stage: Stage, updates: Iterator[PlannedUpdate]) -> StageForecast:
     first = last = next(updates)
-    samples, micro_batches, turns = first.effective_batch, first.micro_batches, first.turns
+    micro_batches, turns = first.micro_batches, first.turns
     for last in updates:
-        samples += last.effective_batch
         micro_batches += last.micro_batches
         turns += last.turns
-    return StageForecast(
-        stage,
-        (first.epoch, last.epoch),
-        last.update - first.update + 1,
-        samples,
-        micro_batches,
-        turns,
-        last.effective_batch,
-        (first.lr, last.lr),
-    )
+    count, samples = last.update - first.update + 1, last.samples - first.samples + first.effective_batch
+    epochs, lrs = (first.epoch, last.epoch), (first.lr, last.lr)
+    return StageForecast(stage, epochs, count, samples, micro_batches, turns, last.effective_batch, lrs)
 
 
 def stream_stages(
     schedule: Schedule, epochs: int | None, total: int | None, lrs: Sequence[float]
 ) -> Iterator[StageForecast]:
-    """Yield what is known of each stage without knowing how long an epoch is.
-
-    `epochs` or `total` updates is where the run ends, where that is known.
-    """
+    """Yield what is known of each stage of a stream, which ends after `epochs` or `total` updates, if known."""
     for stage, following in zip(schedule.stages, [*schedule.stages[1:], None], strict=True):
         counts = schedule.unit == "update"
         start = stage.first if counts or stage.first == 0 else None

@@ -1,4 +1,4 @@
-"""Previews `Trainer.fit`: no process group, no device, no training, nothing written."""
+"""Previews of `Trainer.fit`, without process group, device, training or files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from engine.checkpoint import files
 from engine.data.map_style import samples_before
-from engine.plan.schedule import Schedule
 from engine.preview.forecast import PlannedUpdate, StageForecast, planned_updates, stage_forecasts, stream_stages
 from engine.settings import Settings, class_path
 from engine.task import Task
@@ -26,15 +25,14 @@ from engine.update.model_checks import count_batch_norms
 from strategies import Strategy
 from strategies.environment import started_processes
 
-JUMP = 1.5
-"""An effective batch that grows or shrinks by so much should make one think of the learning rate."""
+JUMP = 1.5  # an effective batch that changes by this factor needs another learning rate
 
 
 def preview(trainer: Trainer, task: Task) -> Preview:
-    """Return what `trainer.fit(task)` would do from its start, for as many processes as the strategy counts.
+    """Return what `trainer.fit(task)` would do from its start, on the strategy's number of processes.
 
-    Reads the data's length and builds model, optimizer and LR scheduler as `fit` does; `trainer` stays as it is. Raises
-    ValueError for what cannot be trained.
+    It reads the data's length and builds model, optimizer and LR scheduler as `fit` does; `trainer` does not change.
+    Raises UserError if the task cannot be trained.
     """
     settings = trainer.settings
     task.prepare_data()
@@ -50,7 +48,7 @@ def learning_rates(optimizer: Optimizer, lr_scheduler: LRScheduler | None, updat
     """Return the learning rate of each update (of the first parameter group); the optimizer makes no step."""
     rates, group = array("d"), optimizer.param_groups[0]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch misses the optimizer's steps
+        warnings.simplefilter("ignore")  # torch warns that the optimizer made no step
         for _ in range(updates):
             rates.append(float(group["lr"]))
             if lr_scheduler is not None:
@@ -60,7 +58,7 @@ def learning_rates(optimizer: Optimizer, lr_scheduler: LRScheduler | None, updat
 
 @dataclass(frozen=True)
 class Preview:
-    """A run before it starts; `lrs` are those of its updates (of a stream: as far as known)."""
+    """A run before it starts; `lrs` are those of its updates, of a stream as far as they are known."""
 
     settings: Settings
     strategy: Strategy
@@ -70,64 +68,50 @@ class Preview:
     lrs: Sequence[float]
 
     @property
-    def schedule(self) -> Schedule:
-        """The stages of the run."""
-        return self.layout.schedule
-
-    @property
     def is_stream(self) -> bool:
         """Whether the data has no length."""
         return self.layout.plan is None
 
     @property
     def is_grouped(self) -> bool:
-        """Whether the task's order holds groups of samples, of which a window takes so many."""
+        """Whether the task's order holds groups of samples, so that a window takes whole groups."""
         order = None if self.is_stream else self.task.order(0)
         return order is not None and isinstance(order[0], Sequence)
 
-    @property
-    def bytes_per_update(self) -> int | None:
-        """The bytes of one update's gradients, on each process; None if the strategy knows them only after `setup`."""
-        return self.strategy.bytes_to_reduce(self.model)
-
     def updates(self) -> Iterator[PlannedUpdate]:
-        """Yield every update of the run; of a stream none, for they are unknown."""
-        plan = self.layout.plan
+        """Yield every update of the run; none of a stream, whose updates are unknown."""
+        plan, settings, is_grouped = self.layout.plan, self.settings, self.is_grouped
         if plan is None:
             return iter(())
-        P, spread = self.strategy.data_parallel_size, self.settings.spread_windows
-        is_grouped = self.is_grouped
 
         def before(epoch: int) -> Sequence[int]:
             order = self.task.order(epoch) if is_grouped else None
             return range(plan.samples + 1) if order is None else samples_before(order)
 
-        return planned_updates(plan, self.settings.micro_batch_size, P, spread, self.lrs, before)
+        P = self.strategy.data_parallel_size
+        return planned_updates(plan, settings.micro_batch_size, P, settings.spread_windows, self.lrs, before)
 
     @cached_property
     def stages(self) -> list[StageForecast]:
         """Return the stages that the run reaches."""
         if self.is_stream:
             epochs = self.settings.max_epochs if self.settings.max_updates is None else None
-            return list(stream_stages(self.schedule, epochs, self.layout.total_updates, self.lrs))
+            return list(stream_stages(self.layout.schedule, epochs, self.layout.total_updates, self.lrs))
         return list(stage_forecasts(self.updates()))
 
     def warnings(self) -> list[str]:
-        """Return what to think about before paying, a sentence each."""
+        """Return warnings about the schedule, the model and the end of the run, a sentence each."""
         return [*self._of_the_schedule(), *self._of_the_model(), *self._of_the_end()]
 
     def _of_the_schedule(self) -> Iterator[str]:
-        schedule, plan, reached = self.schedule, self.layout.plan, self.stages
+        schedule, plan, reached = self.layout.schedule, self.layout.plan, self.stages
         for stage in schedule.stages[schedule.stages.index(reached[-1].stage) + 1 :]:
             K = stage.accumulate_grad_batches
             yield f"the run ends before {schedule.unit} {stage.first}, where K would become {K}."
-        for forecast in reached:
-            B = forecast.stage.effective_batch
+        for B in (forecast.stage.effective_batch for forecast in reached):
             if plan is not None and plan.samples < B:
-                yield (
-                    f"a window of {B:,} samples is larger than an epoch of {plan.samples:,}: each epoch makes one "
-                    "update, of all that there is."
-                )
+                epoch = f"an epoch of {plan.samples:,}"
+                yield f"a window of {B:,} samples is larger than {epoch}: each epoch makes one update, of all samples."
         for before, after in pairwise(reached):
             old, new = before.stage.effective_batch, after.stage.effective_batch
             left, right = before.lr[1], after.lr[0]
@@ -143,30 +127,21 @@ class Preview:
         strategy, N, norms = self.strategy, self.settings.micro_batch_size, count_batch_norms(self.model)
         if strategy.data_parallel_size == 1 < started_processes():
             yield f"strategy {strategy.name!r} shares samples with none of the {started_processes()} processes."
-        if norms and any(stage.accumulate_grad_batches > 1 for stage in self.schedule.stages):
-            yield (
-                f"{norms} BatchNorm layers take their statistics from one micro-batch of {N}, not from the window: "
-                "GroupNorm or LayerNorm would not know the difference."
-            )
+        if norms and any(stage.accumulate_grad_batches > 1 for stage in self.layout.schedule.stages):
+            yield f"{norms} BatchNorm layers normalise over a micro-batch of {N}, not over the window: use GroupNorm."
 
     def _of_the_end(self) -> Iterator[str]:
         lrs = self.lrs
         if len(lrs) > 1 and lrs[-1] > lrs[-2] and lrs[-1] == max(lrs):
-            yield (
-                f"the learning rate still rises at the last of {len(lrs):,} updates ({lrs[-1]:.3g}): is its warm-up "
-                "longer than the run?"
-            )
+            end = f"the last of {len(lrs):,} updates ({lrs[-1]:.3g})"
+            yield f"the learning rate still rises at {end}: is its warm-up longer than the run?"
         if self.settings.max_time is not None:
             yield f"max_time={self.settings.max_time} may end the run before."
         run_dir = self.settings.run_dir
         if run_dir is not None and files.candidates(Path(run_dir) / "checkpoints"):
-            yield (
-                f"{run_dir} has checkpoints: the run would resume from there, with the effective batches that it "
-                "started with. This plan starts from the beginning."
-            )
+            yield f"{run_dir} has checkpoints: the run would resume there, and this plan starts from the beginning."
 
     def describe(self) -> str:
         """Return what is planned, in one line."""
-        model = self.model
-        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return f"{class_path(self.task)}, {type(model).__name__} with {count:,} parameters"
+        count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return f"{class_path(self.task)}, {type(self.model).__name__} with {count:,} parameters"

@@ -1,4 +1,4 @@
-"""A preview in the terminal: a table, or a few lines for each stage if the table is too wide."""
+"""A preview as text: a table, or a few lines for each stage if the table is too wide."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from engine.preview.forecast import StageForecast
 from engine.preview.preview import Preview
 
 UNKNOWN = "?"
-
-Cell = Callable[[StageForecast], str]
-"""Returns the cell of a column for a stage."""
+Cell = Callable[[StageForecast], str]  # returns the cell of a column for a stage
 
 
 def print_plan(preview: Preview, console: Console | None = None) -> None:
-    """Print the run stage by stage, and what to think about."""
+    """Print the run stage by stage, and the warnings."""
     console = console or Console(highlight=False, soft_wrap=False)
     columns = _columns(preview)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
@@ -39,7 +37,7 @@ def print_plan(preview: Preview, console: Console | None = None) -> None:
                 lines.add_row(name.replace("-\n", "-").replace("\n", " "), cell(forecast))
             console.print(lines)
             console.print()
-    console.print(Text(_total(preview)))
+    console.print(Text(" ".join([*_updates(preview), *_bytes(preview)])))
     for warning in preview.warnings():
         console.print(Text(f"! {warning}", style="yellow"))
 
@@ -54,7 +52,7 @@ def size(count: int) -> str:
 
 
 def _columns(preview: Preview) -> dict[str, Cell]:
-    sent, unit = preview.bytes_per_update, preview.schedule.unit
+    sent, unit = preview.strategy.bytes_to_reduce(preview.model), preview.layout.schedule.unit
     columns: dict[str, Cell] = {} if unit == "epoch" else {f"from\n{unit}": lambda s: f"{s.stage.first:,}"}
     columns |= {
         "epochs": lambda s: _span(s.epochs),
@@ -83,10 +81,6 @@ def _header(preview: Preview) -> str:
     return f"{strategy.name}: {processes}, N {settings.micro_batch_size}, {plan.samples:,} {what} an epoch{epochs}"
 
 
-def _total(preview: Preview) -> str:
-    return " ".join([*_updates(preview), *_bytes(preview)])
-
-
 def _updates(preview: Preview) -> Iterator[str]:
     total, at_most = preview.layout.total_updates, preview.settings.max_updates
     if preview.is_stream:
@@ -98,7 +92,8 @@ def _updates(preview: Preview) -> Iterator[str]:
 
 
 def _bytes(preview: Preview) -> Iterator[str]:
-    sent, strategy = preview.bytes_per_update, preview.strategy
+    strategy = preview.strategy
+    sent = strategy.bytes_to_reduce(preview.model)
     if sent is None:
         yield f"What strategy {strategy.name!r} sends is not known before it is set up."
     elif not sent:

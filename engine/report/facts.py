@@ -1,4 +1,4 @@
-"""Facts of a run, in words and figures. Imports no torch."""
+"""Facts of a run, in words and figures, without torch."""
 
 from __future__ import annotations
 
@@ -7,51 +7,60 @@ from typing import Any
 
 import numpy as np
 
-from engine.report.reading import VALIDATION, Column, Run
+from engine.report.reading import VALIDATION, Column, Run, number
 
-Facts = dict[str, str]
-"""A table's rows: a name, and an amount."""
+# The plots, in their order; validations come after the loss, and other fields of a record by their own names
+TITLES = {
+    "loss": "Training loss",
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm before clipping",
+    "accumulate_grad_batches": "K: micro-batches per process and update",
+    "effective_batch": "Effective batch: samples per update",
+    "samples_per_second": "Throughput: samples per second",
+    "weight": "Weight of an update",
+    "skipped": "Updates skipped so far",
+}
+TOLD = ("update", "epoch", "samples", "loss", "accumulate_grad_batches", "effective_batch", "weight", "skipped")
+Facts = dict[str, str]  # a table's rows: a name, and an amount
 
 
 def status(run: Run) -> str:
-    """Return where the run stands, as far as its folder knows."""
+    """Return the state of the run, as far as its folder tells."""
     stays = run.happened("start", "resume", "interrupt", "fail", "end")
     if not stays:
         return "finished" if run.summary else "unfinished: nothing tells why"
-    last = stays[-1]
-    kind, update, reason = last["event"], _whole(last.get("update")), last.get("reason", "")
-    if kind in ("start", "resume"):
+    if stays[-1]["event"] in ("start", "resume"):
         return "running, or killed"
-    return {
-        "end": "finished",
-        "interrupt": f"interrupted by {reason} after update {update}, and saved",
-        "fail": f"failed after update {update}: {reason}",
-    }[kind]
+    where, what = history(run)[-1][1:]
+    return "finished" if stays[-1]["event"] == "end" else f"at {where}: {what}"
 
 
 def facts(run: Run) -> Facts:
-    """Return a run's figures by name; what its folder does not tell is left out."""
-    begin = (run.happened("start", "resume") or [{}])[-1]
+    """Return a run's figures by name, as far as its folder tells them."""
+    starts = run.happened("start", "resume") or [{}]
+    begin = starts[-1]
+    processes = np.full(run.length, np.nan)  # of each update
+    for start in starts:
+        processes[run.updates["update"] > start.get("update", np.inf)] = number(start.get("processes"))
     versions = run.summary.get("versions")
     versions = versions if isinstance(versions, dict) else {}
     updates, skipped = run.length, int(_last(run.updates.get("skipped"), 0.0))
     seconds = sum(time_split(run).values())
+    last = {name: _short(_last(column)) for name, column in {**run.validations, **run.updates}.items()}
+    constant = [name for name, column in run.updates.items() if name not in TOLD and is_constant(column)]
     told: dict[str, Any] = {
         "Status": status(run),
         "Task": run.config.get("task"),
         "Strategy": begin.get("strategy", run.summary.get("strategy")),
-        "Processes, P": begin.get("processes", run.summary.get("processes")),
+        "Processes, P": _stages(processes) or begin.get("processes", run.summary.get("processes")),
         "Micro-batch, N": run.config.get("micro_batch_size"),
         "Accumulated, K": _stages(run.updates.get("accumulate_grad_batches")),
         "Effective batch": _stages(run.updates.get("effective_batch"), is_ragged=True),
         "Updates": f"{updates:,}" + (f", {skipped:,} of them skipped" if skipped else ""),
         "Samples": f"{int(_last(run.updates['samples'], 0.0)):,}",
-        "Last loss": _short(_last(run.updates.get("loss"))),
-        **{
-            f"Validation {name.removeprefix(VALIDATION)}": _short(_last(column))
-            for name, column in run.validations.items()
-            if name.startswith(VALIDATION)
-        },
+        "Last loss": last.get("loss"),
+        **{name.replace(VALIDATION, "Validation "): last[name] for name in run.validations if name not in TOLD},
+        **{TITLES.get(name, name): last[name] for name in constant},
         "Time of running": duration(seconds) if seconds else None,
         "Times resumed": len(run.happened("resume")) or None,
         "All-reduces per update": run.summary.get("all_reduces_per_update"),
@@ -63,10 +72,9 @@ def facts(run: Run) -> Facts:
 
 
 def time_split(run: Run) -> dict[str, float]:
-    """Return the seconds of running by what they went into.
+    """Return the seconds of the run by activity, without what a resume undid.
 
-    Updates by their throughput, and within them as process 0's clock has told; validations and saves by their events,
-    the rest by the difference. What a resume undid is not in it, as it is not in the run's own clock.
+    Updates count by their throughput, and are shared out by process 0's clock; validations and saves by their events.
     """
     sizes, rates = run.updates.get("effective_batch"), run.updates.get("samples_per_second")
     if sizes is None or rates is None:
@@ -77,7 +85,8 @@ def time_split(run: Run) -> dict[str, float]:
         if event.get("event") in ("start", "resume"):
             kept = [before for before in kept if before["update"] <= event["update"]]
         kept.append(event)
-    split = _within_updates(kept, float((sizes[is_timed] / rates[is_timed]).sum()))
+    with np.errstate(over="ignore"):
+        split = _within_updates(kept, _seconds(float((sizes[is_timed] / rates[is_timed]).sum())))
     for kind, name in (("validation", "validation"), ("save", "saving, while training waited")):
         took = sum(_seconds(event.get("took")) for event in kept if event.get("event") == kind)
         if took:
@@ -88,7 +97,7 @@ def time_split(run: Run) -> dict[str, float]:
 
 
 def _within_updates(events: list[dict[str, Any]], seconds: float) -> dict[str, float]:
-    """Share out the seconds of updates as the last save after each start has told of those since that start."""
+    """Share out the seconds of updates by what the last save of each start has `spent` since that start."""
     starts: list[dict[str, Any]] = [{}]
     for event in events:
         if event.get("event") in ("start", "resume"):
@@ -121,7 +130,7 @@ def history(run: Run) -> list[tuple[str, str, str]]:
 
 
 def differing(tables: list[Facts]) -> list[str]:
-    """Return the names whose values are not the same in all tables."""
+    """Return the names whose values differ between tables."""
     names = dict.fromkeys(name for table in tables for name in table)
     return [name for name in names if len({table.get(name) for table in tables}) > 1]
 
@@ -137,8 +146,14 @@ def flat(config: dict[str, Any], prefix: str = "") -> Facts:
     return found
 
 
+def is_constant(column: Column) -> bool:
+    """Whether the numbers of a column are all the same."""
+    finite = column[np.isfinite(column)]
+    return bool(len(finite)) and bool((finite == finite[0]).all())
+
+
 def duration(seconds: float) -> str:
-    """Return seconds as people say them."""
+    """Return seconds as text, in the unit that suits them."""
     hours, minutes = divmod(round(seconds / 60), 60)
     if hours:
         return f"{hours} h {minutes} min"
@@ -146,7 +161,7 @@ def duration(seconds: float) -> str:
 
 
 def _stages(column: Column | None, is_ragged: bool = False) -> str | None:
-    """Return the values in order of appearance; of effective batches, those that came more than once in a row."""
+    """Return the values in order of appearance; of effective batches, those that come twice in a row."""
     values = column[np.isfinite(column)] if column is not None else np.zeros(0)
     if is_ragged and len(values) > 1:
         values = values[1:][values[1:] == values[:-1]] if (values[1:] == values[:-1]).any() else values
@@ -168,7 +183,7 @@ def _short(value: float) -> str | None:
 
 
 def _whole(value: Any) -> str:
-    return f"{value:,.0f}" if isinstance(value, int | float) else "?"
+    return f"{number(value):,.0f}" if np.isfinite(number(value)) else "?"
 
 
 def _thousands(value: Any) -> Any:

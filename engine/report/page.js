@@ -30,6 +30,8 @@ function traces(plot, x) {
 
 function layout(plot, x, isLog) {
   const all = data.runs.filter(run => run.series[plot.name]).flatMap(run => run.series[plot.name].y);
+  const ends = [Math.min(...all.filter(y => y !== null)), Math.max(...all.filter(y => y !== null))];
+  const isFlat = ends[0] === ends[1] && ends[0] !== 0; // plotly would show it from 1 below to 1 above, so that 0.003 looks like 0
   const isLarge = all.some(y => Math.abs(y) >= 1e4), isSmall = all.every(y => Math.abs(y) <= 6);
   const axis = {gridcolor: colour("--grid"), zeroline: false, automargin: true};
   return {
@@ -45,6 +47,7 @@ function layout(plot, x, isLog) {
     },
     yaxis: {
       ...axis, type: isLog ? "log" : "linear", tickformat: isLarge ? "~s" : ".4~g", nticks: 6,
+      ...(isFlat && !isLog ? {range: [Math.min(0, 2 * ends[0]), Math.max(0, 2 * ends[0])]} : {}),
       ...(plot.steps && !isLog ? {rangemode: "tozero", ...(isSmall ? {dtick: 1} : {})} : {}),
     },
     yaxis2: {overlaying: "y", range: [0, 1], visible: false, fixedrange: true},

@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Column = NDArray[np.float64]
-"""One number for each record; NaN where a record has none."""
+Column = NDArray[np.float64]  # one number for each record; NaN where a record has none
 
 
-VALIDATION = "validation/"
-"""Begins the names of validation means."""
+VALIDATION = "validation/"  # begins the names of validation means
 
 
 class NotARunError(ValueError):
@@ -29,17 +27,12 @@ class Run:
 
     name: str
     path: Path
-    updates: dict[str, Column]
-    """metrics.jsonl by field, one entry per update, in order."""
-    validations: dict[str, Column]
-    """Likewise, one entry per validation."""
-    events: Sequence[dict[str, Any]]
-    """Starts, ends, saves and what else happened, as they came."""
+    updates: dict[str, Column]  # metrics.jsonl by field, one entry per update, in order
+    validations: dict[str, Column]  # likewise, one entry per validation
+    events: Sequence[dict[str, Any]]  # starts, ends, saves and what else happened, as they came
     config: dict[str, Any]
-    summary: dict[str, Any]
-    """Of a run that came to its end; else empty."""
-    notes: Sequence[str]
-    """The lines and files that could not be read."""
+    summary: dict[str, Any]  # of a run that came to its end; else empty
+    notes: Sequence[str]  # the lines and files that could not be read
 
     @property
     def length(self) -> int:
@@ -52,30 +45,24 @@ class Run:
 
 
 def read(folder: str | Path) -> Run:
-    """Read the folder of a run that is over, broken off, or still written: a line without its end is left out.
+    """Read the folder of a run that has ended or still runs; a line without its end is left out.
 
-    Raises NotARunError where there is no metrics.jsonl, and OSError where it cannot be read.
+    Raises NotARunError if there is no metrics.jsonl, and OSError if it cannot be read.
     """
     path = Path(folder)
     if not (path / "metrics.jsonl").is_file():
         raise NotARunError(_refusal(path))
     notes: list[str] = []
     records = _lines(path / "metrics.jsonl", notes)
-    records.sort(key=lambda record: float(record["update"]))  # as they are, unless somebody has joined two files
+    records.sort(key=lambda record: float(record["update"]))  # they are sorted unless somebody joined two files
     updates = _columns(record for record in records if "loss" in record)
     validations = _columns(record for record in records if "loss" not in record)
     after = np.searchsorted(updates["update"], validations["update"], side="right")
     validations["samples"] = np.concatenate(([0.0], updates["samples"]))[after]
-    return Run(
-        name=path.resolve().name,
-        path=path,
-        updates=updates,
-        validations=validations,
-        events=_lines(path / "events.jsonl", notes) if (path / "events.jsonl").is_file() else [],
-        config=_object(path / "config.json", notes),
-        summary=_object(path / "summary.json", notes) if (path / "summary.json").is_file() else {},
-        notes=notes,
-    )
+    events = _lines(path / "events.jsonl", notes) if (path / "events.jsonl").is_file() else []
+    config = _object(path / "config.json", notes)
+    summary = _object(path / "summary.json", notes) if (path / "summary.json").is_file() else {}
+    return Run(path.resolve().name, path, updates, validations, events, config, summary, notes)
 
 
 def _refusal(path: Path) -> str:

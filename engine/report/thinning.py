@@ -7,8 +7,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-BINS = 1000
-"""A plot is about so many pixels wide."""
+BINS = 1000  # a plot is about so many pixels wide
 
 
 def thin(values: NDArray[np.float64], bins: int = BINS) -> NDArray[np.intp]:

@@ -1,8 +1,7 @@
 """The collectives of a micro-batch under FSDP, in order, so that a process without one can take part in them.
 
-A forward gathers the parameters of one unit after another and frees them, a backward gathers them again and reduces.
-The order of units is known only from a forward and backward with data. So the first pass is recorded in the store, and
-processes without data read it there. Later passes are compared with it.
+The order of the units is known only from a forward and backward with data. So the first pass is recorded in the store,
+where processes without data read it. Later passes are compared with it.
 """
 
 from __future__ import annotations
@@ -15,18 +14,14 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 END = "end"
-PAUSE = 0.002
-"""Seconds between two reads of the store, in a first pass without data."""
+PAUSE = 0.002  # seconds between two reads of the store, in a first pass without data
 
 
 class CollectiveOrder:
     """The order of the collectives in a pass (one forward and backward) of a model.
 
-    `root` is the model; `units` are its FSDP modules with parameters, by name.
-
-    Between `start` and `end` each collective must come in order; `finish` takes part in the rest of a pass. The first
-    pass is recorded in `store`, which `processes` share; no process waits there for longer than `timeout`. With
-    `stays_gathered` only the first pass of a window gathers.
+    `root` is the model; `units` are its FSDP modules with parameters, by name. `processes` share `store`, and wait in
+    it for at most `timeout`. With `stays_gathered` only the first pass of a window gathers.
     """
 
     def __init__(
@@ -45,10 +40,8 @@ class CollectiveOrder:
         self._is_known = self._waits = False
         self._order: list[str] = []
         self._position = 0
-        self.is_open = False
-        """Whether a pass has started and not ended."""
-        self.used: set[Any] = set()
-        """FSDP's parameters that had a gradient to reduce, since the set was cleared."""
+        self.is_open = False  # whether a pass has started and not ended
+        self.used: set[Any] = set()  # FSDP's parameters that had a gradient to reduce, since the set was cleared
         root._get_fsdp_state()._lazy_init()
         self.groups: dict[str, Any] = {name: unit._get_fsdp_state()._fsdp_param_group for name, unit in units.items()}
         for name in units:

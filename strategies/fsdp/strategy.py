@@ -25,8 +25,7 @@ from strategies.process_group import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
 from strategies.torch_internals import FSDP
 
-_BROADCAST_BYTES = 1 << 28
-"""Bytes of one broadcast of buffers."""
+_BROADCAST_BYTES = 1 << 28  # bytes of one broadcast of buffers
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -37,28 +36,25 @@ class FSDPStrategy(ProcessGroupStrategy):
     A unit's parameters are gathered for its forward, freed, and gathered again for its backward. Each of the P
     processes trains on different samples. The options:
 
-    - `reduce`: "window" reduces gradients once per window and unit, in the last micro-batch's backward; until then each
-      process keeps a whole gradient. "micro_batch" reduces at each micro-batch and keeps only a shard of the gradient:
-      less memory, K times the traffic.
-    - `shard_size`: hybrid sharding. The model is sharded over `shard_size` neighbouring processes, and the other
-      groups of that size hold replicas. None: sharded over all.
+    - `reduce`: "window" reduces gradients once per window and unit; until then each process keeps a whole gradient.
+      "micro_batch" reduces at each micro-batch and keeps only a shard: less memory, K times the traffic.
+    - `shard_size`: hybrid sharding over `shard_size` neighbouring processes; other groups of that size hold replicas.
+      None: sharded over all.
     - `reshard_after_forward`: True frees every unit after its forward, None all but the root (FSDP's default). False
       keeps parameters from the window's first forward to its last backward: gathered once per window, more memory.
     - `param_dtype`: the dtype of forward, backward and gathered parameters; outputs are float32. `reduce_dtype`: the
       dtype in which gradients are accumulated and cross the wire, float32 if `param_dtype` is given.
     - `wrap`: the names of the classes whose instances become units. None: the children of each outermost ModuleList.
       The rest of the model is one unit. Override `units` for another choice.
-    - `find_unused_parameters`: for units that do not use each of their parameters in each window. A parameter that no
-      process used keeps the gradient None, at the cost of a small all-reduce per window. If it is False, a parameter
-      that a process with data did not use is an error.
+    - `find_unused_parameters`: a parameter that no process used in a window keeps the gradient None, at the cost of a
+      small all-reduce. If it is False, a parameter that a process with data did not use is an error.
     - `broadcast_buffers`: process 0's buffers (BatchNorm's statistics) go to all once per window. If it is False, each
       process has its own. A checkpoint holds those of process 0, so a resumed run differs if forward reads them.
 
     All processes make the same number of passes in a window: one with fewer micro-batches takes part with weight 0. So
     each micro-batch must call the same units in the same order; otherwise a RuntimeError names the two units.
 
-    `timeout_seconds` bounds every wait for another process, `device` is "cpu" or "cuda" (default: CUDA if
-    available).
+    `timeout_seconds` bounds every wait for another process, `device` is "cpu" or "cuda" (default: CUDA if available).
     """
 
     name = "fsdp"
@@ -112,16 +108,11 @@ class FSDPStrategy(ProcessGroupStrategy):
         return NOTHING_TO_DEFER
 
     def describe(self) -> str:
-        """Return one line for the banner."""
         replicas = self.data_parallel_size // (self.shard_size or self.data_parallel_size)
         return super().describe() + (f", {replicas} replicas" if replicas > 1 else "")
 
     def setup(self) -> None:
-        """Join the processes.
-
-        Raises UserError if `shard_size` does not divide their number, RuntimeError if this torch lacks a part that is
-        used.
-        """
+        """Join the processes. Raises UserError unless `shard_size` divides them, RuntimeError if torch lacks a part."""
         P, size = self.data_parallel_size, self.shard_size or self.data_parallel_size
         if P % size:
             raise UserError(f"shard_size={size}: expected a divisor of the {P} processes. Use one, or None.")
@@ -161,7 +152,7 @@ class FSDPStrategy(ProcessGroupStrategy):
             self._root, named, new_store(), self.data_parallel_size, self.timeout, frees is False
         )
         self._parameters = list(model.parameters())
-        self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._requires_grad = [p.requires_grad for p in self._parameters]
         self._buffers = Buffers(model)
         parts = [p for group in self._order.groups.values() for p in group.fsdp_params]
         self._trainable = [p for p in parts if p.sharded_param.requires_grad]
@@ -175,10 +166,8 @@ class FSDPStrategy(ProcessGroupStrategy):
             units = [m for m in model.modules() if m is not model and type(m).__name__ in self.wrap]
             if missing := set(self.wrap) - {type(m).__name__ for m in units}:
                 names = ", ".join(sorted({type(m).__name__ for m in model.modules() if m is not model}))
-                raise UserError(
-                    f"wrap={self.wrap!r}: expected classes of submodules; {', '.join(missing)} is not one. The model "
-                    f"has {names}."
-                )
+                wrong = f"{', '.join(missing)} is not one"
+                raise UserError(f"wrap={self.wrap!r}: expected classes of submodules; {wrong}. The model has {names}.")
             return units[::-1]  # inner ones first
         return list(dict.fromkeys(in_lists(model)))
 
@@ -187,9 +176,9 @@ class FSDPStrategy(ProcessGroupStrategy):
 
         Raises UserError if a parameter was frozen or unfrozen since `prepare`.
         """
-        requires_grad = {name: p.requires_grad for name, p in self._model.named_parameters()}
-        if requires_grad != self._requires_grad:
-            changed = [user_name(n) for n, value in requires_grad.items() if value != self._requires_grad.get(n)]
+        if [p.requires_grad for p in self._parameters] != self._requires_grad:
+            before = zip(self._model.named_parameters(), self._requires_grad, strict=True)
+            changed = [user_name(name) for (name, p), required in before if p.requires_grad != required]
             raise UserError(
                 f"requires_grad of {', '.join(changed[:3])} changed during training: expected it to stay, since FSDP "
                 "reads it when it shards the model. Use DDPStrategy, or freeze in configure_model() only."
@@ -197,10 +186,7 @@ class FSDPStrategy(ProcessGroupStrategy):
         self._most_passes = most_micro_batches
 
     def backward(self, loss: Tensor, scale: float | Tensor) -> None:
-        """Add `scale x d(loss)`; after this process's last micro-batch, take part in the passes of the others.
-
-        Raises RuntimeError after the window if a parameter was not used.
-        """
+        """Add `scale x d(loss)`; after this process's last micro-batch, take part in the passes of the others."""
         try:
             super().backward(loss, scale)
             self._order.end()
@@ -222,10 +208,7 @@ class FSDPStrategy(ProcessGroupStrategy):
             self._forget_unused()
 
     def evaluation_context(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """Gather the whole model once, so that each process may call it as often as it has data.
-
-        Raises UserError for a model whose process group has ended.
-        """
+        """Gather the whole model once. Raises UserError for a model whose process group has ended."""
         module = user_module(model)
         if not isinstance(module, FSDPModule):
             return nullcontext()
@@ -257,7 +240,6 @@ class FSDPStrategy(ProcessGroupStrategy):
         return len(groups) * self._mesh.ndim, size + (size // shards if self._mesh.ndim == 2 else 0)
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
-        """Load what `state_dict` of any strategy returned, of which each process takes its shard."""
         if optimizer is not None:
             state = {**state, "optimizer": {**state["optimizer"], "state": self._sharded(state["optimizer"]["state"])}}
         super().load_state_dict(state, optimizer)
@@ -269,7 +251,6 @@ class FSDPStrategy(ProcessGroupStrategy):
         return [self._local(gradient) for gradient in super()._gradients()]
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        """The norm over all shards, by an all-reduce of one number."""
         square = super()._norm(gradients).double() ** 2
         dist.all_reduce(square, group=self._shard_group)
         return square.sqrt().to(gradients[0].dtype)
@@ -280,7 +261,7 @@ class FSDPStrategy(ProcessGroupStrategy):
         return super()._copied(whole) if self.rank == 0 else whole.to("meta")
 
     def _sharded(self, states: dict[str, Any]) -> dict[str, Any]:
-        """The state of an optimizer with this process's shard of each tensor. Raises UserError for another shape."""
+        """Return an optimizer's state with this process's shard of each tensor. Raises UserError for another shape."""
         parameters = {user_name(name): p for name, p in self._user_module.named_parameters()}
 
         def shard(name: str, value: Any) -> Any:
@@ -288,10 +269,8 @@ class FSDPStrategy(ProcessGroupStrategy):
             if not isinstance(value, Tensor) or value.ndim == 0 or not isinstance(parameter, DTensor):
                 return value
             if value.shape != parameter.shape:
-                raise UserError(
-                    f"the optimizer's state of {name} has shape {tuple(value.shape)}: expected that of the parameter, "
-                    f"{tuple(parameter.shape)}."
-                )
+                seen, expected = tuple(value.shape), tuple(parameter.shape)
+                raise UserError(f"the optimizer's state of {name} has shape {seen}: expected {expected}.")
             value = value.to(parameter.device)
             return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 

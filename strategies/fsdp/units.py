@@ -49,7 +49,5 @@ def check_units(model: nn.Module, units: Sequence[nn.Module]) -> None:
             )
     for kinds in dtypes.values():
         if len(kinds) > 1:
-            raise UserError(
-                f"a unit of FSDP has trainable parameters of dtypes {', '.join(sorted(map(str, kinds)))}: expected "
-                "one dtype. Convert them, or choose other units with FSDPStrategy(wrap=...)."
-            )
+            seen = f"a unit of FSDP has trainable parameters of dtypes {', '.join(sorted(map(str, kinds)))}"
+            raise UserError(f"{seen}: expected one. Convert them, or choose other units with FSDPStrategy(wrap=...).")

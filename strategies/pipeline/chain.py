@@ -21,12 +21,9 @@ T = TypeVar("T")
 class Chain:
     """One process of a pipeline, and its neighbours."""
 
-    part: nn.Module
-    """This process's part of the model."""
-    stage: int
-    """The index of this process in the pipeline, and of its part in the model."""
-    ranks: list[int]
-    """The pipeline's processes."""
+    part: nn.Module  # this process's part of the model
+    stage: int  # the index of this process in the pipeline, and of its part in the model
+    ranks: list[int]  # the pipeline's processes
     device: torch.device
     group: dist.ProcessGroup
     host_group: dist.ProcessGroup
@@ -65,21 +62,18 @@ class Chain:
         return rows
 
     def call(self, x: Tensor, autocast: torch.dtype | None) -> Any:
-        """Return the output of this part. Raises UserError unless it is one tensor or the part is the last."""
+        """Return the output of this part. Raises UserError unless it is one tensor, except in the last part."""
         with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
             output = self.part(x)
         if not self.is_last and not isinstance(output, Tensor):
-            raise UserError(
-                f"part {self.stage} of the pipeline returned {type(output).__name__}: expected one tensor, for the "
-                "next part. Set boundaries between children that pass one tensor."
-            )
+            seen = f"part {self.stage} of the pipeline returned {type(output).__name__}"
+            raise UserError(f"{seen}: expected one tensor. Set boundaries between children that pass one tensor.")
         return output
 
     def through(self, x: Tensor | None, autocast: torch.dtype | None) -> tuple[Any, TensorSpec | None]:
         """Run one batch through all parts; return the model's output, on the last process, and this part's spec.
 
-        `x` is the input on the first process, and None on the others. A part that fails raises after its neighbours
-        have been served; their output is None.
+        `x` is the input on the first process, else None. A part that fails raises after it has sent None to the next.
         """
         error = spec = None
         if not self.is_first:

@@ -12,8 +12,7 @@ from strategies.errors import UserError
 def balanced(sizes: Sequence[int], parts: int) -> list[int]:
     """Return the index of the first layer of each part but the first, so that the largest part is as small as possible.
 
-    `sizes` are those of the layers in order; each part gets at least one layer. Raises UserError for fewer layers than
-    parts.
+    `sizes` are those of the layers in order. Raises UserError for fewer layers than parts.
     """
     if not 1 <= parts <= len(sizes):
         raise UserError(f"stages={parts}: expected at most as many stages as layers, {len(sizes)}.")
@@ -21,7 +20,7 @@ def balanced(sizes: Sequence[int], parts: int) -> list[int]:
 
     @cache
     def cut(stop: int, count: int) -> tuple[int, tuple[int, ...]]:
-        """The size of the largest of `count` parts of the layers before `stop`, and the starts of all but the first."""
+        """Return the largest size of `count` parts of the layers before `stop`, and the starts of all but the first."""
         if count == 1:
             return before[stop], ()
         options = ((cut(start, count - 1), start) for start in range(count - 1, stop))

@@ -1,4 +1,4 @@
-"""The parts of a model: the cut, the stand-in that `loss()` calls, and the specs of tensors that pass between."""
+"""The parts of a model: the cut, the model that `loss()` calls, and the specs of the tensors between parts."""
 
 from __future__ import annotations
 
@@ -32,14 +32,13 @@ class Call(NamedTuple):
 
 
 class PeerFailedError(Exception):
-    """Another process of the pipeline has failed; that process reports the error."""
+    """Another process of the pipeline has failed, and reports the error."""
 
 
 def cut(model: nn.Module, count: int, boundaries: Sequence[int] | None) -> list[list[Child]]:
     """Return `model`'s children in `count` parts, balanced by parameters if `boundaries` is None.
 
-    Raises UserError unless the model is a plain `nn.Sequential` with enough children, for invalid boundaries, and for
-    parts that share a parameter or a buffer.
+    Raises UserError unless the model is a plain `nn.Sequential` of at least `count` children whose parts share nothing.
     """
     if type(model).forward is not nn.Sequential.forward or model._parameters or model._buffers:
         raise UserError(
@@ -48,9 +47,7 @@ def cut(model: nn.Module, count: int, boundaries: Sequence[int] | None) -> list[
         )
     children: list[Child] = [(name, child) for name, child in model._modules.items() if child is not None]
     if len(children) < count:
-        raise UserError(
-            f"stages={count}: expected at most the children of the model, {len(children)}. Use fewer stages."
-        )
+        raise UserError(f"stages={count}: expected at most the model's children, {len(children)}. Use fewer stages.")
     sizes = [sum(p.numel() for p in child.parameters()) for _, child in children]
     starts = balanced(sizes, count) if boundaries is None else boundaries
     ends = [0, *starts, len(children)]

@@ -15,11 +15,10 @@ from strategies.pipeline.parts import Call, Part, PipelinedModel, TensorSpec, al
 
 ScheduleName = Literal["GPipe", "1F1B"]
 
+# Schedules that stay built. Each keeps its receive buffers: for full windows, short ones, and ragged micro-batches
 KEPT = 4
-"""Schedules that stay built. Each keeps its receive buffers: for full windows, short ones, and ragged micro-batches."""
 
-PART_SEED = 0x9E3779B185EBCA87
-"""Separates the draws of the parts, which are all seeded for the same micro-batch."""
+PART_SEED = 0x9E3779B185EBCA87  # separates the draws of the parts, which are all seeded for the same micro-batch
 
 
 def takes(schedule: ScheduleName, stages: int, count: int) -> bool:
@@ -31,17 +30,15 @@ class Run(NamedTuple):
     """Micro-batches of one shape, which a schedule runs."""
 
     calls: Sequence[Call]
-    inputs: Sequence[Tensor]
-    """On the first process; elsewhere empty."""
+    inputs: Sequence[Tensor]  # on the first process; elsewhere empty
     forwards: Sequence[Callable[[], tuple[Tensor, float | Tensor]]]
-    specs: Sequence[TensorSpec]
-    """The output of each part."""
+    specs: Sequence[TensorSpec]  # the output of each part
 
 
 class Schedules:
     """Runs micro-batches forward and backward through a chain, by the schedule of that name.
 
-    An error of the user's code in a forward is kept until the schedule ends: the other processes are in it too.
+    An error in a forward is kept until the schedule ends, since the other processes are in it too.
     """
 
     def __init__(self, name: ScheduleName, chain: Chain, model: PipelinedModel, seed: Callable[[int], None]) -> None:
@@ -53,8 +50,8 @@ class Schedules:
         self._specs: dict[tuple[Any, ...], list[TensorSpec]] = {}
         self._run: Run
         self._error: Exception | None = None
+        # The error that ended a schedule before its end: in a backward, or in another process
         self.broken: Exception | None = None
-        """The error that ended a schedule before its end: in a backward, or in another process."""
 
     def run(
         self,
@@ -62,9 +59,9 @@ class Schedules:
         inputs: Sequence[Tensor],
         forwards: Sequence[Callable[[], tuple[Tensor, float | Tensor]]],
     ) -> None:
-        """Run a window: one schedule for each run of neighbouring micro-batches with equal shape and autocast.
+        """Run a schedule for each group of neighbouring micro-batches with equal shape and autocast.
 
-        Raises, after the last one, the first error of a forward on this process.
+        Raises the first error of a forward on this process, after the last schedule.
         """
         self._error = None
         for kind, neighbours in groupby(range(len(calls)), key=lambda index: calls[index][:2]):
@@ -73,12 +70,8 @@ class Schedules:
                 x = inputs[indices[0]] if inputs else None
                 self._specs[kind] = self._chain.specs(x, calls[indices[0]].autocast)
             schedule = self._schedule(kind, len(indices))
-            self._run = Run(
-                [calls[index] for index in indices],
-                [inputs[index] for index in indices if inputs],
-                [forwards[index] for index in indices],
-                self._specs[kind],
-            )
+            group = slice(indices[0], indices[-1] + 1)
+            self._run = Run(calls[group], inputs[group], forwards[group], self._specs[kind])
             numbers = torch.arange(len(indices))
             try:
                 schedule.step(target=numbers, return_outputs=False, micro=numbers)

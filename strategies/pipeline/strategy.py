@@ -25,24 +25,23 @@ from strategies.process_group import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
 from strategies.torch_internals import PIPELINE
 
-BUCKET_BYTES = 25 << 20
-"""Size of a bucket of gradients, which are reduced over the pipelines as in DDP."""
+BUCKET_BYTES = 25 << 20  # size of a bucket of gradients, which are reduced over the pipelines as in DDP
 
 
 class PipelineStrategy(ProcessGroupStrategy):
     """Cut one model into parts that run on `stages` processes; P = processes / stages train copies of it.
 
-    A window is one run of the `schedule`, so K is fixed when it is built: `micro_batches`, which must be the trainer's
-    `accumulate_grad_batches`. A window with fewer micro-batches runs a shorter schedule, and so do neighbouring
-    micro-batches of another shape. Nothing is padded.
+    A window is one run of the `schedule`, so K is fixed: `micro_batches` must be the trainer's
+    `accumulate_grad_batches`. Fewer micro-batches, and neighbours of another shape, run a shorter schedule, without
+    padding.
 
     The model is an `nn.Sequential` between whose children one tensor passes. `boundaries` are the indices of the
     children that begin each later part (`[3]`: children 0 to 2, and the rest); None balances them by parameters. The
-    task's `loss` calls the model once, with one tensor. It runs up to that call on the first process of a pipeline, and
+    task's `loss` calls the model once, with one tensor: it runs up to that call on the first process of a pipeline, and
     past it on the last.
 
-    A process keeps its own part; those of the others are on the meta device. `timeout_seconds` bounds every wait for
-    another process, `device` is "cpu" or "cuda" (default: CUDA if available).
+    Other processes' parts are on the meta device. `timeout_seconds` bounds every wait for another process, `device` is
+    "cpu" or "cuda" (default: CUDA if available).
     """
 
     name = "pipeline"
@@ -71,10 +70,8 @@ class PipelineStrategy(ProcessGroupStrategy):
         self.micro_batches = micro_batches
         self.boundaries = None if boundaries is None else list(boundaries)
         if not takes(schedule, stages, micro_batches):
-            raise UserError(
-                f"micro_batches={micro_batches}: expected at least {stages} for {schedule} over {stages} stages. Use "
-                "more, or schedule='GPipe'."
-            )
+            least = f"expected at least {stages} for {schedule} over {stages} stages"
+            raise UserError(f"micro_batches={micro_batches}: {least}. Use more, or schedule='GPipe'.")
         self._groups: list[dist.ProcessGroup] = []
         self._chain: Chain | None = None
 
@@ -93,21 +90,14 @@ class PipelineStrategy(ProcessGroupStrategy):
         return self.rank // self.stages
 
     def describe(self) -> str:
-        """Return one line for the banner."""
         shape = f"{self.data_parallel_size} x {self.stages} stages on {self._device_type}"
         return f"{self.name}: {shape}, {self.schedule} of {self.micro_batches} micro-batches"
 
     def setup(self) -> None:
-        """Make the groups of all processes, of this pipeline, and of the copies of this part.
-
-        Raises UserError if `stages` does not divide the number of processes, RuntimeError if this torch lacks a part
-        that is used.
-        """
+        """Make the groups. Raises UserError unless `stages` divides them, RuntimeError if torch lacks a part."""
         if (processes := started_processes()) % self.stages:
-            raise UserError(
-                f"stages={self.stages}: expected a multiple of {self.stages} processes, but {processes} were started. "
-                f"Use torchrun --nproc_per_node={self.stages}."
-            )
+            seen = f"expected a multiple of {self.stages} processes, but {processes} were started"
+            raise UserError(f"stages={self.stages}: {seen}. Use torchrun --nproc_per_node={self.stages}.")
         super().setup()
         S, P = self.stages, self.data_parallel_size
         pipelines = [list(range(p * S, p * S + S)) for p in range(P)]
@@ -120,7 +110,6 @@ class PipelineStrategy(ProcessGroupStrategy):
         self._ranks = pipelines[self.data_parallel_rank]
 
     def teardown(self) -> None:
-        """Destroy the groups that `setup` made."""
         self._chain = None
         vars(self).pop("_schedules", None)
         gc.collect()  # the users of the groups must be gone before them
@@ -149,15 +138,13 @@ class PipelineStrategy(ProcessGroupStrategy):
     # One window
 
     def seed(self, value: int) -> None:
-        """Seed the generators; each part of the model derives another seed from `value`."""
         self._seed = value
         super().seed(value)
 
     def run_window(self, window: Iterable[MicroBatch], forward: Callable[[Any], tuple[Tensor, float | Tensor]]) -> None:
         """Run one window by the schedule, and sum its gradients over the pipelines.
 
-        `forward` runs up to the model on the first process, and past it on the last. If one process fails, all
-        end the window, so that each can raise.
+        If one process fails, all end the window, so that each can raise.
         """
         self._share_buffers()
         with suppress(PeerFailedError):  # that process reports the error
@@ -188,9 +175,7 @@ class PipelineStrategy(ProcessGroupStrategy):
         rows = self._this_chain.together(read)
         counts = [count for count, _ in rows]
         if len(set(counts)) > 1:
-            raise UserError(
-                f"the processes of one pipeline got {counts} micro-batches in a window. They must read the same data."
-            )
+            raise UserError(f"the processes of a pipeline got {counts} micro-batches: they must read the same data.")
         return micros, rows[0][1], inputs
 
     def join(self, window: Any) -> None:
@@ -241,14 +226,12 @@ class PipelineStrategy(ProcessGroupStrategy):
         return self._norm([]) * factor
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        """The 2-norm over all parts, by an all-reduce of one number."""
         local = super()._norm(gradients) if gradients else torch.zeros((), device=self.device)
         squared = local.double() ** 2
         dist.all_reduce(squared, group=self._this_chain.group)
         return squared.sqrt()
 
     def fingerprint(self) -> int:
-        """Return a number that is equal on all processes if all pipelines hold the same model."""
         total = torch.tensor(super().fingerprint())
         dist.all_reduce(total, group=self._this_chain.host_group)
         return int(total)
@@ -269,7 +252,6 @@ class PipelineStrategy(ProcessGroupStrategy):
         return {} if output is None else self._pipelined.with_output(output, on_batch)
 
     def synchronize_buffers(self, model: nn.Module) -> None:
-        """Give all pipelines the buffers of the first."""
         if self._is_prepared(model):
             self._share_buffers()
 
@@ -307,9 +289,8 @@ class PipelineStrategy(ProcessGroupStrategy):
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
         """Load this process's part of a whole model's state. Raises RuntimeError or UserError for another model's."""
         if differing := {*state["model"]} ^ {*self._names()}:
-            raise RuntimeError(
-                f"the state is that of another model: only one of them has {', '.join(sorted(differing)[:3])}."
-            )
+            only = ", ".join(sorted(differing)[:3])
+            raise RuntimeError(f"the state is that of another model: only one of them has {only}.")
         for child_name, child in self._children.items():
             prefix = f"{child_name}."
             names = {plain: name for plain, name in self._names().items() if name.startswith(prefix)}
