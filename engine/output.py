@@ -12,7 +12,7 @@ class Output:
     """A text stream whose writes never fail. What its encoding cannot hold is escaped."""
 
     def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream or Path(os.devnull).open("w")  # closed by who started this process
+        self._stream: Any = stream or Path(os.devnull).open("w")  # noqa: SIM115 - closed by who started this process
 
     def write(self, text: str) -> int:
         """Write what can be written, and return the length of all."""

@@ -42,7 +42,7 @@ def _end(number: int, frame: object) -> None:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
     if sys.path[0] == str(ROOT / "engine"):  # a script's own folder comes first: its modules would hide the user's

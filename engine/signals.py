@@ -1,4 +1,4 @@
-"""Signals: stop at the next boundary with a checkpoint (SIGTERM, SIGINT), or save one and continue (SIGUSR1)."""
+"""Signals: stop at the next boundary with a checkpoint (SIGTERM, SIGINT, SIGHUP), or save one and continue (SIGUSR1)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Interrupted(Exception):  # noqa: N818 - nothing is wrong
     """Ends a window between two micro-batches after a signal."""
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (*STOPPING, signal.SIGUSR1)
 
 
 @contextmanager
@@ -66,13 +67,13 @@ def _end_children(seconds: float = 1.0) -> None:
 class Command:
     """The signals of a whole command, which ends with the status of its run whenever they come.
 
-    `begin` is for its first line: until a run heeds signals, SIGTERM and SIGINT end the process at once with
-    EXIT_STATUS, since nothing can be lost yet. Later than that run, they are only noted; after `end`, ignored.
+    `begin` is for its first line: until a run heeds signals, one that stops a run ends the process at once
+    with EXIT_STATUS, since nothing can be lost yet. Later than that run, they are only noted; after `end`, ignored.
     """
 
     def __init__(self) -> None:
         self.stop_requested = False
-        """Whether SIGTERM or SIGINT has come."""
+        """Whether a signal that stops a run has come."""
         self.is_active = False
         self._pipe: tuple[int, int] | None = None
 
@@ -114,7 +115,7 @@ COMMAND = Command()
 
 def _exit_when_told(reader: int) -> None:
     while number := os.read(reader, 1):
-        if number[0] in (signal.SIGTERM, signal.SIGINT):
+        if number[0] in STOPPING:
             leave_status(EXIT_STATUS)
             os._exit(EXIT_STATUS)
     os.close(reader)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.report.reading import VALIDATION, Column, Run
+from engine.report.reading import VALIDATION, Column, Run, number
 
 Facts = dict[str, str]
 """A table's rows: a name, and an amount."""
@@ -168,7 +168,7 @@ def _short(value: float) -> str | None:
 
 
 def _whole(value: Any) -> str:
-    return f"{value:,.0f}" if isinstance(value, int | float) else "?"
+    return f"{plotted:,.0f}" if np.isfinite(plotted := number(value)) else "?"
 
 
 def _thousands(value: Any) -> Any:
