@@ -1,4 +1,4 @@
-"""Signals: stop at the next boundary with a checkpoint (SIGTERM, SIGINT, SIGHUP), or save one and continue (SIGUSR1)."""
+"""Signals: stop at the next boundary with a checkpoint (SIGTERM, SIGINT, SIGHUP), or save and continue (SIGUSR1)."""
 
 from __future__ import annotations
 

@@ -59,7 +59,10 @@ class RunFolder:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; if the disk is full, keep it for the next time."""
-        self._unwritten += _line(record)
+        try:
+            self._unwritten += orjson.dumps(record) + b"\n"  # a number that is not finite becomes null
+        except TypeError:
+            self._unwritten += _line(record)
         try:
             if self._metrics is None:
                 self._metrics = (self.path / "metrics.jsonl").open("ab", buffering=0)  # a killed run keeps every line
@@ -151,11 +154,8 @@ def _is_before(line: str, update: int, validated_update: int) -> bool:
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
-    """Return a line of JSON: a number that is not finite is null."""
-    try:
-        return orjson.dumps(record) + b"\n"
-    except TypeError:  # text that is no UTF-8, a number of more than 64 bits, an object
-        return orjson.dumps(_plain(record)) + b"\n"
+    """Return a line of JSON; orjson refuses text that is no UTF-8, numbers of more than 64 bits, and objects."""
+    return orjson.dumps(_plain(record)) + b"\n"
 
 
 def _plain(value: Any) -> Any:

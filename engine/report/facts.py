@@ -71,7 +71,7 @@ def time_split(run: Run) -> dict[str, float]:
     sizes, rates = run.updates.get("effective_batch"), run.updates.get("samples_per_second")
     if sizes is None or rates is None:
         return {}
-    is_timed = (rates > 0) & np.isfinite(sizes)
+    is_timed = (rates > 1e-9) & (sizes < 1e12)
     kept: list[dict[str, Any]] = []
     for event in run.events:
         if event.get("event") in ("start", "resume"):
