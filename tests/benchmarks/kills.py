@@ -1,4 +1,4 @@
-"""Kills and signals at random moments: how each start of a run ended, and whether the run is to the bit the one left alone.
+"""Kills and signals at random moments: how each start ended, and whether the run equals the one left alone to the bit.
 
     python tests/benchmarks/kills.py [--kills 100] [--signals 60] [--seed 0] [--seconds 3600]
 
@@ -226,10 +226,10 @@ def main() -> int:
             where = "torchrun" if is_torchrun else "forks"
             told[name, moment, where, " ".join(map(str, sorted(set(statuses)))) or "-"] += 1
             case = f"{name}, {moment}, {where}, run {run.name}: statuses {statuses}"
-            if not set(statuses) <= allowed or (number != signal.SIGKILL and LOST in statuses and moment != "starting"):
-                faults.append(
-                    f"{case}: not documented for this. {Path(f'{run}.log').read_text()[-600:] if Path(f'{run}.log').exists() else ''}"
-                )
+            is_odd = number != signal.SIGKILL and LOST in statuses and moment != "starting"
+            if is_odd or not set(statuses) <= allowed:
+                log = Path(f"{run}.log")
+                faults.append(f"{case}: not documented for this. {log.read_text()[-600:] if log.exists() else ''}")
             if left:
                 faults.append(f"{case}: {left} processes left")
             if statuses and set(statuses) == {SAVED} and (run / "checkpoints" / "latest").exists():
