@@ -590,10 +590,10 @@ FAULTS = [
     ),
     Fault(
         "give signals back before all is closed",
-        "Signals.__exit__",
-        "signal.signal(number, handler)",
-        "signal.signal(number, signal.SIG_DFL)",
-        "tests/test_exit.py -k any_moment",
+        "Trainer.fit",
+        "self.strategy.teardown()",
+        "signals.close(), self.strategy.teardown()",
+        "tests/test_interrupts.py -k closes",
     ),
     Fault(
         "heed signals in Python alone",
