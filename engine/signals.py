@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -90,7 +91,12 @@ class Command:
         threading.Thread(target=_exit_when_told, args=(reader,), name="tally-signals", daemon=True).start()
 
     def hand_over(self) -> None:
-        """Only note signals from now on."""
+        """Only note signals from now on: a run begins."""
+        self._stop_watching()
+        if self.is_active:
+            leave_status(None)
+
+    def _stop_watching(self) -> None:
         if self._pipe is not None:
             signal.set_wakeup_fd(-1)
             os.close(self._pipe[1])
@@ -99,9 +105,9 @@ class Command:
     def end(self) -> None:
         """Ignore signals from now on: Python gives handlers up some time before the process ends."""
         if self.is_active:
-            self.hand_over()
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
+            self._stop_watching()
             self.is_active = False
 
     def note(self, number: int, frame: FrameType | None) -> None:
@@ -121,11 +127,11 @@ def _exit_when_told(reader: int) -> None:
     os.close(reader)
 
 
-def leave_status(status: int) -> None:
-    """Leave the command's status for launch/start.py, which may be told to stop by a signal of its own."""
+def leave_status(status: int | None) -> None:
+    """Leave the command's status, None while there is none, for launch/start.py: a signal may stop that one, too."""
     if path := os.environ.get("TALLY_STATUS"):
-        with suppress(OSError), open(path, "w") as file:
-            file.write(str(status))
+        with suppress(OSError):
+            Path(path).unlink(missing_ok=True) if status is None else Path(path).write_text(str(status))
 
 
 def _heeded() -> list[signal.Signals]:

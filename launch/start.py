@@ -21,12 +21,16 @@ def _leave(number: int, frame: FrameType | None) -> None:
     os._exit(SAVED)
 
 
+def _ignore() -> None:
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _stop(signum: int, frame: FrameType | None) -> None:
     """Stop once: a second signal would break off the wait for processes that save."""
     from torch.distributed.elastic.multiprocessing import SignalException
 
-    for number in ENDING:
-        signal.signal(number, signal.SIG_IGN)
+    _ignore()
     raise SignalException(f"launch.start got signal {signum}", signal.Signals(signum))
 
 
@@ -45,19 +49,21 @@ def main() -> int:
     logging.disable(logging.ERROR)  # torchrun's report of other failures says the same, and more
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder, "status")
+        kept.write_text(str(SAVED))  # a run that begins to train removes it, and leaves its own status at its end
         os.environ["TALLY_STATUS"] = str(kept)
         try:
-            torchrun()
-        except ChildFailedError as error:
-            status = error.get_first_failure()[1].exitcode
-            if status == -signal.SIGKILL:
-                return LOST
-            if status not in SAID:
-                raise
-            return status
+            try:
+                torchrun()
+                status = 0
+            except ChildFailedError as error:
+                status = error.get_first_failure()[1].exitcode
+                status = LOST if status == -signal.SIGKILL else status
+                if status not in SAID:
+                    raise
+            _ignore()
         except SignalException as error:  # torchrun itself was told to stop, and has waited for its processes
-            return int(kept.read_text()) if kept.exists() else 128 + error.sigval
-    return 0
+            status = int(kept.read_text()) if kept.exists() else 128 + error.sigval
+    return status
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from processes import ChildError, run
 from reference import Regression
 from torch import nn
 
+import engine.cli.main
 from engine import Callback, Trainer
 from engine.callbacks import Progress
 from engine.cli.main import main
@@ -100,6 +101,7 @@ def command(folder: Path, *words: str, task: str = "Told", P: int = 1) -> tuple[
                 error = os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(error, 2)
                 sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - pytest has put another in its place
+                engine.cli.main.PATIENCE = 1.0
                 status = main([f"--task=test_exit.{task}", *settings, "--trainer.progress=false", *words])
                 os.kill(os.getpid(), signal.SIGTERM)
             except BaseException:

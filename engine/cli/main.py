@@ -33,6 +33,8 @@ from engine.trainer import Trainer
 from strategies.environment import as_if_started, started_processes, started_rank
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 10.0
+"""Seconds that a process leaves to another one whose error says more, or the same."""
 DEFAULT = ROOT / "launch" / "recipes" / "digits" / "digits.toml"
 
 
@@ -221,7 +223,7 @@ def _refuse(error: BaseException) -> int:
     if rank == 0:
         print(line, file=sys.stderr, flush=True)
     if processes > 1 and (rank != 0 or has_lost_another):
-        end = time.monotonic() + (10 if has_lost_another else 5)
+        end = time.monotonic() + PATIENCE * (1.5 if has_lost_another else 1)
         while time.monotonic() < end and not COMMAND.stop_requested:
             time.sleep(0.05)
     if rank != 0 and not COMMAND.stop_requested:

@@ -83,6 +83,7 @@ class Forks:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         place = {"WORLD_SIZE": P, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        self._log = Path(f"{run}.log")
         self.workers, self.statuses = [], dict[int, int]()
         for rank in range(P):
             if (pid := os.fork()) == 0:
@@ -92,7 +93,7 @@ class Forks:
     def _become(self, run: Path, place: dict[str, str]) -> None:
         os.setpgid(0, 0)
         os.environ.update(place, LOCAL_RANK=place["RANK"])
-        output = os.open(f"{run}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        output = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for number in (1, 2):
             os.dup2(output, number)
         status = 1
@@ -103,6 +104,9 @@ class Forks:
         multiprocessing.util._exit_function()  # as an interpreter does that ends; the rest is the parent's
         sys.stderr.flush()
         os._exit(status)
+
+    def output(self) -> str:
+        return self._log.read_text(errors="replace")
 
     def ended(self) -> bool:
         """Whether all have ended."""
@@ -155,6 +159,9 @@ class Torchrun:
     def agent(self) -> int:
         return self._started.process.pid
 
+    def output(self) -> str:
+        return self._started.output
+
     def ended(self) -> bool:
         return self._started.process.poll() is not None
 
@@ -175,13 +182,24 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [{name: v for name, v in json.loads(line).items() if name != "samples_per_second"} for line in lines]
 
 
+def events(run: Path) -> list[str]:
+    path = run / "events.jsonl"
+    return [json.loads(line)["event"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def begun(run: Path) -> int:
+    """How often the run has started to train."""
+    return sum(event in ("start", "resume") for event in events(run))
+
+
 def disturb(start: Forks | Torchrun, run: Path, number: int, moment: str, draw: random.Random) -> list[int]:
     """Send the signal at a random point of a moment; return whom it was sent to."""
-    first = len(records(run))
+    starts = begun(run)
     if moment == "starting":
         time.sleep(draw.uniform(0, 0.5 if isinstance(start, Forks) else 6))
     else:
-        goal = UPDATES if moment == "end" else draw.randint(min(first + 1, UPDATES), UPDATES)
+        until(lambda: start.ended() or begun(run) > starts, 90, "a start")
+        goal = UPDATES if moment == "end" else draw.randint(min(len(records(run)) + 1, UPDATES), UPDATES)
         until(lambda: start.ended() or len(records(run)) >= goal, 90, f"update {goal}")
         time.sleep(draw.uniform(0, 0.3 if moment == "end" else 0.02))
     workers = start.workers
@@ -205,8 +223,7 @@ def main() -> int:
     numbers = [signal.SIGKILL] * given.kills
     numbers += [(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[n % 3] for n in range(given.signals)]
     plan = [
-        (number, MOMENTS[n % 3], n % 8 == 0 if number == signal.SIGKILL else n % 2 == 0)
-        for n, number in enumerate(numbers)
+        (number, draw.choice(MOMENTS), draw.random() < (0.1 if number == signal.SIGKILL else 0.5)) for number in numbers
     ]
     draw.shuffle(plan)
     told: Counter[tuple[str, str, str, str]] = Counter()
@@ -228,13 +245,12 @@ def main() -> int:
             case = f"{name}, {moment}, {where}, run {run.name}: statuses {statuses}"
             is_odd = number != signal.SIGKILL and LOST in statuses and moment != "starting"
             if is_odd or not set(statuses) <= allowed:
-                log = Path(f"{run}.log")
-                faults.append(f"{case}: not documented for this. {log.read_text()[-600:] if log.exists() else ''}")
+                faults.append(f"{case}: not documented for this. {start.output()[-900:]}")
             if left:
                 faults.append(f"{case}: {left} processes left")
-            if statuses and set(statuses) == {SAVED} and (run / "checkpoints" / "latest").exists():
+            if SAVED in statuses and moment != "starting" and number != signal.SIGKILL:
                 saved = int((run / "checkpoints" / "latest").read_text().split("-")[1])
-                if saved != len(records(run)) and moment != "starting":
+                if saved != len(records(run)) or events(run)[-1] != "interrupt":
                     faults.append(f"{case}: {len(records(run))} updates on record, {saved} saved")
             if (run / "summary.json").exists():
                 runs += 1
