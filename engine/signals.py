@@ -96,6 +96,14 @@ class Command:
         if self.is_active:
             leave_status(None)
 
+    def let_go(self) -> None:
+        """Let signals end the process: a run without a folder saves nothing."""
+        if self.is_active:
+            self.hand_over()
+            for number in STOPPING:
+                if signal.getsignal(number) == self.note:
+                    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
     def _stop_watching(self) -> None:
         if self._pipe is not None:
             signal.set_wakeup_fd(-1)

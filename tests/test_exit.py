@@ -142,6 +142,11 @@ def test_a_signal_at_any_moment_ends_as_documented(number: int, moment: str, tmp
     assert command(tmp_path)[0] == [0]
 
 
+def test_a_run_without_a_folder_does_not_claim_to_be_saved(tmp_path: Path) -> None:
+    words = ["--task.number=15", "--task.moment=built", "--trainer.run_dir=null"]
+    assert command(tmp_path, *words)[0] == [-signal.SIGTERM]
+
+
 def test_a_signal_to_one_of_two_that_start_stops_both_saved(tmp_path: Path) -> None:
     words = ["--task.number=15", "--task.moment=built", "--task.rank=1", "--trainer.callbacks=test_exit.Teller"]
     assert command(tmp_path, *words, P=2)[0] == [75, 75]

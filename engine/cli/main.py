@@ -82,6 +82,8 @@ def _run(arguments: Sequence[str]) -> int:
     _forget_earlier_start()
     trainer, task = _make(parser, config)
     trainer.callbacks.append(_KeepCommand(parser.dump(config)))
+    if trainer.settings.run_dir is None:
+        COMMAND.let_go()
     trainer.fit(task)
     return EXIT_STATUS if trainer.interrupted_by else 0
 
