@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from safetensors import SafetensorError
+
 from strategies.errors import UserError as UserError
 from strategies.errors import check_count as check_count
 
@@ -12,6 +17,10 @@ class CheckpointError(UserError):
 
 class RunDirTakenError(UserError, FileExistsError):
     """A `run_dir` that holds something else, or that another process is writing."""
+
+
+class StorageError(OSError):
+    """The run's own files could not be written: a disk that is full or gone. The message names them and the reason."""
 
 
 class ProcessFailureError(RuntimeError):
@@ -26,5 +35,30 @@ class NonFiniteError(RuntimeError):
     """Too many updates in a row were not finite; the message names the last good checkpoint."""
 
 
-REPORTED = (UserError, NonFiniteError, ProcessFailureError)
-"""Errors whose message says everything: the command line prints it without a traceback."""
+STATUSES: dict[type[Exception], int] = {UserError: 2, NonFiniteError: 70, StorageError: 74, ProcessFailureError: 76}
+"""Exit statuses of errors whose message says everything: the command line prints it without a traceback.
+
+The numbers are those of sysexits.h for software, input and output, and the other side of a protocol.
+"""
+
+
+@contextmanager
+def writing(what: object) -> Iterator[None]:
+    """Raise StorageError, naming `what`, for an OSError or what safetensors raises for one."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, (StorageError, UserError)):
+            raise
+        raise StorageError(
+            f"{what} could not be written: {error}. Mend or free the disk, then start the same command again."
+        ) from error
+
+
+def describe(error: BaseException) -> str:
+    """Return the class and the text of `error` as UTF-8 can hold it; some errors cannot even tell their text."""
+    try:
+        text = str(error)
+    except Exception as another:
+        text = f"its text raises {type(another).__name__}"
+    return f"{type(error).__name__}: {text}".encode(errors="backslashreplace").decode()

@@ -4,6 +4,7 @@ Installed it is `tally [...]` or, for torchrun, `-m engine.run [...]`.
 """
 
 import os
+import signal
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -34,15 +35,26 @@ def _refuse_if_mixed(error: ImportError) -> None:
         )
 
 
+def _end(number: int, frame: object) -> None:
+    """End at once where nothing can be lost yet: while modules are imported. See engine.signals.Command."""
+    if number != signal.SIGUSR1:
+        os._exit(75)
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
     if sys.path[0] == str(ROOT / "engine"):  # a script's own folder comes first: its modules would hide the user's
         del sys.path[0]
     sys.path[:0] = [str(ROOT), os.getcwd()]
     try:
         _refuse_if_hidden()
         from engine.cli.main import main
+        from engine.output import Output
     except ImportError as error:
         _refuse_if_mixed(error)
         raise
 
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     sys.exit(main())

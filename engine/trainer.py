@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from engine.callbacks.progress import Progress
 from engine.checkpoint.checkpointer import Checkpointer
 from engine.checkpoint.snapshot import restore
 from engine.data.checks import check_windows
-from engine.errors import ProcessFailureError, UserError
+from engine.errors import ProcessFailureError, UserError, describe, writing
 from engine.loggers.base import Start, opened
 from engine.loggers.names import make_loggers
 from engine.plan.schedule import Schedule, make_schedule
@@ -92,10 +92,12 @@ class Trainer:
         """
         self.state, self._control, self._signals = RunState(), Control(), Signals()
         is_interruptible = self.settings.run_dir is not None
-        with numerics(self.settings.deterministic, self.settings.tf32):
+        with numerics(self.settings.deterministic, self.settings.tf32), ExitStack() as signals:
             try:
                 self.strategy.setup()
-                with self._signals if is_interruptible else nullcontext(), Heartbeat(self.strategy, self._progress):
+                if is_interruptible:
+                    signals.enter_context(self._signals)  # until all is closed
+                with Heartbeat(self.strategy, self._progress):
                     self._build(task).run()
                     self._finish()
             except BaseException as error:
@@ -104,7 +106,8 @@ class Trainer:
             finally:
                 self._updater = self._checkpointer = None  # hooks and workers end with the run
                 self.strategy.teardown()
-                self._recorder.close()
+                with writing(self._files):
+                    self._recorder.close()
 
     def _build(self, task: Task) -> Session:
         """Build the run, resume it if there is a checkpoint, and open its outputs."""
@@ -171,8 +174,9 @@ class Trainer:
             parts = self.strategy.state_dict() if self.strategy.rank == 0 or not self.strategy.holds_all else {}
             if self.run_folder is not None:
                 summary = summarize(self.state, self.strategy, self.reduction_cost)
-                self.run_folder.write("summary.json", {**summary, **self._checkpointer.costs})
-                self.run_folder.save_weights(parts["model"])
+                with writing(self._files):
+                    self.run_folder.write("summary.json", {**summary, **self._checkpointer.costs})
+                    self.run_folder.save_weights(parts["model"])
             self._checkpointer.log_event("end")
         call(self, "on_fit_end")
 
@@ -184,12 +188,12 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_exception(self, error)
         if self._checkpointer is not None:
-            self._checkpointer.log_event("fail", reason=f"{type(error).__name__}: {error}")
+            self._checkpointer.log_event("fail", reason=describe(error))
         if self.strategy.processes == 1 or isinstance(error, ProcessFailureError):
             return
         if isinstance(error, Exception) and self.strategy.has_lost_contact(error):
             raise lost_contact(self.strategy, f"in update {self.update}", error) from error
-        self.strategy.post(FAILURE_TOPIC, f"{type(error).__name__}: {error}")
+        self.strategy.post(FAILURE_TOPIC, describe(error))
 
     def validate(self, task: Task) -> dict[str, float]:
         """Return the means of `task.evaluate` over its validation data: of the model just trained, else of a new one.
@@ -307,6 +311,10 @@ class Trainer:
         }
         stated["scheduling"], stated["scheduling_unit"] = self.scheduling.by_start, self.scheduling.unit
         return stated
+
+    @property
+    def _files(self) -> str:
+        return f"run_dir={self.settings.run_dir!r}"
 
     def _progress(self) -> tuple[int, int]:
         return self.update, self._updater.losses.micro_batches if self._updater is not None else 0

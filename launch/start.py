@@ -1,31 +1,70 @@
-"""torchrun, but quiet where a process has already said what is wrong (2) or that it was interrupted and saved (75)."""
+"""torchrun, but with the exit status of the run, and quiet where a process has already said in a line what is wrong."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
+from types import FrameType
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main
+SAVED, LOST = 75, 76
+SAID = (2, 70, 74, SAVED, LOST)
+"""Exit statuses of engine/run.py after which nothing more is to be said."""
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
-REFUSED, SAVED = 2, 75
-"""Exit statuses of engine/run.py."""
 
-if __name__ == "__main__":
+def _leave(number: int, frame: FrameType | None) -> None:
+    """End before there are processes: nothing can be lost yet."""
+    os._exit(SAVED)
+
+
+def _ignore() -> None:
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """Stop once: a second signal would break off the wait for processes that save."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    _ignore()
+    raise SignalException(f"launch.start got signal {signum}", signal.Signals(signum))
+
+
+def main() -> int:
+    """Be torchrun, and return the status of the run."""
+    for number in ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _leave)  # until torchrun has its own
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the processes of the run heed it all the same
+
+    from torch.distributed.elastic.multiprocessing import SignalException, api
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    api._terminate_process_handler = _stop
     logging.disable(logging.ERROR)  # torchrun's report of other failures says the same, and more
     with tempfile.TemporaryDirectory() as folder:
-        saved = Path(folder, "saved")
-        os.environ["TALLY_SAVED"] = str(saved)
+        kept = Path(folder, "status")
+        kept.write_text(str(SAVED))  # a run that begins to train removes it, and leaves its own status at its end
+        os.environ["TALLY_STATUS"] = str(kept)
         try:
-            main()
-        except ChildFailedError as error:
-            status = error.get_first_failure()[1].exitcode
-            if status not in (REFUSED, SAVED):
-                raise
-            sys.exit(status)
+            try:
+                torchrun()
+                status = 0
+            except ChildFailedError as error:
+                status = error.get_first_failure()[1].exitcode
+                status = LOST if status == -signal.SIGKILL else status
+                if status not in SAID:
+                    raise
+            _ignore()
         except SignalException as error:  # torchrun itself was told to stop, and has waited for its processes
-            sys.exit(SAVED if saved.exists() else 128 + error.sigval)
+            status = int(kept.read_text()) if kept.exists() else 128 + error.sigval
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,27 +11,47 @@ from typing import Any
 
 import torch.distributed as dist
 
+from strategies.errors import UserError
+
 _groups = itertools.count()
 _boards = itertools.count()
 
 
 def started_processes() -> int:
-    """Return the size of the process group, else the number of processes that torchrun started, else 1."""
-    if dist.is_initialized():
-        return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return the size of the process group, else the number of processes that torchrun started, else 1.
+
+    Raises UserError, as the next two do, for variables that are no numbers or contradict one another.
+    """
+    return dist.get_world_size() if dist.is_initialized() else _number("WORLD_SIZE", 1, least=1)
 
 
 def started_rank() -> int:
     """Return the rank of this process."""
     if dist.is_initialized():
         return dist.get_rank()
-    return int(os.environ.get("RANK", "0"))
+    if "RANK" not in os.environ and started_processes() > 1:
+        raise UserError(f"RANK is missing: expected it beside WORLD_SIZE={started_processes()}. {_WAY_OUT}")
+    return _number("RANK", 0, below=started_processes())
 
 
 def started_local_rank() -> int:
     """Return the rank of this process on its host; without LOCAL_RANK, its rank."""
-    return int(os.environ.get("LOCAL_RANK", started_rank()))
+    return _number("LOCAL_RANK", started_rank(), below=started_processes())
+
+
+_WAY_OUT = "Start several processes by torchrun, which sets all of these, or unset them for one process."
+
+
+def _number(name: str, otherwise: int, least: int = 0, below: int | None = None) -> int:
+    """Return the whole number in an environment variable."""
+    text = os.environ.get(name)
+    if text is None:
+        return otherwise
+    value = int(text) if text.isdecimal() and len(text) < 10 else -1
+    if value < least or (below is not None and value >= below):
+        limit = "" if below is None else f" and below WORLD_SIZE={below}"
+        raise UserError(f"{name}={text!r}: expected a whole number of at least {least}{limit}. {_WAY_OUT}")
+    return value
 
 
 @contextmanager
@@ -61,6 +81,10 @@ def rendezvous(timeout: timedelta) -> Any:
     name = f"tally/{restart}/{next(_groups)}"
     if started_processes() == 1:
         return dist.PrefixStore(name, dist.HashStore())  # type: ignore[attr-defined]
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise UserError(f"{missing[0]} is missing: expected it beside WORLD_SIZE={started_processes()}. {_WAY_OUT}")
+    if not 0 < _number("MASTER_PORT", 0) < 65536:
+        raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']!r}: expected a port from 1 to 65535. {_WAY_OUT}")
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
     return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
 

@@ -18,6 +18,7 @@ from test_resume import Counting, Full, check_samples, fit, history, same
 from torch import nn
 
 from engine import Callback, Trainer
+from engine.loggers.base import Logger
 from strategies import DDPStrategy
 
 
@@ -161,6 +162,27 @@ def test_without_a_folder_signals_are_the_user_s() -> None:
     finally:
         signal.signal(signal.SIGTERM, original)
     assert len(seen) == run_.update == 4
+
+
+class TellsLate(Logger):
+    """Is told to stop when the run closes its loggers."""
+
+    def log(self, record: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_while_a_run_closes_is_the_run_s(tmp_path: Path) -> None:
+    seen = []
+    original = signal.signal(signal.SIGTERM, mine := lambda *_: seen.append(1))
+    try:
+        trainer(tmp_path / "run", loggers=TellsLate()).fit(Regression(16))
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, original)
+    assert not seen
 
 
 def test_sigusr1_saves_and_goes_on(tmp_path: Path) -> None:

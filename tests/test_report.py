@@ -179,6 +179,16 @@ def test_numbers_that_no_plot_can_show_are_gaps(tmp_path: Path) -> None:
     assert "NaN" not in page([told]).partition('id="data">')[2].partition("</script>")[0]
 
 
+@pytest.mark.parametrize("odd", [10**400, 1e308, float("nan"), float("-inf"), "caf\udce9", [10**400]])
+def test_odd_numbers_and_texts_anywhere_make_a_page(tmp_path: Path, odd: Any) -> None:
+    names = ("undone", "processes", "strategy", "took", "seconds", "spent", "reason", "time")
+    events = [{"event": kind, "update": 1, **dict.fromkeys(names, odd)} for kind in ("start", "save", "fail")]
+    records = [record(1), {**record(2), "effective_batch": odd, "samples_per_second": 5e-324}]
+    folder = write(tmp_path / "run", records, events, micro_batch_size=odd)
+    assert main([str(folder)]) == 0
+    assert "</html>" in (folder / "report.html").read_text()
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", None], ids=["empty", "half", "a list", "missing"])
 def test_a_run_without_a_configuration_or_an_update(tmp_path: Path, content: str | None) -> None:
     folder = write(tmp_path / "run", [])

@@ -9,7 +9,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO, cast
 
 import torch
 from rich.console import Console, Group
@@ -21,6 +21,7 @@ from rich.text import Text
 from engine.callbacks.banner import banner
 from engine.callbacks.base import Callback
 from engine.callbacks.pace import Pace
+from engine.output import Output
 
 if TYPE_CHECKING:
     from engine.trainer import Trainer
@@ -42,8 +43,8 @@ class Progress(Callback):
         self._due, self._live = math.inf, None
         if trainer.strategy.rank != 0:
             return
-        print(banner(trainer), flush=True)
-        self._console = Console(file=sys.stdout, highlight=False, markup=False)
+        _say(banner(trainer))
+        self._console = Console(file=cast(TextIO, Output(sys.stdout)), highlight=False, markup=False)
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()
@@ -61,7 +62,7 @@ class Progress(Callback):
         else:
             left = self._pace.left(trainer)
             here = [f"epoch {trainer.epoch}", f"update {_position(trainer)}", *_details(trainer, self._pace)]
-            print("  ".join([*here, *([f"{left} left"] if left is not None else [])]), flush=True)
+            _say("  ".join([*here, *([f"{left} left"] if left is not None else [])]))
 
     @contextmanager
     def around_validation(self, trainer: Trainer) -> Iterator[None]:
@@ -79,7 +80,7 @@ class Progress(Callback):
         if self._live is not None:
             self._console.print(line)
         else:
-            print(line, flush=True)
+            _say(line)
         self._restart(trainer)
 
     def on_fit_end(self, trainer: Trainer) -> None:
@@ -87,10 +88,10 @@ class Progress(Callback):
             self._close()
             skipped = f", {trainer.skipped} of them skipped" if trainer.skipped else ""
             where = f": {trainer.run_folder.path}" if trainer.run_folder is not None else ""
-            print(f"done: {trainer.update} updates{skipped}, {trainer.samples} samples{where}", flush=True)
+            _say(f"done: {trainer.update} updates{skipped}, {trainer.samples} samples{where}")
             if trainer.sees_reduction:
                 unknown = "the cost of the reduction is unknown: measuring it takes full windows of K >= 2"
-                print(trainer.reduction_cost or unknown, flush=True)
+                _say(str(trainer.reduction_cost or unknown))
 
     def on_interruption(self, trainer: Trainer) -> None:
         self._close()
@@ -107,6 +108,10 @@ class Progress(Callback):
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+
+def _say(text: str) -> None:
+    print(text, file=Output(sys.stdout), flush=True)
 
 
 def _picture(trainer: Trainer, pace: Pace, width: int) -> Group:

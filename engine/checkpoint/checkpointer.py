@@ -15,7 +15,7 @@ from engine.checkpoint.files import FORMAT
 from engine.checkpoint.find import Checkpoint, find_checkpoint
 from engine.checkpoint.snapshot import RunParts, check_snapshot, snapshot
 from engine.checkpoint.writer import CheckpointWriter
-from engine.errors import CheckpointError, UserError
+from engine.errors import CheckpointError, StorageError, UserError, describe, writing
 from engine.records.metric import MetricRule
 from engine.records.run_folder import MARK, RunFolder
 from engine.settings import Settings
@@ -59,7 +59,8 @@ class Checkpointer:
         problem: Exception | None = None
         if self._strategy.rank == 0:
             try:
-                self._open(self._folder, configuration, checkpoint)
+                with writing(f"run_dir={str(self._folder)!r}"):
+                    self._open(self._folder, configuration, checkpoint)
             except OSError as error:
                 problem = error
         self._raise_together(problem)
@@ -211,8 +212,10 @@ class Checkpointer:
         return self._state.epoch, self._state.update
 
     def _raise_together(self, problem: Exception | None) -> None:
-        text = self._strategy.gather(f"{type(problem).__name__}: {problem}" if problem else None)[0]
+        kind = CheckpointError if isinstance(problem, UserError) else StorageError
+        told = self._strategy.gather((kind, describe(problem)) if problem else None)[0]
         if problem is not None:
-            raise problem
-        if text:
-            raise CheckpointError(f"process 0 could not write the run's folder: {text}")
+            with writing(f"the last checkpoint in {self._folder}"):
+                raise problem
+        if told:
+            raise told[0](f"process 0 could not write the run's folder: {told[1]}")

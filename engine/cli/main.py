@@ -23,58 +23,69 @@ from engine.callbacks import Callback
 from engine.cli.help import print_help
 from engine.cli.modes import OneWindow, options, split
 from engine.cli.parser_errors import plain
-from engine.errors import REPORTED, UserError
+from engine.errors import STATUSES, ProcessFailureError, UserError, describe, writing
 from engine.preview.preview import preview
 from engine.preview.table import print_plan
 from engine.settings import OPTIONS, Settings
-from engine.signals import EXIT_STATUS
+from engine.signals import COMMAND, EXIT_STATUS, leave_status
 from engine.task import Task
 from engine.trainer import Trainer
 from strategies.environment import as_if_started, started_processes, started_rank
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 10.0
+"""Seconds that a process leaves to another one whose error says more, or the same."""
 DEFAULT = ROOT / "launch" / "recipes" / "digits" / "digits.toml"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train what the options say, or plan or check it, and return the exit status.
 
-    0: the run has ended. 2: invalid options, or a task that cannot be trained. 75: the run was interrupted and has
-    saved itself, and resumes when it is started again.
+    0: the run has ended. 75: the run was interrupted and has saved itself, and resumes when it is started again.
+    Others are those of `STATUSES`, after one line that says why.
     """
+    COMMAND.begin()
     try:
-        with (
-            nullcontext() if started_rank() == 0 else redirect_stdout(io.StringIO())
-        ):  # --help, --print_config and --plan speak once
-            modes, rest = split(sys.argv[1:] if arguments is None else arguments)
-            if modes.help:
-                print_help(make_parser())
-                return 0
-            parser, config = parse(rest)
-            if modes.plan and started_rank() != 0:
-                return 0
-            if modes.plan:
-                _plan(parser, config, getattr(modes, "plan.processes"))
-                return 0
-        if modes.check:
-            _check(parser, config)
-            return 0
-        _forget_earlier_start()
-        trainer, task = _make(parser, config)
-        trainer.callbacks.append(_KeepCommand(parser.dump(config)))
-        trainer.fit(task)
-        if not trainer.interrupted_by:
-            return 0
-        if "TALLY_SAVED" in os.environ:  # launch/start.py asks
-            Path(os.environ["TALLY_SAVED"]).touch()
-        return EXIT_STATUS
+        status = _run(sys.argv[1:] if arguments is None else arguments)
+        leave_status(status)
+        return status
     except ArgumentError as error:
         actions = [*make_parser()._actions, *options()._actions]
-        return _refuse(plain(str(error), [name for action in actions for name in action.option_strings]))
+        text = plain(str(error), [name for action in actions for name in action.option_strings])
+        return _refuse(UserError(text))
     except Exception as error:
         if (reported := _reported(error)) is None:
             raise
-        return _refuse(" ".join(str(reported).split()))
+        return _refuse(reported)
+    finally:
+        COMMAND.end()
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Do what `main` says; return 0 or EXIT_STATUS."""
+    with (
+        nullcontext() if started_rank() == 0 else redirect_stdout(io.StringIO())
+    ):  # --help, --print_config and --plan speak once
+        modes, rest = split(arguments)
+        if modes.help:
+            print_help(make_parser())
+            return 0
+        parser, config = parse(rest)
+        if modes.plan and started_rank() != 0:
+            return 0
+        if modes.plan:
+            _plan(parser, config, getattr(modes, "plan.processes"))
+            return 0
+    if modes.check:
+        _check(parser, config)
+        return 0
+    _forget_earlier_start()
+    trainer, task = _make(parser, config)
+    trainer.callbacks.append(_KeepCommand(parser.dump(config)))
+    if trainer.settings.run_dir is None:
+        COMMAND.let_go()
+    trainer.fit(task)
+    return EXIT_STATUS if trainer.interrupted_by else 0
 
 
 def parse(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
@@ -174,13 +185,14 @@ class _KeepCommand(Callback):
         if trainer.run_folder is None:
             return
         folder = trainer.run_folder.path
-        (folder / "config.yaml").write_text(self._config)
-        if folder.parent.name == "runs":
-            for link in (folder.parent / "latest", folder.parent / _link_of_this_start().name):
-                new = folder.parent / f".latest-{folder.name}"
-                new.unlink(missing_ok=True)
-                new.symlink_to(folder.name)
-                new.replace(link)
+        with writing(f"run_dir={str(folder)!r}"):
+            (folder / "config.yaml").write_text(self._config)
+            if folder.parent.name == "runs":
+                for link in (folder.parent / "latest", folder.parent / _link_of_this_start().name):
+                    new = folder.parent / f".latest-{folder.name}"
+                    new.unlink(missing_ok=True)
+                    new.symlink_to(folder.name)
+                    new.replace(link)
 
 
 def _load(text: str) -> Any:
@@ -197,14 +209,33 @@ def _load(text: str) -> Any:
 
 def _reported(error: Exception) -> BaseException | None:
     """Return the error that our own code raised for the user to mend; the option parser may have wrapped it."""
-    if isinstance(error, REPORTED):
-        return error
-    return error.__cause__ if isinstance(error.__cause__, REPORTED) else None
+    return next((one for one in (error, error.__cause__) if isinstance(one, tuple(STATUSES))), None)
 
 
-def _refuse(message: str) -> int:
-    """Print what is wrong, once: process 0 does, and another one if it is still there after a while."""
-    if started_rank() != 0:
-        time.sleep(10)  # torchrun ends all processes when the first of them has failed
-    print(f"engine/run.py: {message}", file=sys.stderr, flush=True)
-    return 2
+def _refuse(error: BaseException) -> int:
+    """Print what is wrong, once, and return its status: process 0 does, and another one if it is still there later.
+
+    torchrun ends all processes, with the status of the first that failed: one that has only lost another lets it be
+    the first.
+    """
+    status = next(status for kind, status in STATUSES.items() if isinstance(error, kind))
+    rank, processes = _place()
+    has_lost_another = isinstance(error, ProcessFailureError)
+    line = f"engine/run.py: {' '.join(describe(error).partition(': ')[2].split())}"
+    if rank == 0:
+        print(line, file=sys.stderr, flush=True)
+    if processes > 1 and (rank != 0 or has_lost_another):
+        end = time.monotonic() + PATIENCE * (1.5 if has_lost_another else 1)
+        while time.monotonic() < end and not COMMAND.stop_requested:
+            time.sleep(0.05)
+    if rank != 0 and not COMMAND.stop_requested:
+        print(line, file=sys.stderr, flush=True)
+    return status
+
+
+def _place() -> tuple[int, int]:
+    """Return the rank and the number of processes; (0, 1) if the environment cannot tell."""
+    try:
+        return started_rank(), started_processes()
+    except UserError:
+        return 0, 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -162,8 +163,9 @@ class Lookahead:
             if position is not None and self._has_state:
                 data.load_state_dict(position["state"])
             self._keep_state()
-            with shielded():
-                self._items = iter(data)
+            with shielded():  # the first read, too: a generator starts its loader's workers in it
+                items = iter(data)
+                self._items: Iterator[Any] = chain(list(islice(items, 1)), items)
             if position is not None and not self._has_state:
                 self._skip(int(position["taken"]))
             if begin is not None:

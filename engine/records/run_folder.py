@@ -59,7 +59,10 @@ class RunFolder:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; if the disk is full, keep it for the next time."""
-        self._unwritten += orjson.dumps(record) + b"\n"  # a number that is not finite becomes null
+        try:
+            self._unwritten += orjson.dumps(record) + b"\n"  # a number that is not finite becomes null
+        except TypeError:
+            self._unwritten += _line(record)
         try:
             if self._metrics is None:
                 self._metrics = (self.path / "metrics.jsonl").open("ab", buffering=0)  # a killed run keeps every line
@@ -76,14 +79,14 @@ class RunFolder:
         """Append one line to events.jsonl, which no resume cuts."""
         try:
             with (self.path / "events.jsonl").open("ab") as events:
-                events.write(orjson.dumps(event) + b"\n")
+                events.write(_line(event))
         except OSError as error:
             log.error("events.jsonl could not be written: %s. Training continues without the line.", error)
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write one JSON file, whole or not at all."""
         part = self.path / f"{name}.part"
-        part.write_text(json.dumps(_finite(content), indent=2, default=str) + "\n")
+        part.write_text(json.dumps(_plain(content), indent=2) + "\n")
         part.replace(self.path / name)
 
     def save_weights(self, state: Mapping[str, Any], name: str = "model.safetensors") -> None:
@@ -150,8 +153,24 @@ def _is_before(line: str, update: int, validated_update: int) -> bool:
         return False
 
 
-def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A number that is not finite becomes null."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
-    }
+def _line(record: Mapping[str, Any]) -> bytes:
+    """Return a line of JSON; orjson refuses text that is no UTF-8, numbers of more than 64 bits, and objects."""
+    return orjson.dumps(_plain(record)) + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` as JSON can hold it: odd text is escaped, a number that no float can be is null."""
+    if isinstance(value, Mapping):
+        return {_plain(str(name)): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int | float):
+        try:
+            number = float(value)
+        except OverflowError:
+            return None
+        is_short = isinstance(value, int) and abs(value) < 2**63
+        return int(value) if is_short else number if math.isfinite(number) else None
+    return str(value).encode(errors="backslashreplace").decode()

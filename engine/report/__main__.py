@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         html = page([read(folder) for folder in options.runs])
         part = output.with_name(f"{output.name}.part")
-        part.write_text(html, encoding="utf-8", errors="replace")
+        part.write_text(html, "utf-8", "backslashreplace")  # a name may hold half a character
         part.replace(output)
     except NotARunError as error:
         parser.error(str(error))

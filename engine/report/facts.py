@@ -79,7 +79,7 @@ def time_split(run: Run) -> dict[str, float]:
     sizes, rates = run.updates.get("effective_batch"), run.updates.get("samples_per_second")
     if sizes is None or rates is None:
         return {}
-    is_timed = (rates > 0) & np.isfinite(sizes)
+    is_timed = (rates > 1e-9) & (sizes < 1e12)
     kept: list[dict[str, Any]] = []
     for event in run.events:
         if event.get("event") in ("start", "resume"):
@@ -183,7 +183,7 @@ def _short(value: float) -> str | None:
 
 
 def _whole(value: Any) -> str:
-    return f"{number(value):,.0f}" if np.isfinite(number(value)) else "?"
+    return f"{plotted:,.0f}" if np.isfinite(plotted := number(value)) else "?"
 
 
 def _thousands(value: Any) -> Any:

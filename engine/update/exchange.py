@@ -6,7 +6,7 @@ import math
 import time
 
 from engine.data.window import Window
-from engine.errors import ProcessFailureError, ReplicaError
+from engine.errors import ProcessFailureError, ReplicaError, describe
 from engine.signals import Interrupted, Signals
 from engine.update.loss_sum import LossSum
 from engine.update.message import CAUSES, Agreed, Message, Requests, agree, check_norms
@@ -101,7 +101,7 @@ class Exchange:
             message = Message(failed=1.0, local_seconds=self._seconds, grad_norm_before=self.grad_norm)
             self._pending = self._strategy.exchange(message)
             self._strategy.join(self._window)
-            self._strategy.gather(f"{type(error).__name__}: {error}")
+            self._strategy.gather(describe(error))
         raise error
 
     def _message(self) -> Message:
