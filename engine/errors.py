@@ -14,6 +14,10 @@ class RunDirTakenError(UserError, FileExistsError):
     """A `run_dir` that holds something else, or that another process is writing."""
 
 
+class RunDirLostError(RuntimeError):
+    """A `run_dir` that was moved, deleted or replaced while the run was writing it."""
+
+
 class ProcessFailureError(RuntimeError):
     """Another process failed; the message names it and gives its error."""
 
@@ -26,5 +30,5 @@ class NonFiniteError(RuntimeError):
     """Too many updates in a row were not finite; the message names the last good checkpoint."""
 
 
-REPORTED = (UserError, NonFiniteError, ProcessFailureError)
+REPORTED = (UserError, NonFiniteError, ProcessFailureError, RunDirLostError)
 """Errors whose message says everything: the command line prints it without a traceback."""

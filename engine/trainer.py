@@ -102,9 +102,12 @@ class Trainer:
                 self._report(error)
                 raise
             finally:
-                self._updater = self._checkpointer = None  # hooks and workers end with the run
+                checkpointer, self._checkpointer = self._checkpointer, None
+                self._updater = None  # hooks and workers end with the run
                 self.strategy.teardown()
                 self._recorder.close()
+                if checkpointer is not None and checkpointer.run_folder is not None:
+                    checkpointer.run_folder.close()
 
     def _build(self, task: Task) -> Session:
         """Build the run, resume it if there is a checkpoint, and open its outputs."""

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from engine.checkpoint import files
+from engine.disk import check_plain
 from engine.errors import CheckpointError
 from engine.plan.schedule import Unit
+from engine.records.run_folder import read_mark
 from engine.state import RunState, shared_fields
 from strategies import Strategy
 
@@ -63,17 +65,17 @@ def _expect(is_so: bool, name: str) -> None:
         raise ValueError(name)
 
 
-def find_checkpoint(resume: str, folder: Path | None, strategy: Strategy) -> Checkpoint | None:
-    """Return the newest whole checkpoint in `folder`, or that of the path `resume`; None if there is none.
+def find_checkpoint(resume: str, run_dir: Path | None, strategy: Strategy) -> Checkpoint | None:
+    """Return the newest whole checkpoint of the run in `run_dir`, or that of the path `resume`; None if there is none.
 
-    A path elsewhere counts only until `folder` has a checkpoint of its own: the same command can be given again.
+    A path elsewhere counts only until `run_dir` has a checkpoint of its own: the same command can be given again.
     Process 0 chooses, and logs those that it passes over. Raises CheckpointError for a path that is not a checkpoint,
     and if another process sees another disk.
     """
     chosen: tuple[str, str] | str | None = None
     if strategy.rank == 0:
         try:
-            chosen = _choose(resume, folder)
+            chosen = _choose(resume, run_dir)
         except (CheckpointError, OSError) as error:
             chosen = str(error)
     chosen = strategy.gather(chosen)[0]
@@ -92,21 +94,25 @@ def find_checkpoint(resume: str, folder: Path | None, strategy: Strategy) -> Che
     return Checkpoint(Path(path))
 
 
-def _choose(resume: str, folder: Path | None) -> tuple[str, str] | None:
-    own = files.candidates(folder) if folder else []
-    if resume != "auto" and not (folder and own and not Path(resume).resolve().is_relative_to(folder.resolve().parent)):
+def _choose(resume: str, run_dir: Path | None) -> tuple[str, str] | None:
+    if run_dir is not None and run_dir.is_dir():
+        check_plain(run_dir)
+    own = files.candidates(run_dir / "checkpoints") if run_dir else []
+    if resume != "auto" and not (run_dir and own and not Path(resume).resolve().is_relative_to(run_dir.resolve())):
         path = Path(resume)
         within = files.candidates(path) or files.candidates(path / "checkpoints")
         path = within[0] if within else path
         return str(path), files.verify(path)
+    run = (read_mark(run_dir) or {}).get("run") if run_dir else None
     for path in own:
         try:
-            return str(path), files.verify(path)
+            return str(path), files.verify(path, run)
         except (CheckpointError, OSError) as error:
             log.error("%s The one before is used.", error)
     if own:
         raise CheckpointError(
-            f"none of the {len(own)} checkpoints in {folder} is whole. Restore one, or start a new run."
+            f"none of the {len(own)} checkpoints in {own[0].parent} is whole and of this run. Restore one, or start a "
+            "new run."
         )
     return None
 
