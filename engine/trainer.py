@@ -149,7 +149,15 @@ class Trainer:
             return []
         state, folder = self.state, self.run_folder
         path = folder.path if folder is not None else None
-        start = Start(path, state.update, state.validated_update, state.record, state.weight, self.configuration)
+        start = Start(
+            path,
+            state.update,
+            state.validated_update,
+            state.record,
+            state.weight,
+            self.configuration,
+            folder.pinned if folder is not None else None,
+        )
         return [*([folder] if folder is not None else []), *opened(self._loggers, start)]
 
     def _finish(self) -> None:

@@ -19,6 +19,8 @@ log = logging.getLogger("tally")
 
 STREAM_POSITION = {"epoch": int, "seed_index": int, "taken": int, "has_ended": bool, "state": None}
 """The types in a stream's position; a dataset's position is (epoch, offset)."""
+LARGEST_COUNT = 1 << 53
+"""More updates, samples or seconds than any run has."""
 
 
 class Checkpoint:
@@ -42,16 +44,25 @@ class Checkpoint:
         for name in shared_fields():
             value, least = state["run"][name], getattr(initial, name)
             _expect(type(value) is type(least), f"run.{name}")
-            _expect(not isinstance(least, int) or value >= least, f"run.{name}")
+            _expect(not isinstance(least, int | float) or least <= value < LARGEST_COUNT, f"run.{name}")
+        run, samples = state["run"], str(state["identity"].get("the number of training samples"))
+        _expect(all(type(value) in (int, float) for value in run["metrics"].values()), "run.metrics")
         positions = state["positions"]
         _expect(positions is None or (isinstance(positions, list) and len(positions) > 0), "positions")
         for position in positions or ():
             is_offset = isinstance(position, tuple) and [type(part) for part in position] == [int, int]
             kinds = {name: type(part) for name, part in position.items()} if isinstance(position, dict) else {}
             _expect(is_offset or {**kinds, "state": None} == STREAM_POSITION, "positions")
+            place = dict(zip(("epoch", "offset"), position, strict=True)) if is_offset else position
+            counts = [value for value in place.values() if type(value) is int]
+            _expect(all(0 <= count < LARGEST_COUNT for count in counts), "positions")
+            _expect(place["epoch"] <= run["epoch"] and place.get("taken", 0) <= place.get("seed_index", 0), "positions")
+            is_within = not samples.isdecimal() or place.get("offset", 0) <= int(samples)
+            _expect(is_within or place["epoch"] < run["epoch"], "positions")
         stages = state["schedule"]["effective_batches"]
         _expect(all(type(n) is int for pair in stages.items() for n in pair) and min(stages) == 0, "schedule")
-        _expect(min(stages.values()) > 0 and state["schedule"]["unit"] in get_args(Unit), "schedule")
+        _expect(0 < min(stages.values()) <= max(stages.values()) < LARGEST_COUNT, "schedule")
+        _expect(state["schedule"]["unit"] in get_args(Unit), "schedule")
         for name in ("identity", "updater", "optimizer"):
             _expect(isinstance(state[name], dict), name)
         host_rng = [[type(part) for part in one] for one in state["host_rng"]]

@@ -37,6 +37,7 @@ class RunFolder:
         _check_is_free(self.path, takes_over)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = locked(self.path / LOCK)
+        self._directory: int | None = os.open(self.path, os.O_RDONLY)
         self._start = uuid.uuid4().hex
         self._config: dict[str, Any] = {}
         self._metrics: FileIO | None = None
@@ -73,6 +74,12 @@ class RunFolder:
         self._metrics = path.open("a+b", buffering=0)  # a killed run keeps every line
         self._events = (self.path / SHARED).open("a+b", buffering=0)
         return history.undone
+
+    @property
+    def pinned(self) -> Path:
+        """The folder by a path that follows it if it is moved, where the system has one."""
+        path = Path(f"/proc/self/fd/{self._directory}")
+        return path if path.exists() else self.path
 
     @property
     def is_lost(self) -> bool:
@@ -149,7 +156,9 @@ class RunFolder:
             for file in (self._metrics, self._events, self._lock):
                 if file is not None:
                     file.close()
-            self._metrics = self._events = None
+            if self._directory is not None:
+                os.close(self._directory)
+            self._metrics = self._events = self._directory = None
 
 
 MARK = "a run of Tally"
