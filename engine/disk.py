@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 
-from engine.errors import RunDirTakenError
-
 LARGEST = 1 << 30
 """Bytes: a larger JSON file is not one of ours."""
 LONGEST = 1 << 24
 """Bytes: a longer line of JSON is not one of ours."""
-
-SHARED = "events.jsonl"
-"""The file that is appended to in place: a hard link would change another file too."""
-
-
-def check_plain(folder: Path) -> None:
-    """Raise RunDirTakenError for a link or device in a run's folder: following it could leave the folder or hang."""
-    for within in (folder, folder / "checkpoints", *(folder / "checkpoints").glob("update-*"), folder / "tensorboard"):
-        for entry in os.scandir(within) if within.is_dir() else ():
-            status = entry.stat(follow_symlinks=False)
-            is_shared = entry.name == SHARED and status.st_nlink > 1
-            if is_shared or not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-                raise RunDirTakenError(
-                    f"run_dir={str(folder)!r}: expected files and folders only, found a link or device: "
-                    f"{Path(entry.path).relative_to(folder)}. Remove it, or use a new folder."
-                )
 
 
 def read_small(path: Path) -> str:
@@ -42,10 +25,10 @@ def read_small(path: Path) -> str:
 
 
 def lines_of(file: BufferedReader) -> Iterator[str]:
-    """Yield the lines of a file. Raises ValueError for one of more than LONGEST bytes."""
+    """Yield the lines of a file. Raises OSError for one of more than LONGEST bytes."""
     while line := file.readline(LONGEST + 1):
         if len(line) > LONGEST:
-            raise ValueError(f"{Path(file.name).name} has a line of more than {LONGEST} bytes")
+            raise OSError(errno.EFBIG, f"expected lines of at most {LONGEST} bytes. Move the file away", str(file.name))
         yield line.decode(errors="replace")
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from engine.checkpoint import files
-from engine.disk import check_plain
 from engine.errors import CheckpointError
 from engine.plan.schedule import Unit
-from engine.records.run_folder import read_mark
+from engine.records.run_folder import check_plain, read_mark
 from engine.state import RunState, shared_fields
 from strategies import Strategy
 

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import stat
 import uuid
 from collections.abc import Mapping
 from io import FileIO
@@ -17,7 +18,7 @@ from typing import Any
 import orjson
 from torch import Tensor
 
-from engine.disk import SHARED, check_plain, force_to_disk, lines_of, new_part, read_small, replace_text
+from engine.disk import force_to_disk, lines_of, new_part, read_small, replace_text
 from engine.errors import RunDirTakenError
 from engine.records.history import History
 from engine.records.lock import locked
@@ -59,7 +60,7 @@ class RunFolder:
         """Cut updates after `update` and validations after `validated_update` from metrics.jsonl: they come again.
 
         Returns the number of updates that were cut. Logs a warning if others are missing or stand twice; the history
-        begins after `branched_at` (None: unknown). Raises OSError, and ValueError for a file that is not ours.
+        begins after `branched_at` (None: unknown). Raises OSError.
         """
         path, history = self.path / "metrics.jsonl", History(update, validated_update, branched_at)
         path.touch()
@@ -72,7 +73,7 @@ class RunFolder:
         if faults := history.faults():
             log.warning("%s is not whole: %s. Training resumes, and its curves stay so.", path, faults)
         self._metrics = path.open("a+b", buffering=0)  # a killed run keeps every line
-        self._events = (self.path / SHARED).open("a+b", buffering=0)
+        self._events = (self.path / EVENTS).open("a+b", buffering=0)
         return history.undone
 
     @property
@@ -96,11 +97,11 @@ class RunFolder:
         paths = (self.path.with_name(f"{self.path.name}-{end}") for end in ends)
         rescued = RunFolder(next(path for path in paths if not os.path.lexists(path)))
         rescued.write("config.json", self._config)
-        for name, file in (("metrics.jsonl", self._metrics), (SHARED, self._events)):
+        for name, file in (("metrics.jsonl", self._metrics), (EVENTS, self._events)):
             assert file is not None
             file.seek(0)
             (rescued.path / name).write_bytes(file.readall() + (self._unwritten if file is self._metrics else b""))
-        rescued._events = (rescued.path / SHARED).open("a+b", buffering=0)
+        rescued._events = (rescued.path / EVENTS).open("a+b", buffering=0)
         return rescued
 
     def log(self, record: Mapping[str, Any]) -> None:
@@ -166,6 +167,9 @@ MARK = "a run of Tally"
 
 LOCK = ".lock"
 
+EVENTS = "events.jsonl"
+"""The file that is appended to in place: a hard link would change another file too."""
+
 
 def read_mark(path: Path) -> dict[str, Any] | None:
     """Return what config.json says of the run in a folder; None if it is missing, unreadable or another's."""
@@ -174,6 +178,19 @@ def read_mark(path: Path) -> dict[str, Any] | None:
         return config[MARK] if isinstance(config[MARK], dict) else {}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
+
+
+def check_plain(folder: Path) -> None:
+    """Raise RunDirTakenError for a link or device in a run's folder: following it could leave the folder or hang."""
+    for within in (folder, folder / "checkpoints", *(folder / "checkpoints").glob("update-*"), folder / "tensorboard"):
+        for entry in os.scandir(within) if within.is_dir() else ():
+            status = entry.stat(follow_symlinks=False)
+            is_shared = entry.name == EVENTS and status.st_nlink > 1
+            if is_shared or not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+                raise RunDirTakenError(
+                    f"run_dir={str(folder)!r}: expected files and folders only, found a link or device: "
+                    f"{Path(entry.path).relative_to(folder)}. Remove it, or use a new folder."
+                )
 
 
 def _check_is_free(path: Path, takes_over: bool) -> None:
