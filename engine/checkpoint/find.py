@@ -121,8 +121,8 @@ def _choose(resume: str, run_dir: Path | None) -> tuple[str, str] | None:
             log.error("%s The one before is used.", error)
     if own:
         raise CheckpointError(
-            f"none of the {len(own)} checkpoints in {own[0].parent} is whole and of this run. Restore one, or start a "
-            "new run."
+            f"none of the {len(own)} checkpoints in {own[0].parent} is whole and of this run. Restore one, or name "
+            "one with resume=PATH."
         )
     return None
 
