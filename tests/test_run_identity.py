@@ -20,7 +20,7 @@ from engine import Callback, Trainer
 from engine.cli import main as command
 from engine.errors import RunDirLostError, RunDirTakenError
 from engine.records import lock
-from engine.records.run_folder import MARK
+from engine.records.run_folder import MARK, RunFolder
 
 
 def fit(folder: Path, strategy: str = "single", **options: Any) -> Trainer:
@@ -65,9 +65,13 @@ def replaced(folder: Path) -> None:
     other_run(folder)
 
 
-def copied_and_resumed(folder: Path) -> None:
+def copied(folder: Path) -> None:
     moved(folder)
     shutil.copytree(folder.with_name("aside"), folder)
+
+
+def copied_and_resumed(folder: Path) -> None:
+    copied(folder)
     fit(folder)
 
 
@@ -78,7 +82,7 @@ def replaced_behind_the_lock(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-LOSSES = [moved, shutil.rmtree, replaced, copied_and_resumed, replaced_behind_the_lock]
+LOSSES = [moved, shutil.rmtree, replaced, copied, copied_and_resumed, replaced_behind_the_lock]
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
@@ -168,6 +172,20 @@ def test_of_two_starts_the_second_is_refused_even_after_the_first_has_ended(resu
     assert "Use a new folder" in refusal
     assert updates(tmp_path / "run") == list(range(1, 25))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
+
+
+def test_a_folder_that_fills_before_its_lock_is_free_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = lock.locked(tmp_path / ".lock")
+
+    def end(seconds: float) -> None:
+        (tmp_path / "config.json").write_text(json.dumps({MARK: {}}))
+        held.close()
+
+    monkeypatch.setattr(lock.time, "sleep", end)
+    with pytest.raises(RunDirTakenError, match="expected a folder that nothing else is in"):
+        RunFolder(tmp_path)
 
 
 def test_two_trainers_of_one_process_are_two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
