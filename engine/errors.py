@@ -23,6 +23,10 @@ class StorageError(OSError):
     """The run's own files could not be written: a disk that is full or gone. The message names them and the reason."""
 
 
+class RunDirLostError(StorageError):
+    """A `run_dir` that was moved, deleted or replaced while the run was writing it."""
+
+
 class ProcessFailureError(RuntimeError):
     """Another process failed; the message names it and gives its error."""
 

@@ -104,10 +104,13 @@ class Trainer:
                 self._report(error)
                 raise
             finally:
-                self._updater = self._checkpointer = None  # hooks and workers end with the run
+                checkpointer, self._checkpointer = self._checkpointer, None
+                self._updater = None  # hooks and workers end with the run
                 self.strategy.teardown()
                 with writing(self._files):
                     self._recorder.close()
+                    if checkpointer is not None and checkpointer.run_folder is not None:
+                        checkpointer.run_folder.close()
 
     def _build(self, task: Task) -> Session:
         """Build the run, resume it if there is a checkpoint, and open its outputs."""
@@ -149,7 +152,15 @@ class Trainer:
             return []
         state, folder = self.state, self.run_folder
         path = folder.path if folder is not None else None
-        start = Start(path, state.update, state.validated_update, state.record, state.weight, self.configuration)
+        start = Start(
+            path,
+            state.update,
+            state.validated_update,
+            state.record,
+            state.weight,
+            self.configuration,
+            folder.pinned if folder is not None else None,
+        )
         return [*([folder] if folder is not None else []), *opened(self._loggers, start)]
 
     def _finish(self) -> None:

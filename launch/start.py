@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 from types import FrameType
 
@@ -34,6 +35,16 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     raise SignalException(f"launch.start got signal {signum}", signal.Signals(signum))
 
 
+def meet_in_a_file(path: Path) -> None:
+    """Replace `--standalone`: its store listens on all interfaces, and its agent unpickles what anybody puts there."""
+    path.touch(0o600)
+    place = sys.argv.index("--standalone")
+    meeting = ("--rdzv-backend=c10d", "--rdzv-conf=store_type=file", f"--rdzv-endpoint={path}")
+    sys.argv[place : place + 1] = [*meeting, f"--rdzv-id={uuid.uuid4().hex}", "--nnodes=1"]
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
 def main() -> int:
     """Be torchrun, and return the status of the run."""
     for number in ENDING:
@@ -51,6 +62,8 @@ def main() -> int:
         kept = Path(folder, "status")
         kept.write_text(str(SAVED))  # a run that begins to train removes it, and leaves its own status at its end
         os.environ["TALLY_STATUS"] = str(kept)
+        if "--standalone" in sys.argv:
+            meet_in_a_file(Path(folder, "meeting"))
         try:
             try:
                 torchrun()

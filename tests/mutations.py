@@ -75,6 +75,9 @@ WEIGHTS = "tests/test_tokens.py::test_weights_are_summed_exactly"
 LATE = "tests/test_bad_input.py::test_the_loss_of_every_micro_batch_is_checked"
 KILLED = "'tests/test_resume.py::test_killed_twice_and_continued_is_uninterrupted_to_the_bit[3-boundary]'"
 
+IDENTITY, FOREIGN = "tests/test_run_identity.py", "tests/test_foreign_files.py"
+LOSES = f"{IDENTITY}::test_a_run_that_loses_its_folder_saves_beside_it"
+
 FAULTS = [
     # what a skipped update, and parameters and buffers that change in kind, must not spoil
     Fault(
@@ -512,9 +515,166 @@ FAULTS = [
     Fault(
         "write updates twice into the history",
         "RunFolder.rewind",
-        "                if _is_before(line, update, validated_update):\n",
-        "                if True:\n",
+        " if history.keeps(line))",
+        " if history.keeps(line) or True)",
         KILLED,
+    ),
+    # the folder of a run
+    Fault(
+        "save into whatever is at the path",
+        "Checkpointer.save",
+        "self.run_folder is not None and self.run_folder.is_lost",
+        "False",
+        f"{LOSES} {IDENTITY}::test_all_processes_hear_that_the_folder_is_lost",
+    ),
+    Fault(
+        "know a folder by inode alone",
+        "RunFolder.is_lost",
+        '(read_mark(self.path) or {}).get("start", self._start) != self._start',
+        "False",
+        LOSES,
+    ),
+    Fault("know a folder by its ids alone", "RunFolder.is_lost", "return not is_same or", "return", LOSES),
+    Fault(
+        "leave the records in a folder that is lost",
+        "RunFolder.rescue",
+        "file.readall() +",
+        'b"" +',
+        LOSES,
+    ),
+    Fault(
+        "reopen tables by the folder's name",
+        "RunFolder.pinned",
+        "return path if path.exists() else self.path",
+        "return self.path",
+        f"{IDENTITY}::test_tables_follow_a_folder_that_is_moved",
+    ),
+    Fault(
+        "decide before the lock what is resumed",
+        "Checkpointer._open",
+        "self._contents() != self._found",
+        "False",
+        f"{IDENTITY}::test_of_two_starts_the_second_is_refused_even_after_the_first_has_ended",
+    ),
+    Fault(
+        "decide before the lock that a folder is empty",
+        "RunFolder.__init__",
+        "            _check_is_free(self.path, takes_over)  #",
+        "            pass  #",
+        f"{IDENTITY}::test_a_folder_that_fills_before_its_lock_is_free_is_refused",
+    ),
+    Fault(
+        "lock out other processes only",
+        "engine.records.lock:_try",
+        "if holder is not None and not holder.closed:",
+        "if False:",
+        f"{IDENTITY}::test_two_trainers_of_one_process_are_two_runs",
+    ),
+    Fault(
+        "keep the lock of a start that failed",
+        "Trainer.fit",
+        "                    checkpointer.run_folder.close()\n",
+        "                    pass\n",
+        f"{IDENTITY}::test_a_start_that_fails_leaves_the_folder_free",
+    ),
+    Fault(
+        "follow a link later than at the start",
+        "engine.checkpoint.checkpointer:_real",
+        "Path(run_dir).resolve()",
+        "Path(run_dir)",
+        f"{IDENTITY}::test_a_link_to_a_run_is_that_run {IDENTITY}::test_a_run_may_change_its_working_folder",
+    ),
+    Fault(
+        "give two commands one folder",
+        "_claim_fresh_folder",
+        "mkdir(parents=True)",
+        "mkdir(parents=True, exist_ok=True)",
+        f"{IDENTITY}::test_two_commands_of_one_second_have_a_folder_each",
+    ),
+    Fault(
+        "resume from another run's checkpoint",
+        "engine.checkpoint.files:verify",
+        '(manifest.get("run") or run) != run',
+        "False",
+        f"{IDENTITY}::test_a_checkpoint_of_another_run_is_passed_over",
+    ),
+    Fault(
+        "save before the records are on disk",
+        "CheckpointWriter._write",
+        "            self._first()\n",
+        "",
+        f"{IDENTITY}::test_records_are_on_disk_before_the_checkpoint_that_counts_them",
+    ),
+    Fault(
+        "miss a hole in the history",
+        "History._see",
+        "            self._note_missing(update - 1)\n",
+        "",
+        f"{IDENTITY}::test_a_resume_tells_of_updates_that_are_missing_or_stand_twice",
+    ),
+    Fault(
+        "miss an update that stands twice",
+        "History._see",
+        "if update <= self._last:",
+        "if False:",
+        f"{IDENTITY}::test_a_resume_tells_of_updates_that_are_missing_or_stand_twice",
+    ),
+    # files from somebody else
+    Fault(
+        "follow links in a run's folder",
+        "check_plain",
+        "if is_shared or not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):",
+        "if is_shared:",
+        f"{FOREIGN}::test_a_link_or_device_in_a_run_folder_is_refused",
+    ),
+    Fault(
+        "append to a file with another name elsewhere",
+        "check_plain",
+        "if is_shared or not",
+        "if not",
+        f"{FOREIGN}::test_a_file_that_has_another_name_elsewhere_stays_as_it_is_there",
+    ),
+    Fault(
+        "write through a link to the page",
+        "new_part",
+        "if os.path.lexists(part):",
+        "if False:",
+        f"{FOREIGN}::test_a_report_follows_no_link",
+    ),
+    Fault(
+        "read a line without end",
+        "lines_of",
+        "if len(line) > LONGEST:",
+        "if False:",
+        f"{FOREIGN}::test_a_line_without_end_is_refused",
+    ),
+    Fault(
+        "take any position",
+        "Checkpoint._check",
+        "_expect(all(0 <= count < LARGEST_COUNT for count in counts)",
+        "_expect(True",
+        f"{FOREIGN}::test_an_impossible_position_is_refused",
+    ),
+    Fault(
+        "start from weights with NaN",
+        "load_weights",
+        "value.float().isnan().any()",
+        "False",
+        f"{FOREIGN}::test_weights_that_are_not_numbers_are_refused",
+    ),
+    Fault(
+        "write out aliases that multiply",
+        "engine.cli.main:_size",
+        "if size > MOST_VALUES:",
+        "if False:",
+        f"'{FOREIGN}::test_an_option_file_is_read_or_refused_in_a_line[aliases]'",
+    ),
+    Fault(
+        "wait for an option file that is a pipe",
+        "engine.cli.main:parse",
+        "if os.path.exists(value) and not (",
+        "if False and not (",
+        f"'{FOREIGN}::test_an_option_file_is_read_or_refused_in_a_line[pipe]'",
     ),
     Fault(
         "keep K instead of the effective batch on another P",

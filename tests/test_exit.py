@@ -183,8 +183,8 @@ def test_a_process_that_waits_for_another_in_vain_can_be_told_to_stop(tmp_path: 
     [
         (["--trainer.micro_batch_size=99"], 1, 2, "micro_batch_size=99"),
         (["--trainer.stop_after_n_skipped=2"], 1, 70, "2 updates in a row were not finite"),
-        (["--trainer.callbacks=test_exit.TakesTheDisk"], 1, 74, "Not a directory"),
-        (["--trainer.callbacks=test_exit.TakesTheDisk"], 2, 74, "Not a directory"),
+        (["--trainer.callbacks=test_exit.TakesTheDisk"], 1, 74, "File exists"),
+        (["--trainer.callbacks=test_exit.TakesTheDisk"], 2, 74, "File exists"),
         (["--trainer.callbacks=test_exit.Dies"], 2, 76, "lost contact with another process"),
     ],
 )
@@ -370,6 +370,7 @@ def test_an_odd_error_is_told_to_all_and_kept(odd: str, tmp_path: Path) -> None:
 
 def test_records_keep_odd_names_and_numbers(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
+    folder.rewind(0, 0, None)
     folder.log({"update": 1, "caf\udce9": 2.5, "long": 10**20, "longer": 10**400, "nan": float("nan")})
     folder.close()
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

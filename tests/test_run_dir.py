@@ -161,7 +161,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_started_over(tmp_path: Path) ->
     before = history(folder)
     for name in names(folder):
         (folder / "checkpoints" / name / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"none of the 1 checkpoints in .* is whole. Restore one, or start a new run"):
+    with pytest.raises(ValueError, match=r"none of the 1 checkpoints in .* is whole and of this run. Restore one"):
         fit_elsewhere(str(folder), {})
     assert history(folder) == before
 
@@ -216,6 +216,6 @@ def fit_in_the_same_folder(folder: Path) -> str:
 
 def test_a_folder_that_another_process_is_writing_is_refused(tmp_path: Path) -> None:
     _, refusal = run(2, fit_in_the_same_folder, tmp_path, group=False)
-    assert "another process is writing it" in refusal
+    assert "another run is writing it" in refusal
     fit_elsewhere(str(tmp_path / "alone"), {})
     assert history(tmp_path / "run") == history(tmp_path / "alone")

@@ -12,7 +12,7 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
-ABOVE = ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
+ABOVE = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -31,7 +31,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     markdown = re.sub(r"\[(?:docs/)?([\w-]+\.md)\]\(", _by_its_title, markdown)
     if page.file.src_uri in ABOVE:
         return markdown.replace("](docs/", "](")
-    return re.sub(r"\]\(\.\./(README|CHANGELOG|CONTRIBUTING)\.md", _on_the_site, markdown)
+    return re.sub(r"\]\(\.\./(README|CHANGELOG|CONTRIBUTING|SECURITY)\.md", _on_the_site, markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:

@@ -68,5 +68,5 @@ class Profiler(Callback):
             return
         self._span.__exit__(None, None, None)
         self._profile.stop()
-        self._profile.export_chrome_trace(str(trainer.run_folder.path / f"trace-{self._first}-{self._last}.json"))
+        self._profile.export_chrome_trace(str(trainer.run_folder.pinned / f"trace-{self._first}-{self._last}.json"))
         self._profile = None

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import platform
 import time
+import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from engine.checkpoint.files import FORMAT
+from engine.checkpoint import files
 from engine.checkpoint.find import Checkpoint, find_checkpoint
 from engine.checkpoint.snapshot import RunParts, check_snapshot, snapshot
 from engine.checkpoint.writer import CheckpointWriter
-from engine.errors import CheckpointError, StorageError, UserError, describe, writing
+from engine.errors import CheckpointError, RunDirLostError, RunDirTakenError, StorageError, UserError, describe, writing
 from engine.records.metric import MetricRule
-from engine.records.run_folder import MARK, RunFolder
+from engine.records.run_folder import RunFolder, read_mark
 from engine.settings import Settings
 from engine.signals import Signals
 from engine.state import RunState
@@ -30,7 +31,7 @@ class Checkpointer:
     def __init__(self, settings: Settings, strategy: Strategy, signals: Signals) -> None:
         self._settings, self._strategy, self._signals = settings, strategy, signals
         run_dir = strategy.gather(settings.run_dir)[0]
-        self._folder = None if run_dir is None else Path(run_dir)
+        self._folder = None if run_dir is None else _real(run_dir)
         self._rule = MetricRule(settings.keep_best) if settings.keep_best else None
         self._writer: CheckpointWriter | None = None
         self._saved_at = time.perf_counter()
@@ -39,6 +40,7 @@ class Checkpointer:
         self._is_checked = False
         self._state = RunState()
         self._parts: RunParts
+        self._found: Any = None
         self.run_folder: RunFolder | None = None
         """The folder, on process 0."""
 
@@ -47,7 +49,13 @@ class Checkpointer:
         resume = self._settings.resume
         if resume == "never" or (resume == "auto" and self._folder is None):
             return None
-        return find_checkpoint(resume, self._folder and self._folder / "checkpoints", self._strategy)
+        self._found = self._contents()
+        return find_checkpoint(resume, self._folder, self._strategy)
+
+    def _contents(self) -> Any:
+        """Return what tells whether another run has begun or saved in the folder."""
+        assert self._folder is not None
+        return files.candidates(self._folder / "checkpoints"), (read_mark(self._folder) or {}).get("start")
 
     def open(
         self, configuration: Mapping[str, Any], checkpoint: Checkpoint | None, state: RunState, parts: RunParts
@@ -69,11 +77,24 @@ class Checkpointer:
             self._saved_boundary = self._boundary
 
     def _open(self, folder: Path, configuration: Mapping[str, Any], checkpoint: Checkpoint | None) -> None:
-        state = self._state
-        self.run_folder = RunFolder(folder, takes_over=self._settings.resume != "never")
-        self.run_folder.write("config.json", {MARK: FORMAT, **configuration})
-        undone = self.run_folder.rewind(state.update, state.validated_update)
-        self._writer = CheckpointWriter(folder / "checkpoints", self._settings.keep_last_checkpoints)
+        state, keep_last = self._state, self._settings.keep_last_checkpoints
+        self.run_folder = run_folder = RunFolder(folder, takes_over=self._settings.resume != "never")
+        if self._settings.resume != "never" and self._contents() != self._found:
+            raise RunDirTakenError(
+                f"run_dir={str(folder)!r}: another run has written it since this one was started. Use a new folder, or "
+                "start again to resume that run."
+            )
+        mark, checkpoints = read_mark(folder) or {}, folder / "checkpoints"
+        is_own = checkpoint is not None and checkpoint.path.parent.resolve() == checkpoints
+        run, branched_at = mark.get("run"), mark.get("branched_at")
+        if checkpoint is None or not is_own:
+            run, branched_at = None, state.update
+        elif run is None:
+            run = files.run_id(checkpoint.path)
+        run = run or uuid.uuid4().hex
+        run_folder.configure({"format": files.FORMAT, "run": run, "branched_at": branched_at}, configuration)
+        undone = run_folder.rewind(state.update, state.validated_update, branched_at)
+        self._writer = CheckpointWriter(checkpoints, keep_last, run, run_folder.force_to_disk)
         if checkpoint is not None:
             self._writer.resume_from(checkpoint.path, checkpoint["best"])
         self.log_event(
@@ -160,23 +181,54 @@ class Checkpointer:
         """Save in the background; no boundary twice, and no run of skipped updates before its end."""
         if self._folder is None or (self._state.skipped_in_a_row and not is_last):
             return
-        if self._saved_boundary == self._boundary and best is None:
+        is_lost = self._strategy.gather(self.run_folder is not None and self.run_folder.is_lost)[0]
+        if self._saved_boundary == self._boundary and best is None and not is_lost:
             return
         started = time.perf_counter()
         self._parts.updater.exchange.check_replicas(self._state.update)
         self._state.stop_clock()
         model, topics = snapshot(self._state, self._parts)
+        if is_lost:
+            self._rescue(model, topics)
         if self._writer is not None:
             self._writer.wait()
             known = best if best is not None else self._writer.best
             topics["best"] = None if known is None else {"value": known, "is_this": best is not None}
-            self._writer.save(self._state.update, model, topics, best)
+            self._write(model, topics, best)
         took = time.perf_counter() - started
         self._stalled_seconds += took
         spent = self._parts.updater.timer.seconds_by_activity
         self.log_event("save", took=round(took, 3), spent={name: round(value, 3) for name, value in spent.items()})
         self._saved_at, self._saved_boundary = time.perf_counter(), self._boundary
         self._signals.save_requested = False
+
+    def _write(self, model: Mapping[str, Any], topics: dict[str, Any], best: float | None) -> None:
+        assert self.run_folder is not None
+        assert self._writer is not None
+        try:
+            self.run_folder.flush()
+        except OSError as error:  # a checkpoint never counts a record that is not on disk
+            self._writer.fail(self._state.update, error)
+        else:
+            self._writer.save(self._state.update, model, topics, best)
+
+    def _rescue(self, model: Mapping[str, Any], topics: dict[str, Any]) -> NoReturn:
+        """Save beside the folder that is lost, and raise RunDirLostError on all processes."""
+        way_out = ""
+        if self.run_folder is not None and self._writer is not None:
+            self._writer.wait()
+            try:
+                self.run_folder = self.run_folder.rescue()
+                checkpoints = self.run_folder.path / "checkpoints"
+                files.write(checkpoints, self._state.update, model, {**topics, "best": None}, self._writer.run)
+                way_out = f"Use run_dir={str(self.run_folder.path)!r} to resume: the run is saved there."
+            except Exception as error:  # as in CheckpointWriter
+                way_out = f"The run could not be saved beside it: {error}. Use the folder that was moved, if it was."
+        way_out = self._strategy.gather(way_out)[0]
+        raise RunDirLostError(
+            f"run_dir={str(self._folder)!r}: expected the folder of this run, which was moved, deleted or replaced. "
+            f"{way_out}"
+        )
 
     def finish(self) -> None:
         """Save, and wait until it is written; try once more if that failed.
@@ -219,3 +271,11 @@ class Checkpointer:
                 raise problem
         if told:
             raise told[0](f"process 0 could not write the run's folder: {told[1]}")
+
+
+def _real(run_dir: str) -> Path:
+    """Return the folder behind a name or link, wherever the process goes and the link points later."""
+    try:
+        return Path(run_dir).resolve()
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"run_dir={run_dir!r}: expected a folder, found a link to itself. Remove it.") from error

@@ -4,7 +4,7 @@
         state.json              counters, and everything that is not a tensor
         model.safetensors       parameters and buffers, under the user's own names
         state.safetensors       the tensors of the optimizer and of the rest
-        manifest.json           format version, size and SHA-256 of each file: written last
+        manifest.json           format version, id of the run, size and SHA-256 of each file: written last
     latest                      the name of the newest: replaced when that folder is whole
 
 A folder is written under another name, forced to disk, and renamed; only then is the pointer. So whatever stops the
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import uuid
@@ -27,6 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from engine.checkpoint import tree
+from engine.disk import force_to_disk, read_small, replace_text
 from engine.errors import CheckpointError
 
 FORMAT = 2
@@ -41,15 +41,15 @@ STATE, MODEL, TENSORS, MANIFEST, POINTER = (
 )
 FILES = (STATE, MODEL, TENSORS)
 NAME = re.compile(r"update-(\d{8,12})(?:-(\d{1,6}))?")
-LARGEST_JSON = 1 << 30
-"""Bytes: a larger manifest or state is not one of ours."""
 
 
-def write(folder: Path, update: int, model: Mapping[str, Any], state: Mapping[str, Any]) -> Path:
-    """Write a checkpoint into `folder` and point to it; return its path.
+def write(
+    folder: Path, update: int, model: Mapping[str, Any], state: Mapping[str, Any], run: str | None = None
+) -> Path:
+    """Write a checkpoint of the run with the id `run` into `folder` and point to it; return its path.
 
-    Raises OSError, and then leaves no part behind. `model` maps names to CPU tensors (and extra state); `state` is
-    nested: see `tree.flatten`.
+    Raises OSError, also if the folder above `folder` is missing, and then leaves no part behind. `model` maps names to
+    CPU tensors (and extra state); `state` is nested: see `tree.flatten`.
     """
     from safetensors.torch import save_file
 
@@ -62,19 +62,23 @@ def write(folder: Path, update: int, model: Mapping[str, Any], state: Mapping[st
     extra = {name: value for name, value in model.items() if not isinstance(value, Tensor)}
     plain = tree.flatten({**state, "extra_model_state": extra}, tensors)
     part = folder / f".{final.name}.{uuid.uuid4().hex}.part"
-    part.mkdir(parents=True)
+    if not folder.is_dir():
+        folder.mkdir()
+    part.mkdir()
     try:
         (part / STATE).write_text(tree.dumps(plain))
         save_file(weights, part / MODEL)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / TENSORS)
         files = {name: {"size": (part / name).stat().st_size, "sha256": _sha256(part / name)} for name in FILES}
         for name in FILES:
-            _force_to_disk(part / name)
-        (part / MANIFEST).write_text(json.dumps({"format": FORMAT, "update": update, "files": files}, indent=1))
-        _force_to_disk(part / MANIFEST)
-        _force_to_disk(part)
+            force_to_disk(part / name)
+        (part / MANIFEST).write_text(
+            json.dumps({"format": FORMAT, "run": run, "update": update, "files": files}, indent=1)
+        )
+        force_to_disk(part / MANIFEST)
+        force_to_disk(part)
         part.rename(final)
-        _force_to_disk(folder)
+        force_to_disk(folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -88,7 +92,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     verify(path)
     try:
-        plain = json.loads(_small(path / STATE))
+        plain = json.loads(read_small(path / STATE))
         tensors = load_file(path / TENSORS)
         state = tree.restore(plain, tensors)
         model: dict[str, Any] = {**load_file(path / MODEL), **state.pop("extra_model_state")}
@@ -97,13 +101,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return model, state
 
 
-def verify(path: Path) -> str:
+def verify(path: Path, run: str | None = None) -> str:
     """Make sure that every file is the one that was written; return a text that identifies the checkpoint.
 
-    Raises CheckpointError where one is not.
+    Raises CheckpointError if one is not, or if the checkpoint is of another run than that with the id `run`.
     """
     try:
-        text = _small(path / MANIFEST)
+        text = read_small(path / MANIFEST)
         manifest = json.loads(text)
         found, files = manifest["format"], manifest["files"]
         is_ours = set(files) == set(FILES) and all(f.keys() == {"size", "sha256"} for f in files.values())
@@ -115,6 +119,8 @@ def verify(path: Path) -> str:
         raise CheckpointError(f"checkpoint {path}: {MANIFEST} is damaged ({type(error).__name__}: {error}).") from error
     if found != FORMAT:
         raise CheckpointError(f"checkpoint {path} has format {found!r}; this version reads format {FORMAT}.")
+    if run is not None and (manifest.get("run") or run) != run:
+        raise CheckpointError(f"checkpoint {path} is of run {manifest['run']}, and its folder of run {run}.")
     for name, expected in files.items():
         file = path / name
         if file.is_symlink() or not file.is_file():
@@ -126,6 +132,11 @@ def verify(path: Path) -> str:
         if _sha256(file) != expected["sha256"]:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} does not have the SHA-256 it was saved with.")
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run_id(path: Path) -> str | None:
+    """Return the id of the run that a verified checkpoint is of; None if it has none."""
+    return json.loads(read_small(path / MANIFEST)).get("run")  # type: ignore[no-any-return]
 
 
 def candidates(folder: Path) -> list[Path]:
@@ -154,11 +165,7 @@ def pointed(folder: Path, pointer: str) -> str | None:
 
 def point_to(folder: Path, pointer: str, name: str) -> None:
     """Let `pointer` hold `name`."""
-    part = folder / f".{pointer}.part"
-    part.write_text(name + "\n")
-    _force_to_disk(part)
-    part.replace(folder / pointer)
-    _force_to_disk(folder)
+    replace_text(folder / pointer, name + "\n")
 
 
 def remove(path: Path) -> None:
@@ -177,22 +184,6 @@ def remove_parts(folder: Path) -> None:
             part.unlink()
 
 
-def _small(path: Path) -> str:
-    if path.exists() and (path.is_symlink() or not path.is_file()):
-        raise ValueError(f"{path.name} is not a regular file")
-    if path.stat().st_size > LARGEST_JSON:
-        raise ValueError(f"{path.name} has {path.stat().st_size} bytes")
-    return path.read_text()
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _force_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

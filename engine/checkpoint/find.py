@@ -10,6 +10,7 @@ from typing import Any, get_args
 from engine.checkpoint import files
 from engine.errors import CheckpointError
 from engine.plan.schedule import Unit
+from engine.records.run_folder import check_plain, read_mark
 from engine.state import RunState, shared_fields
 from strategies import Strategy
 
@@ -17,6 +18,8 @@ log = logging.getLogger("tally")
 
 STREAM_POSITION = {"epoch": int, "seed_index": int, "taken": int, "has_ended": bool, "state": None}
 """The types in a stream's position; a dataset's position is (epoch, offset)."""
+LARGEST_COUNT = 1 << 53
+"""More updates, samples or seconds than any run has."""
 
 
 class Checkpoint:
@@ -40,16 +43,25 @@ class Checkpoint:
         for name in shared_fields():
             value, least = state["run"][name], getattr(initial, name)
             _expect(type(value) is type(least), f"run.{name}")
-            _expect(not isinstance(least, int) or value >= least, f"run.{name}")
+            _expect(not isinstance(least, int | float) or least <= value < LARGEST_COUNT, f"run.{name}")
+        run, samples = state["run"], str(state["identity"].get("the number of training samples"))
+        _expect(all(type(value) in (int, float) for value in run["metrics"].values()), "run.metrics")
         positions = state["positions"]
         _expect(positions is None or (isinstance(positions, list) and len(positions) > 0), "positions")
         for position in positions or ():
             is_offset = isinstance(position, tuple) and [type(part) for part in position] == [int, int]
             kinds = {name: type(part) for name, part in position.items()} if isinstance(position, dict) else {}
             _expect(is_offset or {**kinds, "state": None} == STREAM_POSITION, "positions")
+            place = dict(zip(("epoch", "offset"), position, strict=True)) if is_offset else position
+            counts = [value for value in place.values() if type(value) is int]
+            _expect(all(0 <= count < LARGEST_COUNT for count in counts), "positions")
+            _expect(place["epoch"] <= run["epoch"] and place.get("taken", 0) <= place.get("seed_index", 0), "positions")
+            is_within = not samples.isdecimal() or place.get("offset", 0) <= int(samples)
+            _expect(is_within or place["epoch"] < run["epoch"], "positions")
         stages = state["schedule"]["effective_batches"]
         _expect(all(type(n) is int for pair in stages.items() for n in pair) and min(stages) == 0, "schedule")
-        _expect(min(stages.values()) > 0 and state["schedule"]["unit"] in get_args(Unit), "schedule")
+        _expect(0 < min(stages.values()) <= max(stages.values()) < LARGEST_COUNT, "schedule")
+        _expect(state["schedule"]["unit"] in get_args(Unit), "schedule")
         for name in ("identity", "updater", "optimizer"):
             _expect(isinstance(state[name], dict), name)
         host_rng = [[type(part) for part in one] for one in state["host_rng"]]
@@ -63,17 +75,17 @@ def _expect(is_so: bool, name: str) -> None:
         raise ValueError(name)
 
 
-def find_checkpoint(resume: str, folder: Path | None, strategy: Strategy) -> Checkpoint | None:
-    """Return the newest whole checkpoint in `folder`, or that of the path `resume`; None if there is none.
+def find_checkpoint(resume: str, run_dir: Path | None, strategy: Strategy) -> Checkpoint | None:
+    """Return the newest whole checkpoint of the run in `run_dir`, or that of the path `resume`; None if there is none.
 
-    A path elsewhere counts only until `folder` has a checkpoint of its own: the same command can be given again.
+    A path elsewhere counts only until `run_dir` has a checkpoint of its own: the same command can be given again.
     Process 0 chooses, and logs those that it passes over. Raises CheckpointError for a path that is not a checkpoint,
     and if another process sees another disk.
     """
     chosen: tuple[str, str] | str | None = None
     if strategy.rank == 0:
         try:
-            chosen = _choose(resume, folder)
+            chosen = _choose(resume, run_dir)
         except (CheckpointError, OSError) as error:
             chosen = str(error)
     chosen = strategy.gather(chosen)[0]
@@ -92,21 +104,25 @@ def find_checkpoint(resume: str, folder: Path | None, strategy: Strategy) -> Che
     return Checkpoint(Path(path))
 
 
-def _choose(resume: str, folder: Path | None) -> tuple[str, str] | None:
-    own = files.candidates(folder) if folder else []
-    if resume != "auto" and not (folder and own and not Path(resume).resolve().is_relative_to(folder.resolve().parent)):
+def _choose(resume: str, run_dir: Path | None) -> tuple[str, str] | None:
+    if run_dir is not None and run_dir.is_dir():
+        check_plain(run_dir)
+    own = files.candidates(run_dir / "checkpoints") if run_dir else []
+    if resume != "auto" and not (run_dir and own and not Path(resume).resolve().is_relative_to(run_dir.resolve())):
         path = Path(resume)
         within = files.candidates(path) or files.candidates(path / "checkpoints")
         path = within[0] if within else path
         return str(path), files.verify(path)
+    run = (read_mark(run_dir) or {}).get("run") if run_dir else None
     for path in own:
         try:
-            return str(path), files.verify(path)
+            return str(path), files.verify(path, run)
         except (CheckpointError, OSError) as error:
             log.error("%s The one before is used.", error)
     if own:
         raise CheckpointError(
-            f"none of the {len(own)} checkpoints in {folder} is whole. Restore one, or start a new run."
+            f"none of the {len(own)} checkpoints in {own[0].parent} is whole and of this run. Restore one, or name "
+            "one with resume=PATH."
         )
     return None
 

@@ -197,6 +197,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
     names = {user_name(name): name for name in model.state_dict()}  # those of torch.compile
     own = {name: model.state_dict()[full] for name, full in names.items()}
     check_model_state({name: value for name, value in own.items() if isinstance(value, Tensor)}, weights, path)
+    if broken := next(
+        (name for name, value in weights.items() if value.is_floating_point() and value.float().isnan().any()), None
+    ):
+        raise CheckpointError(f"weights={str(path)!r}: expected numbers, found NaN in {broken}. Use another file.")
     model.load_state_dict({names[name]: value for name, value in weights.items()}, strict=False)
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,17 @@ BEST = "best"
 
 
 class CheckpointWriter:
-    """Writes checkpoints into `folder`, one at a time. A save that fails is logged as an error; training continues."""
+    """Writes checkpoints of the run with the id `run` into `folder`, one at a time.
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
+    `first` is called before each. A save that fails is logged as an error; training continues.
+    """
+
+    def __init__(
+        self, folder: Path, keep_last: int, run: str | None = None, first: Callable[[], None] = lambda: None
+    ) -> None:
         self._folder = folder
         self._keep_last = keep_last
+        self.run, self._first = run, first
         self._writing: threading.Thread | None = None
         self.error: Exception | None = None
         """The error of the last save, if it failed."""
@@ -63,7 +69,8 @@ class CheckpointWriter:
 
     def _write(self, update: int, model: Mapping[str, Any], state: Mapping[str, Any], best: float | None) -> None:
         try:
-            self.newest = files.write(self._folder, update, model, state)
+            self._first()
+            self.newest = files.write(self._folder, update, model, state, self.run)
             self.saves += 1
             if best is not None:
                 files.point_to(self._folder, BEST, self.newest.name)
@@ -71,14 +78,18 @@ class CheckpointWriter:
             self._prune()
             self.error = None
         except Exception as error:  # a full disk, above all: safetensors has an error of its own for it
-            self.error = error
-            kept = f"The newest is {self.newest}" if self.newest else "There is no other yet"
-            log.error(
-                "the checkpoint of update %d could not be saved: %s. Training continues, and tries again later. %s.",
-                update,
-                error,
-                kept,
-            )
+            self.fail(update, error)
+
+    def fail(self, update: int, error: Exception) -> None:
+        """Note and log that the checkpoint of `update` could not be saved."""
+        self.error = error
+        kept = f"The newest is {self.newest}" if self.newest else "There is no other yet"
+        log.error(
+            "the checkpoint of update %d could not be saved: %s. Training continues, and tries again later. %s.",
+            update,
+            error,
+            kept,
+        )
 
     def _prune(self) -> None:
         """Remove all but the newest and the best."""

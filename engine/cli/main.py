@@ -11,7 +11,7 @@ import time
 import tomllib
 from argparse import ArgumentError
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from engine.callbacks import Callback
 from engine.cli.help import print_help
 from engine.cli.modes import OneWindow, options, split
 from engine.cli.parser_errors import plain
+from engine.disk import replace_text
 from engine.errors import STATUSES, ProcessFailureError, UserError, describe, writing
 from engine.preview.preview import preview
 from engine.preview.table import print_plan
@@ -80,6 +81,7 @@ def _run(arguments: Sequence[str]) -> int:
         _check(parser, config)
         return 0
     _forget_earlier_start()
+    _claim_fresh_folder(parser, config)
     trainer, task = _make(parser, config)
     trainer.callbacks.append(_KeepCommand(parser.dump(config)))
     if trainer.settings.run_dir is None:
@@ -93,8 +95,22 @@ def parse(arguments: list[str]) -> tuple[ArgumentParser, Namespace]:
     if not any(a.split("=")[0] in ("--config", "--task") for a in arguments):
         arguments = [f"--config={DEFAULT}", *arguments]
     arguments = [re.sub("^--resume(?==|$)", "--trainer.resume", argument) for argument in arguments]
+    for argument in arguments:
+        value = argument.partition("=")[2] or argument
+        if os.path.exists(value) and not (os.path.isfile(value) or os.path.isdir(value)):
+            raise UserError(f"{argument}: expected a file, found a pipe or device. Use a file.")
     parser = make_parser()
-    return parser, parser.parse_args(arguments)
+    try:
+        config = parser.parse_args(arguments)
+        if not hasattr(config.trainer, "run_dir"):  # a file says `trainer: []`
+            raise UserError("trainer: expected options by name. Use trainer.NAME=VALUE.")
+        if config.task is None:
+            raise UserError("task=None: expected a Task. Use --task=module.Class.")
+        return parser, config
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config: expected UTF-8 text ({error}). Save the file again as text.") from error
+    except RecursionError:
+        raise UserError(TOO_DEEP) from None
 
 
 def make_parser() -> ArgumentParser:
@@ -153,6 +169,17 @@ def _fresh_folder() -> str:
     return next(name for name in names if not Path(name).exists())
 
 
+def _claim_fresh_folder(parser: ArgumentParser, config: Namespace) -> None:
+    """Make the folder that the command line has named: another run may start in the same second."""
+    name = parser.get_default("trainer.run_dir")
+    if config.trainer.run_dir == name and started_rank() == 0 and not _is_restarted():
+        for free in itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2))):
+            with suppress(FileExistsError):
+                Path(free).mkdir(parents=True)
+                config.trainer.run_dir = free
+                return
+
+
 def _forget_earlier_start() -> None:
     """Remove the link of an earlier start by the same name, before a restart of this one could follow it."""
     if started_rank() == 0 and not _is_restarted():
@@ -186,9 +213,11 @@ class _KeepCommand(Callback):
             return
         folder = trainer.run_folder.path
         with writing(f"run_dir={str(folder)!r}"):
-            (folder / "config.yaml").write_text(self._config)
+            replace_text(folder / "config.yaml", self._config)
             if folder.parent.name == "runs":
                 for link in (folder.parent / "latest", folder.parent / _link_of_this_start().name):
+                    if link.is_dir() and not link.is_symlink():
+                        continue  # a run's folder by that name
                     new = folder.parent / f".latest-{folder.name}"
                     new.unlink(missing_ok=True)
                     new.symlink_to(folder.name)
@@ -199,12 +228,33 @@ def _load(text: str) -> Any:
     """A file of options is TOML or YAML; a value on the command line is YAML, as in {0: 8, 4: 4}."""
     try:
         return tomllib.loads(text)
+    except RecursionError:
+        raise yaml.YAMLError(TOO_DEEP) from None
     except tomllib.TOMLDecodeError as no_toml:
         try:
-            return yaml.safe_load(text)
+            loaded = yaml.safe_load(text)
+            _size(loaded, {})
+        except RecursionError:
+            raise yaml.YAMLError(TOO_DEEP) from None
         except yaml.YAMLError as no_yaml:
             why = " ".join(str(no_yaml).split())
             raise yaml.YAMLError(f"this is neither TOML ({no_toml}) nor YAML ({why}).") from no_yaml
+        return loaded
+
+
+TOO_DEEP = "expected options, found brackets or aliases nested too deeply. Write the options out."
+MOST_VALUES = 100_000
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """Return the number of values in `value`, aliases written out. Raises RecursionError for too many."""
+    if isinstance(value, dict | list) and id(value) not in known:
+        within = itertools.chain(value, value.values()) if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(item, known) for item in within)
+    size = known.get(id(value), 1)
+    if size > MOST_VALUES:
+        raise RecursionError
+    return size
 
 
 def _reported(error: Exception) -> BaseException | None:

@@ -35,6 +35,8 @@ class Start(NamedTuple):
     weight: float
     """The weight of all updates so far: samples, or valid tokens."""
     configuration: Mapping[str, Any]
+    pinned: Path | None = None
+    """The `run_dir` by a path that follows it if it is moved: for files that are opened again while the run lives."""
 
 
 def opened(loggers: Iterable[Logger], start: Start) -> list[Logger]:

@@ -18,9 +18,10 @@ class CSVLogger(GroupedLogger):
 
     def open(self, start: Start) -> None:
         super().open(start)
-        assert start.folder is not None
-        self._updates = _Table(start.folder / "metrics.csv", start.update)
-        self._validations = _Table(start.folder / "validation.csv", start.validated_update)
+        folder = start.pinned or start.folder
+        assert folder is not None
+        self._updates = _Table(folder / "metrics.csv", start.update)
+        self._validations = _Table(folder / "validation.csv", start.validated_update)
 
     def write(self, update: int, values: Mapping[str, float], is_update: bool) -> None:
         (self._updates if is_update else self._validations).append({"update": update, **values})

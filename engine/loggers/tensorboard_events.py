@@ -25,10 +25,11 @@ class TensorBoardLogger(GroupedLogger):
         from torch.utils.tensorboard import SummaryWriter
 
         super().open(start)
-        assert start.folder is not None
+        folder = start.pinned or start.folder
+        assert folder is not None
         is_whole = start.validated_update == start.update  # or its validation may be there and come again
         first = start.update + 1 if is_whole else start.update
-        self._writer: Any = SummaryWriter(str(start.folder / "tensorboard"), purge_step=first, flush_secs=1)
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=first, flush_secs=1)
         if not is_whole:
             self._weight -= start.record["weight"]
             self.log(start.record)

@@ -45,7 +45,7 @@ class Recorder:
 
     def close(self) -> None:
         """Close the loggers: the run is over."""
-        for logger in self._loggers:
+        for logger in reversed(self._loggers):  # the folder last: others write into it
             logger.close()
 
     def _log(self, record: dict[str, Any]) -> None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import errno
-import fcntl
+import itertools
 import json
 import logging
 import math
-import time
+import os
+import stat
+import uuid
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import orjson
 from torch import Tensor
 
+from engine.disk import force_to_disk, lines_of, new_part, read_small, replace_text
 from engine.errors import RunDirTakenError
+from engine.records.history import History
+from engine.records.lock import locked
 
 log = logging.getLogger("tally")
 
@@ -24,38 +29,80 @@ log = logging.getLogger("tally")
 class RunFolder:
     """The folder of one run: a new one, or with `takes_over` that of the run which is resumed.
 
-    Raises RunDirTakenError if anything else is in it, or if another process is writing it.
+    Records and events go to files that stay open: they follow the folder if it is moved. Raises RunDirTakenError if
+    anything else is in it, or if another run is writing it.
     """
 
     def __init__(self, path: str | Path, takes_over: bool = False) -> None:
         self.path = Path(path)
-        is_ours = takes_over and _is_a_run(self.path)
-        if self.path.exists() and (not self.path.is_dir() or (not _is_empty(self.path) and not is_ours)):
-            way_out = "a new folder" if takes_over else "a new folder, or resume='auto'"
-            raise RunDirTakenError(f"run_dir={str(path)!r}: expected a folder that nothing else is in. Use {way_out}.")
+        _check_is_free(self.path, takes_over)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.path / LOCK)
+        self._lock = locked(self.path / LOCK)
+        self._directory: int | None = os.open(self.path, os.O_RDONLY)
+        self._start = uuid.uuid4().hex
+        self._config: dict[str, Any] = {}
         self._metrics: FileIO | None = None
+        self._events: FileIO | None = None
         self._unwritten = b""
         self._is_full = False
+        try:
+            _check_is_free(self.path, takes_over)  # another run may have begun before the lock, and ended
+        except BaseException:
+            self.close()
+            raise
 
-    def rewind(self, update: int, validated_update: int) -> int:
+    def configure(self, mark: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:
+        """Write config.json: what identifies the run, an id of this start, and the configuration."""
+        self._config = {MARK: {**mark, "start": self._start}, **configuration}
+        self.write("config.json", self._config)
+
+    def rewind(self, update: int, validated_update: int, branched_at: int | None = 0) -> int:
         """Cut updates after `update` and validations after `validated_update` from metrics.jsonl: they come again.
 
-        Returns the number of updates that were cut.
+        Returns the number of updates that were cut. Logs a warning if others are missing or stand twice; the history
+        begins after `branched_at` (None: unknown). Raises OSError.
         """
-        history = self.path / "metrics.jsonl"
-        part = history.with_suffix(".part")
-        history.touch()
-        undone = 0
-        with history.open(errors="replace") as lines, part.open("w") as kept:
-            for line in lines:
-                if _is_before(line, update, validated_update):
-                    kept.write(line)
-                else:
-                    undone += '"loss"' in line and line.endswith("\n")
-        part.replace(history)
-        return undone
+        path, history = self.path / "metrics.jsonl", History(update, validated_update, branched_at)
+        path.touch()
+        part = new_part(path)
+        with path.open("rb") as lines, part.open("w") as kept:
+            kept.writelines(line for line in lines_of(lines) if history.keeps(line))
+        force_to_disk(part)
+        part.replace(path)
+        force_to_disk(self.path)
+        if faults := history.faults():
+            log.warning("%s is not whole: %s. Training resumes, and its curves stay so.", path, faults)
+        self._metrics = path.open("a+b", buffering=0)  # a killed run keeps every line
+        self._events = (self.path / EVENTS).open("a+b", buffering=0)
+        return history.undone
+
+    @property
+    def pinned(self) -> Path:
+        """The folder by a path that follows it if it is moved, where the system has one."""
+        path = Path(f"/proc/self/fd/{self._directory}")
+        return path if path.exists() else self.path
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the folder was moved, deleted or replaced: another one, or none, is at `path`."""
+        try:
+            is_same = os.path.samestat(os.fstat(self._lock.fileno()), (self.path / LOCK).stat())
+        except OSError as error:
+            return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+        return not is_same or (read_mark(self.path) or {}).get("start", self._start) != self._start
+
+    def rescue(self) -> RunFolder:
+        """Return a new folder beside a lost one, with configuration and records. Raises OSError."""
+        ends = itertools.chain(["lost"], (f"lost-{number}" for number in itertools.count(2)))
+        paths = (self.path.with_name(f"{self.path.name}-{end}") for end in ends)
+        rescued = RunFolder(next(path for path in paths if not os.path.lexists(path)))
+        rescued.write("config.json", self._config)
+        for name, file in (("metrics.jsonl", self._metrics), (EVENTS, self._events)):
+            assert file is not None
+            file.seek(0)
+            (rescued.path / name).write_bytes(file.readall() + (self._unwritten if file is self._metrics else b""))
+        rescued._events = (rescued.path / EVENTS).open("a+b", buffering=0)
+        return rescued
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; if the disk is full, keep it for the next time."""
@@ -63,9 +110,8 @@ class RunFolder:
             self._unwritten += orjson.dumps(record) + b"\n"  # a number that is not finite becomes null
         except TypeError:
             self._unwritten += _line(record)
+        assert self._metrics is not None
         try:
-            if self._metrics is None:
-                self._metrics = (self.path / "metrics.jsonl").open("ab", buffering=0)  # a killed run keeps every line
             self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
             self._is_full = False
         except OSError as error:
@@ -75,19 +121,27 @@ class RunFolder:
                 )
             self._is_full = True
 
+    def flush(self) -> None:
+        """Write the lines that are still in memory. Raises OSError."""
+        while self._unwritten and self._metrics is not None:
+            self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
+
+    def force_to_disk(self) -> None:
+        """Wait until the records so far are on disk. Raises OSError."""
+        assert self._metrics is not None
+        os.fsync(self._metrics.fileno())
+
     def log_event(self, event: Mapping[str, Any]) -> None:
         """Append one line to events.jsonl, which no resume cuts."""
         try:
-            with (self.path / "events.jsonl").open("ab") as events:
-                events.write(_line(event))
+            if self._events is not None:
+                self._events.write(_line(event))
         except OSError as error:
             log.error("events.jsonl could not be written: %s. Training continues without the line.", error)
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write one JSON file, whole or not at all."""
-        part = self.path / f"{name}.part"
-        part.write_text(json.dumps(_plain(content), indent=2) + "\n")
-        part.replace(self.path / name)
+        replace_text(self.path / name, json.dumps(_plain(content), indent=2) + "\n")
 
     def save_weights(self, state: Mapping[str, Any], name: str = "model.safetensors") -> None:
         """Write a model under the user's own parameter names: tensors, and no extra state."""
@@ -99,58 +153,58 @@ class RunFolder:
         )
 
     def close(self) -> None:
-        """Write the lines that are still in memory. Raises OSError if that fails."""
-        if self._metrics is not None:
-            with self._metrics as metrics:
-                metrics.write(self._unwritten)
-            self._metrics, self._unwritten = None, b""
-        self._lock.close()
+        """Write the lines that are still in memory, and release the lock. Raises OSError if the lines are lost."""
+        try:
+            self.flush()
+        finally:
+            for file in (self._metrics, self._events, self._lock):
+                if file is not None:
+                    file.close()
+            if self._directory is not None:
+                os.close(self._directory)
+            self._metrics = self._events = self._directory = None
 
 
 MARK = "a run of Tally"
-"""The key of config.json that marks a folder as ours."""
+"""The key of config.json that marks a folder as ours, with the ids of the run and of its newest start."""
 
 LOCK = ".lock"
 
+EVENTS = "events.jsonl"
+"""The file that is appended to in place: a hard link would change another file too."""
 
-def _is_empty(path: Path) -> bool:
-    return all(entry.name == LOCK for entry in path.iterdir())
+
+def read_mark(path: Path) -> dict[str, Any] | None:
+    """Return what config.json says of the run in a folder; None if it is missing, unreadable or another's."""
+    try:
+        config = json.loads(read_small(path / "config.json"))
+        return config[MARK] if isinstance(config[MARK], dict) else {}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
-def _locked(path: Path, seconds: float = 5.0) -> TextIO:
-    """Open and lock a file until it is closed or this process ends. Waits a little for one that is ending."""
-    file, end = path.open("w"), time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            is_held = error.errno in (errno.EACCES, errno.EAGAIN)
-            if is_held and time.monotonic() < end:
-                time.sleep(0.1)
-                continue
-            if is_held:
-                file.close()
+def check_plain(folder: Path) -> None:
+    """Raise RunDirTakenError for a link or device in a run's folder: following it could leave the folder or hang."""
+    for within in (folder, folder / "checkpoints", *(folder / "checkpoints").glob("update-*"), folder / "tensorboard"):
+        for entry in os.scandir(within) if within.is_dir() else ():
+            status = entry.stat(follow_symlinks=False)
+            is_shared = entry.name == EVENTS and status.st_nlink > 1
+            if is_shared or not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
                 raise RunDirTakenError(
-                    f"run_dir={str(path.parent)!r}: another process is writing it. Wait for it, or use a new folder."
-                ) from None
-        return file  # where the file system has no locks, nothing is promised
+                    f"run_dir={str(folder)!r}: expected files and folders only, found a link or device: "
+                    f"{Path(entry.path).relative_to(folder)}. Remove it, or use a new folder."
+                )
 
 
-def _is_a_run(path: Path) -> bool:
-    if any(path.glob("checkpoints/update-*/manifest.json")):
-        return True
-    try:
-        return MARK in json.loads((path / "config.json").read_text())
-    except (OSError, ValueError, TypeError):
-        return False
-
-
-def _is_before(line: str, update: int, validated_update: int) -> bool:
-    try:
-        record = json.loads(line)
-        return line.endswith("\n") and bool(record["update"] <= (update if "loss" in record else validated_update))
-    except (ValueError, KeyError, TypeError):  # a line that a killed process did not end
-        return False
+def _check_is_free(path: Path, takes_over: bool) -> None:
+    if path.is_dir():
+        check_plain(path)
+        is_run = any(path.glob("checkpoints/update-*/manifest.json")) or read_mark(path) is not None
+        if (takes_over and is_run) or all(entry.name == LOCK for entry in path.iterdir()):
+            return
+    if path.exists():
+        way_out = "a new folder" if takes_over else "a new folder, or resume='auto'"
+        raise RunDirTakenError(f"run_dir={str(path)!r}: expected a folder that nothing else is in. Use {way_out}.")
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

@@ -7,6 +7,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.disk import replace_text
 from engine.report.page import page
 from engine.report.reading import NotARunError, read
 
@@ -22,9 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = Path(options.output or Path(options.runs[0], "report.html"))
     try:
         html = page([read(folder) for folder in options.runs])
-        part = output.with_name(f"{output.name}.part")
-        part.write_text(html, "utf-8", "backslashreplace")  # a name may hold half a character
-        part.replace(output)
+        replace_text(output, html.encode(errors="backslashreplace").decode())  # a name may hold half a character
     except NotARunError as error:
         parser.error(str(error))
     except ModuleNotFoundError as error:

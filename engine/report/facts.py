@@ -139,9 +139,11 @@ def flat(config: dict[str, Any], prefix: str = "") -> Facts:
     """Return nested options by dotted names."""
     found: Facts = {}
     for name, value in config.items():
+        if f"{prefix}{name}" == "a run of Tally":
+            continue
         if isinstance(value, dict) and value:
             found.update(flat(value, f"{prefix}{name}."))
-        elif f"{prefix}{name}" != "a run of Tally":
+        else:
             found[f"{prefix}{name}"] = str(value)
     return found
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.disk import lines_of, read_small
+
 Column = NDArray[np.float64]  # one number for each record; NaN where a record has none
 
 
@@ -77,8 +79,8 @@ def _refusal(path: Path) -> str:
 def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     """Return the records of a file of JSON lines, each with a number as its `update`."""
     records, lost = [], 0
-    with path.open(errors="replace") as lines:
-        for line in lines:
+    with path.open("rb") as file:
+        for line in lines_of(file):
             record = _decoded(line) if line.endswith("\n") else None
             if isinstance(record, dict) and np.isfinite(number(record.get("update"))):
                 records.append(record)
@@ -91,8 +93,8 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 def _object(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        content = _decoded(path.read_text(errors="replace"))
-    except OSError:
+        content = _decoded(read_small(path))
+    except (OSError, ValueError):
         content = None
     if isinstance(content, dict):
         return content
