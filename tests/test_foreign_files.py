@@ -7,12 +7,14 @@ import json
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import python
 from safetensors.torch import load_file, save_file
 from test_run_identity import fit
 
@@ -224,3 +226,30 @@ def test_an_option_file_may_have_aliases(tmp_path: Path) -> None:
     )
     _, config = parse([f"--config={tmp_path / 'options.yaml'}"])
     assert config.trainer.save_every_n_updates == 3
+
+
+PEERS = """
+import os, subprocess, sys
+import torch.distributed as dist
+
+sockets = subprocess.run(["find", "/proc/%d/fd" % os.getppid(), "-lname", "socket:*", "-printf", "%l "], stdout=-1)
+inodes = {link[8:-1] for link in sockets.stdout.decode().split()}
+lines = [line.split() for line in open("/proc/net/tcp").readlines()[1:] + open("/proc/net/tcp6").readlines()[1:]]
+ports = {int(words[1].split(":")[1], 16) for words in lines if words[3] == "0A" and words[9] in inodes}
+keys = []
+for port in ports:
+    keys += dist.TCPStore("127.0.0.1", port, is_master=False).list_keys()
+print(len(ports), [key for key in keys if "rendezvous" in key], os.environ.get("GLOO_SOCKET_IFNAME"))
+"""
+"""A worker that lists what a stranger finds in the stores of the agent."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("module", ["launch.start", "torch.distributed.run"])
+def test_alone_on_a_host_no_store_holds_what_an_agent_unpickles(module: str, tmp_path: Path) -> None:
+    (tmp_path / "peers.py").write_text(PEERS)
+    done = python("-m", module, "--standalone", "--nproc_per_node=1", "peers.py", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    is_ours = module == "launch.start"
+    assert ("[]" in done.stdout, "lo" in done.stdout.split()) == (is_ours, is_ours)
+    assert not done.stdout.startswith("0 ")
