@@ -86,9 +86,10 @@ class Trainer:
     def fit(self, task: Task) -> None:
         """Train `task` to the end of the run, from its start or from the checkpoint that `resume` finds.
 
-        With a `run_dir`, SIGTERM and SIGINT end it at the next boundary with a checkpoint (`interrupted_by` then names
-        the signal), and SIGUSR1 saves one. Raises what the task raises, UserError if the task cannot be trained,
-        CheckpointError if the run cannot be resumed, and RunDirTakenError for a `run_dir` in use.
+        With a `run_dir`, SIGTERM, SIGINT and SIGHUP end it at the next boundary with a checkpoint (`interrupted_by`
+        then names the signal), and SIGUSR1 saves one. Raises what the task raises, UserError if the task cannot be
+        trained, CheckpointError if the run cannot be resumed, RunDirTakenError for a `run_dir` in use, and StorageError
+        if the run's own files could not be written.
         """
         self.state, self._control, self._signals = RunState(), Control(), Signals()
         is_interruptible = self.settings.run_dir is not None

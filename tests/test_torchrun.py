@@ -231,6 +231,23 @@ def test_told_to_stop_all_stop_after_the_same_update_and_go_on(folder: Path, und
     assert_same(run, undisturbed)
 
 
+@HAS_VENV
+def test_the_launcher_ignores_sigusr1_and_a_second_signal(folder: Path, undisturbed: Path) -> None:
+    run = folder / "run"
+    with train_sh(folder, "--trainer.run_dir=run") as torchrun:
+        reach(run, 50, torchrun)
+        os.kill(torchrun.process.pid, signal.SIGUSR1)
+        reach(run, 100, torchrun)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(torchrun.process.pid, number)
+            time.sleep(0.01)
+        assert torchrun.wait(40) == 75, torchrun.output
+        assert not torchrun.workers
+    with train_sh(folder, "--trainer.run_dir=run") as torchrun:
+        assert torchrun.wait(90) == 0, torchrun.output
+    assert_same(run, undisturbed)
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_the_sibling_of_a_killed_worker_was_not_told_to_stop(folder: Path, killed: int) -> None:
     run = folder / "run"

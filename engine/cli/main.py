@@ -193,7 +193,7 @@ def _is_restarted() -> bool:
 def _link_of_this_start() -> Path:
     """The link to the folder of what one torchrun command has started."""
     start = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return Path("runs") / f".started-by-{start if start != 'none' else os.getppid()}"
+    return Path("runs") / f".started-by-{start.replace('/', '-') if start != 'none' else os.getppid()}"
 
 
 class _KeepCommand(Callback):
