@@ -34,6 +34,8 @@ class MicroBatch:
     """The index, in the epoch, by which the random draws of its forward are seeded."""
     is_last: bool
     """Whether it is the last one of this process in the window, so that the update follows."""
+    size_problem: str = ""
+    """Why `size` cannot weigh a mean over its samples; "" if it can."""
 
 
 class Strategy(ABC):

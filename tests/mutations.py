@@ -595,6 +595,56 @@ FAULTS = [
         "purge_step=None",
         "tests/test_loggers.py -k history",
     ),
+    # the samples of a micro-batch
+    Fault(
+        "the planned number of samples instead of the collated one",
+        "MapSource._micros",
+        "size = size if problem else self._batch_size(batch)",
+        "problem = ''",
+        "tests/test_sample_counts.py",
+    ),
+    Fault(
+        "believe dim 0 of the first tensor of a stream",
+        "size_problem",
+        "len(seen) == 1",
+        "True",
+        "tests/test_sample_counts.py::test_a_stream_whose_tensors_disagree_asks_for_the_number",
+    ),
+    Fault(
+        "a dataset that leaves samples out",
+        "Fetch.__getitems__",
+        "len(samples) != len(piece.indices)",
+        "False",
+        "tests/test_sample_counts.py::test_a_dataset_that_returns_fewer_samples_is_refused",
+    ),
+    Fault(
+        "packed sequences counted by their steps",
+        "tensors",
+        "int(item.batch_sizes[0])",
+        "item.data.size(0)",
+        "tests/test_sample_counts.py::test_packed_and_nested_tensors_are_counted_by_sequences",
+    ),
+    Fault(
+        "the same stream on all processes",
+        "StreamSource._check_first",
+        "check_shares([value for _, value in firsts])",
+        "pass",
+        "tests/test_sample_counts.py::test_the_same_stream_on_all_processes_is_refused",
+    ),
+    Fault(
+        "refuse equal micro-batches that hold nothing",
+        "digest",
+        ">= INFORMATION",
+        ">= 0",
+        "tests/test_sample_counts.py::test_micro_batches_that_may_be_equal_by_chance_are_not_refused",
+    ),
+    Fault(
+        "ask the sampler that a batch sampler replaces",
+        "engine.data.stream:_sampler",
+        "loader if batches is None else batches",
+        "loader",
+        "tests/test_sample_counts.py::test_a_batch_sampler_of_ones_own_shares_the_samples",
+    ),
 ]
 
 

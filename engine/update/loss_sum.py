@@ -38,6 +38,8 @@ class LossSum:
         """
         if isinstance(loss, Tensor):  # the mean over the samples
             value, share = loss, micro.size
+            if micro.size_problem:
+                raise UserError(micro.size_problem)
             self._weight += share
         elif isinstance(loss, Loss):
             value, share = loss.sum, 1
