@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,12 +26,11 @@ from engine.plan.windows import Plan
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunFolder
 from engine.records.summary import summarize
-from engine.seeds import seed_everything
 from engine.settings import OPTIONS, Settings, class_path, takes
 from engine.signals import Signals
 from engine.state import Control, RunState
 from engine.task import Task
-from engine.training.build import Layout, Run, build, make_validation, prepare_data
+from engine.training.build import Layout, Run, build, first_model, make_validation, prepare_data
 from engine.training.compile import check_compiles
 from engine.training.heartbeat import FAILURE_TOPIC, Heartbeat, lost_contact
 from engine.training.session import Session
@@ -74,6 +74,9 @@ class Trainer:
         self._checkpointer: Checkpointer | None = None
         self._updater: Updater | None = None
         self._layout: Layout | None = None
+        self._is_running = False
+        self._trained: type[Task] | None = None
+        """The class of the task whose model was trained."""
         self.task: Task | None = None
         self.model: nn.Module
         self.optimizer: Optimizer
@@ -90,13 +93,15 @@ class Trainer:
         the signal), and SIGUSR1 saves one. Raises what the task raises, UserError if the task cannot be trained,
         CheckpointError if the run cannot be resumed, and RunDirTakenError for a `run_dir` in use.
         """
-        self.state, self._control, self._signals = RunState(), Control(), Signals()
         is_interruptible = self.settings.run_dir is not None
-        with numerics(self.settings.deterministic, self.settings.tf32):
+        with numerics(self.settings.deterministic, self.settings.tf32), self._alone("fit"):
+            self.state, self._control, self._signals, self._trained = RunState(), Control(), Signals(), None
             try:
                 self.strategy.setup()
                 with self._signals if is_interruptible else nullcontext(), Heartbeat(self.strategy, self._progress):
-                    self._build(task).run()
+                    session = self._build(task)
+                    self._trained = type(task)
+                    session.run()
                     self._finish()
             except BaseException as error:
                 self._report(error)
@@ -192,24 +197,46 @@ class Trainer:
         self.strategy.post(FAILURE_TOPIC, f"{type(error).__name__}: {error}")
 
     def validate(self, task: Task) -> dict[str, float]:
-        """Return the means of `task.evaluate` over its validation data: of the model just trained, else of a new one.
+        """Return the means of `task.evaluate` over its validation data, of the model that this trainer has trained.
 
-        Raises UserError for a task without validation data.
+        Before `fit` the model is the one that `fit` would start from: of the newest checkpoint in `run_dir`, else of
+        `weights`, else a new one. Raises UserError for a task without validation data, for one of another class than
+        the one trained, and for a `run_dir` without a checkpoint.
         """
+        settings, strategy = self.settings, self.strategy
+        with numerics(settings.deterministic, settings.tf32), self._alone("validate"):
+            try:
+                strategy.setup()
+                prepare_data(task, strategy)
+                if self._trained is None:
+                    self.model = first_model(task, settings, strategy, self.callbacks)
+                elif not (isinstance(task, self._trained) or issubclass(self._trained, type(task))):
+                    raise UserError(
+                        f"task={type(task).__name__}: this trainer has trained {self._trained.__name__}. Give a task "
+                        "of that class, or use another Trainer."
+                    )
+                self.task = task
+                validation = make_validation(task, settings, strategy)
+                if validation is None:
+                    raise UserError(
+                        f"{type(task).__name__}.validation_data() returned None. Return data to validate on."
+                    )
+                with around_validation(self):
+                    self.state.metrics = validation.run(self.model) or {}
+                return self.metrics
+            finally:
+                strategy.teardown()
+
+    @contextmanager
+    def _alone(self, method: str) -> Iterator[None]:
+        """Raise UserError if this trainer is running already."""
+        if self._is_running:
+            raise UserError(f"{method}() was called while this trainer runs. Use another Trainer, after it.")
+        self._is_running = True
         try:
-            self.strategy.setup()
-            if self.task is not task:
-                prepare_data(task, self.strategy)
-                seed_everything(self.settings.seed)
-                self.task, self.model = task, task.configure_model().to(self.strategy.device)
-            validation = make_validation(task, self.settings, self.strategy)
-            if validation is None:
-                raise UserError(f"{type(task).__name__}.validation_data() returned None. Return data to validate on.")
-            with around_validation(self):
-                self.state.metrics = validation.run(self.model) or {}
-            return self.metrics
+            yield
         finally:
-            self.strategy.teardown()
+            self._is_running = False
 
     def stop(self, is_collective: bool = False) -> None:
         """End the run: at once in one process; with several, all together after the next update.

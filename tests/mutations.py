@@ -645,6 +645,42 @@ FAULTS = [
         "loader",
         "tests/test_sample_counts.py::test_a_batch_sampler_of_ones_own_shares_the_samples",
     ),
+    # the model that is validated
+    Fault(
+        "validate a new model after fit",
+        "Trainer.validate",
+        "if self._trained is None:",
+        "if self.task is not task:",
+        "tests/test_validate.py",
+    ),
+    Fault(
+        "validate a new model instead of a checkpoint's",
+        "first_model",
+        "load_model(model, checkpoint.model, checkpoint.path)",
+        "pass",
+        "tests/test_validate.py",
+    ),
+    Fault(
+        "validate a checkpoint without its average",
+        "first_model",
+        'restore_callbacks(callbacks, checkpoint["callbacks"])',
+        "pass",
+        "tests/test_validate.py",
+    ),
+    Fault(
+        "validate a new model for a folder without a checkpoint",
+        "first_model",
+        "if checkpoint is None and settings.weights is None",
+        "if False",
+        "tests/test_validate.py",
+    ),
+    Fault(
+        "a trainer that runs within itself",
+        "Trainer._alone",
+        "if self._is_running:",
+        "if False:",
+        "tests/test_validate.py",
+    ),
 ]
 
 

@@ -33,15 +33,19 @@ class EMA(Callback):
         self._move = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         self.averages: dict[str, Tensor] = {}
         """The averaged parameters, by name, on their device."""
+        self._model: nn.Module | None = None
         self._parameters: list[nn.Parameter] = []
         self._saved: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Begin with the parameters, or with what a checkpoint had."""
+        self._begin(trainer)
+
+    def _begin(self, trainer: Trainer) -> None:
         if not trainer.strategy.holds_all:
             raise UserError(f"EMA needs whole parameters on each process, which {trainer.strategy.name} does not have.")
         named = {user_name(n): p for n, p in trainer.model.named_parameters() if p.requires_grad}
-        self._parameters = list(named.values())
+        self._model, self._parameters = trainer.model, list(named.values())
         self.averages = {n: self._saved.get(n, p).detach().to(p.device, copy=True) for n, p in named.items()}
         self._saved = {}
 
@@ -52,6 +56,8 @@ class EMA(Callback):
     @contextmanager
     def around_validation(self, trainer: Trainer) -> Iterator[None]:
         """Validate with the average."""
+        if self._model is not trainer.model:  # without a fit
+            self._begin(trainer)
         self._swap()
         try:
             yield

@@ -111,7 +111,7 @@ def restore(checkpoint: Checkpoint, parts: RunParts, allows_changes: bool) -> Ru
         parts.updater.load_state_dict(checkpoint["updater"], "precision" in unchanged)
         if parts.updater.rollback is not None:
             parts.updater.rollback.load_rng_state(checkpoint["host_rng"], strategy.rank, strategy.processes)
-        _restore_callbacks(parts.callbacks, checkpoint["callbacks"])
+        restore_callbacks(parts.callbacks, checkpoint["callbacks"])
         positions = checkpoint["positions"]
         position = positions and positions[strategy.data_parallel_rank % len(positions)]
         return RunState.of(checkpoint["run"], position)
@@ -123,7 +123,7 @@ def restore(checkpoint: Checkpoint, parts: RunParts, allows_changes: bool) -> Ru
         ) from error
 
 
-def _restore_callbacks(callbacks: Sequence[Callback], saved: Sequence[Any]) -> None:
+def restore_callbacks(callbacks: Sequence[Callback], saved: Sequence[Any]) -> None:
     """Give each saved state to the first callback of its class that has none yet."""
     waiting = list(callbacks)
     for name, state in saved:
@@ -158,10 +158,16 @@ def load_weights(model: nn.Module, path: Path) -> None:
         weights = load_file(path)
     except Exception as error:
         raise CheckpointError(f"weights={str(path)!r} cannot be read: {error}. Give a .safetensors file.") from error
-    names = {user_name(name): name for name in model.state_dict()}  # those of torch.compile
-    own = {name: model.state_dict()[full] for name, full in names.items()}
-    check_model_state({name: value for name, value in own.items() if isinstance(value, Tensor)}, weights, path)
-    model.load_state_dict({names[name]: value for name, value in weights.items()}, strict=False)
+    load_model(model, weights, path)
+
+
+def load_model(model: nn.Module, saved: Mapping[str, Any], source: Path) -> None:
+    """Load a model's state under the user's own names. Raises CheckpointError if it is another model's."""
+    own = model.state_dict()
+    names = {user_name(name): name for name in own}  # those of torch.compile
+    current = {name: own[full] for name, full in names.items() if isinstance(own[full], Tensor) or name in saved}
+    check_model_state(current, saved, source)
+    model.load_state_dict({names[name]: value for name, value in saved.items()}, strict=False)
 
 
 def _compare(identity: Mapping[str, str], checkpoint: Checkpoint, allows_changes: bool) -> None:

@@ -13,8 +13,17 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from engine.callbacks.accumulation import Scheduling
 from engine.callbacks.base import Callback
+from engine.checkpoint.checkpointer import Checkpointer
 from engine.checkpoint.find import Checkpoint
-from engine.checkpoint.snapshot import RunParts, load_weights, run_identity, saved_schedule, window_identity
+from engine.checkpoint.snapshot import (
+    RunParts,
+    load_model,
+    load_weights,
+    restore_callbacks,
+    run_identity,
+    saved_schedule,
+    window_identity,
+)
 from engine.data.checks import check_equal_windows, check_windows
 from engine.data.map_style import LoaderOptions
 from engine.data.prefetch import Prefetch
@@ -154,6 +163,27 @@ def make_model(task: Task, seed: int) -> nn.Module:
     model = task.configure_model()
     check_model(model)
     return model
+
+
+def first_model(task: Task, settings: Settings, strategy: Strategy, callbacks: Sequence[Callback]) -> nn.Module:
+    """Return the model that a run would start from, and give callbacks their state in its checkpoint.
+
+    Raises UserError for a `run_dir` without a checkpoint, CheckpointError for weights of another model.
+    """
+    checkpoint = Checkpointer(settings, strategy, Signals()).find()
+    if checkpoint is None and settings.weights is None and settings.run_dir is not None and settings.resume == "auto":
+        raise UserError(
+            f"run_dir={settings.run_dir!r}: expected a run with a checkpoint. Use weights=FILE, or resume='never' "
+            "for a new model."
+        )
+    seed_everything(settings.seed)
+    model = task.configure_model()
+    if checkpoint is not None:
+        load_model(model, checkpoint.model, checkpoint.path)
+        restore_callbacks(callbacks, checkpoint["callbacks"])
+    elif settings.weights is not None:
+        load_weights(model, Path(settings.weights))
+    return model.to(strategy.device)
 
 
 def make_optimizer(task: Task, model: nn.Module) -> tuple[Optimizer, LRScheduler | None]:
