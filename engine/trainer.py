@@ -32,8 +32,9 @@ from engine.state import Control, RunState
 from engine.task import Task
 from engine.training.build import Layout, Run, build, first_model, make_validation, prepare_data
 from engine.training.compile import check_compiles
-from engine.training.heartbeat import FAILURE_TOPIC, Heartbeat, lost_contact
+from engine.training.heartbeat import Heartbeat
 from engine.training.session import Session
+from engine.update.exchange import FAILURE_TOPIC, lost_contact
 from engine.update.precision import numerics
 from engine.update.timing import ReductionCost
 from engine.update.updater import Updater

@@ -681,6 +681,38 @@ FAULTS = [
         "if False:",
         "tests/test_validate.py",
     ),
+    # a loop of one's own
+    Fault(
+        "a loop that calls backward twice",
+        "OwnWindow.backward",
+        "if self._micro is None:",
+        "if False:",
+        "tests/test_own_loop.py",
+    ),
+    Fault(
+        "a loop that leaves out a backward",
+        "OwnWindow._read",
+        "if self._micro is not None:",
+        "if False:",
+        "tests/test_own_loop.py",
+    ),
+    Fault(
+        "a loop that updates twice", "OwnWindow.update", "if self._was_updated:", "if False:", "tests/test_own_loop.py"
+    ),
+    Fault(
+        "a loop's error that the others do not hear of",
+        "OwnWindow._stop",
+        "self._updater.exchange.stop(error)",
+        "pass",
+        "tests/test_own_loop.py",
+    ),
+    Fault(
+        "a loop's error inside no_sync",
+        "OwnWindow.backward",
+        "self._batches.close()",
+        "pass",
+        "tests/test_own_loop.py",
+    ),
 ]
 
 
