@@ -52,6 +52,11 @@ def is_lost_contact(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
+def is_freed_storage(error: Exception) -> bool:
+    """Whether `error` comes from a backward that needs a parameter whose storage FSDP has freed."""
+    return isinstance(error, RuntimeError) and "out of bounds for storage of size 0" in str(error)
+
+
 def unused_parameters(error: RuntimeError) -> list[int]:
     """Return the indices of the trainable parameters that DDP's reducer names as unused; [] if it names none."""
     match = re.search(r"for rank \d+: ([\d ]+)", str(error))
