@@ -188,7 +188,10 @@ class Trainer:
         Raises ProcessFailureError in its place if this process has lost contact with another.
         """
         for callback in self.callbacks:
-            callback.on_exception(self, error)
+            try:
+                callback.on_exception(self, error)
+            except Exception:  # the run's own error is the one to raise
+                log.exception("%s.on_exception raised an error.", type(callback).__name__)
         if self._checkpointer is not None:
             self._checkpointer.log_event("fail", reason=f"{type(error).__name__}: {error}")
         if self.strategy.processes == 1 or isinstance(error, ProcessFailureError):

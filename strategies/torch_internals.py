@@ -13,6 +13,7 @@ TESTED = "2.13 and 2.15"
 
 DDP = (
     "torch._C._distributed_c10d:Reducer._rebuild_buckets",
+    "torch._C._distributed_c10d:Reducer.prepare_for_backward",
     "torch.nn.parallel:DistributedDataParallel._check_reducer_finalized",
     "torch.nn.parallel:DistributedDataParallel._get_ddp_logging_data",
     "torch.nn.parallel:DistributedDataParallel._sync_buffers",

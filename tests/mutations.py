@@ -727,6 +727,44 @@ FAULTS = [
         "pass",
         "tests/test_sharded.py -k cannot_do",
     ),
+    # the model that loss() is given
+    Fault(
+        "reduce only what the wrapper's forward has seen",
+        "DDPStrategy.backward",
+        "if is_last and (self.find_unused_parameters or not self._was_called):",
+        "if False:",
+        "tests/test_model_attributes.py",
+    ),
+    Fault(
+        "an attribute that is set on the wrapper",
+        "ShowsModel.__setattr__",
+        "setattr(module, name, value)",
+        "super().__setattr__(name, value)",
+        "tests/test_model_attributes.py",
+    ),
+    # one clear message
+    Fault(
+        "a dictionary as a dataset",
+        "is_map_style",
+        "if isinstance(data, Mapping):",
+        "if False:",
+        "tests/test_bad_input.py",
+    ),
+    Fault("an order that cannot be cut", "check_order", "not is_cut", "False", "tests/test_bad_input.py"),
+    Fault(
+        "an error that a callback's hides",
+        "Trainer._report",
+        "except Exception:",
+        "except ZeroDivisionError:",
+        "tests/test_bad_input.py::test_a_callback_that_raises_hides_no_error",
+    ),
+    Fault(
+        "options beside a class path",
+        "_with_init_args",
+        'if "class_path" not in parts',
+        "if True",
+        "tests/test_command.py::test_options_may_stand_beside_a_class_path",
+    ),
 ]
 
 

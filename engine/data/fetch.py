@@ -60,10 +60,12 @@ class Fetch(Dataset[Any]):
         self._seed_all(epoch, place)
         try:
             return self._dataset[index]
-        except IndexError as error:
+        except (IndexError, KeyError) as error:
+            if isinstance(error, KeyError) and error.args != (index,):
+                raise  # not for want of this sample
             raise UserError(
                 f"the dataset says that it has {len(self._dataset)} samples, but sample {index} raised "
-                f"IndexError: {error}"
+                f"{type(error).__name__}: {error}"
             ) from error
 
     def _seed_all(self, epoch: int, place: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from engine.data.checks import check_order
 from engine.data.counting import overrides, size_problem
 from engine.data.fetch import Fetch, Piece, TensorFetch
 from engine.data.prefetch import Prefetch
@@ -83,7 +84,7 @@ class MapSource:
 
         Raises UserError for an order that is longer or shorter than epoch 0's.
         """
-        order = self._order(epoch)
+        order = check_order(self._order(epoch))
         if len(order) != self._plan.samples:
             raise UserError(
                 f"the order of epoch {epoch} has {len(order)} samples, that of epoch 0 {self._plan.samples}: "

@@ -96,7 +96,7 @@ class Validation:
         """Return `value` in float64 on the device, without the host-device sync of `torch.tensor`."""
         if isinstance(value, Tensor):
             return value.to(self._strategy.device, torch.float64, non_blocking=value.is_cpu)
-        return torch.full((), value, dtype=torch.float64, device=self._strategy.device)
+        return torch.full((), float(value), dtype=torch.float64, device=self._strategy.device)
 
     def _micros(self) -> Iterator[MicroBatch]:
         if self._stream is None:

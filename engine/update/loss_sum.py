@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from numbers import Real
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -76,7 +77,7 @@ class LossSum:
                 raise UserError(f"a loss's weight is a {kind}: expected one number, float32 or wider.")
             weight = weight.detach()
             self._least_weight = weight if self._least_weight is None else torch.minimum(self._least_weight, weight)
-        elif not isinstance(weight, Real) or not 0 <= weight < math.inf:
+        elif not isinstance(weight, Real | numpy.bool_) or not 0 <= weight < math.inf:
             raise UserError(f"a micro-batch's loss has weight {weight}: expected a finite number of at least 0.")
         self._weight = self._weight + weight
 
