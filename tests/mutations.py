@@ -535,8 +535,8 @@ FAULTS = [
     Fault(
         "wait for each metric of a validation to arrive",
         "Validation._pair",
-        "metric.new_full((), size, dtype=torch.float64)",
-        "torch.full((), size, dtype=torch.float64).to(metric.device)",
+        "metric.new_full((), micro.size, dtype=torch.float64)",
+        "torch.full((), micro.size, dtype=torch.float64).to(metric.device)",
         "tests/test_device.py -k once_in_a_validation",
     ),
     Fault(
@@ -764,6 +764,20 @@ FAULTS = [
         'if "class_path" not in parts',
         "if True",
         "tests/test_command.py::test_options_may_stand_beside_a_class_path",
+    ),
+    Fault(
+        "a restored stream that loses samples",
+        "StreamSource._compare_length",
+        "self._length not in (0, length)",
+        "False",
+        "tests/test_streams.py::test_a_restored_stream_that_loses_samples_is_told",
+    ),
+    Fault(
+        "forget the length of the epoch before",
+        "StreamWindow.position",
+        '"length_before": self._length_before',
+        '"length_before": 0',
+        "tests/test_streams.py::test_a_restored_stream_that_loses_samples_is_told",
     ),
 ]
 

@@ -47,6 +47,8 @@ class StreamSource:
         self._seed = seed
         self._prefetch = prefetch
         self._has_compared = False
+        self._length = 0  # micro-batches in the epoch before; 0 if unknown
+        self._was_restored = False
 
     def windows(
         self, epoch: int, update: int, samples: int, positions: Sequence[Any] | None = None
@@ -61,6 +63,8 @@ class StreamSource:
                 return
             positions = None
         self._begin(epoch)
+        if positions is not None:
+            self._length, self._was_restored = int(positions[rank % len(positions)]["length_before"]), True
         if positions is not None and len(positions) != P:
             raise UserError(
                 f"the run stopped in the middle of epoch {epoch}, where {len(positions)} processes read streams of "
@@ -78,10 +82,11 @@ class StreamSource:
         while has_more:
             stage = self._schedule.at(epoch, update, samples)
             seed_indices = range(first, first + P * stage.accumulate_grad_batches, P)
-            window = StreamWindow(epoch, stage, stream, seed_indices, to_device, batch_size, problem)
+            window = StreamWindow(epoch, stage, stream, seed_indices, to_device, batch_size, problem, self._length)
             yield window
             has_more, update, first = window.has_more, update + 1, seed_indices.stop
             samples += window.samples or 0
+        self._compare_length(epoch, stream.position["taken"])
 
     def _check_first(self, epoch: int, stream: Lookahead) -> None:
         """Raise UserError if no process has a micro-batch, or two processes begin their first epoch with the same."""
@@ -94,6 +99,20 @@ class StreamSource:
                 "Is it a generator, which can be read only once? Return an object whose __iter__ starts again."
             )
         check_shares([value for _, value in firsts])
+
+    def _compare_length(self, epoch: int, length: int) -> None:
+        """Warn if a stream that was restored by its own state gives other numbers of micro-batches in two epochs."""
+        if self._was_restored and _has_state(self._data) and self._length not in (0, length):
+            log.warning(
+                "process %d read %d micro-batches in epoch %d and %d in the epoch before, since the stream was "
+                "restored by its load_state_dict: some may be lost or repeated. If they should be as many, use a "
+                "map-style dataset, or a loader without state_dict, which is read again up to its position.",
+                self._strategy.rank,
+                length,
+                epoch,
+                self._length,
+            )
+        self._length = length
 
     def _begin(self, epoch: int) -> None:
         """Give the epoch to every sampler and generator that shuffles."""
@@ -119,8 +138,9 @@ class StreamWindow(Closing):
         to_device: Callable[[Any], Any],
         batch_size: Callable[[Any], int],
         size_problem: str,
+        length_before: int,
     ) -> None:
-        self._epoch, self._size_problem = epoch, size_problem
+        self._epoch, self._size_problem, self._length_before = epoch, size_problem, length_before
         self.stage = stage
         self.most_micro_batches = stage.accumulate_grad_batches
         self.is_empty = not stream.has_next
@@ -144,8 +164,9 @@ class StreamWindow(Closing):
 
     @property
     def position(self) -> dict[str, Any]:
-        """The seed index of this process's next window, and where its stream stands."""
-        return {"epoch": self._epoch, "seed_index": self._seed_indices.stop, **self._stream.position}
+        """The seed index of this process's next window, where its stream stands, and the length of the epoch before."""
+        here = {"epoch": self._epoch, "seed_index": self._seed_indices.stop, "length_before": self._length_before}
+        return {**here, **self._stream.position}
 
 
 class Lookahead:
