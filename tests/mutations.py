@@ -779,6 +779,20 @@ FAULTS = [
         '"length_before": 0',
         "tests/test_streams.py::test_a_restored_stream_that_loses_samples_is_told",
     ),
+    Fault(
+        "the same window asked for with another K is another run",
+        "engine.checkpoint.snapshot:_identity",
+        'if here != checkpoint["schedule"]:',
+        "if True:",
+        "tests/test_resume.py -k window_of",
+    ),
+    Fault(
+        "any window is the same run",
+        "engine.checkpoint.snapshot:_identity",
+        'if here != checkpoint["schedule"]:',
+        "if False:",
+        "tests/test_resume.py -k window_of",
+    ),
 ]
 
 

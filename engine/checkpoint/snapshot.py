@@ -26,6 +26,9 @@ from strategies import Strategy, user_name
 
 log = logging.getLogger("tally")
 
+ASKED = {"accumulate_grad_batches", "effective_batch_size", "scheduling"}
+"""The settings that ask for effective batches; K follows from these on any number of processes."""
+
 
 @dataclass(frozen=True)
 class RunParts:
@@ -86,7 +89,7 @@ def snapshot(state: RunState, parts: RunParts) -> tuple[Mapping[str, Any], dict[
         "positions": positions,
         "schedule": {
             "unit": parts.schedule.unit,
-            "effective_batches": {stage.first: stage.effective_batch for stage in parts.schedule.stages},
+            "effective_batches": _effective_batches(parts.schedule),
         },
         "identity": dict(parts.identity),
         "updater": parts.updater.state_dict(),
@@ -101,7 +104,7 @@ def restore(checkpoint: Checkpoint, parts: RunParts, allows_changes: bool) -> Ru
     """Load a checkpoint into the parts of a run and return its state. Raises CheckpointError if it does not fit."""
     strategy, saved = parts.strategy, checkpoint["identity"]
     try:
-        _compare(parts.identity, checkpoint, allows_changes)
+        _compare(_identity(parts, checkpoint), checkpoint, allows_changes)
         check_model_state(strategy.state_dict()["model"], checkpoint.model, checkpoint.path)
         unchanged = {name for name, text in parts.identity.items() if saved.get(name) == text}
         whole = {"model": checkpoint.model, "optimizer": checkpoint["optimizer"]}
@@ -168,6 +171,18 @@ def load_model(model: nn.Module, saved: Mapping[str, Any], source: Path) -> None
     current = {name: own[full] for name, full in names.items() if isinstance(own[full], Tensor) or name in saved}
     check_model_state(current, saved, source)
     model.load_state_dict({names[name]: value for name, value in saved.items()}, strict=False)
+
+
+def _identity(parts: RunParts, checkpoint: Checkpoint) -> Mapping[str, str]:
+    """Return the identity of a run; if its effective batches are the checkpoint's, without how they were asked for."""
+    here = {"unit": parts.schedule.unit, "effective_batches": _effective_batches(parts.schedule)}
+    if here != checkpoint["schedule"]:
+        return parts.identity
+    return {name: text for name, text in parts.identity.items() if name not in ASKED}
+
+
+def _effective_batches(schedule: Schedule) -> dict[int, int]:
+    return {stage.first: stage.effective_batch for stage in schedule.stages}
 
 
 def _compare(identity: Mapping[str, str], checkpoint: Checkpoint, allows_changes: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ from engine.update.precision import autocast
 from engine.update.timing import NO_TIMER, UpdateTimer
 from engine.update.updater import LossOf, UpdateOptions, Updater
 from strategies import Strategy
+
+log = logging.getLogger("tally")
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,10 @@ def lay_out(
     N, B = settings.micro_batch_size, settings.effective_batch_size
     schedule = make_schedule(N, strategy.effective_batch, scheduling.by_start, scheduling.unit, B)
     if checkpoint is not None and _has_same_windows(checkpoint, window_identity(settings, scheduling)):
-        schedule = saved_schedule(checkpoint, N, strategy)
+        asked, schedule = schedule, saved_schedule(checkpoint, N, strategy)
+        if strategy.rank == 0 and schedule != asked:
+            Ks = [", ".join(str(stage.accumulate_grad_batches) for stage in s.stages) for s in (schedule, asked)]
+            log.warning("the effective batch stays that of the checkpoint: K is %s on these processes, not %s.", *Ks)
         check_windows({stage.first: stage.accumulate_grad_batches for stage in schedule.stages}, strategy)
     schedule = with_lr_rule(schedule, settings.lr_rule, settings.lr_reference_batch)
     data = task.train_data()
