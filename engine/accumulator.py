@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,15 +14,16 @@ from engine.data.checks import check_equal_windows, check_windows
 from engine.data.map_style import LoaderOptions
 from engine.data.sources import make_plan, make_source
 from engine.data.window import Window
-from engine.errors import UserError, check_count
+from engine.errors import ProcessFailureError, UserError, check_count, describe
 from engine.loss import Loss
 from engine.plan.schedule import check_scheduling, make_schedule
 from engine.state import RunState
 from engine.task import Batching
+from engine.update.exchange import FAILURE_TOPIC, lost_contact
 from engine.update.message import Outcome
 from engine.update.model_checks import check_no_gradients, check_optimizer
 from engine.update.updater import UpdateOptions, Updater
-from strategies import Strategy
+from strategies import MicroBatch, Strategy
 
 
 class Accumulator:
@@ -84,10 +85,9 @@ class Accumulator:
         state.epoch = epoch
         for window in self._source.windows(epoch, state.update, state.samples):
             self._updater.begin(window, state)
-            update = state.update
-            yield OwnWindow(self._updater, window, state)
-            if state.update == update:
-                raise UserError("a window ended without window.update(). Call it after the last backward.")
+            own = OwnWindow(self._updater, window, state)
+            yield own
+            own.end()
 
 
 class OwnWindow:
@@ -98,27 +98,76 @@ class OwnWindow:
 
     def __init__(self, updater: Updater, window: Window, state: RunState) -> None:
         self._updater, self._window, self._state = updater, window, state
-        self._needs_backward = not window.is_empty
+        self._micro: MicroBatch | None = None
+        """The micro-batch that waits for its backward."""
+        self._batches = self._read()
+        self._was_read = self._was_updated = False
+        self._is_complete = window.is_empty
+        """Whether the last backward was called."""
 
     def __iter__(self) -> Iterator[Any]:
-        check_no_gradients(self._updater.model)
-        for micro in self._window:
-            with self._updater.strategy.accumulation_context(micro.is_last):
-                self._micro, self._needs_backward = micro, True
-                self._updater.before_forward(micro)
-                yield micro.batch
+        if self._was_read:
+            self._stop(UserError("a window was iterated over twice. Iterate over each once."))
+        self._was_read = True
+        return self._batches
+
+    def _read(self) -> Generator[Any]:
+        try:
+            check_no_gradients(self._updater.model)
+            for micro in self._window:
+                with self._updater.strategy.accumulation_context(micro.is_last):
+                    self._micro = micro
+                    self._updater.before_forward(micro)
+                    yield micro.batch
+                if self._micro is not None:
+                    raise UserError(
+                        "backward was not called for a micro-batch. Call it for each; Loss(0 * loss, 0) leaves one out."
+                    )
+        except Exception as error:
+            self._stop(error)
 
     def backward(self, loss: Loss | Tensor) -> None:
         """Add the micro-batch's gradient: of a mean over its samples (0-dim tensor), or of a `Loss`."""
-        self._updater.strategy.backward(*self._updater.after_forward(loss, self._micro))
-        self._needs_backward = False
+        try:
+            if self._micro is None:
+                raise UserError(
+                    "backward was called twice for a micro-batch, or for none. Add up the losses of one micro-batch."
+                )
+            micro, self._micro = self._micro, None
+            self._updater.strategy.backward(*self._updater.after_forward(loss, micro))
+            self._is_complete = micro.is_last
+        except Exception as error:
+            self._batches.close()  # so that the context, in which nothing is reduced, ends
+            self._stop(error)
 
     def update(self) -> Outcome:
         """Reduce, correct, clip, step and clear the gradients; return the update's outcome over all processes."""
-        if self._needs_backward:
-            raise UserError("backward was not called for the window's last micro-batch. Call it for each.")
-        if self._window.is_empty:
-            self._updater.strategy.join(self._window)
-        outcome = self._updater.finish(self._window, self._state)
+        try:
+            self._batches.close()  # the loop may have ended early
+            if self._was_updated:
+                raise UserError("window.update() was called twice. Call it once, after the last backward.")
+            if not self._is_complete:
+                raise UserError("backward was not called for the window's last micro-batch. Call it for each.")
+            if self._window.is_empty:
+                self._updater.strategy.join(self._window)
+            outcome = self._updater.finish(self._window, self._state)
+        except Exception as error:
+            self._stop(error)
+        self._was_updated = True
         self._state.count(outcome.samples, outcome.weight, outcome.skipped, outcome.overflowed)
         return outcome
+
+    def end(self) -> None:
+        """Raise UserError for a window without an update."""
+        if not self._was_updated:
+            self._stop(UserError("a window ended without window.update(). Call it after the last backward."))
+
+    def _stop(self, error: Exception) -> NoReturn:
+        """Let the other processes know of `error` and raise it, or ProcessFailureError if another one is gone."""
+        strategy = self._updater.strategy
+        if strategy.has_lost_contact(error):
+            raise lost_contact(strategy, f"in update {self._state.update}", error) from error
+        if not isinstance(error, ProcessFailureError):
+            strategy.post(FAILURE_TOPIC, describe(error))
+            self._updater.exchange.stop(error)
+        raise error

@@ -70,6 +70,13 @@ def at_least(least: int) -> Check:
     return lambda name, value: check_count(name, value, least)
 
 
+def torch_seed(name: str, value: Any) -> None:
+    """Check for a seed that torch takes."""
+    check_count(name, value, 0)
+    if value >= 2**64:
+        raise UserError(f"{name}={value}: expected a whole number below 2**64.")
+
+
 def switch(name: str, value: object) -> None:
     """Check for True or False."""
     if not isinstance(value, bool):
@@ -166,7 +173,7 @@ class Settings:
         0,
         "Seed of the parameters, the data order, dropout and augmentation.",
         UPDATES,
-        check=at_least(0),
+        check=torch_seed,
         identity=True,
     )
     shuffle: bool = option(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, default_collate
@@ -31,14 +32,14 @@ class Batching:
         return None
 
     def batch_size(self, batch: Any) -> int:
-        """Return the number of samples in a ready micro-batch: here dim 0 of the first tensor in it.
+        """Return the number of samples in a micro-batch: here dim 0 of the first tensor in it.
 
-        Raises UserError if there is no tensor.
+        Raises UserError if there is no tensor. A loss that is a mean over the micro-batch's samples is weighted by it.
         """
-        first = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
-        if isinstance(first, Tensor) and (shape := first.shape):
+        first = batch[0] if type(batch) in (list, tuple) and batch else batch
+        if type(first) is Tensor and not first.is_nested and (shape := first.shape):
             return shape[0]
-        if (size := _first_size(batch)) is not None:
+        for size, _ in tensors(batch):
             return size
         raise UserError(
             f"cannot tell how many samples are in a micro-batch of type {type(batch).__name__}: "
@@ -91,11 +92,13 @@ class Task(Batching, ABC):
         return {"loss": self.loss(model, batch)}
 
 
-def _first_size(item: Any) -> int | None:
-    if isinstance(item, Tensor):
-        return item.size(0) if item.ndim else None
-    parts = item if isinstance(item, (list, tuple)) else item.values() if isinstance(item, Mapping) else ()
-    for part in parts:
-        if (size := _first_size(part)) is not None:
-            return size
-    return None
+def tensors(item: Any) -> Iterator[tuple[int, Tensor]]:
+    """Yield each tensor in a micro-batch, with the samples that it seems to hold: dim 0, or the packed sequences."""
+    if isinstance(item, PackedSequence):
+        yield int(item.batch_sizes[0]), item.data
+    elif isinstance(item, Tensor):
+        if item.ndim:
+            yield item.size(0), item
+    elif isinstance(item, (list, tuple, Mapping)):
+        for part in item.values() if isinstance(item, Mapping) else item:
+            yield from tensors(part)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,15 +26,15 @@ from engine.plan.windows import Plan
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunFolder
 from engine.records.summary import summarize
-from engine.seeds import seed_everything
 from engine.settings import OPTIONS, Settings, class_path, takes
 from engine.signals import Signals
 from engine.state import Control, RunState
 from engine.task import Task
-from engine.training.build import Layout, Run, build, make_validation, prepare_data
+from engine.training.build import Layout, Run, build, first_model, make_validation, prepare_data
 from engine.training.compile import check_compiles
-from engine.training.heartbeat import FAILURE_TOPIC, Heartbeat, lost_contact
+from engine.training.heartbeat import Heartbeat
 from engine.training.session import Session
+from engine.update.exchange import FAILURE_TOPIC, lost_contact
 from engine.update.precision import numerics
 from engine.update.timing import ReductionCost
 from engine.update.updater import Updater
@@ -58,13 +59,8 @@ class Trainer:
         self.scheduling = find_scheduler(
             self.callbacks, settings.accumulate_grad_batches, settings.effective_batch_size
         )
-        schedule = make_schedule(
-            settings.micro_batch_size,
-            self.strategy.effective_batch,
-            self.scheduling.by_start,
-            self.scheduling.unit,
-            settings.effective_batch_size,
-        )
+        N, B, scheduling = settings.micro_batch_size, settings.effective_batch_size, self.scheduling
+        schedule = make_schedule(N, self.strategy.effective_batch, scheduling.by_start, scheduling.unit, B)
         check_windows({stage.first: stage.accumulate_grad_batches for stage in schedule.stages}, self.strategy)
         self.state = RunState()
         """Where the run is."""
@@ -74,6 +70,9 @@ class Trainer:
         self._checkpointer: Checkpointer | None = None
         self._updater: Updater | None = None
         self._layout: Layout | None = None
+        self._is_running = False
+        self._trained: type[Task] | None = None
+        """The class of the task whose model was trained."""
         self.task: Task | None = None
         self.model: nn.Module
         self.optimizer: Optimizer
@@ -91,15 +90,16 @@ class Trainer:
         trained, CheckpointError if the run cannot be resumed, RunDirTakenError for a `run_dir` in use, and StorageError
         if the run's own files could not be written.
         """
-        self.state, self._control, self._signals = RunState(), Control(), Signals()
-        is_interruptible = self.settings.run_dir is not None
-        with numerics(self.settings.deterministic, self.settings.tf32), ExitStack() as signals:
+        with numerics(self.settings.deterministic, self.settings.tf32), self._alone("fit"), ExitStack() as signals:
+            self.state, self._control, self._signals, self._trained = RunState(), Control(), Signals(), None
             try:
                 self.strategy.setup()
-                if is_interruptible:
+                if self.settings.run_dir is not None:
                     signals.enter_context(self._signals)  # until all is closed
                 with Heartbeat(self.strategy, self._progress):
-                    self._build(task).run()
+                    session = self._build(task)
+                    self._trained = type(task)
+                    session.run()
                     self._finish()
             except BaseException as error:
                 self._report(error)
@@ -110,8 +110,8 @@ class Trainer:
                 self.strategy.teardown()
                 with writing(self._files):
                     self._recorder.close()
-                    if checkpointer is not None and checkpointer.run_folder is not None:
-                        checkpointer.run_folder.close()
+                    if checkpointer is not None:
+                        checkpointer.close()
 
     def _build(self, task: Task) -> Session:
         """Build the run, resume it if there is a checkpoint, and open its outputs."""
@@ -152,16 +152,9 @@ class Trainer:
         if self.strategy.rank != 0:
             return []
         state, folder = self.state, self.run_folder
-        path = folder.path if folder is not None else None
-        start = Start(
-            path,
-            state.update,
-            state.validated_update,
-            state.record,
-            state.weight,
-            self.configuration,
-            folder.pinned if folder is not None else None,
-        )
+        counts = state.update, state.validated_update, state.record, state.weight
+        path, pinned = (folder.path, folder.pinned) if folder is not None else (None, None)
+        start = Start(path, *counts, self.configuration, pinned)
         return [*([folder] if folder is not None else []), *opened(self._loggers, start)]
 
     def _finish(self) -> None:
@@ -198,7 +191,10 @@ class Trainer:
         Raises ProcessFailureError in its place if this process has lost contact with another.
         """
         for callback in self.callbacks:
-            callback.on_exception(self, error)
+            try:
+                callback.on_exception(self, error)
+            except Exception:  # the run's own error is the one to raise
+                log.exception("%s.on_exception raised an error.", type(callback).__name__)
         if self._checkpointer is not None:
             self._checkpointer.log_event("fail", reason=describe(error))
         if self.strategy.processes == 1 or isinstance(error, ProcessFailureError):
@@ -208,24 +204,46 @@ class Trainer:
         self.strategy.post(FAILURE_TOPIC, describe(error))
 
     def validate(self, task: Task) -> dict[str, float]:
-        """Return the means of `task.evaluate` over its validation data: of the model just trained, else of a new one.
+        """Return the means of `task.evaluate` over its validation data, of the model that this trainer has trained.
 
-        Raises UserError for a task without validation data.
+        Before `fit` the model is the one that `fit` would start from: of the newest checkpoint in `run_dir`, else of
+        `weights`, else a new one. Raises UserError for a task without validation data, for one of another class than
+        the one trained, and for a `run_dir` without a checkpoint.
         """
+        settings, strategy = self.settings, self.strategy
+        with numerics(settings.deterministic, settings.tf32), self._alone("validate"):
+            try:
+                strategy.setup()
+                prepare_data(task, strategy)
+                if self._trained is None:
+                    self.model = first_model(task, settings, strategy, self.callbacks)
+                elif not (isinstance(task, self._trained) or issubclass(self._trained, type(task))):
+                    raise UserError(
+                        f"task={type(task).__name__}: this trainer has trained {self._trained.__name__}. Give a task "
+                        "of that class, or use another Trainer."
+                    )
+                self.task = task
+                validation = make_validation(task, settings, strategy)
+                if validation is None:
+                    raise UserError(
+                        f"{type(task).__name__}.validation_data() returned None. Return data to validate on."
+                    )
+                with around_validation(self):
+                    self.state.metrics = validation.run(self.model) or {}
+                return self.metrics
+            finally:
+                strategy.teardown()
+
+    @contextmanager
+    def _alone(self, method: str) -> Iterator[None]:
+        """Raise UserError if this trainer is running already."""
+        if self._is_running:
+            raise UserError(f"{method}() was called while this trainer runs. Use another Trainer, after it.")
+        self._is_running = True
         try:
-            self.strategy.setup()
-            if self.task is not task:
-                prepare_data(task, self.strategy)
-                seed_everything(self.settings.seed)
-                self.task, self.model = task, task.configure_model().to(self.strategy.device)
-            validation = make_validation(task, self.settings, self.strategy)
-            if validation is None:
-                raise UserError(f"{type(task).__name__}.validation_data() returned None. Return data to validate on.")
-            with around_validation(self):
-                self.state.metrics = validation.run(self.model) or {}
-            return self.metrics
+            yield
         finally:
-            self.strategy.teardown()
+            self._is_running = False
 
     def stop(self, is_collective: bool = False) -> None:
         """End the run: at once in one process; with several, all together after the next update.

@@ -19,6 +19,7 @@ from strategies.errors import UserError
 from strategies.optimizer_state import load_named_state, named_state, user_module
 from strategies.to_device import move
 
+Compute = Callable[[nn.Module, Any], Mapping[str, Any]]
 PendingRows = Callable[[], list[list[float]]]
 """A started exchange: call it to wait for it and to get each process's values, in rank order."""
 
@@ -35,6 +36,8 @@ class MicroBatch:
     """The index, in the epoch, by which the random draws of its forward are seeded."""
     is_last: bool
     """Whether it is the last one of this process in the window, so that the update follows."""
+    size_problem: str = ""
+    """Why `size` cannot weigh a mean over its samples; "" if it can."""
 
 
 class Strategy(ABC):
@@ -138,25 +141,19 @@ class Strategy(ABC):
     def needs_equal_windows(self) -> bool:
         """Whether a forward communicates (SyncBatchNorm), so that all processes need equally many micro-batches.
 
-        Known after `prepare`. If True, the engine refuses data and windows that do not promise it.
+        Known after `prepare`. The engine refuses data and windows that do not promise it.
         """
         return False
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Move `model` to the device and return the module to call in training: the model or a wrapper.
-
-        Raises UserError if the strategy has a model already.
-        """
+        """Move `model` to the device; return the module to call in training. Raises UserError for a second model."""
         self._take_model()
         self._model = model.to(self.device)
         self._parameters = list(model.parameters())
         return self._model
 
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
-        """Take part in the steps of `optimizer`. It stays the same object, since an LR scheduler may hold it.
-
-        Called once, after `prepare` and before any `step` or `load_state_dict`.
-        """
+        """Take part in the steps of `optimizer`, which stays the same object. Called once, after `prepare`."""
 
     def to_device(self, batch: Any) -> Any:
         """Return `batch` with every tensor in it (in dicts, lists, tuples; anything with `.to`) on the device."""
@@ -225,9 +222,7 @@ class Strategy(ABC):
         for parameter in self._parameters:
             parameter.grad = None
 
-    def evaluate(
-        self, compute: Callable[[nn.Module, Any], Mapping[str, Any]], model: nn.Module, batch: Any
-    ) -> Mapping[str, Any]:
+    def evaluate(self, compute: Compute, model: nn.Module, batch: Any) -> Mapping[str, Any]:
         """Return `compute(model, batch)`, or {} if another process has it. `model` is the user's, in eval mode."""
         return compute(model, batch)
 

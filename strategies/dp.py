@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from strategies.errors import UserError, check_count
 from strategies.single import SingleDeviceStrategy
+from strategies.wrapper import ShowsModel
 
 CPU_DEVICES = 2  # how many CPU "devices" split a batch if there is no CUDA and the user gives no number
 
@@ -62,7 +63,7 @@ class DPStrategy(SingleDeviceStrategy):
                 torch.cuda.default_generators[index].manual_seed(value + index)
 
 
-class _DataParallel(nn.DataParallel[nn.Module]):
+class _DataParallel(ShowsModel, nn.DataParallel[nn.Module]):
     """torch's DataParallel with the dtype of autocast, which its threads do not pass on."""
 
     def parallel_apply(self, replicas: Sequence[nn.Module], inputs: Sequence[Any], kwargs: Any) -> list[Any]:
@@ -77,7 +78,7 @@ class _DataParallel(nn.DataParallel[nn.Module]):
         return super().parallel_apply(casting, inputs, kwargs)
 
 
-class SplitOverCPU(nn.Module):
+class SplitOverCPU(ShowsModel):
     """`torch.nn.DataParallel` on `chunks` CPU "devices", one after the other.
 
     They share the parameters; each but the first gets a copy of the buffers. Tensors are split by `torch.chunk` in

@@ -13,6 +13,7 @@ TESTED = "2.13 and 2.15"  # the tested versions of torch
 # Used by `strategies.ddp.strategy`
 DDP = (
     "torch._C._distributed_c10d:Reducer._rebuild_buckets",
+    "torch._C._distributed_c10d:Reducer.prepare_for_backward",
     "torch.nn.parallel:DistributedDataParallel._check_reducer_finalized",
     "torch.nn.parallel:DistributedDataParallel._get_ddp_logging_data",
     "torch.nn.parallel:DistributedDataParallel._sync_buffers",
@@ -49,6 +50,11 @@ def check_torch(name: str, parts: tuple[str, ...]) -> None:
 def is_lost_contact(error: Exception) -> bool:
     """Whether `error` comes from a process group: gloo raises a plain RuntimeError that names its source file."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def is_freed_storage(error: Exception) -> bool:
+    """Whether `error` comes from a backward that needs a parameter whose storage FSDP has freed."""
+    return isinstance(error, RuntimeError) and "out of bounds for storage of size 0" in str(error)
 
 
 def unused_parameters(error: RuntimeError) -> list[int]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from commands import RUN, python
@@ -17,7 +18,7 @@ from reference import Regression
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from engine import Callback, GradientAccumulationScheduler, Trainer
+from engine import Callback, GradientAccumulationScheduler, Loss, Trainer
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,7 @@ from engine import Callback, GradientAccumulationScheduler, Trainer
         ({"gradient_clip_norm": 0.0}, "gradient_clip_norm=0.0"),
         ({"precision": "bf17"}, "precision='bf17': expected one of fp32, bf16, fp16"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**64}, r"seed=18446744073709551616: expected a whole number below 2\*\*64"),
         ({"num_workers": -1}, "num_workers=-1"),
         ({"shuffle": "false"}, "shuffle='false': expected True or False"),
         ({"tf32": "no"}, "tf32='no': expected True or False"),
@@ -112,6 +114,24 @@ def task_with(**methods: Any) -> Regression:
             {"configure_optimizer": lambda model: torch.optim.SGD([*model.parameters(), nn.Parameter(torch.ones(1))])},
             "a parameter that is not the model's: it would not be reduced",
         ),
+        (
+            {"train_data": lambda: {"train": Regression(8), "test": None}},
+            r"returned a dict with 'train', 'test': expected a dataset of samples\. Return one of its datasets, or",
+        ),
+        ({"validation_data": lambda: {"x": torch.zeros(8)}}, "returned a dict with 'x': expected a dataset"),
+        ({"train_data": lambda: Frame()}, "says that it has 8 samples, but sample [0-7] raised KeyError: [0-7]"),
+        ({"order": lambda epoch: {0, 1, 2, 3}}, r"order\(\) returned a set: expected a sequence of indices\. Use list"),
+        ({"order": lambda epoch: iter(range(8))}, r"order\(\) returned a range_iterator: expected a sequence"),
+        (
+            {"order": lambda epoch: [*range(8)] if epoch == 0 else dict.fromkeys(range(8))},
+            r"order\(\) returned a dict: expected a sequence",
+        ),
+        (
+            {"configure_model": lambda: nn.Linear(5, 1, device="meta")},
+            r"weight is on the meta device, without values: expected a model on the CPU\. Use to_empty\(device='cpu'\)",
+        ),
+        ({"configure_optimizer": lambda model: NeedsClosure(model.parameters())}, "NeedsClosure needs a closure"),
+        ({"configure_optimizer": lambda model: TwoSteps(model.parameters())}, "TwoSteps needs a closure, and so"),
         ({"train_data": lambda: 3}, r"train_data\(\) or .* returned int: return a map-style dataset"),
         (
             {"train_data": lambda: Lies(*Regression(8).train_data().tensors)},
@@ -121,7 +141,28 @@ def task_with(**methods: Any) -> Regression:
 )
 def test_a_task_that_cannot_be_trained(methods: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        fit(task_with(**methods))
+        fit(task_with(**methods), max_epochs=2)
+
+
+class NeedsClosure(torch.optim.SGD):
+    def step(self, closure: Any) -> Any:  # type: ignore[override]
+        return super().step(closure)
+
+
+class TwoSteps(torch.optim.SGD):
+    """As optimizers that look around (SAM) are written."""
+
+    def first_step(self) -> None: ...
+
+
+class Frame:
+    """As a table of columns: samples are not found by their positions."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, column: Any) -> Any:
+        raise KeyError(column)
 
 
 class Late(Regression):
@@ -291,3 +332,33 @@ def test_another_engine_that_was_imported_first_is_named(tmp_path: Path) -> None
     assert done.returncode != 0
     assert "another package called 'engine' hides ours" in done.stderr
     assert str(tmp_path) in done.stderr
+
+
+class RaisesToo(Callback):
+    def on_exception(self, trainer: Trainer, exception: BaseException) -> None:
+        raise RuntimeError("of the callback")
+
+
+class Hears(Callback):
+    heard: BaseException | None = None
+
+    def on_exception(self, trainer: Trainer, exception: BaseException) -> None:
+        self.heard = exception
+
+
+def test_a_callback_that_raises_hides_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    hears = Hears()
+    with pytest.raises(ValueError, match=r"loss\(\) returned float"):
+        fit(task_with(loss=lambda model, batch: 3.0), callbacks=[RaisesToo(), hears])
+    assert isinstance(hears.heard, ValueError)
+    assert "RaisesToo.on_exception raised an error" in caplog.text
+    assert "of the callback" in caplog.text
+
+
+@pytest.mark.parametrize("weight", [numpy.bool_(True), numpy.float32(1), numpy.int64(1), True])
+def test_numpy_numbers_are_weights(weight: Any) -> None:
+    task = task_with(loss=lambda model, batch: Loss(model(batch[0]).sum(), weight))
+    task.validation_data = task.train_data  # type: ignore[method-assign]
+    trainer = Trainer("single", micro_batch_size=4, max_epochs=1)
+    trainer.fit(task)
+    assert trainer.weight == 2.0

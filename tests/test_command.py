@@ -106,6 +106,31 @@ def test_as_a_module_with_a_user_s_strategy_and_a_schedule(tmp_path: Path, P: in
     assert {(r["epoch"], r["accumulate_grad_batches"]) for r in records if "weight" in r} == {(0, 4), (1, 2)}
 
 
+TASKS = """
+import torch
+from launch.recipes.digits import Digits
+class Wide(Digits):
+    def __init__(self, hidden: int = 3, lr: float = 0.1) -> None:
+        super().__init__()
+        print(f"hidden {hidden} lr {lr}")
+"""
+CONFIGS = {
+    "nested.toml": '[task]\nclass_path = "tasks.Wide"\n[task.init_args]\nhidden = 8\n',
+    "flat.toml": '[task]\nclass_path = "tasks.Wide"\nhidden = 8\n',
+    "flat.yaml": "task: {class_path: tasks.Wide, hidden: 8}\n"
+    "trainer: {callbacks: [{class_path: engine.callbacks.EMA, decay: 0.5}]}\n",
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_options_may_stand_beside_a_class_path(name: str, tmp_path: Path) -> None:
+    (tmp_path / "tasks.py").write_text(TASKS)
+    (tmp_path / name).write_text(CONFIGS[name])
+    words = ("-m", "engine.run", f"--config={name}", "--task.lr=0.5", *SHORT)
+    assert "hidden 8 lr 0.5" in finished(python(*words, folder=tmp_path))
+    assert ("decay: 0.5" in (tmp_path / "runs/latest/config.yaml").read_text()) == name.endswith("yaml")
+
+
 def test_dp_on_the_cpu(tmp_path: Path) -> None:
     options = ("--trainer.strategy=strategies.DPStrategy", "--trainer.strategy.devices=3")
     printed = finished(python(RUN, *SHORT, *options, folder=tmp_path))

@@ -79,16 +79,17 @@ def test_replicas_that_diverge_stop_the_run_on_all_processes(how: str) -> None:
     assert len(raised.value.errors) == 2
 
 
-def go_around() -> None:
-    task = Regression(32)
-    task.model = lambda: task.__dict__.setdefault("net", mlp())
-    task.loss = lambda model, batch: nn.functional.mse_loss(task.net(batch[0]), batch[1])  # type: ignore[attr-defined,method-assign]
-    trainer().fit(task)
+def go_around(unused: bool) -> None:
+    task, net = Regression(32), mlp()
+    task.loss = lambda model, batch: nn.functional.mse_loss(net(batch[0]), batch[1])  # type: ignore[method-assign]
+    trainer(strategy=DDPStrategy(find_unused_parameters=unused)).fit(task)
 
 
-def test_a_loss_that_goes_around_the_wrapper_is_an_error() -> None:
-    with pytest.raises(ChildError, match="not computed with the `model` that loss"):
-        run(2, go_around, seconds=30)
+@pytest.mark.parametrize("unused", [False, True])
+def test_a_loss_of_another_model_is_an_error(unused: bool) -> None:
+    with pytest.raises(ChildError) as raised:
+        run(2, go_around, unused, seconds=30, timeout=10)
+    assert all("not computed with the `model` that loss" in error for error in raised.value.errors.values())
 
 
 def normed() -> nn.Module:
@@ -171,7 +172,7 @@ def skip_the_last() -> None:
 
 
 def test_a_loop_that_skips_backward_is_an_error() -> None:
-    with pytest.raises(ChildError, match="backward was not called for the window's last micro-batch"):
+    with pytest.raises(ChildError, match="backward was not called for a micro-batch"):
         run(2, skip_the_last, seconds=30)
 
 

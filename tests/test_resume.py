@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from processes import ChildError, run
-from reference import Samples, data
+from reference import Regression, Samples, big_batch_run, data, in_order, parameters
 from torch import Tensor, nn
 
 from engine import Callback, GradientAccumulationScheduler, Loss, Task, Trainer
@@ -270,7 +270,7 @@ class Stream:
 
     def __iter__(self) -> Any:
         x, y = data(SAMPLES)
-        generator = torch.Generator().manual_seed(self.epoch)
+        generator = torch.Generator().manual_seed(10 * self.length + self.epoch)  # another order on each process
         rows = torch.randperm(SAMPLES, generator=generator)[: 2 * self.length].split(2)
         start, self.start = self.start, 0
         for self.place in range(start, len(rows)):
@@ -343,3 +343,26 @@ def test_buffers_that_forward_reads_are_those_of_the_checkpoint(tmp_path: Path) 
     run(2, fit_counting, str(tmp_path / "run"), 10)  # no validation has made them alike since
     found = run(2, fit_counting, str(tmp_path / "run"), None)
     assert same(found, run(2, fit_counting, str(tmp_path / "whole" / "run"), None))
+
+
+def fit_with(K: int, run_dir: str, epochs: int) -> Any:
+    trainer = Trainer(micro_batch_size=2, accumulate_grad_batches=K, max_epochs=epochs, run_dir=run_dir, shuffle=False)
+    trainer.fit(Regression(48))
+    return trainer.update, parameters(trainer.model)
+
+
+@pytest.mark.parametrize("K", [6, 3])
+def test_a_window_of_the_same_samples_is_the_same_run(K: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(2, fit_with, 3, str(tmp_path), 1)
+    update, found = fit_with(K, str(tmp_path), 2)
+    assert update == 8
+    reference = big_batch_run(Regression(48), [in_order(48, 12)] * 2)
+    torch.testing.assert_close(found, reference, rtol=0, atol=1e-12)
+    told = "the effective batch stays that of the checkpoint: K is 6 on these processes, not 3."
+    assert (told in caplog.messages) == (K == 3)
+
+
+def test_a_window_of_other_samples_is_another_run(tmp_path: Path) -> None:
+    run(2, fit_with, 3, str(tmp_path), 1)
+    with pytest.raises(ValueError, match="accumulate_grad_batches was 3 and is 4"):
+        fit_with(4, str(tmp_path), 2)

@@ -533,6 +533,52 @@ def test_models_and_groups_that_cannot_be_are_refused(what: str, message: str) -
     assert all(message in error for error in raised.value.errors.values())
 
 
+class Unsupported(Regression):
+    """Needs what FSDP cannot do: an optimizer, or a gradient of a gradient."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(45, model=Tower)
+        self.what = what
+
+    def configure_optimizer(self, model: nn.Module) -> Any:
+        return getattr(torch.optim, self.what, torch.optim.SGD)(model.parameters(), lr=0.01)
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        x = batch[0].requires_grad_(True)
+        output = model(x)
+        value = nn.functional.mse_loss(output, batch[1])
+        if self.what != "penalty":
+            return value
+        (slope,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+        return value + slope.square().mean()
+
+
+def fit_unsupported(what: str, strategy: Any) -> int:
+    trainer = Trainer(strategy, micro_batch_size=N, accumulate_grad_batches=2, max_epochs=1)
+    try:
+        trainer.fit(Unsupported(what))
+    finally:
+        assert trainer.update == 0 or strategy == "ddp"
+    return trainer.update
+
+
+@pytest.mark.parametrize("options", [{}, {"reshard_after_forward": False}], ids=str)
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("Adafactor", "optimizer=Adafactor: its step does not work on the shards of FSDP. Use another optimizer, or"),
+        ("Rprop", "optimizer=Rprop: its step does not work on the shards of FSDP"),
+        ("penalty", "the loss has a gradient of a gradient (create_graph=True), which FSDP cannot compute"),
+    ],
+)
+def test_what_fsdp_cannot_do_is_named_before_the_first_update(what: str, message: str, options: Any) -> None:
+    with pytest.raises(ChildError) as raised:
+        run(2, fit_unsupported, what, FSDPStrategy(**options), seconds=30)
+    assert len(raised.value.errors) == 2
+    assert all(message in error for error in raised.value.errors.values())
+    assert min(run(2, fit_unsupported, what, "ddp")) > 0
+
+
 def validate_after(own_group: bool) -> Any:
     task = Full(adaptive=False)
     trainer = Trainer("fsdp", 2, max_epochs=1)

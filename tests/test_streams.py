@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -203,3 +204,52 @@ def fit_shared_loader() -> None:
 def test_a_loader_that_gives_all_samples_to_all_processes_is_refused() -> None:
     with pytest.raises(ChildError, match="each would be trained on once per process"):
         run(2, fit_shared_loader, seconds=20)
+
+
+class Restored(Stream):
+    """A stream with a state, which may be restored wrongly."""
+
+    how = "right"
+    first = next = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.first = state["next"] + (self.how == "drops one")
+
+    def __iter__(self) -> Iterator[Any]:
+        self.next, first = self.first, self.first
+        if self.how != "begins there again":
+            self.first = 0
+        for batch in list(super().__iter__())[first:]:
+            self.next += 1
+            yield batch
+        self.next = 0
+
+
+def fit_restored(how: str, run_dir: str, max_updates: int) -> int:
+    task = Streamed(24, deal([6], [4]))
+    task.train_data = lambda: Restored(task, task.pieces[0])  # type: ignore[method-assign]
+    Restored.how = how
+    trainer = Trainer("single", accumulate_grad_batches=2, max_epochs=3, max_updates=max_updates, run_dir=run_dir)
+    trainer.fit(task)
+    return trainer.samples
+
+
+@pytest.mark.parametrize(
+    ("how", "samples", "told"),
+    [
+        ("right", 72, []),
+        ("begins there again", 64, ["read 4 micro-batches in epoch 2 and 6 in the epoch before"]),
+        ("drops one", 68, ["read 5 micro-batches in epoch 1 and 6", "read 6 micro-batches in epoch 2 and 5"]),
+    ],
+)
+def test_a_restored_stream_that_loses_samples_is_told(
+    how: str, samples: int, told: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit_restored(how, str(tmp_path / "run"), 4)  # stops in the second epoch
+    assert fit_restored(how, str(tmp_path / "run"), 99) == samples
+    found = [record.getMessage() for record in caplog.records if "load_state_dict" in record.getMessage()]
+    assert len(found) == len(told)
+    assert all(text in message for text, message in zip(told, found, strict=True))

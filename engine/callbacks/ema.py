@@ -32,15 +32,20 @@ class EMA(Callback):
         self._move = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         self.averages: dict[str, Tensor] = {}
         """The averaged parameters, by name, on their device."""
+        self._model: nn.Module | None = None
         self._parameters: list[nn.Parameter] = []
         self._saved: dict[str, Tensor] = {}
         self._skipped = 0
 
     def on_fit_start(self, trainer: Trainer) -> None:
+        self._begin(trainer)
+
+    def _begin(self, trainer: Trainer) -> None:
         """Begin with the trained parameters, or with what a checkpoint had."""
         if not trainer.strategy.holds_all:
             raise UserError(f"EMA needs whole parameters on each process, which {trainer.strategy.name} does not have.")
         self.averages, self._parameters, self._skipped = {}, [], trainer.skipped
+        self._model = trainer.model
         self.on_epoch_start(trainer)
         self._saved = {}
 
@@ -60,6 +65,8 @@ class EMA(Callback):
 
     @contextmanager
     def around_validation(self, trainer: Trainer) -> Iterator[None]:
+        if self._model is not trainer.model:  # without a fit
+            self._begin(trainer)
         self._swap()
         try:
             yield

@@ -105,6 +105,7 @@ class Progress(Callback):
         self._pace.restart(trainer, now)
 
     def _close(self) -> None:
+        self._due = math.inf
         if self._live is not None:
             self._live.stop()
             self._live = None

@@ -133,6 +133,11 @@ class Checkpointer:
             }
         )
 
+    def close(self) -> None:
+        """Let go of the folder: another run may take it over."""
+        if self.run_folder is not None:
+            self.run_folder.close()
+
     @property
     def newest(self) -> str:
         """The newest checkpoint, once it is written; processes other than 0 know its folder only."""

@@ -16,7 +16,14 @@ from strategies import Strategy
 
 log = logging.getLogger("tally")
 
-STREAM_POSITION = {"epoch": int, "seed_index": int, "taken": int, "has_ended": bool, "state": None}
+STREAM_POSITION = {
+    "epoch": int,
+    "seed_index": int,
+    "length_before": int,
+    "taken": int,
+    "has_ended": bool,
+    "state": None,
+}
 """The types in a stream's position; a dataset's position is (epoch, offset)."""
 LARGEST_COUNT = 1 << 53
 """More updates, samples or seconds than any run has."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -27,6 +28,9 @@ from engine.update.updater import Updater
 from strategies import Strategy, user_name
 
 log = logging.getLogger("tally")
+
+ASKED = {"accumulate_grad_batches", "effective_batch_size", "scheduling"}
+"""The settings that ask for effective batches; K follows from these on any number of processes."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def _local_state(state: RunState, parts: RunParts) -> dict[str, Any]:
         "frozen": [user_name(name) for name, p in parts.model.named_parameters() if not p.requires_grad],
         "schedule": {
             "unit": parts.schedule.unit,
-            "effective_batches": {stage.first: stage.effective_batch for stage in parts.schedule.stages},
+            "effective_batches": _effective_batches(parts.schedule),
         },
         "identity": dict(parts.identity),
         "updater": parts.updater.state_dict(),
@@ -133,7 +137,7 @@ def restore(checkpoint: Checkpoint, parts: RunParts, allows_changes: bool) -> Ru
     """Load a checkpoint into the parts of a run and return its state. Raises CheckpointError if it does not fit."""
     strategy, saved = parts.strategy, checkpoint["identity"]
     try:
-        _compare(parts.identity, checkpoint, allows_changes)
+        _compare(_identity(parts, checkpoint), checkpoint, allows_changes)
         take_shapes(parts.model, checkpoint.model, strategy.device)
         check_model_state(strategy.state_dict()["model"], checkpoint.model, checkpoint.path)
         parts.unsaved_buffers.load(checkpoint["buffers"], strategy.device)
@@ -147,7 +151,7 @@ def restore(checkpoint: Checkpoint, parts: RunParts, allows_changes: bool) -> Ru
         parts.updater.load_state_dict(checkpoint["updater"], "precision" in unchanged)
         if parts.updater.host_rng is not None:
             parts.updater.host_rng.load_state(checkpoint["host_rng"], strategy.rank, strategy.processes)
-        _restore_callbacks(parts.callbacks, checkpoint["callbacks"])
+        restore_callbacks(parts.callbacks, checkpoint["callbacks"])
         positions = checkpoint["positions"]
         position = positions and positions[strategy.data_parallel_rank % len(positions)]
         return RunState.of(checkpoint["run"], position)
@@ -159,7 +163,7 @@ def restore(checkpoint: Checkpoint, parts: RunParts, allows_changes: bool) -> Ru
         ) from error
 
 
-def _restore_callbacks(callbacks: Sequence[Callback], saved: Sequence[Any]) -> None:
+def restore_callbacks(callbacks: Sequence[Callback], saved: Sequence[Any]) -> None:
     """Give each saved state to the first callback of its class that has none yet."""
     waiting = list(callbacks)
     for name, state in saved:
@@ -194,14 +198,39 @@ def load_weights(model: nn.Module, path: Path) -> None:
         weights = load_file(path)
     except Exception as error:
         raise CheckpointError(f"weights={str(path)!r} cannot be read: {error}. Give a .safetensors file.") from error
-    names = {user_name(name): name for name in model.state_dict()}  # those of torch.compile
-    own = {name: model.state_dict()[full] for name, full in names.items()}
-    check_model_state({name: value for name, value in own.items() if isinstance(value, Tensor)}, weights, path)
     if broken := next(
         (name for name, value in weights.items() if value.is_floating_point() and value.float().isnan().any()), None
     ):
         raise CheckpointError(f"weights={str(path)!r}: expected numbers, found NaN in {broken}. Use another file.")
-    model.load_state_dict({names[name]: value for name, value in weights.items()}, strict=False)
+    load_model(model, weights, path)
+
+
+def load_checkpoint(model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Give a model on `device` the state that a checkpoint has of it. Raises CheckpointError."""
+    take_shapes(model, checkpoint.model, device)
+    load_model(model, checkpoint.model, checkpoint.path)
+    UnsavedBuffers(model).load(checkpoint["buffers"], device)
+
+
+def load_model(model: nn.Module, saved: Mapping[str, Any], source: Path) -> None:
+    """Load a model's state under the user's own names. Raises CheckpointError if it is another model's."""
+    own = model.state_dict()
+    names = {user_name(name): name for name in own}  # those of torch.compile
+    current = {name: own[full] for name, full in names.items() if isinstance(own[full], Tensor) or name in saved}
+    check_model_state(current, saved, source)
+    model.load_state_dict({names[name]: value for name, value in saved.items()}, strict=False)
+
+
+def _identity(parts: RunParts, checkpoint: Checkpoint) -> Mapping[str, str]:
+    """Return the identity of a run; if its effective batches are the checkpoint's, without how they were asked for."""
+    here = {"unit": parts.schedule.unit, "effective_batches": _effective_batches(parts.schedule)}
+    if here != checkpoint["schedule"]:
+        return parts.identity
+    return {name: text for name, text in parts.identity.items() if name not in ASKED}
+
+
+def _effective_batches(schedule: Schedule) -> dict[int, int]:
+    return {stage.first: stage.effective_batch for stage in schedule.stages}
 
 
 def _compare(identity: Mapping[str, str], checkpoint: Checkpoint, allows_changes: bool) -> None:

@@ -227,7 +227,7 @@ class _KeepCommand(Callback):
 def _load(text: str) -> Any:
     """A file of options is TOML or YAML; a value on the command line is YAML, as in {0: 8, 4: 4}."""
     try:
-        return tomllib.loads(text)
+        return _with_init_args(tomllib.loads(text))
     except RecursionError:
         raise yaml.YAMLError(TOO_DEEP) from None
     except tomllib.TOMLDecodeError as no_toml:
@@ -239,7 +239,7 @@ def _load(text: str) -> Any:
         except yaml.YAMLError as no_yaml:
             why = " ".join(str(no_yaml).split())
             raise yaml.YAMLError(f"this is neither TOML ({no_toml}) nor YAML ({why}).") from no_yaml
-        return loaded
+        return _with_init_args(loaded)
 
 
 TOO_DEEP = "expected options, found brackets or aliases nested too deeply. Write the options out."
@@ -255,6 +255,20 @@ def _size(value: Any, known: dict[int, int]) -> int:
     if size > MOST_VALUES:
         raise RecursionError
     return size
+
+
+def _with_init_args(content: Any) -> Any:
+    """Return `content` with the options that stand beside a `class_path` in its `init_args`, where the parser looks."""
+    if isinstance(content, list):
+        return [_with_init_args(part) for part in content]
+    if not isinstance(content, dict):
+        return content
+    parts = {name: _with_init_args(part) for name, part in content.items()}
+    if "class_path" not in parts or not isinstance(inner := parts.get("init_args", {}), dict):
+        return parts
+    kept = {name: parts.pop(name) for name in ("class_path", "dict_kwargs") if name in parts}
+    parts.pop("init_args", None)
+    return {**kept, "init_args": {**parts, **inner}} if parts or inner else kept
 
 
 def _reported(error: Exception) -> BaseException | None:

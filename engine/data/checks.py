@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from engine.errors import UserError
 from engine.plan.windows import Plan
@@ -55,6 +56,17 @@ def check_equal_windows(strategy: Strategy, plan: Plan | None, N: int, spread: b
                 f"{P} processes. Use spread_windows=True (with at least as many samples as processes), a number of "
                 "samples that divides, or a norm that does not communicate."
             )
+
+
+def check_order(order: Any) -> Any:
+    """Return the order of an epoch. Raises UserError for one that has no length, or cannot be cut."""
+    is_cut = hasattr(order, "__getitem__") and hasattr(order, "__len__") and not isinstance(order, Mapping)
+    if order is not None and not is_cut:
+        raise UserError(
+            f"order() returned a {type(order).__name__}: expected a sequence of indices. Use list(...), or sorted(...) "
+            "for a set, whose order may differ between processes."
+        )
+    return order
 
 
 def check_dataset(samples: int, micro_batch_size: int, epoch_samples: int) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, TensorDataset, get_worker_info
 
 from engine.errors import UserError
 from engine.seeds import mix
+from engine.task import Batching
 
 FETCH_STREAM = 1
 """Sets the draws of a fetch apart from those of the model."""
@@ -38,13 +39,20 @@ class Fetch(Dataset[Any]):
         self._dataset = dataset
         self._collate = collate
         self._seed = seed
+        self._collates_all = getattr(collate, "__func__", None) is Batching.collate
         self._fetches_pieces = callable(getattr(dataset, "__getitems__", None))
 
     def __getitems__(self, piece: Piece) -> Any:
         with _generators_restored():
             if self._fetches_pieces:
                 self._seed_all(piece.epoch, piece.start)
-                return self._collate(self._dataset.__getitems__(piece.indices))
+                samples = self._dataset.__getitems__(piece.indices)
+                if self._collates_all and len(samples) != len(piece.indices):
+                    raise UserError(
+                        f"the dataset's __getitems__ returned {len(samples)} samples for {len(piece.indices)} indices. "
+                        "Return one for each; a task's own collate() may leave some out."
+                    )
+                return self._collate(samples)
             places = enumerate(piece.indices, piece.start)
             return self._collate([self._sample(piece.epoch, place, index) for place, index in places])
 
@@ -52,10 +60,12 @@ class Fetch(Dataset[Any]):
         self._seed_all(epoch, place)
         try:
             return self._dataset[index]
-        except IndexError as error:
+        except (IndexError, KeyError) as error:
+            if isinstance(error, KeyError) and error.args != (index,):
+                raise  # not for want of this sample
             raise UserError(
                 f"the dataset says that it has {len(self._dataset)} samples, but sample {index} raised "
-                f"IndexError: {error}"
+                f"{type(error).__name__}: {error}"
             ) from error
 
     def _seed_all(self, epoch: int, place: int) -> None:

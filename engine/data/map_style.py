@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from engine.data.checks import check_order
+from engine.data.counting import overrides, size_problem
 from engine.data.fetch import Fetch, Piece, TensorFetch
 from engine.data.prefetch import Prefetch
 from engine.data.window import Closing, Window
@@ -68,7 +70,10 @@ class MapSource:
         self._prefetch = prefetch
         self._to_device = (prefetch or strategy).to_device
         self._pieces = _PieceSampler()
-        in_memory = type(data) is TensorDataset and type(batching).collate is Batching.collate
+        collates = overrides(batching, "collate")
+        self._batching = batching if collates or overrides(batching, "batch_size") else None
+        self._batch_size = (prefetch or batching).batch_size
+        in_memory = type(data) is TensorDataset and not collates
         fetch = TensorFetch(data) if in_memory else Fetch(data, seed, batching.collate)
         self._loader = options.build(fetch, self._pieces, pin=strategy.device.type == "cuda")
 
@@ -79,7 +84,7 @@ class MapSource:
 
         Raises UserError for an order that is longer or shorter than epoch 0's.
         """
-        order = self._order(epoch)
+        order = check_order(self._order(epoch))
         if len(order) != self._plan.samples:
             raise UserError(
                 f"the order of epoch {epoch} has {len(order)} samples, that of epoch 0 {self._plan.samples}: "
@@ -102,9 +107,13 @@ class MapSource:
             yield MapWindow(window.stage, count, -(-pieces // P), pieces <= rank, micros, position)
 
     def _micros(self, batches: Iterator[Any], window: PlannedWindow, before: Sequence[int]) -> Iterator[MicroBatch]:
-        to_device = self._to_device
+        to_device, batching = self._to_device, self._batching
         for start, stop, is_last in window.micro_batches(*self._cut):
-            yield MicroBatch(to_device(next(batches)), before[stop] - before[start], before[start], is_last)
+            batch, size, problem = next(batches), before[stop] - before[start], ""
+            if batching is not None:
+                problem = size_problem(batching, batch, size)
+                size = size if problem else self._batch_size(batch)
+            yield MicroBatch(to_device(batch), size, before[start], is_last, problem)
 
 
 def _fetches(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from engine.data.checks import check_dataset, check_stream
+from engine.data.checks import check_dataset, check_order, check_stream
 from engine.data.map_style import LoaderOptions, MapSource
 from engine.data.prefetch import Prefetch
 from engine.data.stream import StreamSource
@@ -28,6 +29,12 @@ def is_map_style(data: object) -> bool:
         raise UserError(
             f"{type(data).__name__} is an IterableDataset of samples: return DataLoader(it, batch_size=N), or, "
             "where it yields ready micro-batches, DataLoader(it, batch_size=None)."
+        )
+    if isinstance(data, Mapping):
+        keys = ", ".join(map(repr, [*data][:3]))
+        raise UserError(
+            f"train_data() or validation_data() returned a {type(data).__name__} with {keys}: expected a dataset of "
+            "samples. Return one of its datasets, or TensorDataset(*columns)."
         )
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         return True
@@ -56,7 +63,7 @@ def make_plan(
                 "in sizes of their own. Use accumulate_grad_batches."
             )
         return None
-    own = batching.order(0)
+    own = check_order(batching.order(0))
     samples = len(data) if own is None else len(own)
     check_dataset(len(data), N, samples)
     return Plan(samples, schedule, max_epochs, max_updates)

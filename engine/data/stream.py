@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from engine.data.counting import check_shares, digest, size_problem
 from engine.data.prefetch import Prefetch
 from engine.data.window import Closing, Window
 from engine.errors import UserError
@@ -46,6 +47,9 @@ class StreamSource:
         self._strategy = strategy
         self._seed = seed
         self._prefetch = prefetch
+        self._has_compared = False
+        self._length = 0  # micro-batches in the epoch before; 0 if unknown
+        self._was_restored = False
 
     def windows(
         self, epoch: int, update: int, samples: int, positions: Sequence[Any] | None = None
@@ -60,6 +64,8 @@ class StreamSource:
                 return
             positions = None
         self._begin(epoch)
+        if positions is not None:
+            self._length, self._was_restored = int(positions[rank % len(positions)]["length_before"]), True
         if positions is not None and len(positions) != P:
             raise UserError(
                 f"the run stopped in the middle of epoch {epoch}, where {len(positions)} processes read streams of "
@@ -69,20 +75,45 @@ class StreamSource:
         prefetch = self._prefetch
         stream = Lookahead(self._data, positions[rank] if positions else None, prefetch.start if prefetch else None)
         to_device, batch_size = (prefetch or self._strategy).to_device, (prefetch or self._batching).batch_size
-        if positions is None and not any(self._strategy.gather(stream.has_next)):
-            raise UserError(
-                f"train_data() has no micro-batch in epoch {epoch}, on any process. "
-                "Is it a generator, which can be read only once? Return an object whose __iter__ starts again."
-            )
+        if positions is None:
+            self._check_first(epoch, stream)
+        problem = size_problem(self._batching, stream.ahead)
         first = rank if positions is None else int(positions[rank]["seed_index"])
         has_more = True
         while has_more:
             stage = self._schedule.at(epoch, update, samples)
             seed_indices = range(first, first + P * stage.accumulate_grad_batches, P)
-            window = StreamWindow(epoch, stage, stream, seed_indices, to_device, batch_size)
+            window = StreamWindow(epoch, stage, stream, seed_indices, to_device, batch_size, problem, self._length)
             yield window
             has_more, update, first = window.has_more, update + 1, seed_indices.stop
             samples += window.samples or 0
+        self._compare_length(epoch, stream.position["taken"])
+
+    def _check_first(self, epoch: int, stream: Lookahead) -> None:
+        """Raise UserError if no process has a micro-batch, or two processes begin their first epoch with the same."""
+        compares = stream.has_next and not self._has_compared and self._strategy.data_parallel_size > 1
+        firsts = self._strategy.gather((stream.has_next, digest(stream.ahead) if compares else ""))
+        self._has_compared = True
+        if not any(has_next for has_next, _ in firsts):
+            raise UserError(
+                f"train_data() has no micro-batch in epoch {epoch}, on any process. "
+                "Is it a generator, which can be read only once? Return an object whose __iter__ starts again."
+            )
+        check_shares([value for _, value in firsts])
+
+    def _compare_length(self, epoch: int, length: int) -> None:
+        """Warn if a stream that was restored by its own state gives other numbers of micro-batches in two epochs."""
+        if self._was_restored and _has_state(self._data) and self._length not in (0, length):
+            log.warning(
+                "process %d read %d micro-batches in epoch %d and %d in the epoch before, since the stream was "
+                "restored by its load_state_dict: some may be lost or repeated. If they should be as many, use a "
+                "map-style dataset, or a loader without state_dict, which is read again up to its position.",
+                self._strategy.rank,
+                length,
+                epoch,
+                self._length,
+            )
+        self._length = length
 
     def _begin(self, epoch: int) -> None:
         """Give the epoch to every sampler and generator that shuffles."""
@@ -107,8 +138,10 @@ class StreamWindow(Closing):
         seed_indices: range,
         to_device: Callable[[Any], Any],
         batch_size: Callable[[Any], int],
+        size_problem: str,
+        length_before: int,
     ) -> None:
-        self._epoch = epoch
+        self._epoch, self._size_problem, self._length_before = epoch, size_problem, length_before
         self.stage = stage
         self.most_micro_batches = stage.accumulate_grad_batches
         self.is_empty = not stream.has_next
@@ -122,18 +155,19 @@ class StreamWindow(Closing):
 
     def __iter__(self) -> Iterator[MicroBatch]:
         stream, to_device, batch_size = self._stream, self._to_device, self._batch_size
-        last = self._seed_indices[-1]
+        last, problem = self._seed_indices[-1], self._size_problem
         for index in self._seed_indices:
             if not stream.has_next:
                 return
             batch = stream.take(index == last)
             has_more = self.has_more = stream.has_next
-            yield MicroBatch(to_device(batch), batch_size(batch), index, index == last or not has_more)
+            yield MicroBatch(to_device(batch), batch_size(batch), index, index == last or not has_more, problem)
 
     @property
     def position(self) -> dict[str, Any]:
-        """The seed index of this process's next window, and where its stream stands."""
-        return {"epoch": self._epoch, "seed_index": self._seed_indices.stop, **self._stream.position}
+        """The seed index of this process's next window, where its stream stands, and the length of the epoch before."""
+        here = {"epoch": self._epoch, "seed_index": self._seed_indices.stop, "length_before": self._length_before}
+        return {**here, **self._stream.position}
 
 
 class Lookahead:
@@ -177,6 +211,11 @@ class Lookahead:
         self._taken = 0 if position is None else int(position["taken"])
 
     @property
+    def ahead(self) -> Any:
+        """The item that was read ahead; None if there is none, or an error in its place."""
+        return self._item
+
+    @property
     def position(self) -> dict[str, Any]:
         """Where the stream stands before the item that was read ahead."""
         return {"taken": self._taken, "has_ended": not self.has_next, "state": self._state}
@@ -218,8 +257,9 @@ def _has_state(data: object) -> bool:
 
 
 def _sampler(loader: Any) -> Any:
-    """Return the sampler that decides which samples a DataLoader reads."""
-    return getattr(getattr(loader, "batch_sampler", None), "sampler", None) or getattr(loader, "sampler", None)
+    """Return the sampler that decides which samples a DataLoader reads; None if a batch sampler does by itself."""
+    batches = getattr(loader, "batch_sampler", None)
+    return getattr(loader if batches is None else batches, "sampler", None)
 
 
 def _refuse_shared_loader(loader: DataLoader[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,17 @@ from torch.optim.lr_scheduler import LRScheduler
 from engine.callbacks.accumulation import Scheduling
 from engine.callbacks.base import Callback
 from engine.checkpoint.buffers import UnsavedBuffers
+from engine.checkpoint.checkpointer import Checkpointer
 from engine.checkpoint.find import Checkpoint
-from engine.checkpoint.snapshot import RunParts, load_weights, run_identity, saved_schedule, window_identity
+from engine.checkpoint.snapshot import (
+    RunParts,
+    load_checkpoint,
+    load_weights,
+    restore_callbacks,
+    run_identity,
+    saved_schedule,
+    window_identity,
+)
 from engine.data.checks import check_equal_windows, check_windows
 from engine.data.map_style import LoaderOptions
 from engine.data.prefetch import Prefetch
@@ -35,6 +45,8 @@ from engine.update.precision import autocast
 from engine.update.timing import NO_TIMER, UpdateTimer
 from engine.update.updater import LossOf, UpdateOptions, Updater
 from strategies import Strategy
+
+log = logging.getLogger("tally")
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,10 @@ def lay_out(
     N, B = settings.micro_batch_size, settings.effective_batch_size
     schedule = make_schedule(N, strategy.effective_batch, scheduling.by_start, scheduling.unit, B)
     if checkpoint is not None and _has_same_windows(checkpoint, window_identity(settings, scheduling)):
-        schedule = saved_schedule(checkpoint, N, strategy)
+        asked, schedule = schedule, saved_schedule(checkpoint, N, strategy)
+        if strategy.rank == 0 and schedule != asked:
+            Ks = [", ".join(str(stage.accumulate_grad_batches) for stage in s.stages) for s in (schedule, asked)]
+            log.warning("the effective batch stays that of the checkpoint: K is %s on these processes, not %s.", *Ks)
         check_windows({stage.first: stage.accumulate_grad_batches for stage in schedule.stages}, strategy)
     schedule = with_lr_rule(schedule, settings.lr_rule, settings.lr_reference_batch)
     data = task.train_data()
@@ -156,6 +171,27 @@ def make_model(task: Task, seed: int) -> nn.Module:
     seed_everything(seed)
     model = task.configure_model()
     check_model(model)
+    return model
+
+
+def first_model(task: Task, settings: Settings, strategy: Strategy, callbacks: Sequence[Callback]) -> nn.Module:
+    """Return the model that a run would start from, and give callbacks their state in its checkpoint.
+
+    Raises UserError for a `run_dir` without a checkpoint, CheckpointError for weights of another model.
+    """
+    checkpoint = Checkpointer(settings, strategy, Signals()).find()
+    if checkpoint is None and settings.weights is None and settings.run_dir is not None and settings.resume == "auto":
+        raise UserError(
+            f"run_dir={settings.run_dir!r}: expected a run with a checkpoint. Use weights=FILE, or resume='never' "
+            "for a new model."
+        )
+    seed_everything(settings.seed)
+    model = task.configure_model().to(strategy.device)
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint, strategy.device)
+        restore_callbacks(callbacks, checkpoint["callbacks"])
+    elif settings.weights is not None:
+        load_weights(model, Path(settings.weights))
     return model
 
 

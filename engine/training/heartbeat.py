@@ -15,14 +15,11 @@ from engine.callbacks.base import call
 from engine.checkpoint.checkpointer import Checkpointer
 from engine.data.map_style import MapSource
 from engine.data.stream import Lookahead
-from engine.errors import ProcessFailureError
 from engine.training.build import build
 from engine.training.validation import Validation
-from engine.update.exchange import Exchange
+from engine.update.exchange import ACTIVITY_TOPIC, Exchange
 from engine.update.updater import Updater
 from strategies import Strategy
-
-ACTIVITY_TOPIC, FAILURE_TOPIC = "activity", "failure"
 
 ACTIVITIES: dict[CodeType, str] = {
     function.__code__: activity
@@ -84,14 +81,3 @@ class Heartbeat:
                 return activity.format(micro=micro, update=update)
             frame = frame.f_back
         return "between two updates"
-
-
-def lost_contact(strategy: Strategy, where: str, error: BaseException) -> ProcessFailureError:
-    """Return the error of a process that waits in vain for another: who failed, or what each was doing last."""
-    reports = [f"process {rank} failed: {text}" for rank, text in strategy.posted(FAILURE_TOPIC).items()]
-    if not reports:
-        for rank, text in strategy.posted(ACTIVITY_TOPIC).items():
-            at, _, activity = text.partition(" ")
-            if rank != strategy.rank:
-                reports.append(f"process {rank} last reported {time.time() - float(at):.0f} s ago: {activity}")
-    return ProcessFailureError(f"lost contact with another process {where}. {'; '.join(reports)} ({error})".strip())

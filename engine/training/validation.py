@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.data.checks import check_stream
+from engine.data.counting import size_problem
 from engine.data.map_style import LoaderOptions, MapSource
 from engine.data.sources import is_map_style
 from engine.errors import UserError
@@ -21,7 +22,7 @@ from engine.settings import Settings
 from engine.signals import Signals
 from engine.task import Task
 from engine.update.precision import autocast
-from strategies import Strategy
+from strategies import MicroBatch, Strategy
 
 
 class Validation:
@@ -55,11 +56,11 @@ class Validation:
         modes = {module: module.training for module in model.modules()}
         model.eval()
         with torch.no_grad(), self._strategy.evaluation_context(model):
-            for batch, size in self._batches():
+            for micro in self._micros():
                 if signals.stop_requested and self._strategy.evaluates_alone:
                     break
-                for name, metric in self._strategy.evaluate(self._evaluate, model, batch).items():
-                    pair = self._pair(name, metric, size)
+                for name, metric in self._strategy.evaluate(self._evaluate, model, micro.batch).items():
+                    pair = self._pair(name, metric, micro)
                     totals[name] = totals[name] + pair if name in totals else pair
         for module, was_training in modes.items():
             module.training = was_training
@@ -81,10 +82,12 @@ class Validation:
             means[name] = total / weight if weight else float("nan")
         return means
 
-    def _pair(self, name: str, metric: object, size: int) -> Tensor:
+    def _pair(self, name: str, metric: object, micro: MicroBatch) -> Tensor:
         """Return (sum, weight) in float64 on the device: no host-device sync before the end."""
         if isinstance(metric, Tensor) and metric.ndim == 0:
-            return torch.stack([metric.double() * size, metric.new_full((), size, dtype=torch.float64)])
+            if micro.size_problem:
+                raise UserError(micro.size_problem)
+            return torch.stack([metric.double() * micro.size, metric.new_full((), micro.size, dtype=torch.float64)])
         if isinstance(metric, Loss):
             return torch.stack([self._on_device(value) for value in metric])
         raise UserError(f"evaluate() returned {metric!r} for {name!r}: expected a 0-dim tensor, or Loss(sum, weight).")
@@ -93,13 +96,14 @@ class Validation:
         """Return `value` in float64 on the device, without the host-device sync of `torch.tensor`."""
         if isinstance(value, Tensor):
             return value.to(self._strategy.device, torch.float64, non_blocking=value.is_cpu)
-        return torch.full((), value, dtype=torch.float64, device=self._strategy.device)
+        return torch.full((), float(value), dtype=torch.float64, device=self._strategy.device)
 
-    def _batches(self) -> Iterator[tuple[Any, int]]:
-        if self._stream is not None:
-            for batch in self._stream:
-                yield self._strategy.to_device(batch), self._task.batch_size(batch)
-        else:
+    def _micros(self) -> Iterator[MicroBatch]:
+        if self._stream is None:
             for window in self._source.windows(0, 0, 0):
-                for micro in window:
-                    yield micro.batch, micro.size
+                yield from window
+            return
+        for index, batch in enumerate(self._stream):
+            problem = size_problem(self._task, batch)
+            size = 0 if problem else self._task.batch_size(batch)
+            yield MicroBatch(self._strategy.to_device(batch), size, index, False, problem)

@@ -12,6 +12,8 @@ from engine.update.loss_sum import LossSum
 from engine.update.message import CAUSES, Agreed, Message, Requests, agree, check_norms
 from strategies import PendingRows, Strategy
 
+ACTIVITY_TOPIC, FAILURE_TOPIC = "activity", "failure"
+
 
 class Exchange:
     """Sends this process's message while the last backward runs, and receives those of all.
@@ -121,3 +123,14 @@ class Exchange:
             self._seconds,
             self.grad_norm,
         )
+
+
+def lost_contact(strategy: Strategy, where: str, error: BaseException) -> ProcessFailureError:
+    """Return the error of a process that waits in vain for another: who failed, or what each was doing last."""
+    reports = [f"process {rank} failed: {text}" for rank, text in strategy.posted(FAILURE_TOPIC).items()]
+    if not reports:
+        for rank, text in strategy.posted(ACTIVITY_TOPIC).items():
+            at, _, activity = text.partition(" ")
+            if rank != strategy.rank:
+                reports.append(f"process {rank} last reported {time.time() - float(at):.0f} s ago: {activity}")
+    return ProcessFailureError(f"lost contact with another process {where}. {'; '.join(reports)} ({error})".strip())

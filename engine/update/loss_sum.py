@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from numbers import Real
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -39,6 +40,8 @@ class LossSum:
         """
         if isinstance(loss, Tensor):  # the mean over the samples
             value, share = loss, micro.size
+            if micro.size_problem:
+                raise UserError(micro.size_problem)
             self._weight += share
         elif isinstance(loss, Loss):
             value, share = loss.sum, 1
@@ -80,7 +83,7 @@ class LossSum:
             else:
                 self._device_weight = self._device_weight + weight
                 self._least_weight = torch.minimum(self._least_weight, weight)
-        elif not isinstance(weight, Real) or not 0 <= weight < math.inf:
+        elif not isinstance(weight, Real | numpy.bool_) or not 0 <= weight < math.inf:
             raise UserError(f"a micro-batch's loss has weight {weight}: expected a finite number of at least 0.")
         else:
             self._weight += float(weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from inspect import signature
 
 from torch import nn
 from torch.optim import LBFGS, Optimizer
@@ -17,6 +18,11 @@ def check_model(model: object) -> None:
         raise UserError(f"configure_model() returned {type(model).__name__}: expected a torch.nn.Module.")
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
         raise UserError("the model has lazy parameters. Run it once on a batch in configure_model().")
+    if meta := [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]:
+        raise UserError(
+            f"{meta[0]} is on the meta device, without values: expected a model on the CPU. Use to_empty(device='cpu') "
+            "and initialise it in configure_model()."
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("the model has no parameter that requires grad: there is nothing to train.")
     for name, module in model.named_modules():
@@ -49,6 +55,12 @@ def check_optimizer(configured: object, model: nn.Module) -> tuple[Optimizer, LR
         if isinstance(unsupported, LBFGS | ReduceLROnPlateau):
             instead = "the callback PlateauLR" if isinstance(unsupported, ReduceLROnPlateau) else "another optimizer"
             raise UserError(f"{type(unsupported).__name__} needs more than step() once per update. Use {instead}.")
+    closure = signature(optimizer.step).parameters.get("closure")
+    if hasattr(optimizer, "first_step") or (closure is not None and closure.default is closure.empty):
+        raise UserError(
+            f"{type(optimizer).__name__} needs a closure, and so several passes for one update: expected an optimizer "
+            "whose step() takes none. Use another optimizer."
+        )
     known = {id(p) for p in model.parameters()}
     if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
         raise UserError(

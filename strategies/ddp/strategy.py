@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from strategies.ddp.compression import DTYPES, EXACT_TO, CastHook, check_hook
 from strategies.ddp.empty_forward import EmptyForward
+from strategies.ddp.wrapper import Wrapper, depends_on
 from strategies.ddp.zero1 import OptimizerShards
 from strategies.errors import MODEL_NOT_CALLED, UserError
 from strategies.optimizer_state import load_named_state, merged, user_name
@@ -178,7 +179,7 @@ class DDPStrategy(ProcessGroupStrategy):
 
     def wrap(self, model: nn.Module) -> DistributedDataParallel:
         """Return `model` in DistributedDataParallel. Override it for another option or communication hook."""
-        return DistributedDataParallel(
+        return Wrapper(
             model,
             device_ids=None if self._device_type == "cpu" else [self.device],
             find_unused_parameters=self.find_unused_parameters,
@@ -195,13 +196,17 @@ class DDPStrategy(ProcessGroupStrategy):
     def backward(self, loss: Tensor, scale: float | Tensor) -> None:
         """Add `scale x d(loss)`, times P: DDP averages over P, and a strategy promises the sum.
 
-        Raises UserError if the wrapper was not called, and RuntimeError after the window's last micro-batch if a
+        Raises after the last micro-batch: UserError if the loss does not depend on the model, RuntimeError if a
         gradient was not reduced.
         """
-        if not self._was_called:
+        is_last = self._ddp.require_backward_grad_sync
+        if is_last and not self._was_called and not depends_on(loss, self._parameters):
             raise UserError(MODEL_NOT_CALLED)
+        if is_last and (self.find_unused_parameters or not self._was_called):
+            # forward does not know which of the model's methods and attributes the loss uses
+            self._ddp.reducer.prepare_for_backward([loss] if self.find_unused_parameters else [])
         super().backward(loss, scale * self.data_parallel_size)
-        if not self._ddp.require_backward_grad_sync:
+        if not is_last:
             return
         self._buffers_are_sent = self._was_called = False
         if self.find_unused_parameters:

@@ -19,7 +19,8 @@ from strategies.buffers import Buffers
 from strategies.environment import new_store
 from strategies.errors import UserError, check_count
 from strategies.fsdp.collective_order import CollectiveOrder
-from strategies.fsdp.units import check_units, in_lists
+from strategies.fsdp.limits import check_double_backward, check_optimizer
+from strategies.fsdp.units import check_units, in_lists, of_classes
 from strategies.optimizer_state import user_module, user_name
 from strategies.process_group import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
@@ -162,14 +163,11 @@ class FSDPStrategy(ProcessGroupStrategy):
 
     def units(self, model: nn.Module) -> list[nn.Module]:
         """Return the submodules that are gathered and reduced as units. Override it for another choice."""
-        if self.wrap is not None:
-            units = [m for m in model.modules() if m is not model and type(m).__name__ in self.wrap]
-            if missing := set(self.wrap) - {type(m).__name__ for m in units}:
-                names = ", ".join(sorted({type(m).__name__ for m in model.modules() if m is not model}))
-                wrong = f"{', '.join(missing)} is not one"
-                raise UserError(f"wrap={self.wrap!r}: expected classes of submodules; {wrong}. The model has {names}.")
-            return units[::-1]  # inner ones first
-        return list(dict.fromkeys(in_lists(model)))
+        return list(dict.fromkeys(in_lists(model))) if self.wrap is None else of_classes(model, self.wrap)
+
+    def prepare_optimizer(self, optimizer: Optimizer) -> None:
+        """Raise UserError for an optimizer that does not work on shards."""
+        check_optimizer(optimizer)
 
     def start_window(self, most_micro_batches: int) -> None:
         """Note the number of passes that all processes make in the next window.
@@ -193,6 +191,7 @@ class FSDPStrategy(ProcessGroupStrategy):
         except Exception as error:
             if self._is_last and not self.has_lost_contact(error):
                 self._finish_window()  # the others read of the failure after their passes
+            check_double_backward(error)
             raise
         self._passes_made += 1
         if self._is_last:

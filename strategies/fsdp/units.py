@@ -27,6 +27,17 @@ def _members(container: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
+def of_classes(model: nn.Module, wrap: Sequence[str]) -> list[nn.Module]:
+    """Return the submodules of these classes, inner ones first. Raises UserError for a class without one."""
+    units = [m for m in model.modules() if m is not model and type(m).__name__ in wrap]
+    if missing := set(wrap) - {type(m).__name__ for m in units}:
+        names = ", ".join(sorted({type(m).__name__ for m in model.modules() if m is not model}))
+        raise UserError(
+            f"wrap={wrap!r}: expected classes of submodules; {', '.join(missing)} is not one. The model has {names}."
+        )
+    return units[::-1]
+
+
 def check_units(model: nn.Module, units: Sequence[nn.Module]) -> None:
     """Raise UserError for units that FSDP would refuse later, or not at all."""
     home: dict[nn.Module, int] = {}

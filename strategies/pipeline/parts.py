@@ -97,6 +97,14 @@ class PipelinedModel(nn.Module):
             raise UserError("the model of a pipeline is called once for each micro-batch. Keep its output.")
         return self._outputs.pop()
 
+    def __getattr__(self, name: str) -> Any:
+        if name in self._modules:
+            return self._modules[name]
+        raise AttributeError(
+            f"model.{name}: the model of a pipeline is in parts on several processes. Call it as model(x), or use "
+            "another strategy."
+        )
+
     def input_of(self, compute: Callable[[], object]) -> ModelCalled:
         """Return the input with which `compute` calls the model. Raises what it raises before that."""
         try:

@@ -1,0 +1,92 @@
+"""`loss()` may use the methods and attributes of the model that it is given, under every strategy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from processes import ChildError, run
+from reference import Regression
+from torch import Tensor, nn
+
+from engine import Trainer
+from strategies import DDPStrategy, DPStrategy, Strategy
+from strategies.registry import find
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 7).double(), nn.Linear(7, 1).double()
+        self.scale = nn.Parameter(torch.full((1,), 2.0, dtype=torch.float64))
+        self.register_buffer("shift", torch.ones(1, dtype=torch.float64))
+        self.factor = 1.0
+
+    def encode(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.body(x)) * self.factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encode(x)) + self.shift  # type: ignore[no-any-return]
+
+
+def loss_of(how: str, model: Any, x: Tensor) -> Tensor:
+    if how == "method":
+        return model.head(model.encode(x)) * model.scale  # type: ignore[no-any-return]
+    if how == "forward and method":
+        return (model(x) + model.encode(x).sum(1, keepdim=True)) * model.scale  # type: ignore[no-any-return]
+    if how == "set":
+        model.factor = 3.0
+        model.shift = torch.full((1,), 5.0, dtype=torch.float64)
+    return model(x) * model.scale  # type: ignore[no-any-return]
+
+
+class Uses(Regression):
+    def __init__(self, how: str) -> None:
+        super().__init__(30, lr=0.01, model=Encoder)
+        self.how = how
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        return nn.functional.mse_loss(loss_of(self.how, model, batch[0]), batch[1])
+
+
+def fit(how: str, strategy: Strategy, N: int) -> Tensor:
+    trainer = Trainer(strategy, micro_batch_size=N, accumulate_grad_batches=2, max_epochs=2, shuffle=False)
+    trainer.fit(Uses(how))
+    return torch.cat([getattr(p, "full_tensor", p.detach)().flatten() for p in trainer.model.parameters()])
+
+
+STRATEGIES = {
+    "ddp": DDPStrategy(),
+    "ddp, unused": DDPStrategy(find_unused_parameters=True),
+    "ddp, views": DDPStrategy(gradient_as_bucket_view=True),
+    "dp": DPStrategy(2, "cpu"),
+    "fsdp": find("fsdp")(),
+}
+
+
+@pytest.mark.parametrize("how", ["method", "attribute", "forward and method", "set"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_methods_and_attributes_of_the_model_work(name: str, how: str) -> None:
+    reference = fit(how, find("single")(), 4)
+    P = 1 if name == "dp" else 2
+    if (name, how) == ("fsdp", "method"):  # FSDP gathers for forward alone
+        with pytest.raises(ChildError, match=r"mixed torch\.Tensor and DTensor"):
+            run(P, fit, how, STRATEGIES[name], 2, seconds=30)
+        return
+    for found in run(P, fit, how, STRATEGIES[name], 4 // P):
+        torch.testing.assert_close(found, reference, rtol=0, atol=1e-12)
+
+
+class Layers(Regression):
+    def loss(self, model: Any, batch: Any) -> Any:
+        return nn.functional.mse_loss(model.encode(batch[0]), batch[1])
+
+
+def fit_pipeline() -> None:
+    Trainer("pipeline", micro_batch_size=4, accumulate_grad_batches=4, max_epochs=1).fit(Layers(32))
+
+
+def test_a_pipeline_says_how_its_model_is_called() -> None:
+    with pytest.raises(ChildError, match=r"model\.encode: the model of a pipeline is in parts.* Call it as model\(x\)"):
+        run(2, fit_pipeline, seconds=30)
