@@ -627,8 +627,8 @@ FAULTS = [
     Fault(
         "the same stream on all processes",
         "StreamSource._check_first",
-        "check_shares([value for _, value in firsts])",
-        "pass",
+        "return digests if",
+        "return [] if",
         "tests/test_sample_counts.py::test_the_same_stream_on_all_processes_is_refused",
     ),
     Fault(
@@ -792,6 +792,13 @@ FAULTS = [
         'if here != checkpoint["schedule"]:',
         "if False:",
         "tests/test_resume.py -k window_of",
+    ),
+    Fault(
+        "refuse streams that only begin alike",
+        "StreamSource.windows",
+        "self._strategy.gather(digest(stream.ahead)) if has_more else digests",
+        "digests",
+        "tests/test_sample_counts.py::test_streams_that_only_begin_alike_are_not_refused",
     ),
 ]
 
