@@ -86,9 +86,10 @@ class SplitOverCPU(ShowsModel):
     """
 
     def __init__(self, module: nn.Module, chunks: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.module = module
         self.chunks = chunks
+        self.__dict__["_is_built"] = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the joined outputs of all chunks. Raises UserError for tensors of different sizes in dim 0."""

@@ -10,8 +10,12 @@ from torch import nn
 class ShowsModel(nn.Module):
     """Looks up in `module` what the wrapper itself does not have, and sets there what the module already has.
 
-    A call of a method is not a call of the wrapper: it communicates nothing.
+    A call of a method is not a call of the wrapper: it communicates nothing. Names that both have are the wrapper's.
     """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.__dict__["_is_built"] = True
 
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
@@ -20,11 +24,11 @@ class ShowsModel(nn.Module):
         return getattr(modules["module"], name) if "module" in modules else super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        module = self.__dict__.get("_modules", {}).get("module")
-        if module is None or name in self.__dict__ or name in self._modules or not _has(module, name):
-            super().__setattr__(name, value)
+        is_own = "_is_built" not in self.__dict__ or name in self.__dict__ or name in self._modules
+        if not is_own and _has(self.module, name):
+            setattr(self.module, name, value)
         else:
-            setattr(module, name, value)
+            super().__setattr__(name, value)
 
 
 def _has(module: nn.Module, name: str) -> bool:

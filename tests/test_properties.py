@@ -123,8 +123,10 @@ class Weighted(Regression):
 
     def train_data(self) -> Any:
         if self.case.source == "stream":
-            own = self.case.pieces[dist.get_rank() if self.case.P > 1 else 0]
-            batches = [(self.x[rows], self.y[rows], torch.tensor(rows, dtype=torch.long)) for rows in own]
+            rank = dist.get_rank() if self.case.P > 1 else 0
+            indices = [torch.tensor(rows, dtype=torch.long) for rows in self.case.pieces[rank]]
+            # the last tensor differs between processes: streams that are equal are refused
+            batches = [(self.x[index], self.y[index], index, torch.full_like(index, rank)) for index in indices]
             return dict(enumerate(batches)).values()  # can be read once more, and not indexed
         return super().train_data() if self.case.source == "tensors" else Samples(self.x, self.y)
 
@@ -137,7 +139,7 @@ class Weighted(Regression):
         return (model(x) - y).square().squeeze(1)
 
     def loss(self, model: Any, batch: Any) -> Any:
-        x, y, index = batch
+        x, y, index, *_ = batch
         form, errors, weights = self.case.form, self.errors(model, x, y), self.weights[index]
         self.seen.append(index.tolist())
         assert len(index) <= self.case.options["micro_batch_size"] or self.case.source in ("groups", "stream")

@@ -179,7 +179,7 @@ def test_the_same_stream_on_all_processes_is_refused() -> None:
         run(3, fit_loaded, True, seconds=20)
     assert len(raised.value.errors) == 3
     for error in raised.value.errors.values():
-        assert "processes 0 and 1 read the same first micro-batch: each sample would be trained on more" in error
+        assert "processes 0 and 1 read the same micro-batches: each sample would be trained on more" in error
 
 
 class Constant(Regression):
@@ -195,3 +195,20 @@ def fit_constant() -> int:
 
 def test_micro_batches_that_may_be_equal_by_chance_are_not_refused() -> None:
     assert run(2, fit_constant) == [8, 8]
+
+
+class BeginsAlike(Loaded):
+    """As environments that are reset do: only the first micro-batch is the same on all processes."""
+
+    def train_data(self) -> Any:
+        return [next(iter(Loaded(True).train_data())), *super().train_data()].__iter__()
+
+
+def fit_begins_alike() -> int:
+    trainer = Trainer("ddp", accumulate_grad_batches=2, max_epochs=1)
+    trainer.fit(BeginsAlike(False))
+    return trainer.samples
+
+
+def test_streams_that_only_begin_alike_are_not_refused() -> None:
+    assert run(2, fit_begins_alike) == [36, 36]

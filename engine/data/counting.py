@@ -54,11 +54,11 @@ def digest(batch: Any) -> str:
 
 
 def check_shares(digests: Sequence[str]) -> None:
-    """Raise UserError if two processes begin with the same micro-batch."""
+    """Raise UserError if two processes have the same micro-batch."""
     for rank, value in enumerate(digests):
         if value and (first := digests.index(value)) < rank:
             raise UserError(
-                f"processes {first} and {rank} read the same first micro-batch: each sample would be trained on more "
+                f"processes {first} and {rank} read the same micro-batches: each sample would be trained on more "
                 "than once. Give each process its own part of the stream, or return a map-style dataset, which the "
                 "engine shares out."
             )

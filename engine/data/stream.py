@@ -75,8 +75,7 @@ class StreamSource:
         prefetch = self._prefetch
         stream = Lookahead(self._data, positions[rank] if positions else None, prefetch.start if prefetch else None)
         to_device, batch_size = (prefetch or self._strategy).to_device, (prefetch or self._batching).batch_size
-        if positions is None:
-            self._check_first(epoch, stream)
+        digests = self._check_first(epoch, stream) if positions is None else []
         problem = size_problem(self._batching, stream.ahead)
         first = rank if positions is None else int(positions[rank]["seed_index"])
         has_more = True
@@ -87,10 +86,16 @@ class StreamSource:
             yield window
             has_more, update, first = window.has_more, update + 1, seed_indices.stop
             samples += window.samples or 0
+            if digests:  # two first micro-batches were equal: only streams whose second windows are, too, are refused
+                check_shares(self._strategy.gather(digest(stream.ahead)) if has_more else digests)
+                digests = []
         self._compare_length(epoch, stream.position["taken"])
 
-    def _check_first(self, epoch: int, stream: Lookahead) -> None:
-        """Raise UserError if no process has a micro-batch, or two processes begin their first epoch with the same."""
+    def _check_first(self, epoch: int, stream: Lookahead) -> list[str]:
+        """Raise UserError if no process has a micro-batch.
+
+        Return the digests of the first micro-batches if two processes begin their first epoch with the same.
+        """
         compares = stream.has_next and not self._has_compared and self._strategy.data_parallel_size > 1
         firsts = self._strategy.gather((stream.has_next, digest(stream.ahead) if compares else ""))
         self._has_compared = True
@@ -99,7 +104,8 @@ class StreamSource:
                 f"train_data() has no micro-batch in epoch {epoch}, on any process. "
                 "Is it a generator, which can be read only once? Return an object whose __iter__ starts again."
             )
-        check_shares([value for _, value in firsts])
+        digests = [value for _, value in firsts]
+        return digests if len({*filter(None, digests)}) < len([*filter(None, digests)]) else []
 
     def _compare_length(self, epoch: int, length: int) -> None:
         """Warn if a stream that was restored by its own state gives other numbers of micro-batches in two epochs."""
