@@ -49,7 +49,7 @@ class Checkpointer:
         resume = self._settings.resume
         if resume == "never" or (resume == "auto" and self._folder is None):
             return None
-        self._found = self._contents()
+        self._found = self._contents() if self._folder is not None else None
         return find_checkpoint(resume, self._folder, self._strategy)
 
     def _contents(self) -> Any:
