@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import redirect_stdout
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,6 +103,16 @@ def test_a_terminal_of_any_width(columns: int) -> None:
     assert re.search(r"\d weight/s", live)
     assert "━" in live
     assert written.rstrip().endswith("done: 40 updates, 1 of them skipped, 40 samples")
+
+
+def test_the_run_folder_is_shown_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Trainer("single", micro_batch_size=4, max_epochs=1, progress=True, run_dir="runs/mine").fit(Regression(8))
+    written = capsys.readouterr().out
+    assert "run folder: runs/mine\n" in written
+    assert written.endswith("done: 2 updates, 8 samples: runs/mine\n")
 
 
 def test_no_colour() -> None:

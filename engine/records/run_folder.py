@@ -11,6 +11,7 @@ import os
 import stat
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,13 @@ class RunFolder:
         self._metrics = path.open("a+b", buffering=0)  # a killed run keeps every line
         self._events = (self.path / EVENTS).open("a+b", buffering=0)
         return history.undone
+
+    @property
+    def shown(self) -> str:
+        """The folder as people read it: from the working directory, if it is in there."""
+        with suppress(ValueError, OSError):
+            return str(self.path.relative_to(Path.cwd()))
+        return str(self.path)
 
     @property
     def pinned(self) -> Path:
