@@ -5,5 +5,6 @@ from engine.callbacks import Callback, GradientAccumulationScheduler
 from engine.loss import Loss
 from engine.task import Batching, Task
 from engine.trainer import Trainer
+from engine.version import __version__ as __version__
 
 __all__ = ["Accumulator", "Batching", "Callback", "GradientAccumulationScheduler", "Loss", "Task", "Trainer"]

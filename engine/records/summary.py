@@ -9,6 +9,7 @@ import torch
 
 from engine.state import RunState
 from engine.update.timing import ReductionCost
+from engine.version import __version__
 from strategies import Strategy
 
 
@@ -28,5 +29,5 @@ def summarize(state: RunState, strategy: Strategy, cost: ReductionCost | None) -
         "all_reduces_per_update": reductions,
         "bytes_reduced_per_update": size,
         "reduction": cost.summary() if cost is not None else None,
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"tally": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
