@@ -136,10 +136,16 @@ def _exit_when_told(reader: int) -> None:
 
 
 def leave_status(status: int | None) -> None:
-    """Leave the command's status, None while there is none, for launch/start.py: a signal may stop that one, too."""
+    """Leave the command's status for launch/start.py, which a signal may stop too; None: it is not known any more.
+
+    The file is empty until a process knows it. What another process has left stays.
+    """
     if path := os.environ.get("TALLY_STATUS"):
         with suppress(OSError):
-            Path(path).unlink(missing_ok=True) if status is None else Path(path).write_text(str(status))
+            if status is not None:
+                Path(path).write_text(str(status))
+            elif not Path(path).read_text():
+                Path(path).unlink()
 
 
 def _heeded() -> list[signal.Signals]:

@@ -60,7 +60,7 @@ def main() -> int:
     logging.disable(logging.ERROR)  # torchrun's report of other failures says the same, and more
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder, "status")
-        kept.write_text(str(SAVED))  # a run that begins to train removes it, and leaves its own status at its end
+        kept.touch()  # a run that begins to train removes it, and leaves its own status at its end
         os.environ["TALLY_STATUS"] = str(kept)
         if "--standalone" in sys.argv:
             meet_in_a_file(Path(folder, "meeting"))
@@ -75,7 +75,7 @@ def main() -> int:
                     raise
             _ignore()
         except SignalException as error:  # torchrun itself was told to stop, and has waited for its processes
-            status = int(kept.read_text()) if kept.exists() else 128 + error.sigval
+            status = int(kept.read_text() or SAVED) if kept.exists() else 128 + error.sigval
     return status
 
 

@@ -165,6 +165,13 @@ FAULTS = [
     Fault(
         "keep the shapes of the start", "take_shapes", "isinstance(value, Tensor)", "False", "tests/test_saveable.py"
     ),
+    Fault(
+        "forget the status that another process has left",
+        "leave_status",
+        "elif not Path(path).read_text()",
+        "else",
+        "tests/test_exit.py::test_a_status_that_another_process_has_left_stays",
+    ),
     # the arithmetic of an update
     Fault(
         "divide by the nominal window",

@@ -30,6 +30,7 @@ from engine.cli.main import main
 from engine.errors import describe
 from engine.output import Output
 from engine.records.run_folder import RunFolder
+from engine.signals import leave_status
 from launch.start import SAID
 from strategies import DDPStrategy
 
@@ -375,3 +376,14 @@ def test_records_keep_odd_names_and_numbers(tmp_path: Path) -> None:
     folder.close()
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line) == {"update": 1, "caf\\udce9": 2.5, "long": 1e20, "longer": None, "nan": None}
+
+
+def test_a_status_that_another_process_has_left_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "status"
+    monkeypatch.setenv("TALLY_STATUS", str(kept))
+    kept.touch()
+    leave_status(None)  # a run begins: nobody knows its status
+    assert not kept.exists()
+    leave_status(75)  # another process was interrupted while it started
+    leave_status(None)
+    assert kept.read_text() == "75"
