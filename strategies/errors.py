@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-MODEL_NOT_CALLED = "the loss was not computed with the `model` that loss() is given: call that one."
+MODEL_NOT_CALLED = (
+    "the loss was not computed with the `model` that loss() is given: call that one. Where nothing is to be learned, "
+    "return Loss(0 * output.sum(), 0)."
+)
 
 
 class UserError(ValueError):

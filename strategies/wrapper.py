@@ -33,4 +33,5 @@ class ShowsModel(nn.Module):
 
 def _has(module: nn.Module, name: str) -> bool:
     own = module.__dict__
-    return name in own or any(name in own[kind] for kind in ("_parameters", "_buffers", "_modules"))
+    is_property = isinstance(getattr(type(module), name, None), property)
+    return is_property or name in own or any(name in own[kind] for kind in ("_parameters", "_buffers", "_modules"))

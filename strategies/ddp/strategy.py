@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import inspect
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,6 @@ from strategies.ddp.zero1 import OptimizerShards
 from strategies.errors import MODEL_NOT_CALLED, UserError
 from strategies.optimizer_state import load_named_state, merged, user_name
 from strategies.process_group import ProcessGroupStrategy
-from strategies.single import NOTHING_TO_DEFER
 from strategies.torch_internals import DDP, unused_parameters
 
 REFUSED = {
@@ -109,10 +109,18 @@ class DDPStrategy(ProcessGroupStrategy):
                 "LayerNorm, or BatchNorm over each micro-batch (sync_batchnorm=False)."
             )
 
-    def accumulation_context(self, is_last_microbatch: bool) -> AbstractContextManager[Any]:
-        """Return `no_sync` for all but the last micro-batch. DDP reads it in forward, so forward must be inside."""
+    @contextmanager
+    def accumulation_context(self, is_last_microbatch: bool) -> Iterator[None]:
+        """Let DDP reduce in the last micro-batch only. DDP reads it in forward, so forward must be inside.
+
+        Outside, no forward prepares a reduction: a model may be called between windows, or by another model's loss.
+        """
         self._broadcast_buffers_once()
-        return NOTHING_TO_DEFER if is_last_microbatch else self._ddp.no_sync()
+        self._ddp.require_backward_grad_sync = is_last_microbatch
+        try:
+            yield
+        finally:
+            self._ddp.require_backward_grad_sync = False
 
     def describe(self) -> str:
         """Return one line for the banner."""
@@ -168,6 +176,7 @@ class DDPStrategy(ProcessGroupStrategy):
             self._model._parameters.pop(ANCHOR, None)
         self._buffers_are_sent = self._was_called = False
         ddp.register_forward_pre_hook(self._note_call)
+        ddp.require_backward_grad_sync = False
         if ddp.static_graph:
             raise _refusal("static_graph")
         if ddp._delay_all_reduce_params:
@@ -200,7 +209,7 @@ class DDPStrategy(ProcessGroupStrategy):
         gradient was not reduced.
         """
         is_last = self._ddp.require_backward_grad_sync
-        if is_last and not self._was_called and not depends_on(loss, self._parameters):
+        if is_last and not depends_on(loss, self._parameters):
             raise UserError(MODEL_NOT_CALLED)
         if is_last and (self.find_unused_parameters or not self._was_called):
             # forward does not know which of the model's methods and attributes the loss uses
@@ -223,11 +232,11 @@ class DDPStrategy(ProcessGroupStrategy):
         if self.find_unused_parameters:  # parameters unused on all processes must keep the gradient None
             trainable = [self._anchor]
         modules = self._ddp._modules
-        modules["module"] = EmptyForward(trainable)
+        modules["module"], self._ddp.require_backward_grad_sync = EmptyForward(trainable), True
         try:
             super().backward(self._ddp(), 1.0)
         finally:
-            modules["module"] = self._model
+            modules["module"], self._ddp.require_backward_grad_sync = self._model, False
         self._buffers_are_sent = self._was_called = False
 
     def clear_gradients(self) -> None:
@@ -278,13 +287,15 @@ class DDPStrategy(ProcessGroupStrategy):
         self._broadcast_buffers_once()
         rows = self.exchange([math.nan] * self.message_length)()
         before = zip(self._model.named_parameters(), self._requires_grad, strict=True)
+        if not any(p.requires_grad for p in self._parameters):
+            raise UserError("all parameters are frozen: expected one that requires grad. Leave one out.")
         changed = [user_name(name) for (name, p), required in before if p.requires_grad != required]
         if not all(math.isnan(row[0]) for row in rows):
             for parameter, required in zip(self._parameters, self._requires_grad, strict=True):
                 parameter.requires_grad_(required)
             self.join(None)
         what = f"requires_grad of {', '.join(changed[:3])} changed: expected the same on all processes. Change all."
-        if len(set(self.gather(what))) > 1:
+        if len(set(self.gather(what + " ".join(changed[3:])))) > 1:
             raise UserError(f"process {self.rank}: {what}")
 
     def _remove_reducer(self) -> None:
@@ -317,7 +328,7 @@ class DDPStrategy(ProcessGroupStrategy):
             self._ddp._sync_buffers()  # type: ignore[no-untyped-call]
 
     def _note_call(self, module: nn.Module, arguments: Any) -> None:
-        self._was_called = True
+        self._was_called |= torch.is_grad_enabled() and self._ddp.require_backward_grad_sync
 
     def _unused_message(self, error: RuntimeError) -> str:
         unused = ", ".join(self._names[index] for index in unused_parameters(error)) or "unknown"
