@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
+from weakref import WeakSet
 
 EXIT_STATUS = 75
 """Exit status of a run that was interrupted and saved itself: start it again to resume (EX_TEMPFAIL of sysexits.h)."""
@@ -33,16 +34,20 @@ def shielded() -> Iterator[None]:
     torchrun sends SIGTERM to all of them, and a worker that dies of it ends the run.
     """
     _end_children_at_exit()
+    children = set(multiprocessing.active_children())
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _workers.update(set(multiprocessing.active_children()) - children)
         atexit.unregister(_end_children)
         atexit.register(_end_children)  # before the handler of a DataLoader that pins memory, which waits for each
 
 
 _at_exit: Any = None
+_workers: WeakSet[Any] = WeakSet()
+"""The processes that were started while signals were shielded."""
 
 
 def _end_children_at_exit() -> None:
@@ -53,10 +58,10 @@ def _end_children_at_exit() -> None:
 
 
 def _end_children(seconds: float = 1.0) -> None:
-    """End daemonic children: by SIGTERM, and those that are shielded from it by SIGKILL."""
+    """End the workers that are shielded: by SIGKILL, if SIGTERM does not reach them. Other children are the user's."""
     with suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each worker
-    children = [child for child in multiprocessing.active_children() if child.daemon]
+    children = [child for child in multiprocessing.active_children() if child in _workers]
     for child in children:
         child.terminate()
     end = time.monotonic() + seconds
@@ -167,9 +172,9 @@ class Signals:
         self.name = ""
         """The signal that asked it to stop."""
         self._handlers_before: dict[int, Any] = {}
+        self._process = os.getpid()
 
     def __enter__(self) -> Signals:
-        _end_children_at_exit()  # they inherit our handlers
         if threading.current_thread() is threading.main_thread():
             COMMAND.hand_over()
             for number in _heeded():
@@ -187,6 +192,10 @@ class Signals:
         self._handlers_before.clear()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # forked, and not yet past `_restore_in_child`
+            _restore_in_child()
+            os.kill(os.getpid(), number)
+            return
         if self.stop_requested and number == signal.SIGINT and self.name == "SIGINT":
             raise KeyboardInterrupt
         COMMAND.note(number, frame)
@@ -194,3 +203,14 @@ class Signals:
 
     def _save(self, number: int, frame: FrameType | None) -> None:
         self.save_requested = True
+
+
+def _restore_in_child() -> None:
+    """Give a forked process Python's own handlers: ours would only note the signal that is to end it."""
+    for number in SIGNALS:
+        if isinstance(getattr(signal.getsignal(number), "__self__", None), Signals | Command):
+            default: Any = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGUSR1 else default)
+
+
+os.register_at_fork(after_in_child=_restore_in_child)

@@ -45,6 +45,11 @@ def meet_in_a_file(path: Path) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
+def _kept(path: Path, number: int) -> int:
+    """Return the status that a run has left, that of one that had not begun, or that of an end by signal `number`."""
+    return int(path.read_text() or SAVED) if path.exists() else 128 + number
+
+
 def main() -> int:
     """Be torchrun, and return the status of the run."""
     for number in ENDING:
@@ -70,12 +75,14 @@ def main() -> int:
                 status = 0
             except ChildFailedError as error:
                 status = error.get_first_failure()[1].exitcode
+                if -status in ENDING:  # before the first line of engine/run.py, which heeds signals
+                    status = _kept(kept, -status)
                 status = LOST if status == -signal.SIGKILL else status
-                if status not in SAID:
+                if status not in SAID and status < 128:
                     raise
             _ignore()
         except SignalException as error:  # torchrun itself was told to stop, and has waited for its processes
-            status = int(kept.read_text() or SAVED) if kept.exists() else 128 + error.sigval
+            status = _kept(kept, error.sigval)
     return status
 
 

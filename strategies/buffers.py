@@ -43,7 +43,8 @@ class Buffers:
                     if buffer is None:
                         continue
                     copy, kind = next(copies)
-                    if (buffer.shape, buffer.dtype) == kind:
+                    is_expanded = 0 in buffer.stride() if buffer.layout is torch.strided else False
+                    if (buffer.shape, buffer.dtype) == kind and not is_expanded:
                         buffer.copy_(copy)
                     else:
                         buffer.data = copy.clone()

@@ -166,6 +166,55 @@ FAULTS = [
         "keep the shapes of the start", "take_shapes", "isinstance(value, Tensor)", "False", "tests/test_saveable.py"
     ),
     Fault(
+        "leave our signal handlers in forked processes",
+        "_restore_in_child",
+        "for number in SIGNALS",
+        "for number in ()",
+        "tests/test_exit.py::test_processes_of_the_user_end_by_a_signal",
+    ),
+    Fault(
+        "end the user's daemonic processes",
+        "_end_children",
+        "if child in _workers",
+        "if child.daemon",
+        "tests/test_exit.py::test_a_daemonic_process_of_the_user_is_left_to_its_exit_handler",
+    ),
+    Fault(
+        "count calls of the model that prepare no reduction",
+        "DDPStrategy._note_call",
+        "|= torch.is_grad_enabled() and self._ddp.require_backward_grad_sync",
+        "= True",
+        "tests/test_model_attributes.py",
+    ),
+    Fault(
+        "believe that a loss of no model depends on it",
+        "DDPStrategy.backward",
+        "is_last and not depends_on",
+        "False and not depends_on",
+        "tests/test_model_attributes.py",
+    ),
+    Fault(
+        "give modules that share a buffer one each",
+        "UnsavedBuffers.load",
+        "_kind(value) == _kind(current)",
+        "False",
+        "tests/test_saveable.py::test_buffers_that_share_memory",
+    ),
+    Fault(
+        "overlook optimizer state of no parameter",
+        "check_snapshot",
+        "if not isinstance(key, Tensor)",
+        "if False",
+        "tests/test_saveable.py::test_what_cannot_be_saved_is_refused_at_once",
+    ),
+    Fault(
+        "look at the first numbers of a micro-batch only",
+        "engine.data.counting:digest",
+        ".reshape(-1)",
+        ".reshape(-1)[:1024]",
+        "tests/test_sample_counts.py",
+    ),
+    Fault(
         "forget the status that another process has left",
         "leave_status",
         "elif not Path(path).read_text()",
@@ -373,8 +422,8 @@ FAULTS = [
     Fault(
         "reduce every micro-batch",
         "DDPStrategy.accumulation_context",
-        "NOTHING_TO_DEFER if is_last_microbatch else self._ddp.no_sync()",
-        "NOTHING_TO_DEFER",
+        "sync = is_last_microbatch",
+        "sync = True",
         COUNTS,
     ),
     Fault(
@@ -515,8 +564,8 @@ FAULTS = [
     Fault(
         "buffers as each process left them",
         "DDPStrategy.accumulation_context",
-        "        self._broadcast_buffers_once()\n        return NOTHING_TO_DEFER if",
-        "        is_last_microbatch and self._broadcast_buffers_once()\n        return NOTHING_TO_DEFER if",
+        "self._broadcast_buffers_once()",
+        "pass",
         "tests/test_resume.py::test_buffers_that_forward_reads_are_those_of_the_checkpoint",
     ),
     Fault(
@@ -1158,7 +1207,7 @@ FAULTS = [
     Fault(
         "refuse streams that only begin alike",
         "StreamSource.windows",
-        "self._strategy.gather(digest(stream.ahead)) if has_more else digests",
+        "self._strategy.gather(digest(stream.ahead))",
         "digests",
         "tests/test_sample_counts.py::test_streams_that_only_begin_alike_are_not_refused",
     ),

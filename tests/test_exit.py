@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -241,6 +242,61 @@ def test_a_process_ends_whatever_keeps_its_loader_s_workers(how: str, status: in
     )
     assert done.returncode == status, done.stderr
     assert "killed by signal" not in done.stderr
+
+
+class Pools(Callback):
+    """Processes of the user's own, forked in a run that heeds signals."""
+
+    def on_epoch_end(self, trainer: Any) -> None:
+        fork = multiprocessing.get_context("fork")
+        with fork.Pool(2) as pool:
+            self.found = pool.map(abs, [-1, -2])
+        process = fork.Process(target=time.sleep, args=(100,))
+        process.start()
+        process.terminate()
+        process.join(20)
+        self.status = process.exitcode
+
+
+def test_processes_of_the_user_end_by_a_signal(tmp_path: Path) -> None:
+    pools = Pools()
+    Trainer("single", micro_batch_size=4, max_epochs=1, run_dir=str(tmp_path / "run"), callbacks=pools).fit(
+        Regression(8)
+    )
+    assert (pools.found, pools.status) == ([1, 2], -signal.SIGTERM)
+
+
+WRITES = """
+import atexit, multiprocessing, sys
+from engine import Trainer
+sys.path.insert(0, TESTS)
+from reference import Regression
+
+def write(queue, path):
+    with open(path, "w") as file:
+        while (line := queue.get()) is not None:
+            print(line, file=file)
+
+queue = multiprocessing.get_context("fork").Queue()
+writer = multiprocessing.get_context("fork").Process(target=write, args=(queue, sys.argv[1]), daemon=True)
+writer.start()
+
+def stop():
+    queue.put(None)
+    writer.join()
+
+atexit.register(stop)
+Trainer("single", micro_batch_size=4, max_epochs=1, num_workers=1).fit(Regression(8))
+for line in range(50):
+    queue.put(line)
+"""
+
+
+def test_a_daemonic_process_of_the_user_is_left_to_its_exit_handler(tmp_path: Path) -> None:
+    code = WRITES.replace("TESTS", repr(str(ROOT / "tests")))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "lines")], env=environment, timeout=60, check=True)
+    assert (tmp_path / "lines").read_text().split() == [str(line) for line in range(50)]
 
 
 def test_output_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

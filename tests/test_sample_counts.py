@@ -182,6 +182,28 @@ def test_the_same_stream_on_all_processes_is_refused() -> None:
         assert "processes 0 and 1 read the same micro-batches: each sample would be trained on more" in error
 
 
+class BeginsLong(Loaded):
+    """Each process has its own samples, which begin with the same 2,000 numbers."""
+
+    def train_data(self) -> Any:
+        prompt = torch.arange(2000.0, dtype=torch.float64).expand(2, -1)
+        batches = super().train_data()
+        return [(torch.cat([prompt, x], 1), torch.cat([prompt, y], 1)) for x, y, _ in batches].__iter__()
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        return nn.functional.mse_loss(model(batch[0][:, 2000:]), batch[1][:, 2000:])
+
+
+def fit_beginning_long() -> int:
+    trainer = Trainer("ddp", max_epochs=1)
+    trainer.fit(BeginsLong(False))
+    return trainer.samples
+
+
+def test_streams_whose_samples_begin_alike_are_not_refused() -> None:
+    assert run(2, fit_beginning_long) == [32, 32]
+
+
 class Constant(Regression):
     def train_data(self) -> Any:
         return [[torch.zeros(4, 5).double(), torch.zeros(4, 1).double(), torch.zeros(4)]].__iter__()

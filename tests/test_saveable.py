@@ -80,6 +80,14 @@ def task(**methods: Any) -> Regression:
     return changed
 
 
+class Counts(torch.optim.SGD):
+    """An optimizer with a state that belongs to no parameter."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.state["steps"] = self.state.get("steps", 0) + 1
+        super().step()
+
+
 CASES: dict[str, tuple[Any, str, int]] = {
     "complex": (lambda: task(model=lambda: with_buffer(torch.zeros(3, dtype=torch.complex128))), "model.table", 0),
     "quantised": (lambda: task(model=lambda: with_buffer(quantised())), "model.table", 0),
@@ -88,6 +96,11 @@ CASES: dict[str, tuple[Any, str, int]] = {
     "callback": (lambda: Keeps({1, 2}), "callbacks.0.1.mine", 0),
     "array": (lambda: Keeps(numpy.ones(2)), "callbacks.0.1.mine", 0),
     "stream": (lambda: task(train_data=lambda: Stream(object())), "position", 1),
+    "no parameter's": (
+        lambda: task(configure_optimizer=lambda model: Counts(model.parameters(), lr=0.1)),
+        "the optimizer's state has the key 'steps'",
+        1,
+    ),
     "optimizer": (
         lambda: task(configure_optimizer=lambda model: KeepsObject(model.parameters(), lr=0.1)),
         "optimizer.state.0.memory",
@@ -131,6 +144,41 @@ def test_without_a_folder_nothing_must_be_saved() -> None:
 def test_a_buffer_that_is_not_saved_may_be_of_any_kind(tmp_path: Path) -> None:
     model = with_buffer(torch.eye(3).to_sparse(), persistent=False)
     Trainer(micro_batch_size=4, max_epochs=1, run_dir=str(tmp_path / "run")).fit(task(model=lambda: model))
+
+
+class Shares(nn.Module):
+    """One tensor is a buffer of two modules; one is a view that repeats a number, one is conjugate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(5, 1).double(), nn.Module()
+        steps = torch.zeros(1, dtype=torch.float64)
+        self.register_buffer("steps", steps, persistent=False)
+        self.other.register_buffer("steps", steps, persistent=False)
+        self.register_buffer("repeated", torch.zeros(1).expand(5))
+        self.register_buffer("conjugate", torch.ones(3, dtype=torch.complex64).conj(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps.add_(0.1)
+        return self.layer(x) * (1 + self.other.steps)  # type: ignore[operator]
+
+
+class Shared(Regression):
+    """One sample is NaN: its update is skipped."""
+
+    def __init__(self) -> None:
+        super().__init__(32, model=Shares, lr=0.01)
+        self.x[30] = float("nan")
+
+
+def test_buffers_that_share_memory(tmp_path: Path) -> None:
+    found = []
+    for folder, at in (("whole", 8), ("parts", 4), ("parts", 8)):
+        trainer = Trainer("single", micro_batch_size=4, max_updates=at, shuffle=False, run_dir=str(tmp_path / folder))
+        trainer.fit(Shared())
+        found.append((trainer.skipped, [p.tolist() for p in trainer.model.parameters()], trainer.model.steps.tolist()))
+    assert found[0] == found[2]
+    assert found[0][0] == 1
 
 
 def test_numbers_of_numpy_are_saved(tmp_path: Path) -> None:

@@ -33,7 +33,10 @@ class UnsavedBuffers:
             if path not in modules:
                 raise CheckpointError(f"the checkpoint has the buffer {name!r}, and the model has no module {path!r}.")
             module = modules[path]
-            if not _is_elsewhere(module):
+            current = module._buffers.get(last)
+            if current is not None and _kind(value) == _kind(current) and not _is_elsewhere(module):
+                current.copy_(value)  # other modules may share it
+            elif not _is_elsewhere(module):
                 module.register_buffer(last, None, persistent=False)
                 module._buffers[last] = None if value is None else value.to(device, copy=True)
 
@@ -56,12 +59,15 @@ def _digest(buffer: Tensor | None) -> Any:
     """Return a value that differs if the buffer's bits do; of a tensor without bytes of its own, if it was written."""
     if buffer is None or buffer.layout != torch.strided or buffer.is_quantized:
         return buffer is None, id(buffer), -1 if buffer is None else buffer._version
-    flat = buffer.detach().cpu().contiguous().reshape(-1)
+    flat = buffer.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return _kind(buffer), hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).digest()
 
 
 def _kind(buffer: Tensor | None) -> Any:
-    return None if buffer is None else (buffer.shape, buffer.dtype)
+    if buffer is None:
+        return None
+    is_expanded = buffer.layout is torch.strided and 0 in buffer.stride()  # nothing can be copied into it
+    return buffer.shape, buffer.dtype, is_expanded
 
 
 def _is_elsewhere(module: nn.Module) -> bool:

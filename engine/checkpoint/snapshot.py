@@ -118,6 +118,10 @@ def check_snapshot(state: RunState, parts: RunParts) -> None:
     """Raise UserError, on all processes, for state that `snapshot` could not save as it is now. Nothing is copied."""
     problem = None
     try:
+        if other := [key for key in parts.optimizer.state if not isinstance(key, Tensor)]:
+            raise UserError(
+                f"the optimizer's state has the key {other[0]!r}: expected parameters. Keep it in a parameter group."
+            )
         check_saveable(
             {
                 "model": parts.model.state_dict(),

@@ -87,7 +87,10 @@ class StreamSource:
             has_more, update, first = window.has_more, update + 1, seed_indices.stop
             samples += window.samples or 0
             if digests:  # two first micro-batches were equal: only streams whose second windows are, too, are refused
-                check_shares(self._strategy.gather(digest(stream.ahead)) if has_more else digests)
+                if has_more:
+                    check_shares(self._strategy.gather(digest(stream.ahead)))
+                else:
+                    log.warning("two processes read the same first micro-batch, in an epoch of one window.")
                 digests = []
         self._compare_length(epoch, stream.position["taken"])
 
