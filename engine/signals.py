@@ -172,7 +172,6 @@ class Signals:
         self.name = ""
         """The signal that asked it to stop."""
         self._handlers_before: dict[int, Any] = {}
-        self._process = os.getpid()
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
@@ -192,10 +191,6 @@ class Signals:
         self._handlers_before.clear()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # forked, and not yet past `_restore_in_child`
-            _restore_in_child()
-            os.kill(os.getpid(), number)
-            return
         if self.stop_requested and number == signal.SIGINT and self.name == "SIGINT":
             raise KeyboardInterrupt
         COMMAND.note(number, frame)
@@ -205,12 +200,25 @@ class Signals:
         self.save_requested = True
 
 
+_fork = threading.local()
+
+
+def _before_fork() -> None:
+    """Hold our signals back: Python forgets one that reaches a forked process before its own code runs."""
+    _fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _fork.mask)
+
+
 def _restore_in_child() -> None:
     """Give a forked process Python's own handlers: ours would only note the signal that is to end it."""
     for number in SIGNALS:
         if isinstance(getattr(signal.getsignal(number), "__self__", None), Signals | Command):
             default: Any = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, signal.SIG_IGN if number == signal.SIGUSR1 else default)
+    _after_fork()
 
 
-os.register_at_fork(after_in_child=_restore_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_restore_in_child)

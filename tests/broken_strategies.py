@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from strategies.base import Strategy
 
 class ReducesEachMicroBatch(DDPStrategy):
     def accumulation_context(self, is_last_microbatch: bool) -> Any:
-        return nullcontext()
+        return super().accumulation_context(True)
 
 
 class DefersTheLast(DDPStrategy):

@@ -30,7 +30,8 @@ PEERS = {"lightning", "accelerate"}
 """What only the programs under "Before" import; these are left out where it is not installed."""
 OF_A_RUN = r"--(config|task|trainer|print_config|plan|check|help)|-h$"
 """Where launch/train.sh ends torchrun's options."""
-OTHERS = {"launch/test.sh", "lint-imports", "mkdocs", "mypy", "py-spy", "ruff", "source", "tensorboard", ".ci/run"}
+OTHERS = {"cd", "codespell", "git", "lint-imports", "mkdocs", "mypy", "py-spy", "ruff", "source", "tensorboard"}
+OTHERS |= {"launch/test.sh", ".ci/run"}
 """Programs whose options are not ours."""
 
 
