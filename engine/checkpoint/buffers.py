@@ -56,7 +56,7 @@ def take_shapes(model: nn.Module, saved: Mapping[str, Any], device: torch.device
 
 
 def _digest(buffer: Tensor | None) -> Any:
-    """Return a value that differs if the buffer's bits do; of a tensor without bytes of its own, if it was written."""
+    """Return a value that changes with the bits of a dense buffer, and with each write to any other."""
     if buffer is None or buffer.layout != torch.strided or buffer.is_quantized:
         return buffer is None, id(buffer), -1 if buffer is None else buffer._version
     flat = buffer.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)

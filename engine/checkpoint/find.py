@@ -83,7 +83,7 @@ def _expect(is_so: bool, name: str) -> None:
 
 
 def find_checkpoint(resume: str, run_dir: Path | None, strategy: Strategy) -> Checkpoint | None:
-    """Return the newest whole checkpoint of the run in `run_dir`, or that of the path `resume`; None if there is none.
+    """Return the newest whole checkpoint of the run in `run_dir`, or that of the path `resume`, or None.
 
     A path elsewhere counts only until `run_dir` has a checkpoint of its own: the same command can be given again.
     Process 0 chooses, and logs those that it passes over. Raises CheckpointError for a path that is not a checkpoint,

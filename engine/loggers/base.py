@@ -23,7 +23,7 @@ class Logger(Protocol):
 
 
 class Start(NamedTuple):
-    """Where a run starts or resumes: the records of later updates and validations come again."""
+    """The start or resume of a run: the records of later updates and validations come again."""
 
     folder: Path | None
     """The `run_dir`."""
