@@ -144,8 +144,8 @@ class Checkpointer:
         if self._writer is not None:
             self._writer.wait()
             if self._writer.newest is not None:
-                return str(self._writer.newest)
-        return "none" if self._folder is None else f"in {self._folder / 'checkpoints'}"
+                return _short(self._writer.newest)
+        return "none" if self._folder is None else f"in {_short(self._folder / 'checkpoints')}"
 
     def wants_save(self) -> bool:
         """Whether this process requests a save after the next update: by a signal, or by the clock of process 0."""
@@ -284,3 +284,8 @@ def _real(run_dir: str) -> Path:
         return Path(run_dir).resolve()
     except (OSError, RuntimeError) as error:
         raise UserError(f"run_dir={run_dir!r}: expected a folder, found a link to itself. Remove it.") from error
+
+
+def _short(path: Path) -> str:
+    """Return a path as seen from the current folder, if it is in it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
