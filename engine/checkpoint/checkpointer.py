@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -288,4 +289,6 @@ def _real(run_dir: str) -> Path:
 
 def _short(path: Path) -> str:
     """Return a path as seen from the current folder, if it is in it."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    with suppress(OSError, ValueError):  # the current folder is gone, or the path is not in it
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
