@@ -6,8 +6,8 @@ import platform
 import time
 import uuid
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
