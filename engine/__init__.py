@@ -3,8 +3,20 @@
 from engine.accumulator import Accumulator
 from engine.callbacks import Callback, GradientAccumulationScheduler
 from engine.loss import Loss
+from engine.optimizers import parameter_groups
 from engine.task import Batching, Task
 from engine.trainer import Trainer
 from engine.version import __version__ as __version__
+from strategies.optimizers import Optimizers
 
-__all__ = ["Accumulator", "Batching", "Callback", "GradientAccumulationScheduler", "Loss", "Task", "Trainer"]
+__all__ = [
+    "Accumulator",
+    "Batching",
+    "Callback",
+    "GradientAccumulationScheduler",
+    "Loss",
+    "Optimizers",
+    "Task",
+    "Trainer",
+    "parameter_groups",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -38,7 +38,7 @@ class Accumulator:
         self,
         strategy: Strategy,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Any],
         data: Any,
         micro_batch_size: int = 32,
         accumulate_grad_batches: int | dict[int, int] = 1,
@@ -56,7 +56,9 @@ class Accumulator:
             raise UserError(
                 f"strategy {strategy.name!r} runs whole windows, which a loop of your own cannot. Use Trainer."
             )
-        check_optimizer(optimizer if lr_scheduler is None else (optimizer, lr_scheduler), model)
+        optimizer, lr_scheduler = check_optimizer(
+            optimizer if lr_scheduler is None else (optimizer, lr_scheduler), model
+        )
         strategy.prepare_optimizer(optimizer)
         schedule = make_schedule(micro_batch_size, strategy.effective_batch, scheduling)
         batching = batching or Batching()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from safetensors import SafetensorError
@@ -66,3 +66,9 @@ def describe(error: BaseException) -> str:
     except Exception as another:
         text = f"its text raises {type(another).__name__}"
     return f"{type(error).__name__}: {text}".encode(errors="backslashreplace").decode()
+
+
+def listed(lines: Sequence[str], most: int = 8) -> str:
+    """Return lines for the end of a message, each on a new line: at most `most`, the last of which counts the rest."""
+    more = [f"and {len(lines) - most + 1} more"] if len(lines) > most else []
+    return "".join(f"\n    {line}" for line in [*lines[: most - len(more)], *more])

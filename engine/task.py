@@ -15,6 +15,9 @@ from torch.utils.data import Dataset, default_collate
 from engine.errors import UserError
 from engine.loss import Loss
 
+Configured = Optimizer | tuple[Optimizer, LRScheduler]
+"""An optimizer, or it and an LR scheduler that moves once per update."""
+
 
 class Batching:
     """Makes micro-batches of samples; every method has a default."""
@@ -48,7 +51,7 @@ class Batching:
 
 
 class Task(Batching, ABC):
-    """One model, one optimizer, one source of data, one loss (several optimizers, as in a GAN, are out of scope)."""
+    """One model, its optimizers, one source of data, one loss. Models that learn in turn need a loop of your own."""
 
     total_updates: int | None = None
     """The exact number of updates to come, set before `configure_optimizer` (for warm-up); None where it is unknown."""
@@ -64,8 +67,12 @@ class Task(Batching, ABC):
         """
 
     @abstractmethod
-    def configure_optimizer(self, model: nn.Module) -> Optimizer | tuple[Optimizer, LRScheduler]:
-        """Return an optimizer for `model`, now on its device, or it and an LR scheduler that moves once per update."""
+    def configure_optimizer(self, model: nn.Module) -> Configured | Sequence[Configured]:
+        """Return an optimizer for `model`, now on its device, or it and an LR scheduler that moves once per update.
+
+        A list of these makes several that step together: one clip and one skip for all. Each trainable parameter must
+        then be in exactly one of them; `engine.parameter_groups` shares them out.
+        """
 
     @abstractmethod
     def train_data(self) -> Dataset[Any] | Iterable[Any]:

@@ -38,7 +38,7 @@ from engine.update.exchange import FAILURE_TOPIC, lost_contact
 from engine.update.precision import numerics
 from engine.update.timing import ReductionCost
 from engine.update.updater import Updater
-from strategies import resolve
+from strategies import resolve, with_modes
 
 log = logging.getLogger("tally")
 
@@ -71,6 +71,7 @@ class Trainer:
         self._updater: Updater | None = None
         self._layout: Layout | None = None
         self._is_running = False
+        self._files = f"run_dir={settings.run_dir!r}"
         self._trained: type[Task] | None = None
         """The class of the task whose model was trained."""
         self.task: Task | None = None
@@ -164,6 +165,8 @@ class Trainer:
         if not self.interrupted_by:
             self.strategy.synchronize_buffers(self.model)
         self._checkpointer.finish()
+        for part in with_modes(self.optimizer):  # the model that is kept is the one that was validated
+            part.eval()
         if self.interrupted_by:
             self._checkpointer.log_event("interrupt", reason=self.interrupted_by)
             call(self, "on_interruption")
@@ -341,10 +344,6 @@ class Trainer:
         }
         stated["scheduling"], stated["scheduling_unit"] = self.scheduling.by_start, self.scheduling.unit
         return stated
-
-    @property
-    def _files(self) -> str:
-        return f"run_dir={self.settings.run_dir!r}"
 
     def _progress(self) -> tuple[int, int]:
         return self.update, self._updater.losses.micro_batches if self._updater is not None else 0

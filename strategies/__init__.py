@@ -10,6 +10,9 @@ from strategies.errors import UserError as UserError
 from strategies.errors import check_count as check_count
 from strategies.fsdp import FSDPStrategy as FSDPStrategy
 from strategies.optimizer_state import user_name as user_name
+from strategies.optimizers import Optimizers as Optimizers
+from strategies.optimizers import parts_of as parts_of
+from strategies.optimizers import with_modes as with_modes
 from strategies.pipeline import PipelineStrategy as PipelineStrategy
 from strategies.registry import find as find
 from strategies.registry import resolve as resolve

@@ -10,10 +10,13 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from strategies.base import PendingRows, Strategy
 from strategies.environment import new_store, rendezvous, started_local_rank, started_processes, started_rank
 from strategies.errors import UserError
+from strategies.optimizer_shards import OptimizerShards
+from strategies.optimizer_state import load_named_state, merged
 from strategies.status_board import StatusBoard
 from strategies.torch_internals import check_torch, is_lost_contact
 
@@ -25,6 +28,7 @@ class ProcessGroupStrategy(Strategy):
     `device` is "cpu" or "cuda" (default: CUDA if available).
     """
 
+    _shards: OptimizerShards | None = None
     _torch_parts: tuple[str, ...] = ()  # private parts of torch that a strategy uses: see `strategies.torch_internals`
 
     def __init__(self, timeout_seconds: float = 300.0, device: Literal["cpu", "cuda"] | None = None) -> None:
@@ -91,11 +95,13 @@ class ProcessGroupStrategy(Strategy):
         self._board = StatusBoard(new_store(), self.rank, self.processes)
 
     def teardown(self) -> None:
+        if self._shards is not None:
+            self._shards.remove()
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
         elif self._host_group is not None and dist.is_initialized():
             dist.destroy_process_group(self._host_group)
-        self._owns_group, self._host_group, self._board = False, None, None
+        self._owns_group, self._host_group, self._board, self._shards = False, None, None, None
         super().teardown()
 
     @property
@@ -151,3 +157,16 @@ class ProcessGroupStrategy(Strategy):
     def synchronize_buffers(self, model: nn.Module) -> None:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
+
+    def state_dict(self, optimizer: Optimizer | None = None) -> dict[str, Any]:
+        """Return the state of model and optimizer; if `holds_all` is False, it is whole on process 0 only."""
+        state = super().state_dict(optimizer)
+        if optimizer is not None and self._shards is not None:
+            state["optimizer"] = merged(self.collect(state["optimizer"])[::-1])  # of two, that of process 0
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
+        super().load_state_dict(state)
+        if optimizer is not None:
+            elsewhere = () if self._shards is None else self._shards.elsewhere
+            load_named_state(self._user_module, optimizer, state["optimizer"], elsewhere)

@@ -20,12 +20,13 @@ from engine.checkpoint.buffers import UnsavedBuffers, take_shapes
 from engine.checkpoint.find import Checkpoint
 from engine.checkpoint.saveable import check_saveable
 from engine.errors import CheckpointError, UserError
+from engine.optimizers import evaluated
 from engine.plan.schedule import Schedule, solve
 from engine.plan.windows import Plan
 from engine.settings import OPTIONS, Settings, class_path
 from engine.state import RunState
 from engine.update.updater import Updater
-from strategies import Strategy, user_name
+from strategies import Strategy, parts_of, user_name, with_modes
 
 log = logging.getLogger("tally")
 
@@ -70,7 +71,7 @@ def run_identity(
         **{name: str(getattr(settings, name)) for name, option in OPTIONS.items() if option.identity},
         **window_identity(settings, scheduling),
         "the number of training samples": str(plan.samples if plan else None),
-        "the optimizer": type(optimizer).__name__,
+        "the optimizer": " and ".join(type(part).__name__ for part in parts_of(optimizer)),
         "the LR scheduler": type(lr_scheduler).__name__,
     }
 
@@ -87,6 +88,10 @@ def snapshot(state: RunState, parts: RunParts) -> tuple[Mapping[str, Any], dict[
     whole: dict[str, Any] = {"model": {}, "optimizer": {}}
     if strategy.rank == 0 or not strategy.holds_all:
         whole = strategy.state_dict(parts.optimizer)
+    model, trained = whole["model"], None
+    if model and with_modes(parts.optimizer):
+        with evaluated(parts.optimizer):
+            model, trained = strategy.state_dict()["model"], model
     if not strategy.holds_all:
         buffers = {name: value for local in strategy.gather(buffers)[::-1] for name, value in local.items()}
     rest = {
@@ -94,8 +99,9 @@ def snapshot(state: RunState, parts: RunParts) -> tuple[Mapping[str, Any], dict[
         "positions": None if state.position is None else strategy.gather(state.position),
         "host_rng": strategy.gather(None if host_rng is None else host_rng.state()),
         "buffers": buffers,
+        "trained": trained,
     }
-    return whole["model"], {"optimizer": whole["optimizer"], **tree.copied(rest)}
+    return model, {"optimizer": whole["optimizer"], **tree.copied(rest)}
 
 
 def _local_state(state: RunState, parts: RunParts) -> dict[str, Any]:
@@ -148,7 +154,7 @@ def restore(checkpoint: Checkpoint, parts: RunParts, allows_changes: bool) -> Ru
         for name, parameter in parts.model.named_parameters():  # a callback may have changed it
             parameter.requires_grad_(user_name(name) not in checkpoint["frozen"])
         unchanged = {name for name, text in parts.identity.items() if saved.get(name) == text}
-        whole = {"model": checkpoint.model, "optimizer": checkpoint["optimizer"]}
+        whole = {"model": checkpoint["trained"] or checkpoint.model, "optimizer": checkpoint["optimizer"]}
         strategy.load_state_dict(whole, parts.optimizer if "the optimizer" in unchanged else None)
         if parts.lr_scheduler is not None and "the LR scheduler" in unchanged:
             parts.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])

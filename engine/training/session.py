@@ -10,6 +10,7 @@ from typing import Any
 from engine.checkpoint.checkpointer import Checkpointer
 from engine.data.window import Window
 from engine.errors import NonFiniteError
+from engine.optimizers import evaluated
 from engine.records.recorder import Recorder
 from engine.seeds import EPOCH_STREAM, mix, seed_everything
 from engine.settings import Settings
@@ -121,7 +122,8 @@ class Session:
         if self._settings.lr_rule != "none":
             counts["lr_factor"] = window.stage.lr_factor
         K = window.stage.accumulate_grad_batches
-        state.record = self._recorder.log_update(counts, outcome, self._updater.lr, K)
+        rates = {"lr": self._updater.lr, **self._updater.lr_of_groups}
+        state.record = self._recorder.log_update(counts, outcome, rates, K)
 
     @property
     def _is_over(self) -> bool:
@@ -145,7 +147,7 @@ class Session:
         if validation is None or state.validated_update == state.update:
             return
         started = time.perf_counter()
-        with self._around_validation():
+        with evaluated(self._run.parts.optimizer), self._around_validation():
             metrics = validation.run(self._run.parts.model, self._signals)
         if metrics is None:
             self._note_interruption()

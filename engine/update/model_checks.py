@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from inspect import signature
+from typing import Any
 
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from engine.errors import UserError
+from engine.errors import UserError, listed
+from engine.optimizers import LRSchedulers
+from strategies import Optimizers, parts_of, user_name
 
 
 def check_model(model: object) -> None:
@@ -36,38 +39,66 @@ def count_batch_norms(model: nn.Module) -> int:
     return sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
-def check_optimizer(configured: object, model: nn.Module) -> tuple[Optimizer, LRScheduler | None]:
-    """Return the optimizer and the LR scheduler, if any, that a task configured.
+def check_optimizer(configured: Any, model: nn.Module) -> tuple[Optimizer, LRScheduler | None]:
+    """Return the optimizer and the LR scheduler, if any, that a task configured; several are put together as one.
 
-    Raises UserError for anything else, for one that needs more than `step()`, and for parameters that no strategy
-    would reduce.
+    Raises UserError for anything else, for one that needs more than `step()`, for parameters that no strategy would
+    reduce, and unless several optimizers share out the trainable parameters: each in one, none without.
     """
-    optimizer: object
-    lr_scheduler: object
-    is_pair = isinstance(configured, tuple) and len(configured) == 2
-    optimizer, lr_scheduler = configured if is_pair else (configured, None)  # type: ignore[misc]
-    if not isinstance(optimizer, Optimizer) or not isinstance(lr_scheduler, LRScheduler | None):
+    is_one = isinstance(configured, Optimizer) or (
+        isinstance(configured, tuple) and len(configured) == 2 and not isinstance(configured[1], Optimizer)
+    )
+    pairs: list[Any] = [configured] if is_one or not isinstance(configured, list | tuple) else list(configured)
+    pairs = [pair if isinstance(pair, tuple) and len(pair) == 2 else (pair, None) for pair in pairs]
+    for optimizer, lr_scheduler in pairs:
+        if not isinstance(optimizer, Optimizer) or not isinstance(lr_scheduler, LRScheduler | None):
+            raise UserError(
+                f"configure_optimizer() returned {configured!r}: expected an optimizer, an optimizer and an LR "
+                "scheduler, or a list of these."
+            )
+        for unsupported in (*parts_of(optimizer), lr_scheduler):
+            _check_steps(unsupported)
+    if not pairs:
+        raise UserError("configure_optimizer() returned no optimizer: expected at least one.")
+    optimizer = pairs[0][0] if len(pairs) == 1 else Optimizers(*(optimizer for optimizer, _ in pairs))
+    schedulers = [lr_scheduler for _, lr_scheduler in pairs if lr_scheduler is not None]
+    _check_shares(optimizer, model)
+    return optimizer, LRSchedulers(*schedulers) if len(schedulers) > 1 else next(iter(schedulers), None)
+
+
+def _check_steps(unsupported: Optimizer | LRScheduler | None) -> None:
+    """Raise UserError for an optimizer or LR scheduler that needs more than `step()`."""
+    if isinstance(unsupported, ReduceLROnPlateau):
+        raise UserError("ReduceLROnPlateau needs a metric for its step(). Use the callback PlateauLR.")
+    closure = signature(unsupported.step).parameters.get("closure") if isinstance(unsupported, Optimizer) else None
+    takes_closure = closure is not None and closure.default is closure.empty
+    if isinstance(unsupported, LBFGS) or hasattr(unsupported, "first_step") or takes_closure:
         raise UserError(
-            f"configure_optimizer() returned {configured!r}: expected an optimizer, or an optimizer and an LR "
-            "scheduler."
+            f"{type(unsupported).__name__} needs a closure, and so several passes for one update: expected an "
+            "optimizer whose step() takes none. Use one such as AdamW, or write the loop in plain torch."
         )
-    for unsupported in (optimizer, lr_scheduler):
-        if isinstance(unsupported, LBFGS | ReduceLROnPlateau):
-            instead = "the callback PlateauLR" if isinstance(unsupported, ReduceLROnPlateau) else "another optimizer"
-            raise UserError(f"{type(unsupported).__name__} needs more than step() once per update. Use {instead}.")
-    closure = signature(optimizer.step).parameters.get("closure")
-    if hasattr(optimizer, "first_step") or (closure is not None and closure.default is closure.empty):
+
+
+def _check_shares(optimizer: Optimizer, model: nn.Module) -> None:
+    """Raise UserError for a parameter of another model, and unless several optimizers share out the trainable ones."""
+    names = {p: user_name(name) for name, p in model.named_parameters()}
+    parts = parts_of(optimizer)
+    owners: dict[nn.Parameter, list[str]] = {p: [] for p in names}
+    for part in parts:
+        for parameter in (p for group in part.param_groups for p in group["params"]):
+            if parameter not in owners:
+                raise UserError(
+                    "the optimizer holds a parameter that is not the model's: it would not be reduced over the "
+                    "processes. Make it part of the module that configure_model() returns."
+                )
+            owners[parameter].append(type(part).__name__)
+    wrong = {names[p]: o for p, o in owners.items() if len(o) > 1 or (p.requires_grad and not o)}
+    if len(parts) > 1 and wrong:
+        problems = [f"{name}: {' and '.join(o) or 'none'}" for name, o in wrong.items()]
         raise UserError(
-            f"{type(optimizer).__name__} needs a closure, and so several passes for one update: expected an optimizer "
-            "whose step() takes none. Use another optimizer."
+            f"several optimizers: expected each trainable parameter in exactly one. These are in:{listed(problems)}\n"
+            "Use engine.parameter_groups, or freeze what is not to learn."
         )
-    known = {id(p) for p in model.parameters()}
-    if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
-        raise UserError(
-            "the optimizer holds a parameter that is not the model's: it would not be reduced over the processes. "
-            "Make it part of the module that configure_model() returns."
-        )
-    return optimizer, lr_scheduler
 
 
 def check_parameters(model: nn.Module, optimizer: Optimizer, at_start: Iterable[nn.Parameter]) -> None:

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from engine.data.window import Window
 from engine.loss import Loss
+from engine.optimizers import group_names
 from engine.seeds import ODD, SEED_BITS, forward_seed
 from engine.signals import Interrupted, Signals
 from engine.state import RunState
@@ -25,7 +26,7 @@ from engine.update.model_checks import check_gradients, check_parameters
 from engine.update.rollback import Rollback
 from engine.update.scale import Scale
 from engine.update.timing import NO_TIMER, NoTimer
-from strategies import Buffers, MicroBatch, Strategy
+from strategies import Buffers, MicroBatch, Strategy, with_modes
 
 LossOf = Callable[[nn.Module, Any], Loss | Tensor]
 """From the prepared model and a batch to the loss, as `Task.loss`."""
@@ -61,6 +62,9 @@ class Updater:
         self.options = options
         self.lr = 0.0
         """The learning rate of the last update (of the first parameter group)."""
+        self.lr_of_groups: dict[str, float] = {}
+        """The learning rate of each group, under `lr/NAME`, if there are several."""
+        self._group_names: list[str] = []
         self.losses = LossSum(1.0, options.is_recorded)
         """The losses of the current window."""
         self.scale = Scale(options.precision)
@@ -105,6 +109,10 @@ class Updater:
         self._epoch, self._epoch_seed = epoch, forward_seed(self.options.seed, epoch)
         self._last_group = self.optimizer.param_groups[-1]
         check_parameters(self.model, self.optimizer, self._parameters)
+        names = group_names(self.optimizer)
+        self._group_names = names if len(names) > 1 and self.options.is_recorded else []
+        for part in with_modes(self.optimizer):
+            part.train()
 
     def _forward(self, micro: MicroBatch) -> tuple[Tensor, float]:
         self.before_forward(micro)
@@ -153,6 +161,9 @@ class Updater:
             self.rollback.skip()
         self.scale.end(agreed.weight, overflowed)
         self.lr = lr_factor * float(self.optimizer.param_groups[0]["lr"])
+        if self._group_names:
+            rates = [lr_factor * float(group["lr"]) for group in self.optimizer.param_groups]
+            self.lr_of_groups = {f"lr/{name}": rate for name, rate in zip(self._group_names, rates, strict=True)}
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self.strategy.clear_gradients()

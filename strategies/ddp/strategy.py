@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -17,9 +18,9 @@ from torch.optim import Optimizer
 from strategies.ddp.compression import DTYPES, EXACT_TO, CastHook, check_hook
 from strategies.ddp.empty_forward import EmptyForward
 from strategies.ddp.wrapper import Wrapper, depends_on
-from strategies.ddp.zero1 import OptimizerShards
 from strategies.errors import MODEL_NOT_CALLED, UserError
-from strategies.optimizer_state import load_named_state, merged, user_name
+from strategies.optimizer_shards import OptimizerShards
+from strategies.optimizer_state import user_name
 from strategies.process_group import ProcessGroupStrategy
 from strategies.torch_internals import DDP, unused_parameters
 
@@ -101,7 +102,6 @@ class DDPStrategy(ProcessGroupStrategy):
             self.exact_to = EXACT_TO[communication_hook]
         self.shard_optimizer = shard_optimizer
         self._hook: CastHook | None = None
-        self._shards: OptimizerShards | None = None
         self._keeps_buckets = gradient_as_bucket_view and not find_unused_parameters
         if sync_batchnorm and self._device_type == "cpu":
             raise UserError(
@@ -129,9 +129,7 @@ class DDPStrategy(ProcessGroupStrategy):
 
     def teardown(self) -> None:
         """Destroy the groups that `setup` made."""
-        if self._shards is not None:
-            self._shards.remove()
-        self._shards = self._hook = None
+        self._hook = None
         if hasattr(self, "_ddp"):
             self._remove_reducer()
             del self._ddp
@@ -200,7 +198,7 @@ class DDPStrategy(ProcessGroupStrategy):
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
         """Divide the steps of `optimizer` among the processes if `shard_optimizer` is set."""
         if self.shard_optimizer:
-            self._shards = OptimizerShards(optimizer, self.rank, self.data_parallel_size)
+            self._shards = OptimizerShards(optimizer, dist.distributed_c10d._get_default_group())
 
     def backward(self, loss: Tensor, scale: float | Tensor) -> None:
         """Add `scale x d(loss)`, times P: DDP averages over P, and a strategy promises the sum.
@@ -250,20 +248,6 @@ class DDPStrategy(ProcessGroupStrategy):
     def holds_all(self) -> bool:
         """Whether the optimizer's state is on each process: not with `shard_optimizer`."""
         return self._shards is None
-
-    def state_dict(self, optimizer: Optimizer | None = None) -> dict[str, Any]:
-        """Return the state of model and optimizer; if `holds_all` is False, it is whole on process 0 only."""
-        state = super().state_dict(optimizer)
-        if optimizer is not None and self._shards is not None:
-            state["optimizer"] = merged(self.collect(state["optimizer"]))
-        return state
-
-    def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
-        """Load what `state_dict` returned."""
-        super().load_state_dict(state, None)
-        if optimizer is not None:
-            elsewhere = self._shards.elsewhere if self._shards is not None else ()
-            load_named_state(self._user_module, optimizer, state["optimizer"], elsewhere)
 
     def reductions(self) -> tuple[int, int]:
         """Return (collectives, bytes) of one window's gradients, as counted by DDP's reducer or by the hook."""

@@ -19,7 +19,8 @@ from strategies.buffers import Buffers
 from strategies.environment import new_store
 from strategies.errors import UserError, check_count
 from strategies.fsdp.collective_order import CollectiveOrder
-from strategies.fsdp.limits import check_double_backward, check_optimizer
+from strategies.fsdp.gathered_steps import GatheredSteps, need_whole
+from strategies.fsdp.limits import check_double_backward
 from strategies.fsdp.units import check_units, in_lists, of_classes
 from strategies.optimizer_state import user_module, user_name
 from strategies.process_group import ProcessGroupStrategy
@@ -166,8 +167,12 @@ class FSDPStrategy(ProcessGroupStrategy):
         return list(dict.fromkeys(in_lists(model))) if self.wrap is None else of_classes(model, self.wrap)
 
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
-        """Raise UserError for an optimizer that does not work on shards."""
-        check_optimizer(optimizer)
+        """Step on shards, or for an optimizer with `needs_whole_parameters` (Muon, Adafactor, Rprop) on whole ones.
+
+        Raises UserError if such an optimizer has modes.
+        """
+        if parts := need_whole(optimizer):
+            self._shards = GatheredSteps(optimizer, self._shard_group, parts)
 
     def start_window(self, most_micro_batches: int) -> None:
         """Note the number of passes that all processes make in the next window.
@@ -255,13 +260,17 @@ class FSDPStrategy(ProcessGroupStrategy):
         return square.sqrt().to(gradients[0].dtype)
 
     def _copied(self, tensor: Tensor) -> Tensor:
-        """The whole tensor on the CPU of process 0; on the others, which do not write it, only its shape."""
+        """The whole tensor on the CPU; of a sharded one, which process 0 writes, the others return only the shape."""
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        return super()._copied(whole) if self.rank == 0 else whole.to("meta")
+        return super()._copied(whole) if self.rank == 0 or whole is tensor else whole.to("meta")
 
     def _sharded(self, states: dict[str, Any]) -> dict[str, Any]:
-        """Return an optimizer's state with this process's shard of each tensor. Raises UserError for another shape."""
-        parameters = {user_name(name): p for name, p in self._user_module.named_parameters()}
+        """Return an optimizer's state with this process's shard of each tensor, or whole where it is stepped whole.
+
+        Raises UserError for another shape.
+        """
+        whole = self._shards.held if self._shards is not None else ()
+        parameters = {user_name(name): p for name, p in self._user_module.named_parameters() if p not in whole}
 
         def shard(name: str, value: Any) -> Any:
             parameter = parameters.get(name)

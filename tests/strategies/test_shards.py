@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from engine import Accumulator, Trainer
 from strategies import DDPStrategy
-from strategies.ddp.zero1 import divide
+from strategies.optimizer_shards import divide
 from tests.kit.killed import Dies, Full, fit, history, same
 from tests.kit.processes import ChildError, run
 from tests.kit.recorders import Count

@@ -1,4 +1,4 @@
-"""ZeRO-1: each process keeps the optimizer state of its share of the parameters, and steps that share.
+"""Steps divided among processes: each keeps the state of its share of whole parameters, and steps that share.
 
 The optimizer stays the object that the user made, with all its groups: an LR scheduler may hold it. Only during a step
 its groups leave out the parameters of other processes. `torch.distributed.optim.ZeroRedundancyOptimizer` builds another
@@ -7,29 +7,44 @@ optimizer from class and defaults, which fails for AdamW (torch 2.13) and for pa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from strategies.errors import UserError
+from strategies.optimizers import parts_of, with_modes
+
 CHUNK = 25 << 20
 """Bytes of one broadcast."""
 
 
 class OptimizerShards:
-    """Divides the steps of `optimizer` among `size` processes, of which this one is `rank`."""
+    """Divides the steps of `parts` of an optimizer (default: all, as ZeRO-1 does) among the processes of `group`.
 
-    def __init__(self, optimizer: Optimizer, rank: int, size: int) -> None:
-        held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        self._shares = divide(held, size)
-        self.elsewhere = {p for owner, share in enumerate(self._shares) if owner != rank for p in share}
+    Raises UserError for an optimizer with modes: its `train()` and `eval()` would need the whole state.
+    """
+
+    def __init__(self, optimizer: Optimizer, group: dist.ProcessGroup, parts: Sequence[Optimizer] = ()) -> None:
+        parts = parts or parts_of(optimizer)
+        held = [p for part in parts for g in part.param_groups for p in g["params"] if p.requires_grad]
+        self.held = set(held)
+        """Parameters whose steps are divided."""
+        self._group = group
+        self._shares = divide(held, dist.get_world_size(group))
+        self.elsewhere = self.held.difference(self._shares[dist.get_rank(group)])
         """Parameters that other processes step."""
+        for part in parts:
+            if with_modes(part):
+                raise UserError(
+                    f"{type(part).__name__}: its steps are divided among the processes, but train() and eval() need "
+                    "the whole state. Use another optimizer, or DDPStrategy with shard_optimizer=False."
+                )
         for parameter in self.elsewhere:  # some optimizers create their state at once
             optimizer.state.pop(parameter, None)
         self._hooks = [optimizer.register_step_pre_hook(self._hide), optimizer.register_step_post_hook(self._send)]
-        self._group = dist.distributed_c10d._get_default_group()
         self._whole_groups: list[list[nn.Parameter]] = []
 
     def _hide(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -42,8 +57,11 @@ class OptimizerShards:
             group["params"] = parameters
         for owner, share in enumerate(self._shares):
             if share:
-                tensors = [p.detach() for p in share]
-                dist._broadcast_coalesced(self._group, tensors, CHUNK, owner)  # type: ignore[attr-defined]
+                self._broadcast(share, owner)
+
+    def _broadcast(self, share: list[nn.Parameter], owner: int) -> None:
+        tensors = [p.detach() for p in share]
+        dist._broadcast_coalesced(self._group, tensors, CHUNK, owner)  # type: ignore[attr-defined]
 
     def remove(self) -> None:
         """Remove the hooks: the optimizer then steps all parameters again."""

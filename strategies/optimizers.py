@@ -1,0 +1,77 @@
+"""Several optimizers that step together, as one optimizer of torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+from strategies.errors import UserError
+
+
+class Optimizers(Optimizer):
+    """Several optimizers that step together, as one: `Optimizers(Muon(matrices), AdamW(rest))`.
+
+    Its `param_groups` are theirs, the same dictionaries, and they share its `state`: an LR scheduler, a checkpoint or a
+    hook may take it for a single optimizer. Each may have an LR scheduler of its own too. Raises UserError for a
+    closure, and for `add_param_group`, which is for one of them.
+    """
+
+    def __init__(self, *optimizers: Optimizer) -> None:
+        self.optimizers: list[Optimizer] = []
+        super().__init__([{"params": []}], {})
+        self.optimizers += [part for optimizer in optimizers for part in parts_of(optimizer)]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all, read from them: torch puts new groups in place when it loads a state."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @param_groups.setter
+    def param_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        rest = iter(groups)
+        for optimizer in self.optimizers:
+            optimizer.param_groups = [next(rest) for _ in optimizer.param_groups]
+
+    @property
+    def state(self) -> defaultdict[Any, Any]:
+        """The state of all, which they share. It takes in that of one that was loaded by itself."""
+        for optimizer in self.optimizers:
+            if optimizer.state is not self._state:
+                self._state.update(optimizer.state)
+                optimizer.state = self._state
+        return self._state
+
+    @state.setter
+    def state(self, state: defaultdict[Any, Any]) -> None:
+        self._state = state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a loaded state: each optimizer takes its groups, and completes those of an older version of itself."""
+        self.param_groups, self._state = state["param_groups"], state["state"]
+        for optimizer in self.optimizers:
+            optimizer.__setstate__({"param_groups": optimizer.param_groups, "state": self._state})
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Let each make its step."""
+        if closure is not None:
+            raise UserError("closure: expected None, since several optimizers step once, after the window's backward.")
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raise UserError: the group would be of no optimizer."""
+        if self.optimizers:
+            raise UserError("add_param_group: expected one of the optimizers. Call it on the one that is to step it.")
+
+
+def parts_of(optimizer: Optimizer) -> list[Optimizer]:
+    """Return the optimizers that step together as `optimizer`: itself, if it is a single one."""
+    return optimizer.optimizers if isinstance(optimizer, Optimizers) else [optimizer]
+
+
+def with_modes(optimizer: Optimizer) -> list[Any]:
+    """Return those that have modes, `train()` and `eval()`: they keep other parameters than they evaluate."""
+    return [part for part in parts_of(optimizer) if hasattr(part, "train") and hasattr(part, "eval")]
