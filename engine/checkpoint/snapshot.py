@@ -88,10 +88,10 @@ def snapshot(state: RunState, parts: RunParts) -> tuple[Mapping[str, Any], dict[
     whole: dict[str, Any] = {"model": {}, "optimizer": {}}
     if strategy.rank == 0 or not strategy.holds_all:
         whole = strategy.state_dict(parts.optimizer)
-    model, trained = whole["model"], None
-    if model and with_modes(parts.optimizer):
+    if whole["model"] and with_modes(parts.optimizer):
+        whole["optimizer"]["trained"] = whole["model"]
         with evaluated(parts.optimizer):
-            model, trained = strategy.state_dict()["model"], model
+            whole["model"] = strategy.state_dict()["model"]
     if not strategy.holds_all:
         buffers = {name: value for local in strategy.gather(buffers)[::-1] for name, value in local.items()}
     rest = {
@@ -99,9 +99,8 @@ def snapshot(state: RunState, parts: RunParts) -> tuple[Mapping[str, Any], dict[
         "positions": None if state.position is None else strategy.gather(state.position),
         "host_rng": strategy.gather(None if host_rng is None else host_rng.state()),
         "buffers": buffers,
-        "trained": trained,
     }
-    return model, {"optimizer": whole["optimizer"], **tree.copied(rest)}
+    return whole["model"], {"optimizer": whole["optimizer"], **tree.copied(rest)}
 
 
 def _local_state(state: RunState, parts: RunParts) -> dict[str, Any]:
@@ -154,8 +153,11 @@ def restore(checkpoint: Checkpoint, parts: RunParts, allows_changes: bool) -> Ru
         for name, parameter in parts.model.named_parameters():  # a callback may have changed it
             parameter.requires_grad_(user_name(name) not in checkpoint["frozen"])
         unchanged = {name for name, text in parts.identity.items() if saved.get(name) == text}
-        whole = {"model": checkpoint["trained"] or checkpoint.model, "optimizer": checkpoint["optimizer"]}
-        strategy.load_state_dict(whole, parts.optimizer if "the optimizer" in unchanged else None)
+        if "the optimizer" in unchanged:
+            model = checkpoint["optimizer"].get("trained", checkpoint.model)
+            strategy.load_state_dict({"model": model, "optimizer": checkpoint["optimizer"]}, parts.optimizer)
+        else:
+            strategy.load_state_dict({"model": checkpoint.model})
         if parts.lr_scheduler is not None and "the LR scheduler" in unchanged:
             parts.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
         parts.updater.load_state_dict(checkpoint["updater"], "precision" in unchanged)
