@@ -21,17 +21,15 @@ class Recorder:
         """Measure throughput from now on: the time before was not training."""
         self._since = time.perf_counter()
 
-    def log_update(
-        self, counts: Mapping[str, float], outcome: Outcome, rates: Mapping[str, float], K: int
-    ) -> dict[str, Any]:
-        """Return, and log, the record of an update; `counts` are those after it, `rates` its learning rates."""
+    def log_update(self, counts: Mapping[str, float], outcome: Outcome, lr: float, K: int) -> dict[str, Any]:
+        """Return, and log, the record of an update; `counts` are those after it."""
         now = time.perf_counter()
         rate = outcome.samples / (now - self._since)
         record = {
             **counts,
             "weight": outcome.weight,
             "loss": outcome.loss,
-            **rates,
+            "lr": lr,
             "grad_norm": outcome.grad_norm,
             "accumulate_grad_batches": K,
             "effective_batch": outcome.samples,

@@ -122,8 +122,8 @@ class Session:
         if self._settings.lr_rule != "none":
             counts["lr_factor"] = window.stage.lr_factor
         K = window.stage.accumulate_grad_batches
-        rates = {"lr": self._updater.lr, **self._updater.lr_of_groups}
-        state.record = self._recorder.log_update(counts, outcome, rates, K)
+        counts.update(self._updater.lr_of_groups)
+        state.record = self._recorder.log_update(counts, outcome, self._updater.lr, K)
 
     @property
     def _is_over(self) -> bool:

@@ -110,7 +110,7 @@ class Updater:
         self._last_group = self.optimizer.param_groups[-1]
         check_parameters(self.model, self.optimizer, self._parameters)
         names = group_names(self.optimizer)
-        self._group_names = names if len(names) > 1 and self.options.is_recorded else []
+        self._group_names = names if len(names) > 1 else []
         for part in with_modes(self.optimizer):
             part.train()
 
