@@ -137,4 +137,11 @@ FAULTS = [
         "if False:",
         "tests/resume/test_resume.py -k window_of",
     ),
+    Fault(
+        "resume with what was evaluated",
+        "engine.checkpoint.snapshot:restore",
+        'checkpoint["optimizer"].get("trained", checkpoint.model)',
+        "checkpoint.model",
+        "tests/exact/test_optimizer_modes.py -k resumed_run",
+    ),
 ]

@@ -2,6 +2,8 @@
 
 from tests.faults.fault import Fault
 
+WHOLE = "'tests/strategies/test_whole_parameters.py::test_a_matrix_is_stepped_whole_whatever_the_shards[polar-fsdp]'"
+
 FAULTS = [
     Fault(
         "sharded: reduce every micro-batch",
@@ -53,11 +55,39 @@ FAULTS = [
         "tests/strategies/test_sharded.py::test_uneven_validation_between_updates",
     ),
     Fault(
-        "an optimizer that does not work on shards",
+        "sharded: step shards of a matrix",
         "FSDPStrategy.prepare_optimizer",
-        "check_optimizer(optimizer)",
-        "pass",
-        "tests/strategies/test_sharded.py -k cannot_do",
+        "if parts := need_whole(optimizer):",
+        "if parts := []:",
+        WHOLE,
+    ),
+    Fault(
+        "sharded: step a whole matrix by this process's gradient",
+        "GatheredSteps._hide",
+        "whole.grad = gradient",
+        "whole.grad = gradient / self._group.size()",
+        WHOLE,
+    ),
+    Fault(
+        "sharded: a whole matrix that its owner keeps",
+        "GatheredSteps._broadcast",
+        "            dist.broadcast(value, group=self._group, group_src=owner)\n",
+        "",
+        WHOLE,
+    ),
+    Fault(
+        "sharded: forget the state of a whole matrix",
+        "GatheredSteps._send",
+        "optimizer.state[parameter] = optimizer.state.pop(whole)",
+        "optimizer.state.pop(whole)",
+        WHOLE,
+    ),
+    Fault(
+        "sharded: save the state of this process's matrices alone",
+        "ProcessGroupStrategy.state_dict",
+        'self.collect(state["optimizer"])[::-1]',
+        '[state["optimizer"]]',
+        "'tests/exact/test_optimizers.py::test_a_run_that_was_interrupted_is_the_one_that_was_not[fsdp]'",
     ),
     Fault(
         "a gradient of a gradient under FSDP in torch's words",

@@ -86,4 +86,26 @@ FAULTS = [
         "",
         "tests/strategies/test_model_attributes.py",
     ),
+    Fault(
+        "several optimizers: keep the groups of before a load",
+        "Optimizers.param_groups",
+        "return [group for optimizer in self.optimizers for group in optimizer.param_groups]",
+        "new = [g for o in self.optimizers for g in o.param_groups]\n"
+        "        return vars(self).setdefault('groups', new) if new else []",
+        "tests/exact/test_optimizers.py -k stay_those",
+    ),
+    Fault(
+        "several optimizers: step the first",
+        "Optimizers.step",
+        "in self.optimizers:",
+        "in self.optimizers[:1]:",
+        "'tests/exact/test_optimizers.py::test_several_step_as_each_would_by_hand[finite-1-single-12]'",
+    ),
+    Fault(
+        "divide the steps of an optimizer with modes",
+        "OptimizerShards.__init__",
+        "if with_modes(part):",
+        "if False:",
+        "tests/exact/test_optimizer_modes.py::test_divided_steps_refuse_modes",
+    ),
 ]

@@ -165,4 +165,18 @@ FAULTS = [
         "self.before",
         "tests/one_reduction/test_reduction.py -k goes",
     ),
+    Fault(
+        "step an optimizer in evaluation",
+        "Updater._start_epoch",
+        "part.train()",
+        "pass",
+        "tests/exact/test_optimizer_modes.py -k ones_own",
+    ),
+    Fault(
+        "accept parameters in two optimizers, or in none",
+        "engine.update.model_checks:_check_shares",
+        "if len(parts) > 1 and wrong:",
+        "if False:",
+        "tests/exact/test_optimizers.py -k share_the_model_out",
+    ),
 ]

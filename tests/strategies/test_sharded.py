@@ -566,8 +566,6 @@ def fit_unsupported(what: str, strategy: Any) -> int:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("Adafactor", "optimizer=Adafactor: its step does not work on the shards of FSDP. Use another optimizer, or"),
-        ("Rprop", "optimizer=Rprop: its step does not work on the shards of FSDP"),
         ("penalty", "the loss has a gradient of a gradient (create_graph=True), which FSDP cannot compute"),
     ],
 )

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run
-from reference import Regression, in_order, parameters
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW, Optimizer
@@ -16,17 +14,11 @@ from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 from engine import Accumulator, Callback, Optimizers, Trainer, parameter_groups
 from strategies import DDPStrategy, DPStrategy, FSDPStrategy, PipelineStrategy, SingleDeviceStrategy, Strategy
+from tests.kit.optimizers import KeepModel, is_matrix, tower
+from tests.kit.processes import run
+from tests.kit.reference import Regression, in_order, parameters
 
 SAMPLES, B, EPOCHS, CLIP = 24, 12, 3, 0.2
-
-
-def tower() -> nn.Module:
-    """Has a matrix of one row, which most shards have nothing of."""
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Tanh(), nn.Linear(3, 1)).double()
-
-
-def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim == 2
 
 
 def two(model: nn.Module) -> Any:
@@ -64,17 +56,9 @@ def one_big_batch(task: Two) -> torch.Tensor:
     return parameters(model)
 
 
-class Keep(Callback):
-    """Keeps the model's whole state, as one vector, on process 0."""
-
-    def on_fit_end(self, trainer: Any) -> None:
-        values = [value.flatten() for value in trainer.strategy.state_dict()["model"].values()]
-        self.vector = torch.cat(values)
-
-
 def fit(strategy: Strategy, N: int, task: Regression, **settings: Any) -> Any:
     settings = {"max_epochs": EPOCHS, "effective_batch_size": B, **settings}
-    trainer = Trainer(strategy, N, gradient_clip_norm=CLIP, shuffle=False, callbacks=Keep(), **settings)
+    trainer = Trainer(strategy, N, gradient_clip_norm=CLIP, shuffle=False, callbacks=KeepModel(), **settings)
     trainer.fit(task)
     return trainer.callbacks[0].vector if strategy.rank == 0 else None, trainer.record
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from engine.order import shuffled
 from launch.recipes.digits import Digits
 from launch.recipes.digits_gan.train import NOISE, networks, train
+from tests.kit.processes import run
 
 B, LR = 96, 1e-3
 DTYPE = torch.float64

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run
-from reference import Regression, in_order
-from test_optimizers import Keep, is_matrix, tower
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Muon
 
 from engine import Trainer, parameter_groups
 from strategies import DDPStrategy, DPStrategy, FSDPStrategy, SingleDeviceStrategy, Strategy
+from tests.kit.optimizers import KeepModel, is_matrix, tower
+from tests.kit.processes import run
+from tests.kit.reference import Regression, in_order
 
 SAMPLES, EPOCHS, CLIP = 36, 2, 0.2
 
@@ -59,7 +59,7 @@ class Whole(Regression):
 
 def fit(strategy: Strategy, task: Whole) -> Any:
     N = 12 // (2 * strategy.data_parallel_size)
-    trainer = Trainer(strategy, N, 2, gradient_clip_norm=CLIP, shuffle=False, max_epochs=EPOCHS, callbacks=Keep())
+    trainer = Trainer(strategy, N, 2, gradient_clip_norm=CLIP, shuffle=False, max_epochs=EPOCHS, callbacks=KeepModel())
     trainer.fit(task)
     kept = sum(
         value.numel()
@@ -85,18 +85,18 @@ def by_hand(task: Whole) -> tuple[Tensor, list[dict[str, Tensor]]]:
 
 
 STRATEGIES = [
-    (1, SingleDeviceStrategy("cpu")),
-    (1, DPStrategy(2, "cpu")),
-    (2, DDPStrategy()),
-    (3, DDPStrategy(shard_optimizer=True)),
-    (1, FSDPStrategy()),
-    (2, FSDPStrategy()),
-    (3, FSDPStrategy(reduce="micro_batch")),
+    pytest.param(1, SingleDeviceStrategy("cpu"), id="single"),
+    pytest.param(1, DPStrategy(2, "cpu"), id="dp"),
+    pytest.param(2, DDPStrategy(), id="ddp"),
+    pytest.param(3, DDPStrategy(shard_optimizer=True), id="zero1"),
+    pytest.param(1, FSDPStrategy(), id="fsdp of one"),
+    pytest.param(2, FSDPStrategy(), id="fsdp"),
+    pytest.param(3, FSDPStrategy(reduce="micro_batch"), id="fsdp by micro-batch"),
+    pytest.param(4, FSDPStrategy(shard_size=2), id="hybrid", marks=pytest.mark.slow),
 ]
-SLOW = pytest.param(4, FSDPStrategy(shard_size=2), marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("P", "strategy"), [*STRATEGIES, SLOW])
+@pytest.mark.parametrize(("P", "strategy"), STRATEGIES)
 @pytest.mark.parametrize(("kind", "rounding"), [(Polar, 1e-12), (Muon, 2**-8 * 0.02)], ids=["polar", "muon"])
 def test_a_matrix_is_stepped_whole_whatever_the_shards(P: int, strategy: Strategy, kind: Any, rounding: float) -> None:
     expected, entered = by_hand(Whole(kind))

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from processes import ChildError, run
-from reference import Regression, data
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from engine import Accumulator, Callback, Loss, Trainer, parameter_groups
+from engine import Accumulator, Loss, Trainer, parameter_groups
 from strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy, Strategy
+from tests.kit.optimizers import KeepModel
+from tests.kit.processes import ChildError, run
+from tests.kit.reference import Regression, data
 
 BETA = 0.9
 
@@ -85,14 +86,9 @@ class Averaged(Regression):
         return {"loss": Loss((model(batch[0]) - batch[1]).square().sum(), len(batch[0]))}
 
 
-class Keep(Callback):
-    def on_fit_end(self, trainer: Any) -> None:
-        self.model = trainer.strategy.state_dict()["model"]
-
-
 def fit(strategy: Strategy, task: Averaged, **settings: Any) -> Any:
     N = 4 // strategy.data_parallel_size
-    trainer = Trainer(strategy, N, effective_batch_size=8, shuffle=False, callbacks=Keep(), **settings)
+    trainer = Trainer(strategy, N, effective_batch_size=8, shuffle=False, callbacks=KeepModel(), **settings)
     trainer.fit(task)
     found = trainer.callbacks[0].model if strategy.rank == 0 else {}
     return found, trainer.metrics, set(task.modes)
