@@ -84,7 +84,7 @@ FAULTS = [
     ),
     Fault(
         "forget the optimizer",
-        "DDPStrategy.load_state_dict",
+        "ProcessGroupStrategy.load_state_dict",
         "            load_named_state(",
         "            print(",
         KILLED,

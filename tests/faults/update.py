@@ -147,8 +147,8 @@ FAULTS = [
     Fault(
         "report a rate without its factor",
         "Updater.finish",
-        "lr_factor * float(",
-        "float(",
+        "self.lr = lr_factor * float(",
+        "self.lr = float(",
         "tests/exact/test_lr_rules.py -k multiplies",
     ),
     Fault(
