@@ -17,7 +17,7 @@ from tests.kit.optimizers import KeepModel
 from tests.kit.processes import ChildError, run
 from tests.kit.reference import Regression, data
 
-BETA = 0.9
+BETA = 0.6
 
 
 class ScheduleFree(torch.optim.Optimizer):
@@ -68,7 +68,7 @@ class Averaged(Regression):
 
     def configure_optimizer(self, model: nn.Module) -> Any:
         if self.is_alone:
-            self.optimizer = ScheduleFree(model.parameters())
+            self.optimizer = ScheduleFree(model.parameters(), lr=0.3)
             return self.optimizer
         first, rest = parameter_groups(model, first="0.*", rest="*")
         self.optimizer = ScheduleFree([first])
@@ -114,7 +114,7 @@ def by_hand(updates: int) -> dict[str, Tensor]:
         )
         with torch.no_grad():
             for (name, p), gradient in zip(model.named_parameters(), gradients, strict=True):
-                z[name] -= 0.1 * gradient
+                z[name] -= 0.3 * gradient
                 x[name] += (z[name] - x[name]) / update
                 p.copy_((1 - BETA) * z[name] + BETA * x[name])
     return x

@@ -186,7 +186,7 @@ FAULTS = [
         "LRSchedulers.step",
         "in self.schedulers:",
         "in self.schedulers[:1]:",
-        "'tests/exact/test_optimizers.py::test_several_step_as_each_would_by_hand[finite-1-single-12]'",
+        "'tests/exact/test_optimizers.py::test_several_step_as_each_would_by_hand[1-single-12-finite]'",
     ),
     Fault(
         "evaluate what an optimizer trains",

@@ -99,7 +99,7 @@ FAULTS = [
         "Optimizers.step",
         "in self.optimizers:",
         "in self.optimizers[:1]:",
-        "'tests/exact/test_optimizers.py::test_several_step_as_each_would_by_hand[finite-1-single-12]'",
+        "'tests/exact/test_optimizers.py::test_several_step_as_each_would_by_hand[1-single-12-finite]'",
     ),
     Fault(
         "divide the steps of an optimizer with modes",
