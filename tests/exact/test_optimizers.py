@@ -13,6 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 from engine import Accumulator, Callback, Optimizers, Trainer, parameter_groups
+from engine.callbacks import EMA, EpochLR
 from strategies import DDPStrategy, DPStrategy, FSDPStrategy, PipelineStrategy, SingleDeviceStrategy, Strategy
 from tests.kit.optimizers import KeepModel, is_matrix, tower
 from tests.kit.processes import run
@@ -193,6 +194,45 @@ def test_a_run_that_was_interrupted_is_the_one_that_was_not(
 
 def fit_until(strategy: Strategy, task: Regression, ends: dict[str, Any]) -> Any:
     return fit(strategy, 3, task, **ends)
+
+
+class Grouped(Two):
+    """The same two groups in one fused AdamW, or in one each."""
+
+    def __init__(self, is_one: bool) -> None:
+        super().__init__()
+        self.is_one = is_one
+
+    def configure_optimizer(self, model: nn.Module) -> Any:
+        groups = parameter_groups(model, matrices=is_matrix, rest="*")
+        groups[1]["lr"] = 0.002
+        if self.is_one:
+            return AdamW(groups, lr=0.01, fused=True)
+        return [AdamW([group], lr=0.01, fused=True) for group in groups]
+
+
+def averages(strategy: Strategy, is_one: bool, folder: str, updates: int) -> Any:
+    callbacks = [KeepModel(), EMA(0.5), EpochLR(lambda optimizer: StepLR(optimizer, 1, 0.7))]
+    settings: Any = {"lr_rule": "linear", "lr_reference_batch": 10, "max_updates": updates, "run_dir": folder}
+    trainer = Trainer(strategy, 3, 4 // strategy.data_parallel_size, shuffle=False, callbacks=callbacks, **settings)
+    trainer.fit(Grouped(is_one))
+    rates = {name: rate for name, rate in trainer.record.items() if name.startswith("lr")}
+    return callbacks[0].vector, torch.cat([value.flatten() for value in callbacks[1].averages.values()]), rates
+
+
+@pytest.mark.parametrize(
+    ("P", "strategy"), [(1, SingleDeviceStrategy("cpu")), (2, DDPStrategy())], ids=["single", "ddp"]
+)
+def test_two_of_a_kind_are_one_with_two_groups_to_the_bit(P: int, strategy: Strategy, tmp_path: Path) -> None:
+    def leg(is_one: bool, updates: int) -> Any:
+        return run(P, averages, strategy, is_one, str(tmp_path / str(is_one)), updates, group=P > 1)[0]
+
+    leg(False, 4)  # the end of an epoch
+    found, expected = leg(False, 7), leg(True, 7)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert found[2] == expected[2]
+    assert len(found[2]) == 4
 
 
 def test_another_set_of_optimizers_is_another_run(tmp_path: Path) -> None:
