@@ -10,11 +10,8 @@ import time
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
-
-from strategies.errors import UserError
 
 END = "end"
 PAUSE = 0.002  # seconds between two reads of the store, in a first pass without data
@@ -89,11 +86,6 @@ class CollectiveOrder:
         unshard, post_backward = group.unshard, group.post_backward
 
         def noted_unshard(async_op: bool = False) -> None:
-            if not self.is_open and torch.is_grad_enabled():
-                raise UserError(
-                    "FSDP: the model was called with gradients outside its own windows, where other processes may not "
-                    "take part. Call it under torch.no_grad(), or use strategy 'ddp' for models that learn in turn."
-                )
             if self.is_open and group._all_gather_result is None and not group.is_unsharded:
                 self._note(f"gather {name}")
             unshard(async_op)
