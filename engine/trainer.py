@@ -106,7 +106,7 @@ class Trainer:
                 raise
             finally:
                 checkpointer, self._checkpointer = self._checkpointer, None
-                self._updater = None  # hooks and workers end with the run
+                self._updater = task._log_entries = None  # hooks and workers end with the run
                 self.strategy.teardown()
                 with writing(self._files):
                     self._recorder.close()
@@ -128,7 +128,7 @@ class Trainer:
         self.state.start_clock()
         checkpointer.open({"task": class_path(task), **self.configuration}, checkpoint, self.state, run.parts)
         self.run_folder = checkpointer.run_folder
-        self._recorder = Recorder(self._open_loggers())
+        self._recorder = Recorder(self._open_loggers(), self.state.samples)
         return Session(
             run,
             settings,
@@ -176,6 +176,7 @@ class Trainer:
                 )
             return
         if self.settings.run_dir is not None:
+            call(self, "on_save_weights")
             parts = self.strategy.state_dict() if self.strategy.rank == 0 or not self.strategy.holds_all else {}
             if self.run_folder is not None:
                 summary = summarize(self.state, self.strategy, self.reduction_cost)
@@ -286,7 +287,7 @@ class Trainer:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The newest validation means."""
+        """The newest results of a validation."""
         return self.state.metrics
 
     @property

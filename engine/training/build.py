@@ -93,17 +93,24 @@ def build(
     if settings.compile_model:
         compile_in_place(model)
     is_recorded = bool(callbacks or settings.loggers or settings.run_dir is not None)
+    configuration = {**configuration, "the names of task.validation_metrics": [*task.validation_metrics]}
     _check_agreement(strategy, configuration, layout, model, is_recorded)
     prepared = strategy.prepare(model)
     check_equal_windows(strategy, layout.plan, settings.micro_batch_size, settings.spread_windows)
     optimizer, lr_scheduler = make_optimizer(task, model)
     strategy.prepare_optimizer(optimizer)
     options = UpdateOptions(
-        settings.gradient_clip_norm, settings.skip_nonfinite_updates, settings.precision, settings.seed, is_recorded
+        settings.gradient_clip_norm,
+        settings.skip_nonfinite_updates,
+        settings.precision,
+        settings.seed,
+        is_recorded,
+        layout.total_updates,
     )
     heeded = signals if settings.run_dir is not None else None
     timer = UpdateTimer(strategy) if is_recorded else NO_TIMER
     updater = Updater(strategy, prepared, optimizer, lr_scheduler, options, heeded, timer)
+    task._log_entries = updater.logged
     identity = run_identity(settings, scheduling, layout.plan, optimizer, lr_scheduler)
     parts = RunParts(
         strategy, model, UnsavedBuffers(model), optimizer, lr_scheduler, layout.schedule, updater, callbacks, identity
