@@ -15,8 +15,7 @@ from strategies import Strategy
 
 log = logging.getLogger("tally")
 
-MOST_NUMBERS = 1000
-"""A metric of more numbers, such as a curve, is not recorded."""
+MOST_NUMBERS = 1000  # of one metric; a curve has more, and is not recorded
 
 
 class MergedMetrics:
@@ -51,9 +50,8 @@ class MergedMetrics:
 
     def state(self, count: int) -> dict[str, bytes]:
         """Return what process 0 needs of this process after `count` micro-batches."""
-        if self._strategy.rank == 0 or not count:
-            return {}
-        return {name: _saved(metric) for name, metric in self._metrics.items()}
+        is_needed = self._strategy.rank != 0 and count > 0
+        return {name: _saved(metric) for name, metric in self._metrics.items() if is_needed}
 
     def compute(self, states: Sequence[Mapping[str, bytes]]) -> dict[str, float]:
         """Return all numbers of all metrics, computed by process 0 from the states of all processes.
@@ -61,24 +59,23 @@ class MergedMetrics:
         Numbers in a tensor, list or dictionary are named by their place: `confusion/0/1`. Raises what a metric raises,
         as a UserError on all processes.
         """
-        if not self._metrics:
-            return {}
         numbers: dict[str, float] = {}
         problem = ""
-        if self._strategy.rank == 0:
+        for name, metric in self._metrics.items() if self._strategy.rank == 0 else ():
             try:
-                for name, metric in self._metrics.items():
-                    for state in states:
-                        if name in state:
-                            metric.merge_state(self._loaded(state[name]))
-                    found = dict(islice(_numbers(name, metric.compute()), MOST_NUMBERS + 1))
-                    if len(found) > MOST_NUMBERS:
-                        log.warning("%s has more than %d numbers, and is not recorded.", name, MOST_NUMBERS)
-                    else:
-                        numbers |= found
+                for state in states:
+                    if name in state:
+                        metric.merge_state(self._loaded(state[name]))
+                found = dict(islice(_numbers(name, metric.compute()), MOST_NUMBERS + 1))
             except Exception as error:
-                problem = f"task.validation_metrics[{name!r}] failed: {describe(error)}."
-        numbers, problem = self._strategy.gather((numbers, problem))[0]
+                problem = problem or f"validation_metrics[{name!r}] failed: {describe(error)}."
+                continue
+            if len(found) > MOST_NUMBERS:
+                log.warning("%s has more than %d numbers, and is not recorded.", name, MOST_NUMBERS)
+            else:
+                numbers |= found
+        if self._metrics:
+            numbers, problem = self._strategy.gather((numbers, problem))[0]
         if problem:
             raise UserError(problem)
         return numbers
@@ -97,8 +94,10 @@ def _saved(metric: Any) -> bytes:
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
     """Yield the numbers in `value` by name and place."""
     value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, Mapping | list | tuple):
-        for place, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    if isinstance(value, Mapping):
+        for place, part in value.items():
             yield from _numbers(f"{name}/{place}", part)
     else:
         yield name, float(value)

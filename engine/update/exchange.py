@@ -96,10 +96,8 @@ class Exchange:
         """Make the means of all processes' sums; without `rows`, agree on the names first, in a slow exchange."""
         if not rows:
             everyone = self._strategy.gather((self._losses.micro_batches, self._pairs))
-            if not self.names:
-                _check_same_names([[*pairs] for micro_batches, pairs in everyone if micro_batches])
             names = dict.fromkeys([*self.names, *(name for _, pairs in everyone for name in pairs)])
-            _check_names(names)
+            _check_names(names, [] if self.names else [[*pairs] for micro_batches, pairs in everyone if micro_batches])
             self.agree_on(names)
             rows = [_flat(names, pairs) for _, pairs in everyone]
         sums = [total(column) for column in zip(*rows, strict=True)]
@@ -148,20 +146,10 @@ class Exchange:
         if self.means.by_name:
             self._pairs = self.means.read()
         self._seconds += time.perf_counter() - self._began
-        requests, stop_requested = self._requests, self._signals.stop_requested
-        header = Message(
-            weight,
-            loss,
-            self._losses.samples,
-            self._window.has_more,
-            requests.stop,
-            requests.save,
-            stop_requested,
-            0.0,
-            bool(self._pairs) and not self._pairs.keys() <= {*self.names},
-            self._seconds,
-            self.grad_norm,
-        )
+        requests, stop_requested, has_more = self._requests, self._signals.stop_requested, self._window.has_more
+        counts, wishes = (weight, loss, self._losses.samples, has_more), (requests.stop, requests.save, stop_requested)
+        has_new_names = bool(self._pairs) and not self._pairs.keys() <= {*self.names}
+        header = Message(*counts, *wishes, 0.0, has_new_names, self._seconds, self.grad_norm)
         return [*header, *_flat(self.names, self._pairs)] if self.names else header
 
 
@@ -169,20 +157,16 @@ def _flat(names: Iterable[str], pairs: Mapping[str, Pair]) -> list[float]:
     return [number for name in names for number in pairs.get(name, (0.0, 0.0))]
 
 
-def _check_same_names(everyone: list[list[str]]) -> None:
-    """Raise UserError if processes with a micro-batch have logged different names in the first window."""
-    if any({*names} != {*everyone[0]} for names in everyone):
-        listed = "; ".join(", ".join(map(repr, names)) or "nothing" for names in everyone)
+def _check_names(names: Iterable[str], everyone: list[list[str]]) -> None:
+    """Raise UserError for names that records have already, and if `everyone` has logged other names than the first."""
+    if taken := [name for name in names if name in RESERVED or name.startswith("validation/")]:
+        raise UserError(f"self.log({taken[0]!r}, ...): every record has a field of that name. Use another name.")
+    if any({*logged} != {*everyone[0]} for logged in everyone):
+        listed = "; ".join(", ".join(map(repr, logged)) or "nothing" for logged in everyone)
         raise UserError(
             f"the processes have logged different names in their first window: {listed}. Log the same on all, with "
             "weight=0 where there is nothing to count."
         )
-
-
-def _check_names(names: Iterable[str]) -> None:
-    """Raise UserError for names that records have already."""
-    if taken := [name for name in names if name in RESERVED or name.startswith("validation/")]:
-        raise UserError(f"self.log({taken[0]!r}, ...): every record has a field of that name. Use another name.")
 
 
 def lost_contact(strategy: Strategy, where: str, error: BaseException) -> ProcessFailureError:
