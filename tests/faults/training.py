@@ -4,6 +4,36 @@ from tests.faults.fault import Fault
 
 FAULTS = [
     Fault(
+        "compute a metric of process 0's samples",
+        "MergedMetrics.compute",
+        "metric.merge_state(self._loaded(state[name]))",
+        "pass",
+        "tests/exact/test_merged_metrics.py -k counts_once",
+    ),
+    Fault(
+        "begin a validation with the samples of the last",
+        "MergedMetrics.reset",
+        "metric.reset()",
+        "pass",
+        "tests/exact/test_merged_metrics.py -k counts_once",
+    ),
+    Fault(
+        "let loggers come before callbacks",
+        "Session._run_window",
+        """            self._call("on_update_end")
+            self._recorder.log(state.record)""",
+        """            self._recorder.log(state.record)
+            self._call("on_update_end")""",
+        "tests/output/test_hooks.py -k order",
+    ),
+    Fault(
+        "leave the last record to listeners",
+        "Session.run",
+        "        self._record_unheard()\n",
+        "",
+        "tests/output/test_hooks.py -k without_listeners",
+    ),
+    Fault(
         "count padded validation samples twice",
         "Validation.run",
         "means[name] = total / weight if",

@@ -185,7 +185,7 @@ def test_what_is_no_logger_is_refused_at_once(tmp_path: Path, monkeypatch: pytes
     ):
         with pytest.raises(ValueError, match=message):
             Trainer(max_updates=1, loggers=loggers, run_dir=run_dir)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="there is no module 'no_tracker'. Use pip install no_tracker"):
+    with pytest.raises(ValueError, match=r"there is no module .no_tracker.\. Use pip install no_tracker"):
         TrackerLogger("no_tracker")
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ValueError, match=r"pip install 'tally-engine\[tensorboard\]'"):
@@ -218,7 +218,7 @@ def test_the_writer_of_tensorboard_takes_images_and_histograms(tmp_path: Path) -
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert run(2, fit_pictures, str(tmp_path / "run")) == [True, False]
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"histograms": 0, "images": 0})
     events.Reload()
     assert [event.step for event in events.Histograms("weights")] == [1, 2]
     assert [event.step for event in events.Images("picture")] == [1, 2]
