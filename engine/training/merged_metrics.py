@@ -19,7 +19,7 @@ MOST_NUMBERS = 1000  # of one metric; a curve has more, and is not recorded
 
 
 class MergedMetrics:
-    """The `metrics` of a task over all processes: each sample counts once, on the process that evaluates it.
+    """The `validation_metrics` of a task over all processes: each sample counts once, on the process that evaluates it.
 
     Raises UserError for an object that is not a metric, or that cannot be merged with that of another process.
     """
@@ -32,6 +32,7 @@ class MergedMetrics:
                 raise UserError(f"{what}: expected an object with update, compute and reset.")
             if strategy.processes > 1:
                 try:
+                    metric.reset()
                     self._loaded(_saved(metric)).merge_state(self._loaded(_saved(metric)))
                 except Exception as error:
                     raise UserError(

@@ -159,7 +159,7 @@ def _flat(names: Iterable[str], pairs: Mapping[str, Pair]) -> list[float]:
 
 def _check_names(names: Iterable[str], everyone: list[list[str]]) -> None:
     """Raise UserError for names that records have already, and if `everyone` has logged other names than the first."""
-    if taken := [name for name in names if name in RESERVED or name.startswith("validation/")]:
+    if taken := [name for name in names if name in RESERVED or name.startswith(("validation/", "lr/"))]:
         raise UserError(f"self.log({taken[0]!r}, ...): every record has a field of that name. Use another name.")
     if any({*logged} != {*everyone[0]} for logged in everyone):
         listed = "; ".join(", ".join(map(repr, logged)) or "nothing" for logged in everyone)

@@ -42,8 +42,8 @@ class UpdateOptions:
     seed: int = 0
     is_recorded: bool = True
     """Whether anybody wants the loss, the gradient norm and what is logged."""
-    last_update: int | None = None
-    """The last update of the run, counted from 1, which is recorded in any case; None if it is unknown."""
+    updates: int | None = None
+    """The updates of the run: the first and the last are recorded in any case; None if their number is unknown."""
 
 
 class Updater:
@@ -73,6 +73,7 @@ class Updater:
         buffers = Buffers(model)
         self.rollback = Rollback(buffers, self.host_rng) if self.host_rng or buffers.exist else None
         self.timer = timer
+        self._last = (options.updates or 0) - 1
         self.logged: list[Logged] = []
         """What the forward of the current micro-batch has logged."""
         self.on_gradients: Callable[[], None] | None = None
@@ -99,7 +100,7 @@ class Updater:
 
     def begin(self, window: Window, state: RunState, requests: Requests = NO_REQUESTS) -> None:
         """Begin a window: nothing is summed yet."""
-        is_recorded = self.options.is_recorded or state.update + 1 == self.options.last_update
+        is_recorded = self.options.is_recorded or state.update in (0, self._last)  # errors come early
         self.losses = LossSum(self.scale.begin(window), is_recorded)
         if self.rollback is not None:
             self.rollback.begin(state.update)

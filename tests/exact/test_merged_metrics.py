@@ -28,9 +28,6 @@ VALIDATED = 13
 class Spread:
     """A metric of our own: the largest difference of two scores, and how many there were."""
 
-    def __init__(self) -> None:
-        self.reset()
-
     def reset(self) -> None:
         self.scores: list[float] = []
 
