@@ -56,6 +56,7 @@ class Trainer:
         check_compiles(settings.compile_model, self.strategy)
         self.callbacks = as_callbacks(settings.callbacks) + ([Progress()] if settings.progress else [])
         self.loggers = make_loggers(settings.loggers, settings.run_dir)
+        """Where records go, beside the `run_dir`."""
         self.scheduling = find_scheduler(
             self.callbacks, settings.accumulate_grad_batches, settings.effective_batch_size
         )

@@ -47,7 +47,7 @@ class MergedMetrics:
             if hasattr(metric, "to"):
                 metric.to(self._strategy.device)
             for part in getattr(metric, "modules", tuple)():
-                part.distributed_available_fn = _never  # torchmetrics' compute() would wait for all processes
+                part.distributed_available_fn = bool  # False: or compute() of torchmetrics would wait for all processes
 
     def state(self, count: int) -> dict[str, bytes]:
         """Return what process 0 needs of this process after `count` micro-batches."""
@@ -102,7 +102,3 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
             yield from _numbers(f"{name}/{place}", part)
     else:
         yield name, float(value)
-
-
-def _never() -> bool:
-    return False

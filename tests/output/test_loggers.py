@@ -256,9 +256,12 @@ def fit_with_wandb(folder: str, max_updates: int) -> None:
     Trainer(micro_batch_size=2, max_updates=max_updates, validate_every_n_updates=2, **options).fit(Tuned(32))  # type: ignore[arg-type]
 
 
+@pytest.mark.timeout(420)
 def test_wandb_by_name_continues_one_run(tmp_path: Path) -> None:
     for max_updates in (3, 5):
-        run(1, fit_with_wandb, str(tmp_path), max_updates, group=False)
+        run(
+            1, fit_with_wandb, str(tmp_path), max_updates, group=False, seconds=200
+        )  # it waits for processes of its own
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = {line["update"]: line["loss"] for line in lines if "loss" in line}
     means = {line["update"]: line["validation/loss"] for line in lines if "validation/loss" in line}
