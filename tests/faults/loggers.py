@@ -8,7 +8,7 @@ FAULTS = [
         "TrackerLogger.open",
         "if resumes else {}",
         "if False else {}",
-        "tests/output/test_loggers.py -k wandb",
+        "tests/output/test_loggers.py -k wandb -m slow",
     ),
     Fault(
         "let a logger end the run",

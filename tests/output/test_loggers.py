@@ -256,6 +256,7 @@ def fit_with_wandb(folder: str, max_updates: int) -> None:
     Trainer(micro_batch_size=2, max_updates=max_updates, validate_every_n_updates=2, **options).fit(Tuned(32))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow  # seconds in which wandb starts and ends processes of its own
 @pytest.mark.timeout(420)
 def test_wandb_by_name_continues_one_run(tmp_path: Path) -> None:
     for max_updates in (3, 5):
