@@ -142,6 +142,13 @@ class OwnWindow:
             self._batches.close()  # so that the context, in which nothing is reduced, ends
             self._stop(error)
 
+    def log(self, name: str, value: float | Tensor, weight: float | Tensor | None = None) -> None:
+        """Record a mean as `Task.log` does, in the outcome's `metrics`. Call it before `backward`."""
+        if self._micro is None:
+            self._batches.close()
+            self._stop(UserError(f"log({name!r}, ...) was called after backward. Call it before."))
+        self._updater.logged.append((name, value, weight))
+
     def update(self) -> Outcome:
         """Reduce, correct, clip, step and clear the gradients; return the update's outcome over all processes."""
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,11 +51,26 @@ class Batching:
         )
 
 
+Logged = tuple[str, float | Tensor, float | Tensor | None]
+"""Name, value and weight of one call of `Task.log`."""
+
+
 class Task(Batching, ABC):
     """One model, its optimizers, one source of data, one loss. Models that learn in turn need a loop of your own."""
 
     total_updates: int | None = None
     """The exact number of updates to come, set before `configure_optimizer` (for warm-up); None where it is unknown."""
+
+    validation_metrics: Mapping[str, Any] = MappingProxyType({})
+    """Validation metrics that are not means, by name: objects of `torchmetrics`, or with the methods named here.
+
+    Set it in `__init__`, and let `evaluate` call their `update`. The engine calls `reset()` before each validation and
+    `compute()` after it, on process 0, where `merge_state(other)` has added the samples of the other processes. They
+    are pickled for that. `compute()` returns a number, or numbers in a tensor, list or dictionary.
+    """
+
+    _log_entries: list[Logged] | None = None
+    """What `log` was called with, for whoever adds it up; None outside of a run."""
 
     def prepare_data(self) -> None:
         """Download or unpack, once per host, before anything else is asked; keep nothing on `self`."""
@@ -94,9 +110,23 @@ class Task(Batching, ABC):
         """Return data of the same kinds to evaluate on, or None."""
         return None
 
-    def evaluate(self, model: nn.Module, batch: Any) -> Mapping[str, Loss | Tensor]:
-        """Return the metrics of one micro-batch, to be averaged by weight over all of them and all processes."""
+    def evaluate(self, model: nn.Module, batch: Any) -> Mapping[str, Loss | Tensor] | None:
+        """Return the metrics of one micro-batch, to be averaged by weight over all of them and all processes.
+
+        What it logs counts with them.
+        """
         return {"loss": self.loss(model, batch)}
+
+    def log(self, name: str, value: float | Tensor, weight: float | Tensor | None = None) -> None:
+        """Record the mean of `value`, weighted by `weight`, over an update's window (or a validation) and processes.
+
+        Call it in `loss` or `evaluate`. `value` is a number or a 0-dim tensor, and stays on its device: the mean over
+        `weight` items of this micro-batch, by default its samples. All processes with a micro-batch in the first window
+        must log the same names, with weight 0 if there is nothing to count: else all raise UserError. Outside of a run
+        it does nothing.
+        """
+        if self._log_entries is not None:
+            self._log_entries.append((name, value, weight))
 
 
 def tensors(item: Any) -> Iterator[tuple[int, Tensor]]:

@@ -30,7 +30,7 @@ from engine.settings import OPTIONS, Settings, class_path, takes
 from engine.signals import Signals
 from engine.state import Control, RunState
 from engine.task import Task
-from engine.training.build import Layout, Run, build, first_model, make_validation, prepare_data
+from engine.training.build import Layout, Run, build, first_model, hyperparameters, make_validation, prepare_data
 from engine.training.compile import check_compiles
 from engine.training.heartbeat import Heartbeat
 from engine.training.session import Session
@@ -55,7 +55,8 @@ class Trainer:
         self.strategy = resolve(settings.strategy)
         check_compiles(settings.compile_model, self.strategy)
         self.callbacks = as_callbacks(settings.callbacks) + ([Progress()] if settings.progress else [])
-        self._loggers = make_loggers(settings.loggers, settings.run_dir)
+        self.loggers = make_loggers(settings.loggers, settings.run_dir)
+        """Where records go, beside the `run_dir`."""
         self.scheduling = find_scheduler(
             self.callbacks, settings.accumulate_grad_batches, settings.effective_batch_size
         )
@@ -107,7 +108,7 @@ class Trainer:
                 raise
             finally:
                 checkpointer, self._checkpointer = self._checkpointer, None
-                self._updater = None  # hooks and workers end with the run
+                self._updater = task._log_entries = None  # hooks, workers and logging end with the run
                 self.strategy.teardown()
                 with writing(self._files):
                     self._recorder.close()
@@ -120,16 +121,16 @@ class Trainer:
         self.task, self._recorder = task, Recorder([])
         self._checkpointer = checkpointer = Checkpointer(settings, strategy, self._signals)
         checkpoint = checkpointer.find()
-        run = build(
-            task, settings, self.scheduling, strategy, self.callbacks, self._signals, checkpoint, self.configuration
-        )
+        signals, configuration = self._signals, self.configuration
+        run = build(task, settings, self.scheduling, strategy, self.callbacks, signals, checkpoint, configuration)
         self._take(run)
         if checkpoint is not None:
             self.state = restore(checkpoint, run.parts, settings.resume_with_changes)
         self.state.start_clock()
-        checkpointer.open({"task": class_path(task), **self.configuration}, checkpoint, self.state, run.parts)
+        checkpointer.open({"task": class_path(task), **configuration}, checkpoint, self.state, run.parts)
         self.run_folder = checkpointer.run_folder
-        self._recorder = Recorder(self._open_loggers())
+        facts = {**hyperparameters(task, self.model, self.plan), **configuration}
+        self._recorder = Recorder(self._open_loggers(facts), self.state.samples)
         return Session(
             run,
             settings,
@@ -149,14 +150,14 @@ class Trainer:
         self.model, self.optimizer, self.lr_scheduler = run.parts.model, run.parts.optimizer, run.parts.lr_scheduler
         self.has_validation = run.validation is not None
 
-    def _open_loggers(self) -> list[Any]:
+    def _open_loggers(self, facts: dict[str, Any]) -> list[Any]:
         if self.strategy.rank != 0:
             return []
         state, folder = self.state, self.run_folder
         counts = state.update, state.validated_update, state.record, state.weight
-        path, pinned = (folder.path, folder.pinned) if folder is not None else (None, None)
-        start = Start(path, *counts, self.configuration, pinned)
-        return [*([folder] if folder is not None else []), *opened(self._loggers, start)]
+        if folder is None:
+            return opened(self.loggers, Start(None, *counts, facts))
+        return [folder, *opened(self.loggers, Start(folder.path, *counts, facts, folder.pinned, folder.run))]
 
     def _finish(self) -> None:
         """Save, and write the results of a run that is over."""
@@ -171,14 +172,11 @@ class Trainer:
             self._checkpointer.log_event("interrupt", reason=self.interrupted_by)
             call(self, "on_interruption")
             if self.strategy.rank == 0:
-                log.warning(
-                    "%s: stopped after update %d and saved %s. Start the same command again to resume.",
-                    self.interrupted_by,
-                    self.update,
-                    self._checkpointer.newest,
-                )
+                text = "%s: stopped after update %d and saved %s. Start the same command again to resume."
+                log.warning(text, self.interrupted_by, self.update, self._checkpointer.newest)
             return
         if self.settings.run_dir is not None:
+            call(self, "on_save_weights")
             parts = self.strategy.state_dict() if self.strategy.rank == 0 or not self.strategy.holds_all else {}
             if self.run_folder is not None:
                 summary = summarize(self.state, self.strategy, self.reduction_cost)
@@ -289,7 +287,7 @@ class Trainer:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The newest validation means."""
+        """The newest results of a validation."""
         return self.state.metrics
 
     @property

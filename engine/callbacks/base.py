@@ -25,18 +25,27 @@ class Callback:
     def on_epoch_start(self, trainer: Trainer) -> None:
         """`trainer.epoch` starts."""
 
+    def on_gradients(self, trainer: Trainer) -> None:
+        """The gradients in `p.grad` are reduced and clipped as the step takes them; also before a skipped update."""
+
     def on_update_end(self, trainer: Trainer) -> None:
-        """An update was made (or skipped) and the gradients are cleared; `trainer.record` describes it."""
+        """An update was made (or skipped) and the gradients are cleared.
+
+        `trainer.record` describes it. Numbers that are added to it are recorded: loggers come next.
+        """
 
     def around_validation(self, trainer: Trainer) -> AbstractContextManager[None]:
         """Return the context of a validation; it is left even if the validation is interrupted."""
         return nullcontext()
 
     def on_validation_end(self, trainer: Trainer) -> None:
-        """`trainer.metrics` holds new means."""
+        """`trainer.metrics` holds new results; numbers that are added to it are recorded, and may decide."""
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         """`trainer.epoch` is over, its validation included."""
+
+    def on_save_weights(self, trainer: Trainer) -> None:
+        """The run is over and saved, and `model.safetensors` is to be written: of the model as this leaves it."""
 
     def on_fit_end(self, trainer: Trainer) -> None:
         """The run is over; the process group still stands."""

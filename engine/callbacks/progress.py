@@ -7,7 +7,7 @@ import resource
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO, cast
 
@@ -30,11 +30,12 @@ if TYPE_CHECKING:
 class Progress(Callback):
     """Prints a banner, and progress: a few live lines in a terminal, else a line at most every `seconds`.
 
-    Between these an update costs one look at the clock. `NO_COLOR` and `TERM=dumb` are heeded.
+    `metrics` are names of what the task logs, to be shown too. Between these an update costs one look at the clock.
+    `NO_COLOR` and `TERM=dumb` are heeded.
     """
 
-    def __init__(self, seconds: float = 5.0) -> None:
-        self._seconds = seconds
+    def __init__(self, seconds: float = 5.0, metrics: Sequence[str] = ()) -> None:
+        self._seconds, self._metrics = seconds, metrics
         self._due = math.inf
         self._pace = Pace()
         self._live: Live | None = None
@@ -58,10 +59,14 @@ class Progress(Callback):
         self._due = now + self._every
         self._pace.see(trainer, now)
         if self._live is not None:
-            self._live.update(_picture(trainer, self._pace, self._console.width), refresh=True)
+            self._live.update(_picture(trainer, self._pace, self._metrics, self._console.width), refresh=True)
         else:
             left = self._pace.left(trainer)
-            here = [f"epoch {trainer.epoch}", f"update {_position(trainer)}", *_details(trainer, self._pace)]
+            here = [
+                f"epoch {trainer.epoch}",
+                f"update {_position(trainer)}",
+                *_details(trainer, self._pace, self._metrics),
+            ]
             _say("  ".join([*here, *([f"{left} left"] if left is not None else [])]))
 
     @contextmanager
@@ -73,7 +78,8 @@ class Progress(Callback):
     def on_validation_end(self, trainer: Trainer) -> None:
         if self._due == math.inf:
             return
-        means = "  ".join(f"{name} {value:.4g}" for name, value in trainer.metrics.items())
+        single = {name: value for name, value in trainer.metrics.items() if not name.rpartition("/")[2].isdecimal()}
+        means = "  ".join(f"{name} {value:.4g}" for name, value in single.items())  # no cells of a matrix
         rate, _ = self._pace.rates()
         here = f"epoch {trainer.epoch}  update {_position(trainer)}  loss {trainer.record['loss']:.4f}"
         line = f"{here}  |  validation: {means}" + (f"  |  {rate:,.0f} samples/s" if rate else "")
@@ -115,7 +121,7 @@ def _say(text: str) -> None:
     print(text, file=Output(sys.stdout), flush=True)
 
 
-def _picture(trainer: Trainer, pace: Pace, width: int) -> Group:
+def _picture(trainer: Trainer, pace: Pace, metrics: Sequence[str], width: int) -> Group:
     """Return a line with epoch, bar and time left; below it the details, in as many lines as they need."""
     left, total = pace.left(trainer), trainer.total_updates
     columns = Column(no_wrap=True, style="bold"), Column(ratio=1), Column(no_wrap=True)
@@ -123,15 +129,16 @@ def _picture(trainer: Trainer, pace: Pace, width: int) -> Group:
     bar = ProgressBar(total=total, completed=trainer.update, pulse=total is None, complete_style="cyan")
     head.add_row(f"epoch {trainer.epoch}", bar, _position(trainer) + (f"  {left} left" if left is not None else ""))
     space = "\N{NO-BREAK SPACE}"
-    unbroken = "  ".join(detail.replace(" ", space) for detail in _details(trainer, pace))
+    unbroken = "  ".join(detail.replace(" ", space) for detail in _details(trainer, pace, metrics))
     lines = textwrap.wrap(unbroken, width, break_on_hyphens=False)
     return Group(head, *(Text(line.replace(space, " "), no_wrap=True) for line in lines))
 
 
-def _details(trainer: Trainer, pace: Pace) -> list[str]:
+def _details(trainer: Trainer, pace: Pace, metrics: Sequence[str]) -> list[str]:
     record, (samples, weight) = trainer.record, pace.rates()
     details = [
         f"loss {record['loss']:.4f}",
+        *(f"{name} {record[name]:.4g}" for name in metrics if name in record),
         f"grad norm {record['grad_norm']:.3g}",
         f"lr {record['lr']:.3g}",
         f"K {record['accumulate_grad_batches']}",

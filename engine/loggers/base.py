@@ -37,6 +37,8 @@ class Start(NamedTuple):
     configuration: Mapping[str, Any]
     pinned: Path | None = None
     """The `run_dir` by a path that follows it if it is moved: for files that are opened again while the run lives."""
+    run: str | None = None
+    """An id of the run in the `run_dir`, the same after each resume."""
 
 
 def opened(loggers: Iterable[Logger], start: Start) -> list[Logger]:

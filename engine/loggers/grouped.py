@@ -32,7 +32,8 @@ class GroupedLogger(Logger):
         self._samples, self._weight = start.record.get("samples", 0), start.weight
 
     def log(self, record: Mapping[str, Any]) -> None:
-        values = {_grouped(name): value for name, value in record.items() if name != "update"}
+        numbers = {name: float(value) if getattr(value, "ndim", 1) == 0 else value for name, value in record.items()}
+        values = {_grouped(name): value for name, value in numbers.items() if name != "update"}
         is_update = "loss" in record
         if is_update:
             self._samples, self._weight = record["samples"], self._weight + record["weight"]

@@ -12,9 +12,13 @@ from engine.loggers.grouped import GroupedLogger
 
 
 class TensorBoardLogger(GroupedLogger):
-    """Writes scalars by update into `tensorboard/` in the run_dir. Raises UserError where TensorBoard is missing."""
+    """Writes scalars by update into `tensorboard/` in the run_dir. Raises UserError where TensorBoard is missing.
+
+    `writer` is torch's SummaryWriter while a run lasts, on process 0, for images and histograms; elsewhere None.
+    """
 
     needs_run_dir = True
+    writer: Any = None
 
     def __init__(self) -> None:
         if find_spec("tensorboard") is None:
@@ -29,7 +33,7 @@ class TensorBoardLogger(GroupedLogger):
         assert folder is not None
         is_whole = start.validated_update == start.update  # or its validation may be there and come again
         first = start.update + 1 if is_whole else start.update
-        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=first, flush_secs=1)
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first, flush_secs=1)
         if not is_whole:
             self._weight -= start.record["weight"]
             self.log(start.record)
@@ -38,7 +42,7 @@ class TensorBoardLogger(GroupedLogger):
         """Write scalars; a validation's samples and weight are those of its update, which are written already."""
         for name, value in values.items():
             if is_update or not name.startswith("data/"):
-                self._writer.add_scalar(name, value, update)
+                self.writer.add_scalar(name, value, update)
 
     def close(self) -> None:
-        self._writer.close()
+        self.writer.close()

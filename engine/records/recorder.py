@@ -11,21 +11,22 @@ from engine.update.message import Outcome
 
 
 class Recorder:
-    """Makes records and gives them to the loggers, which are on process 0 only."""
+    """Makes records and gives them to the loggers, which are on process 0 only. `samples` are those so far."""
 
-    def __init__(self, loggers: Sequence[Logger]) -> None:
-        self._loggers = loggers
+    def __init__(self, loggers: Sequence[Logger], samples: int = 0) -> None:
+        self._loggers, self._samples = loggers, samples
         self._since = time.perf_counter()
 
     def restart_clock(self) -> None:
         """Measure throughput from now on: the time before was not training."""
         self._since = time.perf_counter()
 
-    def log_update(self, counts: Mapping[str, float], outcome: Outcome, lr: float, K: int) -> dict[str, Any]:
-        """Return, and log, the record of an update; `counts` are those after it."""
-        now = time.perf_counter()
-        rate = outcome.samples / (now - self._since)
-        record = {
+    def record(self, counts: Mapping[str, float], outcome: Outcome, lr: float, K: int) -> dict[str, Any]:
+        """Return the record of an update; `counts` are those after it."""
+        now, samples = time.perf_counter(), int(counts["samples"])
+        rate = (samples - self._samples) / (now - self._since)
+        self._since, self._samples = now, samples
+        return {
             **counts,
             "weight": outcome.weight,
             "loss": outcome.loss,
@@ -34,20 +35,19 @@ class Recorder:
             "accumulate_grad_batches": K,
             "effective_batch": outcome.samples,
             "samples_per_second": int(rate) if rate > 100 else round(rate, 3),
+            **outcome.metrics,
         }
-        self._since = now
-        self._log(record)
-        return record
 
     def log_validation(self, update: int, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Log the means of a validation."""
-        self._log({"update": update, "epoch": epoch, **{f"validation/{name}": mean for name, mean in metrics.items()}})
+        """Log the results of a validation."""
+        self.log({"update": update, "epoch": epoch, **{f"validation/{name}": mean for name, mean in metrics.items()}})
 
     def close(self) -> None:
         """Close the loggers: the run is over."""
         for logger in reversed(self._loggers):  # the folder last: others write into it
             logger.close()
 
-    def _log(self, record: dict[str, Any]) -> None:
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Give a record to the loggers."""
         for logger in self._loggers:
             logger.log(record)

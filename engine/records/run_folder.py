@@ -78,6 +78,11 @@ class RunFolder:
         return history.undone
 
     @property
+    def run(self) -> str:
+        """The id of the run, the same after each resume."""
+        return str(self._config[MARK]["run"])
+
+    @property
     def shown(self) -> str:
         """The folder as people read it: from the working directory, if it is in there."""
         with suppress(ValueError, OSError):
@@ -228,6 +233,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if value is None or isinstance(value, bool):
         return value
+    if getattr(value, "ndim", 1) == 0:  # a callback has added a tensor
+        value = float(value)
     if isinstance(value, int | float):
         try:
             number = float(value)

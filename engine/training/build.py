@@ -35,7 +35,7 @@ from engine.errors import UserError
 from engine.plan.schedule import Schedule, make_schedule, with_lr_rule
 from engine.plan.windows import Plan
 from engine.seeds import seed_everything
-from engine.settings import Settings
+from engine.settings import Settings, class_path
 from engine.signals import Signals
 from engine.task import Task
 from engine.training.compile import compile_in_place
@@ -93,22 +93,31 @@ def build(
     if settings.compile_model:
         compile_in_place(model)
     is_recorded = bool(callbacks or settings.loggers or settings.run_dir is not None)
+    configuration = {**configuration, "the names of task.validation_metrics": [*task.validation_metrics]}
     _check_agreement(strategy, configuration, layout, model, is_recorded)
     prepared = strategy.prepare(model)
     check_equal_windows(strategy, layout.plan, settings.micro_batch_size, settings.spread_windows)
     optimizer, lr_scheduler = make_optimizer(task, model)
     strategy.prepare_optimizer(optimizer)
-    options = UpdateOptions(
-        settings.gradient_clip_norm, settings.skip_nonfinite_updates, settings.precision, settings.seed, is_recorded
-    )
+    clip_norm, skips, seed = settings.gradient_clip_norm, settings.skip_nonfinite_updates, settings.seed
+    options = UpdateOptions(clip_norm, skips, settings.precision, seed, is_recorded, layout.total_updates)
     heeded = signals if settings.run_dir is not None else None
     timer = UpdateTimer(strategy) if is_recorded else NO_TIMER
     updater = Updater(strategy, prepared, optimizer, lr_scheduler, options, heeded, timer)
+    task._log_entries = updater.logged
     identity = run_identity(settings, scheduling, layout.plan, optimizer, lr_scheduler)
     parts = RunParts(
         strategy, model, UnsavedBuffers(model), optimizer, lr_scheduler, layout.schedule, updater, callbacks, identity
     )
     return Run(layout, parts, source, autocast(task.loss, settings.precision, strategy.device.type), validation)
+
+
+def hyperparameters(task: Task, model: nn.Module, plan: Plan | None) -> dict[str, Any]:
+    """Return what an experiment tracker lists beside the settings: the task's own numbers and texts, and totals."""
+    plain = {n: value for n, value in vars(task).items() if isinstance(value, int | float | str)}
+    own = {f"task.{name}": value for name, value in plain.items() if len(str(value)) < 200}
+    totals = {"total_updates": task.total_updates, "samples_per_epoch": plan and plan.samples}
+    return {"task": class_path(task), **own, **totals, "parameters": sum(p.numel() for p in model.parameters())}
 
 
 def prepare_data(task: Task, strategy: Strategy) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
+from engine.callbacks.base import Callback
 from engine.checkpoint.checkpointer import Checkpointer
 from engine.data.window import Window
 from engine.errors import NonFiniteError
@@ -42,6 +44,10 @@ class Session:
         self._positions = positions
         """The positions of all processes in the checkpoint, until an epoch has resumed from them."""
         self._updater = run.parts.updater
+        self._unheard: tuple[Window, Outcome] | None = None
+        """The last update, if nobody listens to records."""
+        if any(type(callback).on_gradients is not Callback.on_gradients for callback in run.parts.callbacks):
+            self._updater.on_gradients = partial(call, "on_gradients")
         self._has_ended = False
         """Whether all processes agreed to stop."""
 
@@ -54,6 +60,7 @@ class Session:
         self._validate_if_due()  # the run may have been interrupted between an update and its validation
         while not self._is_over:
             self._run_epoch()
+        self._record_unheard()
         if not self._control.interrupted_by:
             self._validate()
 
@@ -105,11 +112,20 @@ class Session:
         if self._updater.options.is_recorded:
             self._record(window, outcome)
             self._call("on_update_end")
+            self._recorder.log(state.record)  # with what callbacks have added
+        else:
+            self._unheard = window, outcome
         self._validate_if_due()
         is_over = self._is_over
         if not is_over and self._checkpointer.save_if_due(outcome.save):
             self._recorder.restart_clock()
         return is_over
+
+    def _record_unheard(self) -> None:
+        """Let `Trainer.record` have the last update, if nobody listens."""
+        if self._unheard is not None:
+            self._record(*self._unheard)
+            self._unheard = None
 
     def _record(self, window: Window, outcome: Outcome) -> None:
         state = self._state
@@ -123,7 +139,7 @@ class Session:
             counts["lr_factor"] = window.stage.lr_factor
         K = window.stage.accumulate_grad_batches
         counts.update(self._updater.lr_of_groups)
-        state.record = self._recorder.log_update(counts, outcome, self._updater.lr, K)
+        state.record = self._recorder.record(counts, outcome, self._updater.lr, K)
 
     @property
     def _is_over(self) -> bool:
@@ -146,6 +162,7 @@ class Session:
         state, validation = self._state, self._run.validation
         if validation is None or state.validated_update == state.update:
             return
+        self._record_unheard()
         started = time.perf_counter()
         with evaluated(self._run.parts.optimizer), self._around_validation():
             metrics = validation.run(self._run.parts.model, self._signals)
@@ -153,9 +170,10 @@ class Session:
             self._note_interruption()
             return
         state.metrics, state.validated_update = metrics, state.update
-        self._recorder.log_validation(state.update, state.epoch, metrics)
-        self._checkpointer.log_event("validation", took=round(time.perf_counter() - started, 3))
+        took = round(time.perf_counter() - started, 3)
         self._call("on_validation_end")
+        self._recorder.log_validation(state.update, state.epoch, metrics)  # with what callbacks have added
+        self._checkpointer.log_event("validation", took=took)
         self._forget_draws()
         self._checkpointer.save_if_best()
         self._recorder.restart_clock()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from engine.plan.windows import Plan
 from engine.seeds import VALIDATION_STREAM, mix, seed_everything
 from engine.settings import Settings
 from engine.signals import Signals
-from engine.task import Task
+from engine.task import Logged, Task
+from engine.training.merged_metrics import MergedMetrics
+from engine.update.means import MeanSums
 from engine.update.precision import autocast
 from strategies import MicroBatch, Strategy
 
@@ -30,6 +32,8 @@ class Validation:
 
     def __init__(self, data: Any, task: Task, strategy: Strategy, settings: Settings) -> None:
         self._task, self._strategy = task, strategy
+        self._metrics = MergedMetrics(task.validation_metrics, strategy)
+        self._logged: list[Logged] = []
         self._seed = settings.seed
         self._evaluate = autocast(task.evaluate, settings.precision, strategy.device.type)
         self._stream: Iterable[Any] | None = None
@@ -44,59 +48,67 @@ class Validation:
         self._source = MapSource(data, sequential(samples), plan, settings.micro_batch_size, task, strategy, 0, options)
 
     def run(self, model: nn.Module, signals: Signals | None = None) -> dict[str, float] | None:
-        """Return each metric's mean over all processes; `model` is the unwrapped one: its forward has no collective.
+        """Return each metric over all processes; `model` is the unwrapped one: its forward has no collective.
 
-        A metric's mean is (sum of its sums) / (sum of its weights); NaN if the weights sum to 0. Returns None on
-        all processes if one of them was interrupted.
+        A mean is (sum of its sums) / (sum of its weights); NaN if the weights sum to 0. Returns None on all processes
+        if one of them was interrupted.
         """
-        signals = signals or Signals()
+        signals, task = signals or Signals(), self._task
         self._strategy.synchronize_buffers(model)
         seed_everything(mix(self._seed, VALIDATION_STREAM))
-        totals: dict[str, Tensor] = {}
+        self._means, self._count = MeanSums(self._strategy.device), 0
+        self._metrics.reset()
         modes = {module: module.training for module in model.modules()}
         model.eval()
+        logged_before, task._log_entries = task._log_entries, self._logged
         with torch.no_grad(), self._strategy.evaluation_context(model):
             for micro in self._micros():
                 if signals.stop_requested and self._strategy.evaluates_alone:
                     break
-                for name, metric in self._strategy.evaluate(self._evaluate, model, micro.batch).items():
-                    pair = self._pair(name, metric, micro)
-                    totals[name] = totals[name] + pair if name in totals else pair
+                self._micro = micro
+                self._strategy.evaluate(self._measure, model, micro.batch)
+        task._log_entries = logged_before
         for module, was_training in modes.items():
             module.training = was_training
-        totals_here = None if signals.stop_requested else {name: pair.tolist() for name, pair in totals.items()}
-        everyone = self._strategy.gather(totals_here)
+        local = (self._count, self._means.read(), self._metrics.state(self._count))
+        everyone = self._strategy.gather(None if signals.stop_requested else local)
         if None in everyone:
             return None
-        names = dict.fromkeys(name for row in everyone for name in row)
-        if not names:
+        if not any(count for count, _, _ in everyone):
             raise UserError(
                 "validation_data() has no micro-batch, on any process. "
                 "Is it a generator, which can be read only once? Return an object whose __iter__ starts again."
             )
         means = {}
-        for name in names:
+        for name in dict.fromkeys(name for _, pairs, _ in everyone for name in pairs):
             total, weight = (
-                sum(column) for column in zip(*(row[name] for row in everyone if name in row), strict=True)
+                sum(column) for column in zip(*(pairs[name] for _, pairs, _ in everyone if name in pairs), strict=True)
             )
             means[name] = total / weight if weight else float("nan")
-        return means
+        numbers = self._metrics.compute([state for _, _, state in everyone])
+        if not (means or numbers) or means.keys() & numbers.keys():
+            named = f"evaluate() gave {[*means]}, validation_metrics {[*numbers]}"
+            raise UserError(f"{named}: expected at least one metric, each of another name. Use self.log(name, value).")
+        return {**means, **numbers}
 
-    def _pair(self, name: str, metric: object, micro: MicroBatch) -> Tensor:
-        """Return (sum, weight) in float64 on the device: no host-device sync before the end."""
-        if isinstance(metric, Tensor) and metric.ndim == 0:
-            if micro.size_problem:
-                raise UserError(micro.size_problem)
-            return torch.stack([metric.double() * micro.size, metric.new_full((), micro.size, dtype=torch.float64)])
-        if isinstance(metric, Loss):
-            return torch.stack([self._on_device(value) for value in metric])
-        raise UserError(f"evaluate() returned {metric!r} for {name!r}: expected a 0-dim tensor, or Loss(sum, weight).")
-
-    def _on_device(self, value: float | Tensor) -> Tensor:
-        """Return `value` in float64 on the device, without the host-device sync of `torch.tensor`."""
-        if isinstance(value, Tensor):
-            return value.to(self._strategy.device, torch.float64, non_blocking=value.is_cpu)
-        return torch.full((), float(value), dtype=torch.float64, device=self._strategy.device)
+    def _measure(self, model: nn.Module, batch: Any) -> Mapping[str, Any]:
+        """Add up what `evaluate` returns and logs; a pipeline comes to the end of this on its last process only."""
+        self._logged.clear()
+        returned = self._evaluate(model, batch) or {}
+        if twice := [name for name, _, _ in self._logged if name in returned]:
+            raise UserError(f"evaluate() has both returned and logged {twice[0]!r}. Do one of them.")
+        for name, metric in returned.items():
+            if isinstance(metric, Loss):
+                self._means.add(name, *metric)
+            elif isinstance(metric, Tensor) and metric.ndim == 0:
+                self._logged.append((name, metric, None))
+            else:
+                raise UserError(
+                    f"evaluate() returned {metric!r} for {name!r}: expected a 0-dim tensor, or Loss(sum, weight)."
+                )
+        self._means.log(self._logged, self._micro)
+        self._count += 1
+        return {}
 
     def _micros(self) -> Iterator[MicroBatch]:
         if self._stream is None:

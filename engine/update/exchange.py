@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable, Mapping, Sequence
 
 from engine.data.window import Window
-from engine.errors import ProcessFailureError, ReplicaError, describe
+from engine.errors import ProcessFailureError, ReplicaError, UserError, describe
+from engine.loggers.grouped import GROUPED
 from engine.signals import Interrupted, Signals
 from engine.update.loss_sum import LossSum
-from engine.update.message import CAUSES, Agreed, Message, Requests, agree, check_norms
+from engine.update.means import MeanSums, Pair
+from engine.update.message import CAUSES, HEADER, Agreed, Message, Requests, agree, check_norms, total
 from strategies import PendingRows, Strategy
 
 ACTIVITY_TOPIC, FAILURE_TOPIC = "activity", "failure"
+RESERVED = {"update", *GROUPED}
+"""Names that every record has."""
 
 
 class Exchange:
@@ -25,16 +30,24 @@ class Exchange:
     def __init__(self, strategy: Strategy, signals: Signals) -> None:
         self._strategy, self._signals = strategy, signals
         self.is_alone = strategy.processes == 1
-        strategy.message_length = len(Message._fields)
+        self.means = MeanSums(strategy.device)
+        """What was logged in the current window."""
+        self.names: list[str] = []
+        """The names that the processes have agreed on: each message has their sums and weights."""
+        self.metrics: dict[str, float] = {}
+        """The means of the window, over all processes, once it is received."""
+        self.agree_on(())
         self.grad_norm = math.nan
         """The gradient norm of the last update: replicas compare it in the next message."""
         self._rows: list[list[float]] = []
+        self._pairs: dict[str, Pair] = {}
         self._pending: PendingRows | None = None
         self._seconds = 0.0
 
     def begin(self, window: Window, losses: LossSum, requests: Requests) -> None:
         """Begin a window; a process without a micro-batch sends its message at once."""
         self._window, self._losses, self._requests = window, losses, requests
+        self.means.by_name, self._pairs, self.metrics = {}, {}, {}
         if self.is_alone:
             return
         self._pending, self._began = None, time.perf_counter()
@@ -54,6 +67,9 @@ class Exchange:
         if self.is_alone:
             weight, loss = self._losses.read()
             requests, aborts = self._requests, self._signals.stop_requested
+            if self.means.by_name:
+                self._pairs = self.means.read()
+                self._add_up([] if self._pairs.keys() - {*self.names} else [_flat(self.names, self._pairs)])
             samples, has_more = self._losses.samples, self._window.has_more
             return Agreed(weight, loss, samples, has_more, requests.stop, requests.save, aborts)
         if self._pending is None:  # another process computes the losses
@@ -66,13 +82,31 @@ class Exchange:
             raise ProcessFailureError(
                 "; ".join(f"process {rank} failed in update {update}: {text}" for rank, text in failures)
             )
-        check_norms([row[-1] for row in self._rows], update)
+        check_norms([row[HEADER - 1] for row in self._rows], update)
+        if (self.names or agreed.has_new_names) and not agreed.abort:
+            self._add_up([] if agreed.has_new_names else [row[HEADER:] for row in self._rows])
         return agreed
+
+    def agree_on(self, names: Iterable[str]) -> None:
+        """From now on let each message have the sums of `names`, the same on all processes."""
+        self.names = [*names]
+        self._strategy.message_length = HEADER + 2 * len(self.names)
+
+    def _add_up(self, rows: list[list[float]]) -> None:
+        """Make the means of all processes' sums; without `rows`, agree on the names first, in a slow exchange."""
+        if not rows:
+            everyone = self._strategy.gather((self._losses.micro_batches, self._pairs))
+            names = dict.fromkeys([*self.names, *(name for _, pairs in everyone for name in pairs)])
+            _check_names(names, [] if self.names else [[*pairs] for micro_batches, pairs in everyone if micro_batches])
+            self.agree_on(names)
+            rows = [_flat(names, pairs) for _, pairs in everyone]
+        sums = [total(column) for column in zip(*rows, strict=True)]
+        self.metrics = {name: s / w for name, s, w in zip(self.names, sums[::2], sums[1::2], strict=True) if w}
 
     @property
     def local_seconds(self) -> list[float]:
         """Seconds that each process has spent by itself in windows so far, by rank; empty for a single process."""
-        return [Message(*row).local_seconds for row in self._rows]
+        return [Message(*row[:HEADER]).local_seconds for row in self._rows]
 
     def check_replicas(self, update: int) -> None:
         """Compare the parameters of all processes, to the bit. Raises ReplicaError on all of them.
@@ -101,27 +135,37 @@ class Exchange:
             return
         if not (self.is_alone or self._pending is not None or self._strategy.has_lost_contact(error)):
             message = Message(failed=1.0, local_seconds=self._seconds, grad_norm_before=self.grad_norm)
-            self._pending = self._strategy.exchange(message)
+            self._pending = self._strategy.exchange([*message, *_flat(self.names, {})])
             self._strategy.join(self._window)
             self._strategy.gather(describe(error))
         raise error
 
-    def _message(self) -> Message:
+    def _message(self) -> Sequence[float]:
         """Read the sums on the device: the one host-device sync of a window."""
         weight, loss = self._losses.read()
+        if self.means.by_name:
+            self._pairs = self.means.read()
         self._seconds += time.perf_counter() - self._began
-        requests, stop_requested = self._requests, self._signals.stop_requested
-        return Message(
-            weight,
-            loss,
-            self._losses.samples,
-            self._window.has_more,
-            requests.stop,
-            requests.save,
-            stop_requested,
-            0.0,
-            self._seconds,
-            self.grad_norm,
+        requests, stop_requested, has_more = self._requests, self._signals.stop_requested, self._window.has_more
+        counts, wishes = (weight, loss, self._losses.samples, has_more), (requests.stop, requests.save, stop_requested)
+        has_new_names = bool(self._pairs) and not self._pairs.keys() <= {*self.names}
+        header = Message(*counts, *wishes, 0.0, has_new_names, self._seconds, self.grad_norm)
+        return [*header, *_flat(self.names, self._pairs)] if self.names else header
+
+
+def _flat(names: Iterable[str], pairs: Mapping[str, Pair]) -> list[float]:
+    return [number for name in names for number in pairs.get(name, (0.0, 0.0))]
+
+
+def _check_names(names: Iterable[str], everyone: list[list[str]]) -> None:
+    """Raise UserError for names that records have already, and if `everyone` has logged other names than the first."""
+    if taken := [name for name in names if name in RESERVED or name.startswith(("validation/", "lr/"))]:
+        raise UserError(f"self.log({taken[0]!r}, ...): every record has a field of that name. Use another name.")
+    if any({*logged} != {*everyone[0]} for logged in everyone):
+        listed = "; ".join(", ".join(map(repr, logged)) or "nothing" for logged in everyone)
+        raise UserError(
+            f"the processes have logged different names in their first window: {listed}. Log the same on all, with "
+            "weight=0 where there is nothing to count."
         )
 
 

@@ -26,7 +26,7 @@ class LossSum:
     def __init__(self, scale: float, is_recorded: bool) -> None:
         self.micro_batches = self.samples = 0
         """Micro-batches, and their samples, whose loss has been added."""
-        self._scale, self._is_recorded = scale, is_recorded
+        self._scale, self.is_recorded = scale, is_recorded
         self._weight = 0.0
         self._device_weight: Tensor | None = None
         self._least_weight: Tensor | None = None
@@ -56,7 +56,7 @@ class LossSum:
             raise UserError(_loss_message(value))
         self.samples += micro.size
         self.micro_batches += 1
-        if self._is_recorded:
+        if self.is_recorded:
             self._add_loss(value.detach(), share)
         return value, share * self._scale
 

@@ -7,7 +7,8 @@ agreed on, may follow it, and maxima may follow these. gloo aborts if processes 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from engine.errors import ReplicaError
@@ -19,7 +20,7 @@ CAUSES = (
 
 
 class Message(NamedTuple):
-    """One process's part in a window: one message of ten doubles per update."""
+    """One process's part in a window: the header of its message, eleven doubles per update."""
 
     weight: float = 0.0
     loss: float = 0.0
@@ -34,10 +35,15 @@ class Message(NamedTuple):
     abort: float = 0.0
     """Whether it was interrupted: this update is not made."""
     failed: float = 0.0
+    has_new_names: float = 0.0
+    """Whether it has logged a name that the processes have not agreed on."""
     local_seconds: float = 0.0
     """Seconds spent in windows so far, up to this message: nothing in them waits for another process."""
     grad_norm_before: float = math.nan
     """The gradient norm of the update before."""
+
+
+HEADER = len(Message._fields)
 
 
 class Agreed(NamedTuple):
@@ -51,6 +57,7 @@ class Agreed(NamedTuple):
     save: float
     abort: float
     failed: float = 0.0
+    has_new_names: float = 0.0
 
 
 class Outcome(NamedTuple):
@@ -66,6 +73,8 @@ class Outcome(NamedTuple):
     save: bool
     aborted: bool = False
     """A process was interrupted, and all stay at the boundary before: nothing has changed."""
+    metrics: Mapping[str, float] = MappingProxyType({})
+    """The means of what was logged."""
 
 
 class Requests(NamedTuple):

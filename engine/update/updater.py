@@ -18,6 +18,7 @@ from engine.optimizers import group_names
 from engine.seeds import ODD, SEED_BITS, forward_seed
 from engine.signals import Interrupted, Signals
 from engine.state import RunState
+from engine.task import Logged
 from engine.update.exchange import Exchange
 from engine.update.host_rng import HostRng
 from engine.update.loss_sum import LossSum
@@ -41,7 +42,9 @@ class UpdateOptions:
     precision: str | None = None
     seed: int = 0
     is_recorded: bool = True
-    """Whether anybody wants the loss and the gradient norm."""
+    """Whether anybody wants the loss, the gradient norm and what is logged."""
+    updates: int | None = None
+    """The updates of the run: the first and the last are recorded in any case; None if their number is unknown."""
 
 
 class Updater:
@@ -74,6 +77,11 @@ class Updater:
         buffers = Buffers(model)
         self.rollback = Rollback(buffers, self.host_rng) if self.host_rng or buffers.exist else None
         self.timer = timer
+        self._last = (options.updates or 0) - 1
+        self.logged: list[Logged] = []
+        """What the forward of the current micro-batch has logged."""
+        self.on_gradients: Callable[[], None] | None = None
+        """Called when the gradients are reduced, corrected and clipped, before the step."""
         self._skips_nonfinite = options.skip_nonfinite_updates or options.precision == "fp16"
         self._needs_norm = bool(self._skips_nonfinite or options.gradient_clip_norm or options.is_recorded)
         self._epoch, self._epoch_seed = -1, 0
@@ -96,7 +104,8 @@ class Updater:
 
     def begin(self, window: Window, state: RunState, requests: Requests = NO_REQUESTS) -> None:
         """Begin a window: nothing is summed yet."""
-        self.losses = LossSum(self.scale.begin(window), self.options.is_recorded)
+        is_recorded = self.options.is_recorded or state.update in (0, self._last)  # errors come early
+        self.losses = LossSum(self.scale.begin(window), is_recorded)
         if self.rollback is not None:
             self.rollback.begin(state.update)
         if state.epoch != self._epoch or self.optimizer.param_groups[-1] is not self._last_group:
@@ -122,6 +131,8 @@ class Updater:
         """Seed the forward of a micro-batch. Raises Interrupted after a signal."""
         if self.signals.stop_requested:
             raise Interrupted
+        if self.logged:  # by a forward that has ended early
+            self.logged.clear()
         if micro.is_last:
             self.timer.last_micro_batch()
         self.strategy.seed(self._epoch_seed + micro.seed_index * ODD & SEED_BITS)
@@ -129,6 +140,10 @@ class Updater:
     def after_forward(self, loss: Loss | Tensor, micro: MicroBatch) -> tuple[Tensor, float]:
         """Add a micro-batch's loss to the window's; return the tensor and the scale that backward needs."""
         scaled = self.losses.add(loss, micro)
+        if self.logged:
+            if self.losses.is_recorded:
+                self.exchange.means.log(self.logged, micro)
+            self.logged.clear()
         if micro.is_last:
             self.exchange.send()  # the message travels while the last backward runs
         return scaled
@@ -149,6 +164,8 @@ class Updater:
         elif factor != 1.0:
             self.strategy.clip(None, factor)
         self.exchange.grad_norm = norm
+        if self.on_gradients is not None:
+            self.on_gradients()
         overflowed = self._skips_nonfinite and not math.isfinite(norm)
         skipped = overflowed or agreed.weight == 0
         lr_factor = window.stage.lr_factor
@@ -168,10 +185,9 @@ class Updater:
             self.lr_scheduler.step()
         self.strategy.clear_gradients()
         self.timer.end(window, self.losses.micro_batches)
-        mean = agreed.loss / agreed.weight if self.options.is_recorded and agreed.weight else math.nan
-        return Outcome(
-            agreed.weight, mean, samples, norm, skipped, overflowed, stop=agreed.stop > 0, save=agreed.save > 0
-        )
+        mean = agreed.loss / agreed.weight if self.losses.is_recorded and agreed.weight else math.nan
+        stop, save, metrics = agreed.stop > 0, agreed.save > 0, self.exchange.metrics
+        return Outcome(agreed.weight, mean, samples, norm, skipped, overflowed, stop, save, metrics=metrics)
 
     def _undo(self) -> Outcome:
         """Return to the boundary before the window: drop its gradients, restore what forward has changed."""
@@ -182,12 +198,13 @@ class Updater:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next update needs of those before."""
-        return {**self.scale.state_dict(), "grad_norm": self.exchange.grad_norm}
+        return {**self.scale.state_dict(), "grad_norm": self.exchange.grad_norm, "logged": self.exchange.names}
 
     def load_state_dict(self, state: Mapping[str, Any], has_same_precision: bool = True) -> None:
         """Load what `state_dict` returned."""
         self.scale.load_state_dict(dict(state), has_same_precision)
         self.exchange.grad_norm = float(state["grad_norm"])
+        self.exchange.agree_on(state.get("logged", ()))
 
 
 @contextmanager

@@ -128,15 +128,27 @@ def looks(K: int, task: Any, **settings: Any) -> list[int]:
     return watch.looks[1:]  # before the first, the model is moved
 
 
+class Logging(Unseen):
+    """Logs means by weights of the host and of the device, after the first update, in which names are agreed on."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        loss = super().loss(model, batch)
+        self.log("loss_again", loss)
+        self.log("large", loss, (batch[0][:, 0] > 0).sum())
+        return loss
+
+
 def all_looks(settings: dict[str, Any]) -> Any:
-    return [[looks(K, task(128), gradient_clip_norm=1.0, **settings) for K in (1, 8)] for task in (Unseen, Sequences)]
+    tasks = (Unseen, Sequences, Logging)
+    return [[looks(K, task(128), gradient_clip_norm=1.0, **settings) for K in (1, 8)] for task in tasks]
 
 
 @pytest.mark.parametrize("settings", [{}, {"prefetch_to_device": True}])
 def test_the_host_waits_for_the_device_as_often_whatever_K_is(settings: dict[str, Any]) -> None:
-    of_samples, of_tokens = there(all_looks, settings)
+    of_samples, of_tokens, of_logging = there(all_looks, settings)
     assert of_samples == [[2] * 3] * 2  # the loss and the norm
     assert of_tokens == [[4] * 3] * 2  # the weight, and whether one was negative
+    assert of_logging == [[3] * 3] * 2  # all that is logged, at once
 
 
 class LooksOfValidations(Looks):

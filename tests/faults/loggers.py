@@ -4,6 +4,13 @@ from tests.faults.fault import Fault
 
 FAULTS = [
     Fault(
+        "begin another run of wandb at a resume",
+        "TrackerLogger.open",
+        "if resumes else {}",
+        "if False else {}",
+        "tests/output/test_loggers.py -k wandb -m slow",
+    ),
+    Fault(
         "let a logger end the run",
         "_Guarded._try",
         "except Exception as error:",

@@ -10,6 +10,7 @@ DRAWS = "tests/layout/test_layout.py::test_every_sample_and_micro_batch_of_every
 SAVEABLE = "tests/resume/test_saveable.py"
 TWO_MODELS = "tests/exact/test_two_models.py"
 WEIGHTS = "tests/exact/test_tokens.py::test_weights_are_summed_exactly"
+LOGGED = "tests/exact/test_logged_means.py"
 LATE = "tests/errors/test_bad_input.py::test_the_loss_of_every_micro_batch_is_checked"
 KILLED = "'tests/resume/test_resume.py::test_killed_twice_and_continued_is_uninterrupted_to_the_bit[3-boundary]'"
 IDENTITY, FOREIGN = "tests/resume/test_run_identity.py", "tests/resume/test_foreign_files.py"

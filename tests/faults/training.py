@@ -4,10 +4,40 @@ from tests.faults.fault import Fault
 
 FAULTS = [
     Fault(
+        "compute a metric of process 0's samples",
+        "MergedMetrics.compute",
+        "metric.merge_state(self._loaded(state[name]))",
+        "pass",
+        "tests/exact/test_merged_metrics.py -k counts_once",
+    ),
+    Fault(
+        "begin a validation with the samples of the last",
+        "MergedMetrics.reset",
+        "metric.reset()",
+        "pass",
+        "tests/exact/test_merged_metrics.py -k counts_once",
+    ),
+    Fault(
+        "let loggers come before callbacks",
+        "Session._run_window",
+        """            self._call("on_update_end")
+            self._recorder.log(state.record)""",
+        """            self._recorder.log(state.record)
+            self._call("on_update_end")""",
+        "tests/output/test_hooks.py -k order",
+    ),
+    Fault(
+        "leave the last record to listeners",
+        "Session.run",
+        "        self._record_unheard()\n",
+        "",
+        "tests/output/test_hooks.py -k without_listeners",
+    ),
+    Fault(
         "count padded validation samples twice",
         "Validation.run",
         "means[name] = total / weight if",
-        "means[name] = sum(r[name][0] / r[name][1] for r in everyone if name in r) / len(everyone) if",
+        "means[name] = sum(p[name][0] / p[name][1] for _, p, _ in everyone if name in p) / len(everyone) if",
         "tests/exact/test_loop.py::test_a_validation_mean_is_that_over_all_samples_once",
     ),
     Fault(
@@ -26,9 +56,9 @@ FAULTS = [
     ),
     Fault(
         "wait for each metric of a validation to arrive",
-        "Validation._pair",
-        "metric.new_full((), micro.size, dtype=torch.float64)",
-        "torch.full((), micro.size, dtype=torch.float64).to(metric.device)",
+        "MeanSums._wide",
+        "return float(value)",
+        "return torch.tensor(float(value), device=self._device)",
         "tests/device/test_device.py -k once_in_a_validation",
     ),
     Fault(

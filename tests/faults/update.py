@@ -1,9 +1,65 @@
 """Faults of engine/update."""
 
 from tests.faults.fault import Fault
-from tests.faults.selections import KILLED, LATE, STREAMS, TABLE, TOKENS, WEIGHTS
+from tests.faults.selections import KILLED, LATE, LOGGED, STREAMS, TABLE, TOKENS, WEIGHTS
 
 FAULTS = [
+    Fault(
+        "average the averages of what is logged",
+        "MeanSums.log",
+        "mean * count if count else 0.0, count)",
+        "mean, 1.0)",
+        f"{LOGGED}::test_means_are_exact_over_windows_and_processes",
+    ),
+    Fault(
+        "log a mean of nothing",
+        "MeanSums.log",
+        "torch.where(count > 0, mean * count, 0 * count.sqrt())",
+        "mean * count",
+        f"{LOGGED}::test_means_are_exact_over_windows_and_processes",
+    ),
+    Fault(
+        "log on into the next window",
+        "Exchange.begin",
+        "self.means.by_name, self._pairs, self.metrics = {}, {}, {}",
+        "self._pairs, self.metrics = {}, {}",
+        f"{LOGGED}::test_own_loops_log_too",
+    ),
+    Fault(
+        "log in a pipeline what its first process logs",
+        "Updater.before_forward",
+        "self.logged.clear()",
+        "self.exchange.means.log(self.logged, micro)",
+        f"{LOGGED}::test_means_are_exact_over_windows_and_processes",
+    ),
+    Fault(
+        "let each process have names of its own",
+        "engine.update.exchange:_check_names",
+        "if any({*logged} != {*everyone[0]} for logged in everyone):",
+        "if False:",
+        f"{LOGGED}::test_what_cannot_be_recorded_ends_all_processes",
+    ),
+    Fault(
+        "forget at a resume which names were agreed on",
+        "Updater.load_state_dict",
+        'self.exchange.agree_on(state.get("logged", ()))',
+        "pass",
+        f"{LOGGED}::test_a_dropped_window_is_not_counted_and_a_resumed_run_logs_on",
+    ),
+    Fault(
+        "wait for each mean that is logged",
+        "MeanSums.add",
+        "self.by_name[name] = total, weight",
+        "self.by_name[name] = float(total), float(weight)",
+        "tests/device/test_device.py -k as_often",
+    ),
+    Fault(
+        "show gradients after the step",
+        "Updater.finish",
+        "            self.on_gradients()\n",
+        "            pass\n",
+        "tests/output/test_hooks.py -k a_step_takes",
+    ),
     Fault(
         "keep a skipped update's buffers",
         "Updater.finish",

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from engine import Callback, Loss, Trainer
-from engine.loggers import CSVLogger, GroupedLogger, Start, TrackerLogger
+from engine.loggers import CSVLogger, GroupedLogger, Start, TensorBoardLogger, TrackerLogger
 from tests.kit import ROOT
 from tests.kit.processes import ChildError, run
 from tests.kit.reference import Regression, Samples, data, parameters
@@ -42,8 +44,7 @@ class Dies(Callback):
 
     def on_update_end(self, trainer: Trainer) -> None:
         if trainer.update == self.update and trainer.strategy.rank == 0:
-            for writer in (logger._logger._writer for logger in trainer._records._loggers[2:]):
-                writer.flush()
+            trainer.loggers[1].writer.flush()  # type: ignore[attr-defined]
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -177,13 +178,15 @@ def test_a_logger_whose_service_is_away_ends_nothing(at: str, tmp_path: Path, ca
 
 def test_what_is_no_logger_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for loggers, run_dir, message in (
-        ("wandb", "run", "loggers='wandb': give csv, tensorboard, or an object"),
-        ([object()], "run", "give csv, tensorboard, or an object"),
+        ("mlflow", "run", "loggers='mlflow': give csv, tensorboard, wandb, or an object"),
+        ([object()], "run", "give csv, tensorboard, wandb, or an object"),
         ("csv", None, "loggers='csv' writes into the run's folder: give a run_dir"),
         (CSVLogger(), None, "writes into the run's folder: give a run_dir"),
     ):
         with pytest.raises(ValueError, match=message):
             Trainer(max_updates=1, loggers=loggers, run_dir=run_dir)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"there is no module .no_tracker.\. Use pip install no_tracker"):
+        TrackerLogger("no_tracker")
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ValueError, match=r"pip install 'tally-engine\[tensorboard\]'"):
         Trainer(max_updates=1, loggers="tensorboard", run_dir=str(tmp_path / "run"))
@@ -193,3 +196,88 @@ def test_nothing_is_imported_that_is_not_used() -> None:
     code = "import sys, engine.cli.main; print(sorted({'tensorboard', 'wandb', 'matplotlib'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+class Pictures(Callback):
+    def __init__(self, board: TensorBoardLogger) -> None:
+        self.board = board
+
+    def on_update_end(self, trainer: Trainer) -> None:
+        if self.board.writer is not None:  # on process 0
+            self.board.writer.add_histogram("weights", parameters(trainer.model), trainer.update)
+            self.board.writer.add_image("picture", torch.zeros(3, 4, 4), trainer.update)
+
+
+def fit_pictures(folder: str) -> bool:
+    board = TensorBoardLogger()
+    Trainer(micro_batch_size=2, max_updates=2, loggers=board, callbacks=Pictures(board), run_dir=folder).fit(Tokens(8))
+    return board.writer is not None
+
+
+def test_the_writer_of_tensorboard_takes_images_and_histograms(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run(2, fit_pictures, str(tmp_path / "run")) == [True, False]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"histograms": 0, "images": 0})
+    events.Reload()
+    assert [event.step for event in events.Histograms("weights")] == [1, 2]
+    assert [event.step for event in events.Images("picture")] == [1, 2]
+
+
+def records_of_wandb(file: Path) -> list[Any]:
+    """Return what wandb has written offline: LevelDB's log of protocol buffers."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, whole, found = file.read_bytes(), 7, b"", []
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            found.append(Record.FromString(whole))
+            whole = b""
+    return found
+
+
+class Tuned(Tokens):
+    """A task with an option of its own."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__(8)
+        self.hidden = hidden
+
+
+def fit_with_wandb(folder: str, max_updates: int) -> None:
+    os.environ["WANDB_MODE"], os.environ["WANDB_SILENT"], os.environ["WANDB_DIR"] = "offline", "true", folder
+    options = {"loggers": "wandb", "run_dir": f"{folder}/run"}
+    Trainer(micro_batch_size=2, max_updates=max_updates, validate_every_n_updates=2, **options).fit(Tuned(32))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow  # seconds in which wandb starts and ends processes of its own
+@pytest.mark.timeout(420)
+def test_wandb_by_name_continues_one_run(tmp_path: Path) -> None:
+    for max_updates in (3, 5):
+        run(
+            1, fit_with_wandb, str(tmp_path), max_updates, group=False, seconds=200
+        )  # it waits for processes of its own
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["update"]: line["loss"] for line in lines if "loss" in line}
+    means = {line["update"]: line["validation/loss"] for line in lines if "validation/loss" in line}
+    ids, history = set(), {}
+    for file in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
+        records = records_of_wandb(file)
+        started = next(record.run for record in records if record.WhichOneof("record_type") == "run")
+        ids.add(started.run_id)
+        config = {item.key: json.loads(item.value_json) for item in started.config.update}
+        for record in records:
+            if record.WhichOneof("record_type") == "history":
+                row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+                history[row["_step"]] = row
+    assert len(ids) == 1
+    assert (config["micro_batch_size"], config["task.hidden"], config["total_updates"]) == (2, 32, 5)
+    assert (config["samples_per_epoch"], config["parameters"]) == (8, len(parameters(Tuned(1).model())))
+    assert {update: row["train/loss"] for update, row in history.items()} == losses
+    assert {update: row["validation/loss"] for update, row in history.items() if "validation/loss" in row} == means

@@ -1,0 +1,68 @@
+"""Weighted means of what a task logs: sums over a window or a validation, on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from numbers import Real
+
+import numpy
+import torch
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.task import Logged
+from strategies import MicroBatch
+
+Number = float | Tensor
+Pair = tuple[float, float]
+"""A sum and its weight."""
+
+
+class MeanSums:
+    """Adds up (sum, weight) by name, in float64; the host-device sync is in `read`, once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.by_name: dict[str, tuple[Number, Number]] = {}
+
+    def log(self, entries: Iterable[Logged], micro: MicroBatch) -> None:
+        """Add what was logged in a micro-batch: means over its samples, or over weights of their own.
+
+        Raises UserError for an invalid value or weight. A weight on the device that is negative or NaN makes the mean
+        NaN; weight 0 counts for nothing, whatever the value.
+        """
+        for name, value, weight in entries:
+            if not isinstance(value, Real | numpy.bool_) and not (isinstance(value, Tensor) and value.ndim == 0):
+                kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise UserError(f"self.log({name!r}, ...) was given {kind}: expected a number or a 0-dim tensor.")
+            if weight is None and micro.size_problem:
+                raise UserError(f"self.log({name!r}, ...): {micro.size_problem} Or give log() a weight.")
+            mean, count = self._wide(value), self._wide(micro.size if weight is None else weight)
+            if isinstance(count, Tensor):
+                self.add(name, torch.where(count > 0, mean * count, 0 * count.sqrt()), count)
+            elif not 0 <= count < math.inf:
+                raise UserError(f"self.log({name!r}, weight={count}): expected a finite number of at least 0.")
+            else:
+                self.add(name, mean * count if count else 0.0, count)
+
+    def add(self, name: str, total: Number, weight: Number) -> None:
+        """Add a sum and its weight."""
+        total, weight = self._wide(total), self._wide(weight)
+        if (before := self.by_name.get(name)) is not None:
+            total, weight = before[0] + total, before[1] + weight
+        self.by_name[name] = total, weight
+
+    def read(self) -> dict[str, Pair]:
+        """Return (sum, weight) by name, by one copy from the device."""
+        numbers = [number for pair in self.by_name.values() for number in pair]
+        tensors = [number for number in numbers if isinstance(number, Tensor)]
+        copied = iter(torch.stack(tensors).tolist() if tensors else ())
+        read = [next(copied) if isinstance(number, Tensor) else number for number in numbers]
+        return dict(zip(self.by_name, zip(read[::2], read[1::2], strict=True), strict=True))
+
+    def _wide(self, value: Number) -> Number:
+        """Return `value` in float64, and a tensor on the device, without a host-device sync."""
+        if isinstance(value, Tensor):
+            return value.detach().to(self._device, torch.float64, non_blocking=value.is_cpu)
+        return float(value)
