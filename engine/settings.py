@@ -259,6 +259,14 @@ class Settings:
         if self.run_dir is None and (self.save_every_n_updates is not None or self.keep_best):
             raise UserError("run_dir=None: save_every_n_updates and keep_best need a folder to save into. Give one.")
 
+    def as_json(self, strategy: Strategy, callbacks: Sequence[Callback]) -> dict[str, Any]:
+        """Return the recorded settings as JSON values, with strategy and callbacks by class."""
+        stated = {name: getattr(self, name) for name, option in OPTIONS.items() if option.is_recorded}
+        stated["strategy"] = class_path(strategy)
+        stated["callbacks"] = [class_path(callback) for callback in callbacks]
+        stated["strategy_options"] = {name: value for name, value in vars(strategy).items() if not name.startswith("_")}
+        return stated
+
 
 OPTIONS: dict[str, Option] = {field.name: field.metadata["option"] for field in fields(Settings)}
 """Every setting by name, in the order of the signature."""

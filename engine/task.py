@@ -23,6 +23,10 @@ class Batching:
         """Make one micro-batch of a list of samples: here torch's `default_collate`."""
         return default_collate(samples)
 
+    def collate_validation(self, samples: list[Any]) -> Any:
+        """Make one micro-batch to validate, test or predict on: here as `collate` does."""
+        return self.collate(samples)
+
     def order(self, epoch: int) -> Sequence[int] | None:
         """Return the order of a training epoch as indices into the dataset, or None for the trainer's.
 
@@ -87,9 +91,20 @@ class Task(Batching, ABC):
         """Return data of the same kinds to evaluate on, or None."""
         return None
 
+    def test_data(self) -> Dataset[Any] | Iterable[Any] | None:
+        """Return data of the same kinds for `Trainer.test`, or None."""
+        return None
+
     def evaluate(self, model: nn.Module, batch: Any) -> Mapping[str, Loss | Tensor]:
         """Return the metrics of one micro-batch, to be averaged by weight over all of them and all processes."""
         return {"loss": self.loss(model, batch)}
+
+    def predict(self, model: nn.Module, batch: Any) -> Any:
+        """Return one row for each sample of a micro-batch: a tensor, a list, or a dictionary of them.
+
+        By default the model's output for the batch, or for the first part of one that is a list or tuple.
+        """
+        return model(batch[0] if isinstance(batch, list | tuple) else batch)
 
 
 def tensors(item: Any) -> Iterator[tuple[int, Tensor]]:

@@ -250,6 +250,16 @@ class Checkpointer:
             self._has_failed()
             self._raise_together(self._writer.error if self._writer else None)
 
+    def write_results(self, summary: Mapping[str, Any]) -> None:
+        """Write summary and final weights, after `finish`. Raises StorageError."""
+        strategy = self._strategy
+        parts = strategy.state_dict() if strategy.rank == 0 or not strategy.holds_all else {}
+        if self.run_folder is not None:
+            with writing(f"run_dir={self._settings.run_dir!r}"):
+                self.run_folder.write("summary.json", {**summary, **self.costs})
+                self.run_folder.save_weights(parts["model"])
+        self.log_event("end")
+
     def _has_failed(self) -> bool:
         """Wait for the last save, and return whether it failed, on all processes."""
         started = time.perf_counter()

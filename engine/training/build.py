@@ -160,10 +160,30 @@ def _source(task: Task, settings: Settings, strategy: Strategy, layout: Layout) 
     )
 
 
-def make_validation(task: Task, settings: Settings, strategy: Strategy) -> Validation | None:
-    """Return the validation of `task`; None if it has no validation data."""
-    data = task.validation_data()
-    return None if data is None else Validation(data, task, strategy, settings)
+def make_validation(
+    task: Task, settings: Settings, strategy: Strategy, source: str = "validation_data"
+) -> Validation | None:
+    """Return the validation of `task` on what its method `source` returns; None for None."""
+    data = getattr(task, source)()
+    limit = settings.max_validation_samples if source == "validation_data" else None
+    return None if data is None else Validation(data, task, strategy, settings, limit)
+
+
+def means(task: Task, source: str, model: nn.Module, strategy: Strategy, settings: Settings) -> dict[str, float]:
+    """Return the means of `task.evaluate` over what its method `source` returns. Raises UserError for None."""
+    validation = make_validation(task, settings, strategy, source)
+    if validation is None:
+        raise UserError(f"{type(task).__name__}.{source}() returned None. Return data to evaluate on.")
+    return validation.run(model) or {}
+
+
+def check_class(task: Task, trained: type[Task]) -> None:
+    """Raise UserError for a task of another class than the one `trained`."""
+    if not (isinstance(task, trained) or issubclass(trained, type(task))):
+        raise UserError(
+            f"task={type(task).__name__}: this trainer has trained {trained.__name__}. Give a task of that class, or "
+            "use another Trainer."
+        )
 
 
 def make_model(task: Task, seed: int) -> nn.Module:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,22 +28,23 @@ from strategies import MicroBatch, Strategy
 
 
 class Validation:
-    """Evaluates a task on its validation data, the first `max_validation_samples` of it (map-style data only)."""
+    """Evaluates a task on data, on the first `limit` samples of it if it is map-style."""
 
-    def __init__(self, data: Any, task: Task, strategy: Strategy, settings: Settings) -> None:
+    def __init__(self, data: Any, task: Task, strategy: Strategy, settings: Settings, limit: int | None = None) -> None:
         self._task, self._strategy = task, strategy
-        self._seed = settings.seed
-        self._evaluate = autocast(task.evaluate, settings.precision, strategy.device.type)
+        self._seed, self._precision = settings.seed, settings.precision
         self._stream: Iterable[Any] | None = None
+        self.samples: int | None = None
+        """The samples of map-style data."""
         if not is_map_style(data):
             check_stream(data, strategy)
             self._stream = data
             return
-        limit = settings.max_validation_samples
-        samples = len(data) if limit is None else min(len(data), limit)
+        self.samples = samples = len(data) if limit is None else min(len(data), limit)
         plan = Plan(samples, Schedule((Stage(0, 1, max(samples, 1)),)))
         options = LoaderOptions(settings.num_workers, settings.pin_memory, settings.persistent_workers)
-        self._source = MapSource(data, sequential(samples), plan, settings.micro_batch_size, task, strategy, 0, options)
+        N, order = settings.micro_batch_size, sequential(samples)
+        self._source = MapSource(data, order, plan, N, task, strategy, 0, options, collate="collate_validation")
 
     def run(self, model: nn.Module, signals: Signals | None = None) -> dict[str, float] | None:
         """Return each metric's mean over all processes; `model` is the unwrapped one: its forward has no collective.
@@ -50,20 +53,14 @@ class Validation:
         all processes if one of them was interrupted.
         """
         signals = signals or Signals()
-        self._strategy.synchronize_buffers(model)
-        seed_everything(mix(self._seed, VALIDATION_STREAM))
         totals: dict[str, Tensor] = {}
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        with torch.no_grad(), self._strategy.evaluation_context(model):
+        with self._evaluating(model, self._task.evaluate) as evaluate:
             for micro in self._micros():
                 if signals.stop_requested and self._strategy.evaluates_alone:
                     break
-                for name, metric in self._strategy.evaluate(self._evaluate, model, micro.batch).items():
+                for name, metric in evaluate(micro.batch).items():
                     pair = self._pair(name, metric, micro)
                     totals[name] = totals[name] + pair if name in totals else pair
-        for module, was_training in modes.items():
-            module.training = was_training
         totals_here = None if signals.stop_requested else {name: pair.tolist() for name, pair in totals.items()}
         everyone = self._strategy.gather(totals_here)
         if None in everyone:
@@ -71,7 +68,7 @@ class Validation:
         names = dict.fromkeys(name for row in everyone for name in row)
         if not names:
             raise UserError(
-                "validation_data() has no micro-batch, on any process. "
+                "validation_data() or test_data() has no micro-batch, on any process. "
                 "Is it a generator, which can be read only once? Return an object whose __iter__ starts again."
             )
         means = {}
@@ -81,6 +78,21 @@ class Validation:
             )
             means[name] = total / weight if weight else float("nan")
         return means
+
+    @contextmanager
+    def _evaluating(
+        self, model: nn.Module, compute: Callable[[nn.Module, Any], Any]
+    ) -> Iterator[Callable[[Any], Mapping[str, Any]]]:
+        """Yield a function of a batch: `compute` with the model in eval mode, {} if another process has the result."""
+        strategy = self._strategy
+        strategy.synchronize_buffers(model)
+        seed_everything(mix(self._seed, VALIDATION_STREAM))
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        with torch.no_grad(), strategy.evaluation_context(model):
+            yield partial(strategy.evaluate, autocast(compute, self._precision, strategy.device.type), model)
+        for module, was_training in modes.items():
+            module.training = was_training
 
     def _pair(self, name: str, metric: object, micro: MicroBatch) -> Tensor:
         """Return (sum, weight) in float64 on the device: no host-device sync before the end."""
