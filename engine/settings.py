@@ -211,6 +211,9 @@ class Settings:
     weights: str | None = option(
         None, "A .safetensors file of pretrained weights for a new run.", KEEPING, check=or_none(_weights)
     )
+    save_frozen: bool = option(
+        True, "Save frozen parameters too; False leaves them out, and notes their digests instead.", KEEPING
+    )
     save_every_n_updates: int | None = option(None, "Save a checkpoint after each n-th update.", KEEPING)
     save_every_n_minutes: float | None = option(
         10.0, "Save a checkpoint when the last one is so old; None: not by time.", KEEPING

@@ -71,6 +71,9 @@ class Strategy(ABC):
     message_length = 0
     """The numbers in each message of an engine by `exchange`; the engine sets it."""
 
+    left_out: Mapping[str, Any] = {}
+    """Names of parameters that `state_dict` leaves out; the engine sets it."""
+
     _model: nn.Module
     _parameters: list[nn.Parameter]
     _has_model = False
@@ -133,7 +136,7 @@ class Strategy(ABC):
 
     def teardown(self) -> None:
         """Undo `setup`: destroy the groups that it made, leave those that existed before, and let go of the model."""
-        self._has_model = False
+        self._has_model, self.left_out = False, {}
 
     # The model
 
@@ -296,7 +299,8 @@ class Strategy(ABC):
         """
         from torch.distributed.checkpoint import state_dict as dcp
 
-        state: dict[str, Any] = {"model": dcp.get_model_state_dict(self._user_module)}
+        tensors = dcp.get_model_state_dict(self._user_module)
+        state: dict[str, Any] = {"model": {n: value for n, value in tensors.items() if n not in self.left_out}}
         if optimizer is not None:
             state["optimizer"] = named_state(self._user_module, optimizer)
         copied: dict[str, Any] = tree_map_only(Tensor, self._copied, state)

@@ -63,6 +63,8 @@ class Checkpointer:
     ) -> None:
         """Make or take over the folder, on process 0. Raises RunDirTakenError or OSError on all processes."""
         self._state, self._parts = state, parts
+        if parts.base is not None:
+            parts.base.begin()
         if self._folder is None:
             return
         problem: Exception | None = None
@@ -256,6 +258,7 @@ class Checkpointer:
         parts = strategy.state_dict() if strategy.rank == 0 or not strategy.holds_all else {}
         if self.run_folder is not None:
             with writing(f"run_dir={self._settings.run_dir!r}"):
+                self.run_folder.left_out = strategy.left_out
                 self.run_folder.write("summary.json", {**summary, **self.costs})
                 self.run_folder.save_weights(parts["model"])
         self.log_event("end")

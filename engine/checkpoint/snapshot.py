@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from engine.callbacks.accumulation import Scheduling
 from engine.callbacks.base import Callback
 from engine.checkpoint import tree
+from engine.checkpoint.base import Base, with_base
 from engine.checkpoint.buffers import UnsavedBuffers, take_shapes
 from engine.checkpoint.find import Checkpoint
 from engine.checkpoint.saveable import check_saveable
 from engine.errors import CheckpointError, UserError
 from engine.plan.schedule import Schedule, solve
 from engine.plan.windows import Plan
+from engine.records.run_folder import LEFT_OUT
 from engine.settings import OPTIONS, Settings, class_path
 from engine.state import RunState
 from engine.update.updater import Updater
@@ -47,6 +50,8 @@ class RunParts:
     updater: Updater
     callbacks: Sequence[Callback]
     identity: Mapping[str, str]
+    base: Base | None = None
+    """The frozen parameters that are left out of what is saved, if they are."""
 
 
 def window_identity(settings: Settings, scheduling: Scheduling) -> dict[str, str]:
@@ -84,6 +89,8 @@ def saved_schedule(checkpoint: Checkpoint, N: int, strategy: Strategy) -> Schedu
 def snapshot(state: RunState, parts: RunParts) -> tuple[Mapping[str, Any], dict[str, Any]]:
     """Return (model, state by topic), copied. All processes call it; process 0 has the whole."""
     strategy, host_rng, buffers = parts.strategy, parts.updater.host_rng, parts.unsaved_buffers.changed()
+    left_out = None if parts.base is None else parts.base.digests()
+    strategy.left_out = left_out or {}
     whole: dict[str, Any] = {"model": {}, "optimizer": {}}
     if strategy.rank == 0 or not strategy.holds_all:
         whole = strategy.state_dict(parts.optimizer)
@@ -94,6 +101,7 @@ def snapshot(state: RunState, parts: RunParts) -> tuple[Mapping[str, Any], dict[
         "positions": None if state.position is None else strategy.gather(state.position),
         "host_rng": strategy.gather(None if host_rng is None else host_rng.state()),
         "buffers": buffers,
+        "left_out": left_out,
     }
     return whole["model"], {"optimizer": whole["optimizer"], **tree.copied(rest)}
 
@@ -196,21 +204,24 @@ def check_model_state(current: Mapping[str, Any], saved: Mapping[str, Any], sour
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load pretrained weights, a safetensors file under the model's own names. Raises CheckpointError."""
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
     try:
-        weights = load_file(path)
+        with safe_open(path, "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+            left_out = dict(json.loads((file.metadata() or {}).get(LEFT_OUT, "{}")))
     except Exception as error:
         raise CheckpointError(f"weights={str(path)!r} cannot be read: {error}. Give a .safetensors file.") from error
     if broken := next(
         (name for name, value in weights.items() if value.is_floating_point() and value.float().isnan().any()), None
     ):
         raise CheckpointError(f"weights={str(path)!r}: expected numbers, found NaN in {broken}. Use another file.")
-    load_model(model, weights, path)
+    load_model(model, with_base(model, weights, left_out, path), path)
 
 
 def load_checkpoint(model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
     """Give a model on `device` the state that a checkpoint has of it. Raises CheckpointError."""
+    checkpoint.complete(model)
     take_shapes(model, checkpoint.model, device)
     load_model(model, checkpoint.model, checkpoint.path)
     UnsavedBuffers(model).load(checkpoint["buffers"], device)

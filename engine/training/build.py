@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from engine.callbacks.accumulation import Scheduling
 from engine.callbacks.base import Callback
+from engine.checkpoint.base import Base
 from engine.checkpoint.buffers import UnsavedBuffers
 from engine.checkpoint.checkpointer import Checkpointer
 from engine.checkpoint.find import Checkpoint
@@ -88,8 +89,11 @@ def build(
     source = _source(task, settings, strategy, layout)
     validation = make_validation(task, settings, strategy)
     model = make_model(task, settings.seed)
-    if settings.weights is not None and checkpoint is None:
-        load_weights(model, Path(settings.weights))
+    _load_weights(model, settings, checkpoint)
+    if checkpoint is not None:
+        checkpoint.complete(model)
+    saved, left_out = ({}, None) if checkpoint is None else (checkpoint.model, checkpoint.left_out)
+    base = None if settings.save_frozen else Base(model, saved, left_out)
     if settings.compile_model:
         compile_in_place(model)
     is_recorded = bool(callbacks or settings.loggers or settings.run_dir is not None)
@@ -106,7 +110,16 @@ def build(
     updater = Updater(strategy, prepared, optimizer, lr_scheduler, options, heeded, timer)
     identity = run_identity(settings, scheduling, layout.plan, optimizer, lr_scheduler)
     parts = RunParts(
-        strategy, model, UnsavedBuffers(model), optimizer, lr_scheduler, layout.schedule, updater, callbacks, identity
+        strategy,
+        model,
+        UnsavedBuffers(model),
+        optimizer,
+        lr_scheduler,
+        layout.schedule,
+        updater,
+        callbacks,
+        identity,
+        base,
     )
     return Run(layout, parts, source, autocast(task.loss, settings.precision, strategy.device.type), validation)
 
@@ -207,12 +220,17 @@ def first_model(task: Task, settings: Settings, strategy: Strategy, callbacks: S
         )
     seed_everything(settings.seed)
     model = task.configure_model().to(strategy.device)
+    _load_weights(model, settings, checkpoint)
     if checkpoint is not None:
         load_checkpoint(model, checkpoint, strategy.device)
         restore_callbacks(callbacks, checkpoint["callbacks"])
-    elif settings.weights is not None:
-        load_weights(model, Path(settings.weights))
     return model
+
+
+def _load_weights(model: nn.Module, settings: Settings, checkpoint: Checkpoint | None) -> None:
+    """Load `weights`, if a checkpoint does not have the whole model."""
+    if settings.weights is not None and (checkpoint is None or checkpoint.left_out):
+        load_weights(model, Path(settings.weights))
 
 
 def make_optimizer(task: Task, model: nn.Module) -> tuple[Optimizer, LRScheduler | None]:
