@@ -22,7 +22,7 @@ from engine.checkpoint.buffers import UnsavedBuffers, take_shapes
 from engine.checkpoint.find import Checkpoint
 from engine.checkpoint.saveable import check_saveable
 from engine.errors import CheckpointError, UserError
-from engine.plan.schedule import Schedule, solve
+from engine.plan.schedule import Schedule, differences, solve
 from engine.plan.windows import Plan
 from engine.records.run_folder import LEFT_OUT
 from engine.settings import OPTIONS, Settings, class_path
@@ -31,9 +31,6 @@ from engine.update.updater import Updater
 from strategies import Strategy, user_name
 
 log = logging.getLogger("tally")
-
-ASKED = {"accumulate_grad_batches", "effective_batch_size", "scheduling"}
-"""The settings that ask for effective batches; K follows from these on any number of processes."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +108,7 @@ def _local_state(state: RunState, parts: RunParts) -> dict[str, Any]:
     return {
         "run": state.state_dict(),
         "frozen": [user_name(name) for name, p in parts.model.named_parameters() if not p.requires_grad],
-        "schedule": {
-            "unit": parts.schedule.unit,
-            "effective_batches": _effective_batches(parts.schedule),
-        },
+        "schedule": parts.schedule.state_dict(),
         "identity": dict(parts.identity),
         "updater": parts.updater.state_dict(),
         "lr_scheduler": None if parts.lr_scheduler is None else parts.lr_scheduler.state_dict(),
@@ -149,7 +143,7 @@ def restore(checkpoint: Checkpoint, parts: RunParts, allows_changes: bool) -> Ru
     """Load a checkpoint into the parts of a run and return its state. Raises CheckpointError if it does not fit."""
     strategy, saved = parts.strategy, checkpoint["identity"]
     try:
-        _compare(_identity(parts, checkpoint), checkpoint, allows_changes)
+        _compare(parts, checkpoint, allows_changes)
         take_shapes(parts.model, checkpoint.model, strategy.device)
         check_model_state(strategy.state_dict()["model"], checkpoint.model, checkpoint.path)
         parts.unsaved_buffers.load(checkpoint["buffers"], strategy.device)
@@ -236,21 +230,9 @@ def load_model(model: nn.Module, saved: Mapping[str, Any], source: Path) -> None
     model.load_state_dict({names[name]: value for name, value in saved.items()}, strict=False)
 
 
-def _identity(parts: RunParts, checkpoint: Checkpoint) -> Mapping[str, str]:
-    """Return the identity of a run; if its effective batches are the checkpoint's, without how they were asked for."""
-    here = {"unit": parts.schedule.unit, "effective_batches": _effective_batches(parts.schedule)}
-    if here != checkpoint["schedule"]:
-        return parts.identity
-    return {name: text for name, text in parts.identity.items() if name not in ASKED}
-
-
-def _effective_batches(schedule: Schedule) -> dict[int, int]:
-    return {stage.first: stage.effective_batch for stage in schedule.stages}
-
-
-def _compare(identity: Mapping[str, str], checkpoint: Checkpoint, allows_changes: bool) -> None:
-    saved = checkpoint["identity"]
-    differing = [f"{n} was {saved.get(n)} and is {text}" for n, text in identity.items() if text != saved.get(n)]
+def _compare(parts: RunParts, checkpoint: Checkpoint, allows_changes: bool) -> None:
+    here = {"identity": parts.identity, "schedule": parts.schedule.state_dict()}
+    differing = differences(here, {name: checkpoint[name] for name in here})
     if not differing:
         return
     if not allows_changes:
