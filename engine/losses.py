@@ -16,12 +16,7 @@ from engine.loss import Loss
 
 
 def cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    *,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
+    input: Tensor, target: Tensor, weight: Tensor | None = None, *, ignore_index: int = -100, label_smoothing: float = 0
 ) -> Loss:
     """Return the cross-entropy of scores (N, C, ...), with the C classes in dim 1.
 
@@ -35,42 +30,24 @@ def cross_entropy(
     return Loss(total, _counted(target, weight, ignore_index))
 
 
-def nll_loss(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    *,
-    ignore_index: int = -100,
-) -> Loss:
+def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None = None, *, ignore_index: int = -100) -> Loss:
     """Return the negative log-likelihood of log-probabilities (N, C, ...): otherwise as `cross_entropy`."""
     total = functional.nll_loss(_wide(input), target, weight, ignore_index=ignore_index, reduction="sum")
     return Loss(total, _counted(target, weight, ignore_index))
 
 
 def binary_cross_entropy_with_logits(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    *,
-    pos_weight: Tensor | None = None,
+    input: Tensor, target: Tensor, weight: Tensor | None = None, *, pos_weight: Tensor | None = None
 ) -> Loss:
     """Return the binary cross-entropy of logits; the loss's weight is the number of elements, as in torch."""
-    return _of_elements(
-        functional.binary_cross_entropy_with_logits(_wide(input), target, weight, None, None, "none", pos_weight)
-    )
+    options: dict[str, Any] = {"weight": weight, "pos_weight": pos_weight, "reduction": "none"}
+    losses = functional.binary_cross_entropy_with_logits(_wide(input), target, **options)
+    return Loss(losses.sum(), losses.numel())
 
 
 def mse_loss(input: Tensor, target: Tensor) -> Loss:
     """Return the squared error; the loss's weight is the number of elements."""
-    return _of_elements(functional.mse_loss(_wide(input), target, reduction="none"))
-
-
-def l1_loss(input: Tensor, target: Tensor) -> Loss:
-    """Return the absolute error; the loss's weight is the number of elements."""
-    return _of_elements(functional.l1_loss(_wide(input), target, reduction="none"))
-
-
-def _of_elements(losses: Tensor) -> Loss:
+    losses = functional.mse_loss(_wide(input), target, reduction="none")
     return Loss(losses.sum(), losses.numel())
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from processes import ChildError, run
-from reference import Regression, big_batch_run, in_order
 from torch import nn
 
 from engine import Accumulator, Loss
 from strategies.registry import find
+from tests.kit.processes import ChildError, run
+from tests.kit.reference import Regression, big_batch_run, in_order
 
 SAMPLES, EPOCHS = 23, 3
 

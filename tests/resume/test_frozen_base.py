@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from processes import ChildError, run
-from reference import Regression, parameters
 from safetensors.torch import load_file
-from test_frozen import Thaws
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from engine import Callback, Trainer
 from engine.callbacks import EMA
+from tests.kit.processes import ChildError, run
+from tests.kit.reference import Regression, parameters
 
 TRAINED = {"2.weight", "2.bias", "4.weight", "4.bias"}
 
@@ -134,7 +133,12 @@ def test_a_whole_checkpoint_goes_on_without_its_base(tmp_path: Path) -> None:
     assert all("0.weight" in names for names in saved(tmp_path / "run"))
 
 
-def test_nothing_frozen_is_saved_whole(tmp_path: Path) -> None:
-    for updates in (2, None):
-        trainer("single", run_dir=str(tmp_path), max_updates=updates, callbacks=Thaws()).fit(Regression(24))
-    assert [len(names) for names in saved(tmp_path)] == [6, 6]
+class Freezes(Callback):
+    def on_epoch_start(self, trainer: Any) -> None:
+        trainer.model[0].requires_grad_(trainer.epoch == 0)
+
+
+def test_what_is_frozen_during_the_run_is_saved(tmp_path: Path) -> None:
+    for updates in (5, None):
+        trainer("single", run_dir=str(tmp_path), max_updates=updates, callbacks=Freezes()).fit(Regression(24))
+        assert [len(names) for names in saved(tmp_path)] == [6, 6]

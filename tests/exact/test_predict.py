@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from processes import ChildError, run
-from reference import Regression, Samples
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from engine import Trainer
 from engine.callbacks import EMA
+from tests.kit.processes import ChildError, run
+from tests.kit.reference import Regression, Samples
 
 SAMPLES = 11
 
