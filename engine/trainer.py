@@ -109,7 +109,7 @@ class Trainer:
                 checkpointer, self._checkpointer = self._checkpointer, None
                 self._updater = None  # hooks and workers end with the run
                 self.strategy.teardown()
-                with writing(self._files):
+                with writing(f"run_dir={self.settings.run_dir!r}"):
                     self._recorder.close()
                     if checkpointer is not None:
                         checkpointer.close()
@@ -206,20 +206,20 @@ class Trainer:
         the one trained, and for a `run_dir` without a checkpoint.
         """
         with self._evaluating("validate", task):
-            self.state.metrics = means(task, "validation_data", self.model, self.strategy, self.settings)
+            self.state.metrics = means(task, "validation_data", self.model, self.settings, self.strategy)
         return self.metrics
 
     def test(self, task: Task) -> dict[str, float]:
         """Return the means of `task.evaluate` over all of its `test_data`: otherwise as `validate`."""
         with self._evaluating("test", task):
-            return means(task, "test_data", self.model, self.strategy, self.settings)
+            return means(task, "test_data", self.model, self.settings, self.strategy)
 
     def predict(self, task: Task, data: Any, folder: str | None = None) -> Any:
         """Return what `task.predict` returns for `data`, put together, on process 0; None on the others.
 
-        The model is that of `validate`. `data` is what `Task.validation_data` may return: of a dataset each sample has
-        one row, in order, whatever P is. A `folder` gets the rows instead, in files `part-*.safetensors` whose names
-        are in order. Raises UserError for outputs that do not fit the memory, and for a folder in use.
+        The model is that of `validate`. `data` is what `Task.validation_data` may return: each sample of a dataset has
+        one row, in order, whatever P is. A `folder` gets them instead, in files `part-*.safetensors` in order. Raises
+        UserError for outputs that do not fit the memory, and for a folder in use.
         """
         with self._evaluating("predict", task):
             return Prediction(data, task, self.strategy, self.settings).run_on(self.model, folder)
@@ -227,20 +227,18 @@ class Trainer:
     @contextmanager
     def _evaluating(self, method: str, task: Task) -> Iterator[None]:
         """Set up the strategy and `model`, which is the trained one, or the one that `fit` would start from."""
-        strategy = self.strategy
         with self._alone(method):
             try:
-                strategy.setup()
-                prepare_data(task, strategy)
+                self.strategy.setup()
+                prepare_data(task, self.strategy)
                 if self._trained is None:
-                    self.model = first_model(task, self.settings, strategy, self.callbacks)
-                else:
-                    check_class(task, self._trained)
+                    self.model = first_model(task, self.settings, self.strategy, self.callbacks)
+                check_class(task, self._trained)
                 self.task = task
                 with around_validation(self):
                     yield
             finally:
-                strategy.teardown()
+                self.strategy.teardown()
 
     @contextmanager
     def _alone(self, method: str) -> Iterator[None]:
@@ -344,10 +342,6 @@ class Trainer:
         """The settings as JSON values, with strategy and callbacks by class."""
         scheduling = {"scheduling": self.scheduling.by_start, "scheduling_unit": self.scheduling.unit}
         return {**self.settings.as_json(self.strategy, self.callbacks), **scheduling}
-
-    @property
-    def _files(self) -> str:
-        return f"run_dir={self.settings.run_dir!r}"
 
     def _progress(self) -> tuple[int, int]:
         return self.update, self._updater.losses.micro_batches if self._updater is not None else 0

@@ -255,10 +255,11 @@ class Checkpointer:
     def write_results(self, summary: Mapping[str, Any]) -> None:
         """Write summary and final weights, after `finish`. Raises StorageError."""
         strategy = self._strategy
+        left_out = strategy.left_out = {} if self._parts.base is None else self._parts.base.digests()
         parts = strategy.state_dict() if strategy.rank == 0 or not strategy.holds_all else {}
         if self.run_folder is not None:
             with writing(f"run_dir={self._settings.run_dir!r}"):
-                self.run_folder.left_out = strategy.left_out
+                self.run_folder.left_out = left_out
                 self.run_folder.write("summary.json", {**summary, **self.costs})
                 self.run_folder.save_weights(parts["model"])
         self.log_event("end")

@@ -87,7 +87,7 @@ def snapshot(state: RunState, parts: RunParts) -> tuple[Mapping[str, Any], dict[
     """Return (model, state by topic), copied. All processes call it; process 0 has the whole."""
     strategy, host_rng, buffers = parts.strategy, parts.updater.host_rng, parts.unsaved_buffers.changed()
     left_out = None if parts.base is None else parts.base.digests()
-    strategy.left_out = left_out or {}
+    strategy.left_out = left_out or ()
     whole: dict[str, Any] = {"model": {}, "optimizer": {}}
     if strategy.rank == 0 or not strategy.holds_all:
         whole = strategy.state_dict(parts.optimizer)

@@ -182,7 +182,7 @@ def make_validation(
     return None if data is None else Validation(data, task, strategy, settings, limit)
 
 
-def means(task: Task, source: str, model: nn.Module, strategy: Strategy, settings: Settings) -> dict[str, float]:
+def means(task: Task, source: str, model: nn.Module, settings: Settings, strategy: Strategy) -> dict[str, float]:
     """Return the means of `task.evaluate` over what its method `source` returns. Raises UserError for None."""
     validation = make_validation(task, settings, strategy, source)
     if validation is None:
@@ -190,9 +190,9 @@ def means(task: Task, source: str, model: nn.Module, strategy: Strategy, setting
     return validation.run(model) or {}
 
 
-def check_class(task: Task, trained: type[Task]) -> None:
-    """Raise UserError for a task of another class than the one `trained`."""
-    if not (isinstance(task, trained) or issubclass(trained, type(task))):
+def check_class(task: Task, trained: type[Task] | None) -> None:
+    """Raise UserError for a task of another class than the one `trained`, if there was one."""
+    if trained is not None and not (isinstance(task, trained) or issubclass(trained, type(task))):
         raise UserError(
             f"task={type(task).__name__}: this trainer has trained {trained.__name__}. Give a task of that class, or "
             "use another Trainer."

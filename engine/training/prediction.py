@@ -80,9 +80,9 @@ class Outputs:
     def open(self) -> None:
         """Make the folder. Raises UserError for one that is in use."""
         if self._folder is not None:
-            if self._folder.exists() and not (self._folder.is_dir() and next(self._folder.iterdir(), None) is None):
-                raise UserError(f"folder={str(self._folder)!r}: expected a new or an empty folder. Use another.")
             self._folder.mkdir(parents=True, exist_ok=True)
+            if any(self._folder.iterdir()):
+                raise UserError(f"folder={str(self._folder)!r}: expected a new or an empty folder. Use another.")
 
     def add(self, parts: list[dict[str, Any]]) -> None:
         """Add the next outputs. Raises UserError if they do not fit one another, the files or the memory."""
@@ -99,47 +99,37 @@ class Outputs:
             self._done += len(next(iter(part.values())))
             self._bytes += sum(tensor.nbytes for _, tensor in tensors(part))
         self._parts += parts
-        if self._folder is None:
-            self._check_memory()
-        elif self._bytes >= PART_BYTES:
-            self._write(self._folder)
-
-    def _check_memory(self) -> None:
-        """Raise UserError if all outputs, which are put together once, would not fit."""
-        total = self._bytes if self._samples is None else self._bytes * self._samples // max(self._done, 1)
-        free = _free_memory()
-        if 2 * total - self._bytes > free:
+        needed = 2 * self._bytes * (self._samples or self._done) // max(self._done, 1) - self._bytes
+        if self._folder is None and needed > (free := _free_memory()):
             raise UserError(
-                f"the predictions for {self._samples or self._done} samples take {total / 1e9:.1f} GB, and putting "
-                f"them together as much again: expected at most the {free / 1e9:.1f} GB of free memory. Use "
-                "folder=PATH, which writes them to files."
+                f"all predictions, and a copy to put them together, need {needed / 1e9:.1f} GB more: expected at most "
+                f"the {free / 1e9:.1f} GB of free memory. Use folder=PATH, which writes them to files."
             )
+        if self._folder is not None and self._bytes >= PART_BYTES:
+            self._write(self._folder)
 
     def end(self) -> None:
         """Put all outputs together, or write the rest. Raises UserError if there are none."""
         if not self._kinds:
             raise UserError("the data to predict on has no sample: expected at least one.")
-        if self._folder is not None:
-            self._write(self._folder)
-        else:
+        if self._folder is None:
             joined = self._joined()
             self.whole = joined.get("", joined)
+        elif self._parts:
+            self._write(self._folder)
 
     def _write(self, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        if self._parts:
-            path = folder / f"part-{self._files:05d}.safetensors"
-            save_file({name or "output": rows for name, rows in self._joined().items()}, part := new_part(path))
-            part.replace(path)
-            self._files, self._bytes = self._files + 1, 0
+        path = folder / f"part-{self._files:05d}.safetensors"
+        save_file({name or "output": rows for name, rows in self._joined().items()}, part := new_part(path))
+        part.replace(path)
+        self._files, self._bytes = self._files + 1, 0
 
     def _joined(self) -> dict[str, Any]:
         columns = {name: [part[name] for part in self._parts] for name in self._kinds}
         self._parts = []
-        return {
-            name: [*chain(*rows)] if self._kinds[name] == "list" else torch.cat(rows) for name, rows in columns.items()
-        }
+        return {n: [*chain(*rows)] if self._kinds[n] == "list" else torch.cat(rows) for n, rows in columns.items()}
 
 
 def _rows(found: Any, micro: MicroBatch) -> dict[str, Any]:
@@ -148,10 +138,10 @@ def _rows(found: Any, micro: MicroBatch) -> dict[str, Any]:
     for rows in named.values():
         has_rows = isinstance(rows, list) or (isinstance(rows, Tensor) and rows.ndim > 0)
         if not has_rows or (len(rows) != micro.size and not micro.size_problem):
-            shape = f" of shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else ""
+            what = f"{type(rows).__name__} of shape {tuple(getattr(rows, 'shape', ()))}"
             raise UserError(
-                f"predict() returned a {type(rows).__name__}{shape} for {micro.size} samples: expected a row for "
-                "each, in a tensor, a list, or a dictionary of them."
+                f"predict() returned a {what} for {micro.size} samples: expected a row for each, in a tensor, a list, "
+                "or a dictionary of them."
             )
     return {name: rows.cpu() if isinstance(rows, Tensor) else rows for name, rows in named.items()}
 
