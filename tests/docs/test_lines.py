@@ -44,7 +44,7 @@ def test_the_programs_of_a_job_run(job: str, tmp_path: Path) -> None:
                 assert torch.equal(first, again), "a second start goes on where the first has ended"
     if job in SAME:
         for found in results.values():
-            torch.testing.assert_close(found, results["tally"], rtol=0, atol=1e-12)
+            torch.testing.assert_close(found, results["tally"], rtol=0, atol=1e-7)  # they divide by float32
 
 
 @pytest.mark.parametrize("job", sorted(SAME))

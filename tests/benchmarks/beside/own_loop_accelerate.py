@@ -1,4 +1,5 @@
 import json
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ for epoch in range(place["epoch"], 3):
     draw.manual_seed(epoch)
     loader.set_epoch(epoch)
     batches = iter(accelerator.skip_first_batches(loader, place["batches"]))
-    while place["update"] < 8 and (window := [text for text, _ in zip(batches, range(K), strict=False)]):
+    while place["update"] < 8 and (window := [*islice(batches, K)]):
         tokens = accelerator.gather(sum((text[:, 1:] != PADDING).sum() for text in window)).sum()
         for number, text in enumerate(window, 1):
             with accelerator.no_sync(model) if number < len(window) else torch.enable_grad():
