@@ -42,10 +42,10 @@ class Prediction(Validation):
                 if keeps:
                     outputs.add(parts)
                 micro = next(micros, None)
-                return micro and (micro.seed_index, [_rows(found, micro) for found in predict(micro.batch).values()])
+                return micro and [_rows(found, micro) for found in predict(micro.batch).values()]
 
-            while rows := [row for row in self._together(next_round) if row]:
-                parts[:] = [part for _, own in sorted(rows, key=lambda row: row[0]) for part in own]
+            while rows := [row for row in self._together(next_round) if row is not None]:
+                parts[:] = chain(*rows)  # neighbours have neighbouring ranks
         self._together(lambda: outputs.end() if keeps else None)
         return outputs.whole
 
