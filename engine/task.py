@@ -84,7 +84,8 @@ class Task(Batching, ABC):
     def loss(self, model: nn.Module, batch: Any) -> Loss | Tensor:
         """Return the loss of one micro-batch; `model` is the prepared module: call it.
 
-        A 0-dim tensor means the mean over the micro-batch's samples. Anything weighted otherwise is a `Loss`.
+        A 0-dim tensor means the mean over the micro-batch's samples. Anything weighted otherwise is a `Loss`, as
+        `engine.losses` return it.
         """
 
     def validation_data(self) -> Dataset[Any] | Iterable[Any] | None:

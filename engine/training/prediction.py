@@ -67,7 +67,7 @@ class Prediction(Validation):
 
 
 class Outputs:
-    """What process 0 keeps: all outputs for `samples` (None: unknown), or the files of a new folder."""
+    """The outputs on process 0: all of them, for `samples` (None: unknown), or the files of a new folder."""
 
     def __init__(self, folder: str | None, samples: int | None) -> None:
         self._folder, self._samples = None if folder is None else Path(folder), samples
@@ -109,7 +109,7 @@ class Outputs:
             self._write(self._folder)
 
     def end(self) -> None:
-        """Put all outputs together, or write the rest. Raises UserError if there are none."""
+        """Put all outputs together, or write the rest. Raises UserError without any."""
         if not self._kinds:
             raise UserError("the data to predict on has no sample: expected at least one.")
         if self._folder is None:

@@ -15,7 +15,7 @@ JOBS = {
     "tokens": "each token counts once, over windows and processes",
     "predict": "predictions for each sample once, in order, over all processes",
     "lora": "LoRA: only what is trained is saved, and the model's own `save_pretrained`",
-    "own_loop": "a loop of one's own that resumes in the middle of an epoch",
+    "own_loop": "your own loop, resumed in the middle of an epoch",
 }
 
 
