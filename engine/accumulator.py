@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -16,7 +16,7 @@ from engine.data.sources import make_plan, make_source
 from engine.data.window import Window
 from engine.errors import ProcessFailureError, UserError, check_count, describe
 from engine.loss import Loss
-from engine.plan.schedule import check_scheduling, make_schedule
+from engine.plan.schedule import Schedule, Unit, check_scheduling, differences, make_schedule, solve
 from engine.state import RunState
 from engine.task import Batching
 from engine.update.exchange import FAILURE_TOPIC, lost_contact
@@ -30,8 +30,10 @@ class Accumulator:
     """Cuts data into windows and makes one exact update of each, in a loop that you write.
 
     `strategy` is set up, `model` is what its `prepare` returned, and `data` is what `Task.train_data` may return. K is
-    `accumulate_grad_batches`, a number or a schedule by epoch such as `{0: 8, 4: 4}`; the other arguments are those of
-    `Trainer`, and `batching` says how samples become micro-batches. Raises UserError for an invalid argument.
+    `accumulate_grad_batches`, a number or a schedule such as `{0: 8, 4: 4}`, whose keys count epochs, or what `unit`
+    says: "epoch", "update" or "sample". `batching` says how samples become micro-batches. The other arguments are those
+    of `Trainer`. The epochs are your loop's; `max_epochs` is for `total_updates`, and windows end with `max_updates`.
+    Raises UserError for an invalid argument.
     """
 
     def __init__(
@@ -47,11 +49,18 @@ class Accumulator:
         seed: int = 0,
         shuffle: bool = True,
         batching: Batching | None = None,
+        effective_batch_size: int | None = None,
+        max_epochs: int | None = None,
+        max_updates: int | None = None,
+        unit: Unit = "epoch",
     ) -> None:
-        check_count("micro_batch_size", micro_batch_size)
-        K = accumulate_grad_batches
-        scheduling = check_scheduling(K if isinstance(K, dict) else {0: K})
-        check_windows(scheduling, strategy)
+        N, K, B = micro_batch_size, accumulate_grad_batches, effective_batch_size
+        check_count("micro_batch_size", N)
+        for name, count in (("effective_batch_size", B), ("max_epochs", max_epochs), ("max_updates", max_updates)):
+            check_count(name, 1 if count is None else count)
+        scheduling = check_scheduling(K if isinstance(K, dict) else {0: K}, unit)
+        if B is not None and K != 1:
+            raise UserError(f"accumulate_grad_batches={K} and effective_batch_size={B} both set the window length.")
         if strategy.micro_batches is not None:
             raise UserError(
                 f"strategy {strategy.name!r} runs whole windows, which a loop of your own cannot. Use Trainer."
@@ -60,16 +69,48 @@ class Accumulator:
             optimizer if lr_scheduler is None else (optimizer, lr_scheduler), model
         )
         strategy.prepare_optimizer(optimizer)
-        schedule = make_schedule(micro_batch_size, strategy.effective_batch, scheduling)
-        batching = batching or Batching()
-        plan = make_plan(data, batching, schedule, micro_batch_size, None, None)
-        each_epoch_once = plan and replace(plan, max_epochs=max(scheduling) + 1)
-        check_equal_windows(strategy, each_epoch_once, micro_batch_size, spread=False)
-        self._source = make_source(
-            data, batching, strategy, schedule, plan, micro_batch_size, seed, shuffle, LoaderOptions()
-        )
+        self._strategy, self._max_epochs, self._max_updates = strategy, max_epochs, max_updates
+        self._data, self._cut = data, (batching or Batching(), N, seed, shuffle, B)
+        self._lay_out(make_schedule(N, strategy.effective_batch, scheduling, unit, B))
+        samples = self._plan.samples if self._plan else None
+        stated = {"effective_batch_size": B, "scheduling": scheduling, "scheduling_unit": unit, "micro_batch_size": N}
+        stated |= {"seed": seed, "shuffle": shuffle, "the number of training samples": samples}
+        self._identity = {name: str(value) for name, value in stated.items()}
+        self._positions: Any = None
+        """The positions of all processes in what was loaded, until an epoch resumes from them."""
         self._updater = Updater(strategy, model, optimizer, lr_scheduler, UpdateOptions(gradient_clip_norm, seed=seed))
         self._state = RunState()
+
+    def _lay_out(self, schedule: Schedule) -> None:
+        """Cut the data by a schedule. Raises UserError for one that does not fit the strategy or the data."""
+        strategy, data, (batching, N, seed, shuffle, B) = self._strategy, self._data, self._cut
+        check_windows({stage.first: stage.accumulate_grad_batches for stage in schedule.stages}, strategy)
+        self._schedule = schedule
+        self._plan = plan = make_plan(data, batching, schedule, N, self._max_epochs, self._max_updates, B)
+        epochs = 1 + schedule.stages[-1].first // (plan.samples if plan and schedule.unit == "sample" else 1)
+        check_equal_windows(strategy, plan and replace(plan, max_epochs=epochs), N, spread=False)
+        self._source = make_source(data, batching, strategy, schedule, plan, N, seed, shuffle, LoaderOptions())
+
+    @property
+    def lr_scheduler(self) -> LRScheduler | None:
+        """The LR scheduler that moves once per update. You can set it, since it may need `total_updates`."""
+        return self._updater.lr_scheduler
+
+    @lr_scheduler.setter
+    def lr_scheduler(self, lr_scheduler: LRScheduler) -> None:
+        self._updater.lr_scheduler = check_optimizer((self._updater.optimizer, lr_scheduler), self._updater.model)[1]
+
+    @property
+    def total_updates(self) -> int | None:
+        """The exact number of updates up to `max_epochs` and `max_updates`; None if it is not known beforehand."""
+        if self._max_epochs is None:
+            return self._max_updates
+        return None if self._plan is None else self._plan.updates
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the last window, from 0: a loop that resumes begins with it."""
+        return self._state.epoch
 
     @property
     def update(self) -> int:
@@ -82,14 +123,53 @@ class Accumulator:
         return self._state.samples
 
     def windows(self, epoch: int) -> Iterator[OwnWindow]:
-        """Yield the windows of `epoch`: iterate over each, then call its `update`."""
-        state = self._state
+        """Yield the windows of `epoch`, those that are left of it after `load_state_dict`.
+
+        Iterate over each, then call its `update`. Raises UserError for another epoch than the one that was loaded.
+        """
+        state, limit = self._state, self._max_updates
+        positions, self._positions = self._positions, None
+        if positions is not None and epoch != state.epoch:
+            end = self._plan and (state.epoch, self._plan.samples)
+            if epoch < state.epoch or not all(at == end or (end is None and at["has_ended"]) for at in positions):
+                raise UserError(f"epoch={epoch}: expected the one that was loaded. Begin with epoch {state.epoch}.")
+            positions = None
         state.epoch = epoch
-        for window in self._source.windows(epoch, state.update, state.samples):
+        if limit is not None and state.update >= limit:
+            return
+        for window in self._source.windows(epoch, state.update, state.samples, positions):
             self._updater.begin(window, state)
             own = OwnWindow(self._updater, window, state)
             yield own
             own.end()
+            if state.update == limit:
+                return
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed loop needs beside `strategy.state_dict(optimizer)` and the LR scheduler's state.
+
+        Call it on all processes together, between `update` and the next window. It holds plain values.
+        """
+        state = self._state
+        return {
+            "run": state.state_dict(),
+            "positions": None if state.position is None else self._strategy.gather(state.position),
+            "updater": self._updater.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "identity": self._identity,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from what `state_dict` returned; on another P each effective batch stays, and K follows.
+
+        Raises UserError if the windows, the data or the seed are others.
+        """
+        saved, here = state["schedule"], {"identity": self._identity, "schedule": self._schedule.state_dict()}
+        if differing := differences(here, state):
+            raise UserError(f"the state is of another run: {'; '.join(differing)}. Give the same.")
+        self._lay_out(solve(saved["effective_batches"], self._cut[1], self._strategy.effective_batch, saved["unit"]))
+        self._updater.load_state_dict(state["updater"])
+        self._positions, self._state = state["positions"], RunState.of(state["run"], None)
 
 
 class OwnWindow:
@@ -162,7 +242,7 @@ class OwnWindow:
             outcome = self._updater.finish(self._window, self._state)
         except Exception as error:
             self._stop(error)
-        self._was_updated = True
+        self._was_updated, self._state.position = True, self._window.position
         self._state.count(outcome.samples, outcome.weight, outcome.skipped, outcome.overflowed)
         return outcome
 

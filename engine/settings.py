@@ -211,6 +211,9 @@ class Settings:
     weights: str | None = option(
         None, "A .safetensors file of pretrained weights for a new run.", KEEPING, check=or_none(_weights)
     )
+    save_frozen: bool = option(
+        True, "Save frozen parameters too; False leaves them out, and notes their digests instead.", KEEPING
+    )
     save_every_n_updates: int | None = option(None, "Save a checkpoint after each n-th update.", KEEPING)
     save_every_n_minutes: float | None = option(
         10.0, "Save a checkpoint when the last one is so old; None: not by time.", KEEPING
@@ -258,6 +261,14 @@ class Settings:
         check_lr_rule(self.lr_rule, self.lr_reference_batch)
         if self.run_dir is None and (self.save_every_n_updates is not None or self.keep_best):
             raise UserError("run_dir=None: save_every_n_updates and keep_best need a folder to save into. Give one.")
+
+    def as_json(self, strategy: Strategy, callbacks: Sequence[Callback]) -> dict[str, Any]:
+        """Return the recorded settings as JSON values, with strategy and callbacks by class."""
+        stated = {name: getattr(self, name) for name, option in OPTIONS.items() if option.is_recorded}
+        stated["strategy"] = class_path(strategy)
+        stated["callbacks"] = [class_path(callback) for callback in callbacks]
+        stated["strategy_options"] = {name: value for name, value in vars(strategy).items() if not name.startswith("_")}
+        return stated
 
 
 OPTIONS: dict[str, Option] = {field.name: field.metadata["option"] for field in fields(Settings)}

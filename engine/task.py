@@ -27,6 +27,10 @@ class Batching:
         """Make one micro-batch of a list of samples: here torch's `default_collate`."""
         return default_collate(samples)
 
+    def collate_validation(self, samples: list[Any]) -> Any:
+        """Make one micro-batch to validate, test or predict on: here as `collate` does."""
+        return self.collate(samples)
+
     def order(self, epoch: int) -> Sequence[int] | None:
         """Return the order of a training epoch as indices into the dataset, or None for the trainer's.
 
@@ -103,11 +107,16 @@ class Task(Batching, ABC):
     def loss(self, model: nn.Module, batch: Any) -> Loss | Tensor:
         """Return the loss of one micro-batch; `model` is the prepared module: call it.
 
-        A 0-dim tensor means the mean over the micro-batch's samples. Anything weighted otherwise is a `Loss`.
+        A 0-dim tensor means the mean over the micro-batch's samples. Anything weighted otherwise is a `Loss`, as
+        `engine.losses` return it.
         """
 
     def validation_data(self) -> Dataset[Any] | Iterable[Any] | None:
         """Return data of the same kinds to evaluate on, or None."""
+        return None
+
+    def test_data(self) -> Dataset[Any] | Iterable[Any] | None:
+        """Return data of the same kinds for `Trainer.test`, or None."""
         return None
 
     def evaluate(self, model: nn.Module, batch: Any) -> Mapping[str, Loss | Tensor] | None:
@@ -127,6 +136,13 @@ class Task(Batching, ABC):
         """
         if self._log_entries is not None:
             self._log_entries.append((name, value, weight))
+
+    def predict(self, model: nn.Module, batch: Any) -> Any:
+        """Return one row for each sample of a micro-batch: a tensor, a list, or a dictionary of them.
+
+        By default the model's output for the batch, or for the first part of one that is a list or tuple.
+        """
+        return model(batch[0] if isinstance(batch, list | tuple) else batch)
 
 
 def tensors(item: Any) -> Iterator[tuple[int, Tensor]]:

@@ -26,13 +26,14 @@ from engine.plan.windows import Plan
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunFolder
 from engine.records.summary import summarize
-from engine.settings import OPTIONS, Settings, class_path, takes
+from engine.settings import Settings, class_path, takes
 from engine.signals import Signals
 from engine.state import Control, RunState
 from engine.task import Task
-from engine.training.build import Layout, Run, build, first_model, hyperparameters, make_validation, prepare_data
+from engine.training.build import Layout, Run, build, check_class, first_model, hyperparameters, means, prepare_data
 from engine.training.compile import check_compiles
 from engine.training.heartbeat import Heartbeat
+from engine.training.prediction import Prediction
 from engine.training.session import Session
 from engine.update.exchange import FAILURE_TOPIC, lost_contact
 from engine.update.precision import numerics
@@ -92,7 +93,7 @@ class Trainer:
         trained, CheckpointError if the run cannot be resumed, RunDirTakenError for a `run_dir` in use, and StorageError
         if the run's own files could not be written.
         """
-        with numerics(self.settings.deterministic, self.settings.tf32), self._alone("fit"), ExitStack() as signals:
+        with self._alone("fit"), ExitStack() as signals:
             self.state, self._control, self._signals, self._trained = RunState(), Control(), Signals(), None
             try:
                 self.strategy.setup()
@@ -110,7 +111,7 @@ class Trainer:
                 checkpointer, self._checkpointer = self._checkpointer, None
                 self._updater = task._log_entries = None  # hooks, workers and logging end with the run
                 self.strategy.teardown()
-                with writing(self._files):
+                with writing(f"run_dir={self.settings.run_dir!r}"):
                     self._recorder.close()
                     if checkpointer is not None:
                         checkpointer.close()
@@ -177,13 +178,7 @@ class Trainer:
             return
         if self.settings.run_dir is not None:
             call(self, "on_save_weights")
-            parts = self.strategy.state_dict() if self.strategy.rank == 0 or not self.strategy.holds_all else {}
-            if self.run_folder is not None:
-                summary = summarize(self.state, self.strategy, self.reduction_cost)
-                with writing(self._files):
-                    self.run_folder.write("summary.json", {**summary, **self._checkpointer.costs})
-                    self.run_folder.save_weights(parts["model"])
-            self._checkpointer.log_event("end")
+            self._checkpointer.write_results(summarize(self.state, self.strategy, self.reduction_cost))
         call(self, "on_fit_end")
 
     def _report(self, error: BaseException) -> None:
@@ -211,38 +206,50 @@ class Trainer:
         `weights`, else a new one. Raises UserError for a task without validation data, for one of another class than
         the one trained, and for a `run_dir` without a checkpoint.
         """
-        settings, strategy = self.settings, self.strategy
-        with numerics(settings.deterministic, settings.tf32), self._alone("validate"):
+        with self._evaluating("validate", task):
+            self.state.metrics = means(task, "validation_data", self.model, self.settings, self.strategy)
+        return self.metrics
+
+    def test(self, task: Task) -> dict[str, float]:
+        """Return the means of `task.evaluate` over all of its `test_data`: otherwise as `validate`."""
+        with self._evaluating("test", task):
+            return means(task, "test_data", self.model, self.settings, self.strategy)
+
+    def predict(self, task: Task, data: Any, folder: str | None = None) -> Any:
+        """Return what `task.predict` returns for `data`, put together, on process 0; None on the others.
+
+        The model is that of `validate`. `data` is what `Task.validation_data` may return: each sample of a dataset has
+        one row, in order, whatever P is. A `folder` gets them instead, in files `part-*.safetensors` in order. Raises
+        UserError for outputs that do not fit the memory, and for a folder in use.
+        """
+        with self._evaluating("predict", task):
+            return Prediction(data, task, self.strategy, self.settings).run_on(self.model, folder)
+
+    @contextmanager
+    def _evaluating(self, method: str, task: Task) -> Iterator[None]:
+        """Set up the strategy and `model`, which is the trained one, or the one that `fit` would start from."""
+        with self._alone(method):
             try:
-                strategy.setup()
-                prepare_data(task, strategy)
+                self.strategy.setup()
+                prepare_data(task, self.strategy)
                 if self._trained is None:
-                    self.model = first_model(task, settings, strategy, self.callbacks)
-                elif not (isinstance(task, self._trained) or issubclass(self._trained, type(task))):
-                    raise UserError(
-                        f"task={type(task).__name__}: this trainer has trained {self._trained.__name__}. Give a task "
-                        "of that class, or use another Trainer."
-                    )
+                    self.model = first_model(task, self.settings, self.strategy, self.callbacks)
+                check_class(task, self._trained)
                 self.task = task
-                validation = make_validation(task, settings, strategy)
-                if validation is None:
-                    raise UserError(
-                        f"{type(task).__name__}.validation_data() returned None. Return data to validate on."
-                    )
                 with around_validation(self):
-                    self.state.metrics = validation.run(self.model) or {}
-                return self.metrics
+                    yield
             finally:
-                strategy.teardown()
+                self.strategy.teardown()
 
     @contextmanager
     def _alone(self, method: str) -> Iterator[None]:
-        """Raise UserError if this trainer is running already."""
+        """Set torch's switches. Raises UserError if this trainer is running already."""
         if self._is_running:
             raise UserError(f"{method}() was called while this trainer runs. Use another Trainer, after it.")
         self._is_running = True
         try:
-            yield
+            with numerics(self.settings.deterministic, self.settings.tf32):
+                yield
         finally:
             self._is_running = False
 
@@ -334,14 +341,8 @@ class Trainer:
     @property
     def configuration(self) -> dict[str, Any]:
         """The settings as JSON values, with strategy and callbacks by class."""
-        stated = {name: getattr(self.settings, name) for name, option in OPTIONS.items() if option.is_recorded}
-        stated["strategy"] = class_path(self.strategy)
-        stated["callbacks"] = [class_path(callback) for callback in self.callbacks]
-        stated["strategy_options"] = {
-            name: value for name, value in vars(self.strategy).items() if not name.startswith("_")
-        }
-        stated["scheduling"], stated["scheduling_unit"] = self.scheduling.by_start, self.scheduling.unit
-        return stated
+        scheduling = {"scheduling": self.scheduling.by_start, "scheduling_unit": self.scheduling.unit}
+        return {**self.settings.as_json(self.strategy, self.callbacks), **scheduling}
 
     def _progress(self) -> tuple[int, int]:
         return self.update, self._updater.losses.micro_batches if self._updater is not None else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,10 +55,8 @@ class Strategy(ABC):
 
     defers_reduction: bool = True
     """Whether gradients are reduced once per window; False: once per micro-batch."""
-
     resumes_exactly: bool = True
     """Whether a resumed run equals the uninterrupted run to the bit."""
-
     micro_batches: int | None = None
     """K, if it is fixed when the strategy is built; `run_window` then runs a window as a whole."""
 
@@ -67,9 +65,10 @@ class Strategy(ABC):
 
     evaluates_alone: bool = True
     """Whether a process can stop validating while the others continue."""
-
     message_length = 0
     """The numbers in each message of an engine by `exchange`; the engine sets it."""
+    left_out: Collection[str] = ()
+    """The parameters that `state_dict` leaves out, by name; the engine sets it."""
 
     _model: nn.Module
     _parameters: list[nn.Parameter]
@@ -133,7 +132,7 @@ class Strategy(ABC):
 
     def teardown(self) -> None:
         """Undo `setup`: destroy the groups that it made, leave those that existed before, and let go of the model."""
-        self._has_model = False
+        self._has_model, self.left_out = False, ()
 
     # The model
 
@@ -296,7 +295,8 @@ class Strategy(ABC):
         """
         from torch.distributed.checkpoint import state_dict as dcp
 
-        state: dict[str, Any] = {"model": dcp.get_model_state_dict(self._user_module)}
+        tensors = dcp.get_model_state_dict(self._user_module).items()
+        state: dict[str, Any] = {"model": {name: value for name, value in tensors if name not in self.left_out}}
         if optimizer is not None:
             state["optimizer"] = named_state(self._user_module, optimizer)
         copied: dict[str, Any] = tree_map_only(Tensor, self._copied, state)

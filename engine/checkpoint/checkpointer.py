@@ -63,6 +63,8 @@ class Checkpointer:
     ) -> None:
         """Make or take over the folder, on process 0. Raises RunDirTakenError or OSError on all processes."""
         self._state, self._parts = state, parts
+        if parts.base is not None:
+            parts.base.begin()
         if self._folder is None:
             return
         problem: Exception | None = None
@@ -249,6 +251,18 @@ class Checkpointer:
             self.save(is_last=True)
             self._has_failed()
             self._raise_together(self._writer.error if self._writer else None)
+
+    def write_results(self, summary: Mapping[str, Any]) -> None:
+        """Write summary and final weights, after `finish`. Raises StorageError."""
+        strategy = self._strategy
+        left_out = strategy.left_out = {} if self._parts.base is None else self._parts.base.digests()
+        parts = strategy.state_dict() if strategy.rank == 0 or not strategy.holds_all else {}
+        if self.run_folder is not None:
+            with writing(f"run_dir={self._settings.run_dir!r}"):
+                self.run_folder.left_out = left_out
+                self.run_folder.write("summary.json", {**summary, **self.costs})
+                self.run_folder.save_weights(parts["model"])
+        self.log_event("end")
 
     def _has_failed(self) -> bool:
         """Wait for the last save, and return whether it failed, on all processes."""

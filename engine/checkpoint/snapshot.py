@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,22 +17,21 @@ from torch.optim.lr_scheduler import LRScheduler
 from engine.callbacks.accumulation import Scheduling
 from engine.callbacks.base import Callback
 from engine.checkpoint import tree
+from engine.checkpoint.base import Base, with_base
 from engine.checkpoint.buffers import UnsavedBuffers, take_shapes
 from engine.checkpoint.find import Checkpoint
 from engine.checkpoint.saveable import check_saveable
 from engine.errors import CheckpointError, UserError
 from engine.optimizers import evaluated
-from engine.plan.schedule import Schedule, solve
+from engine.plan.schedule import Schedule, differences, solve
 from engine.plan.windows import Plan
+from engine.records.run_folder import LEFT_OUT
 from engine.settings import OPTIONS, Settings, class_path
 from engine.state import RunState
 from engine.update.updater import Updater
 from strategies import Strategy, parts_of, user_name, with_modes
 
 log = logging.getLogger("tally")
-
-ASKED = {"accumulate_grad_batches", "effective_batch_size", "scheduling"}
-"""The settings that ask for effective batches; K follows from these on any number of processes."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class RunParts:
     updater: Updater
     callbacks: Sequence[Callback]
     identity: Mapping[str, str]
+    base: Base | None = None
+    """The frozen parameters that are left out of what is saved, if they are."""
 
 
 def window_identity(settings: Settings, scheduling: Scheduling) -> dict[str, str]:
@@ -85,6 +87,8 @@ def saved_schedule(checkpoint: Checkpoint, N: int, strategy: Strategy) -> Schedu
 def snapshot(state: RunState, parts: RunParts) -> tuple[Mapping[str, Any], dict[str, Any]]:
     """Return (model, state by topic), copied. All processes call it; process 0 has the whole."""
     strategy, host_rng, buffers = parts.strategy, parts.updater.host_rng, parts.unsaved_buffers.changed()
+    left_out = None if parts.base is None else parts.base.digests()
+    strategy.left_out = left_out or ()
     whole: dict[str, Any] = {"model": {}, "optimizer": {}}
     if strategy.rank == 0 or not strategy.holds_all:
         whole = strategy.state_dict(parts.optimizer)
@@ -99,6 +103,7 @@ def snapshot(state: RunState, parts: RunParts) -> tuple[Mapping[str, Any], dict[
         "positions": None if state.position is None else strategy.gather(state.position),
         "host_rng": strategy.gather(None if host_rng is None else host_rng.state()),
         "buffers": buffers,
+        "left_out": left_out,
     }
     return whole["model"], {"optimizer": whole["optimizer"], **tree.copied(rest)}
 
@@ -108,10 +113,7 @@ def _local_state(state: RunState, parts: RunParts) -> dict[str, Any]:
     return {
         "run": state.state_dict(),
         "frozen": [user_name(name) for name, p in parts.model.named_parameters() if not p.requires_grad],
-        "schedule": {
-            "unit": parts.schedule.unit,
-            "effective_batches": _effective_batches(parts.schedule),
-        },
+        "schedule": parts.schedule.state_dict(),
         "identity": dict(parts.identity),
         "updater": parts.updater.state_dict(),
         "lr_scheduler": None if parts.lr_scheduler is None else parts.lr_scheduler.state_dict(),
@@ -146,7 +148,7 @@ def restore(checkpoint: Checkpoint, parts: RunParts, allows_changes: bool) -> Ru
     """Load a checkpoint into the parts of a run and return its state. Raises CheckpointError if it does not fit."""
     strategy, saved = parts.strategy, checkpoint["identity"]
     try:
-        _compare(_identity(parts, checkpoint), checkpoint, allows_changes)
+        _compare(parts, checkpoint, allows_changes)
         take_shapes(parts.model, checkpoint.model, strategy.device)
         check_model_state(strategy.state_dict()["model"], checkpoint.model, checkpoint.path)
         parts.unsaved_buffers.load(checkpoint["buffers"], strategy.device)
@@ -204,21 +206,24 @@ def check_model_state(current: Mapping[str, Any], saved: Mapping[str, Any], sour
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load pretrained weights, a safetensors file under the model's own names. Raises CheckpointError."""
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
     try:
-        weights = load_file(path)
+        with safe_open(path, "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+            left_out = dict(json.loads((file.metadata() or {}).get(LEFT_OUT, "{}")))
     except Exception as error:
         raise CheckpointError(f"weights={str(path)!r} cannot be read: {error}. Give a .safetensors file.") from error
     if broken := next(
         (name for name, value in weights.items() if value.is_floating_point() and value.float().isnan().any()), None
     ):
         raise CheckpointError(f"weights={str(path)!r}: expected numbers, found NaN in {broken}. Use another file.")
-    load_model(model, weights, path)
+    load_model(model, with_base(model, weights, left_out, path), path)
 
 
 def load_checkpoint(model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
     """Give a model on `device` the state that a checkpoint has of it. Raises CheckpointError."""
+    checkpoint.complete(model)
     take_shapes(model, checkpoint.model, device)
     load_model(model, checkpoint.model, checkpoint.path)
     UnsavedBuffers(model).load(checkpoint["buffers"], device)
@@ -233,21 +238,9 @@ def load_model(model: nn.Module, saved: Mapping[str, Any], source: Path) -> None
     model.load_state_dict({names[name]: value for name, value in saved.items()}, strict=False)
 
 
-def _identity(parts: RunParts, checkpoint: Checkpoint) -> Mapping[str, str]:
-    """Return the identity of a run; if its effective batches are the checkpoint's, without how they were asked for."""
-    here = {"unit": parts.schedule.unit, "effective_batches": _effective_batches(parts.schedule)}
-    if here != checkpoint["schedule"]:
-        return parts.identity
-    return {name: text for name, text in parts.identity.items() if name not in ASKED}
-
-
-def _effective_batches(schedule: Schedule) -> dict[int, int]:
-    return {stage.first: stage.effective_batch for stage in schedule.stages}
-
-
-def _compare(identity: Mapping[str, str], checkpoint: Checkpoint, allows_changes: bool) -> None:
-    saved = checkpoint["identity"]
-    differing = [f"{n} was {saved.get(n)} and is {text}" for n, text in identity.items() if text != saved.get(n)]
+def _compare(parts: RunParts, checkpoint: Checkpoint, allows_changes: bool) -> None:
+    here = {"identity": parts.identity, "schedule": parts.schedule.state_dict()}
+    differing = differences(here, {name: checkpoint[name] for name in here})
     if not differing:
         return
     if not allows_changes:

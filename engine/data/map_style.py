@@ -49,7 +49,10 @@ class LoaderOptions:
 
 
 class MapSource:
-    """The windows of a map-style dataset: a global order, cut by `plan`; this process fetches its own pieces only."""
+    """The windows of a map-style dataset: a global order, cut by `plan`; this process fetches its own pieces only.
+
+    `collate` names the method of `batching` that makes micro-batches; without one of that name its `collate` does.
+    """
 
     def __init__(
         self,
@@ -63,6 +66,7 @@ class MapSource:
         options: LoaderOptions,
         spread: bool = False,
         prefetch: Prefetch | None = None,
+        collate: str = "collate",
     ) -> None:
         self._order = order
         self._plan = plan
@@ -70,11 +74,13 @@ class MapSource:
         self._prefetch = prefetch
         self._to_device = (prefetch or strategy).to_device
         self._pieces = _PieceSampler()
-        collates = overrides(batching, "collate")
+        if not overrides(batching, collate):
+            collate = "collate"
+        collates = overrides(batching, collate)
         self._batching = batching if collates or overrides(batching, "batch_size") else None
         self._batch_size = (prefetch or batching).batch_size
         in_memory = type(data) is TensorDataset and not collates
-        fetch = TensorFetch(data) if in_memory else Fetch(data, seed, batching.collate)
+        fetch = TensorFetch(data) if in_memory else Fetch(data, seed, getattr(batching, collate))
         self._loader = options.build(fetch, self._pieces, pin=strategy.device.type == "cuda")
 
     def windows(
@@ -136,7 +142,7 @@ def _fetches(
 
 def samples_before(order: Sequence[Any]) -> Sequence[int]:
     """Return the samples before each position of an order: the position itself, unless the order holds groups."""
-    if isinstance(order[0], Sequence):
+    if len(order) and isinstance(order[0], Sequence):
         return list(accumulate(map(len, order), initial=0))
     return range(len(order) + 1)
 

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from engine.errors import UserError, check_count
 
@@ -62,6 +62,10 @@ class Schedule:
         following = self._after(place)
         return self.stages[following].first - place if following < len(self.stages) else None
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what decides the samples of each update, whatever P and K are."""
+        return {"unit": self.unit, "effective_batches": {stage.first: stage.effective_batch for stage in self.stages}}
+
     def _place(self, epoch: int, update: int, sample: int) -> int:
         return {"epoch": epoch, "update": update, "sample": sample}[self.unit]
 
@@ -89,6 +93,36 @@ def solve(
     """Return the stages of `{first: samples of a full window}`: K is that of the busiest process."""
     share = effective_batch(N, 1)
     return Schedule(tuple(Stage(first, -(-B // share), B) for first, B in effective_batches.items()), unit)
+
+
+def differences(here: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """Return how two runs differ, each with its "identity", in texts, and its "schedule".
+
+    The same effective batches are the same windows, however they were asked for. So are the same settings: K follows.
+    """
+    now, before = here["identity"], saved["identity"]
+    changed = [name for name, text in now.items() if text != before.get(name)]
+    found = [f"{name} was {before.get(name)} and is {now[name]}" for name in changed if name not in ASKED]
+    if ASKED.intersection(changed) and here["schedule"] != saved["schedule"]:
+        was, now_is = (
+            f"{', '.join(map(str, run['schedule']['effective_batches'].values()))} samples ({_asked(run['identity'])})"
+            for run in (saved, here)
+        )
+        found.append(f"an update was {was} and is {now_is}")
+    return found
+
+
+ASKED = {"accumulate_grad_batches", "effective_batch_size", "scheduling", "scheduling_unit"}
+"""The settings that ask for effective batches."""
+
+
+def _asked(identity: Mapping[str, str]) -> str:
+    """Return what set the window length, as it was given."""
+    B, scheduling = identity["effective_batch_size"], identity["scheduling"]
+    if B != "None":
+        return f"effective_batch_size={B}"
+    is_constant = "," not in scheduling
+    return f"accumulate_grad_batches={scheduling[4:-1] if is_constant else scheduling}"
 
 
 # The factor on the learning rate, from (effective batch) / (reference)

@@ -46,6 +46,8 @@ class RunFolder:
         self._events: FileIO | None = None
         self._unwritten = b""
         self._is_full = False
+        self.left_out: Mapping[str, str] = {}
+        """The digests of the frozen parameters that are left out of weights."""
         try:
             _check_is_free(self.path, takes_over)  # another run may have begun before the lock, and ended
         except BaseException:
@@ -163,6 +165,7 @@ class RunFolder:
         save_file(
             {name: tensor.contiguous() for name, tensor in state.items() if isinstance(tensor, Tensor)},
             self.path / name,
+            {LEFT_OUT: json.dumps(self.left_out)} if self.left_out else None,
         )
 
     def close(self) -> None:
@@ -180,6 +183,9 @@ class RunFolder:
 
 MARK = "a run of Tally"
 """The key of config.json that marks a folder as ours, with the ids of the run and of its newest start."""
+
+LEFT_OUT = "frozen parameters left out by Tally"
+"""The key of the metadata of weights that has their digests."""
 
 LOCK = ".lock"
 

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from engine.callbacks.accumulation import Scheduling
 from engine.callbacks.base import Callback
+from engine.checkpoint.base import Base
 from engine.checkpoint.buffers import UnsavedBuffers
 from engine.checkpoint.checkpointer import Checkpointer
 from engine.checkpoint.find import Checkpoint
@@ -88,8 +89,11 @@ def build(
     source = _source(task, settings, strategy, layout)
     validation = make_validation(task, settings, strategy)
     model = make_model(task, settings.seed)
-    if settings.weights is not None and checkpoint is None:
-        load_weights(model, Path(settings.weights))
+    _load_weights(model, settings, checkpoint)
+    if checkpoint is not None:
+        checkpoint.complete(model)
+    saved, left_out = ({}, None) if checkpoint is None else (checkpoint.model, checkpoint.left_out)
+    base = None if settings.save_frozen else Base(model, saved, left_out)
     if settings.compile_model:
         compile_in_place(model)
     is_recorded = bool(callbacks or settings.loggers or settings.run_dir is not None)
@@ -107,7 +111,16 @@ def build(
     task._log_entries = updater.logged
     identity = run_identity(settings, scheduling, layout.plan, optimizer, lr_scheduler)
     parts = RunParts(
-        strategy, model, UnsavedBuffers(model), optimizer, lr_scheduler, layout.schedule, updater, callbacks, identity
+        strategy,
+        model,
+        UnsavedBuffers(model),
+        optimizer,
+        lr_scheduler,
+        layout.schedule,
+        updater,
+        callbacks,
+        identity,
+        base,
     )
     return Run(layout, parts, source, autocast(task.loss, settings.precision, strategy.device.type), validation)
 
@@ -169,10 +182,30 @@ def _source(task: Task, settings: Settings, strategy: Strategy, layout: Layout) 
     )
 
 
-def make_validation(task: Task, settings: Settings, strategy: Strategy) -> Validation | None:
-    """Return the validation of `task`; None if it has no validation data."""
-    data = task.validation_data()
-    return None if data is None else Validation(data, task, strategy, settings)
+def make_validation(
+    task: Task, settings: Settings, strategy: Strategy, source: str = "validation_data"
+) -> Validation | None:
+    """Return the validation of `task` on what its method `source` returns; None for None."""
+    data = getattr(task, source)()
+    limit = settings.max_validation_samples if source == "validation_data" else None
+    return None if data is None else Validation(data, task, strategy, settings, limit)
+
+
+def means(task: Task, source: str, model: nn.Module, settings: Settings, strategy: Strategy) -> dict[str, float]:
+    """Return the means of `task.evaluate` over what its method `source` returns. Raises UserError for None."""
+    validation = make_validation(task, settings, strategy, source)
+    if validation is None:
+        raise UserError(f"{type(task).__name__}.{source}() returned None. Return data to evaluate on.")
+    return validation.run(model) or {}
+
+
+def check_class(task: Task, trained: type[Task] | None) -> None:
+    """Raise UserError for a task of another class than the one `trained`, if there was one."""
+    if trained is not None and not (isinstance(task, trained) or issubclass(trained, type(task))):
+        raise UserError(
+            f"task={type(task).__name__}: this trainer has trained {trained.__name__}. Give a task of that class, or "
+            "use another Trainer."
+        )
 
 
 def make_model(task: Task, seed: int) -> nn.Module:
@@ -196,12 +229,17 @@ def first_model(task: Task, settings: Settings, strategy: Strategy, callbacks: S
         )
     seed_everything(settings.seed)
     model = task.configure_model().to(strategy.device)
+    _load_weights(model, settings, checkpoint)
     if checkpoint is not None:
         load_checkpoint(model, checkpoint, strategy.device)
         restore_callbacks(callbacks, checkpoint["callbacks"])
-    elif settings.weights is not None:
-        load_weights(model, Path(settings.weights))
     return model
+
+
+def _load_weights(model: nn.Module, settings: Settings, checkpoint: Checkpoint | None) -> None:
+    """Load `weights`, if a checkpoint does not have the whole model."""
+    if settings.weights is not None and (checkpoint is None or checkpoint.left_out):
+        load_weights(model, Path(settings.weights))
 
 
 def make_optimizer(task: Task, model: nn.Module) -> tuple[Optimizer, LRScheduler | None]:

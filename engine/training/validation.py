@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,24 +30,25 @@ from strategies import MicroBatch, Strategy
 
 
 class Validation:
-    """Evaluates a task on its validation data, the first `max_validation_samples` of it (map-style data only)."""
+    """Evaluates a task on data, on the first `limit` samples of it if it is map-style."""
 
-    def __init__(self, data: Any, task: Task, strategy: Strategy, settings: Settings) -> None:
+    def __init__(self, data: Any, task: Task, strategy: Strategy, settings: Settings, limit: int | None = None) -> None:
         self._task, self._strategy = task, strategy
         self._metrics = MergedMetrics(task.validation_metrics, strategy)
         self._logged: list[Logged] = []
-        self._seed = settings.seed
-        self._evaluate = autocast(task.evaluate, settings.precision, strategy.device.type)
+        self._seed, self._precision = settings.seed, settings.precision
         self._stream: Iterable[Any] | None = None
+        self.samples: int | None = None
+        """The samples of map-style data."""
         if not is_map_style(data):
             check_stream(data, strategy)
             self._stream = data
             return
-        limit = settings.max_validation_samples
-        samples = len(data) if limit is None else min(len(data), limit)
+        self.samples = samples = len(data) if limit is None else min(len(data), limit)
         plan = Plan(samples, Schedule((Stage(0, 1, max(samples, 1)),)))
         options = LoaderOptions(settings.num_workers, settings.pin_memory, settings.persistent_workers)
-        self._source = MapSource(data, sequential(samples), plan, settings.micro_batch_size, task, strategy, 0, options)
+        N, order = settings.micro_batch_size, sequential(samples)
+        self._source = MapSource(data, order, plan, N, task, strategy, 0, options, collate="collate_validation")
 
     def run(self, model: nn.Module, signals: Signals | None = None) -> dict[str, float] | None:
         """Return each metric over all processes; `model` is the unwrapped one: its forward has no collective.
@@ -54,29 +57,23 @@ class Validation:
         if one of them was interrupted.
         """
         signals, task = signals or Signals(), self._task
-        self._strategy.synchronize_buffers(model)
-        seed_everything(mix(self._seed, VALIDATION_STREAM))
         self._means, self._count = MeanSums(self._strategy.device), 0
         self._metrics.reset()
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
         logged_before, task._log_entries = task._log_entries, self._logged
-        with torch.no_grad(), self._strategy.evaluation_context(model):
+        with self._evaluating(model, self._measure) as evaluate:
             for micro in self._micros():
                 if signals.stop_requested and self._strategy.evaluates_alone:
                     break
                 self._micro = micro
-                self._strategy.evaluate(self._measure, model, micro.batch)
+                evaluate(micro.batch)
         task._log_entries = logged_before
-        for module, was_training in modes.items():
-            module.training = was_training
         local = (self._count, self._means.read(), self._metrics.state(self._count))
         everyone = self._strategy.gather(None if signals.stop_requested else local)
         if None in everyone:
             return None
         if not any(count for count, _, _ in everyone):
             raise UserError(
-                "validation_data() has no micro-batch, on any process. "
+                "validation_data() or test_data() has no micro-batch, on any process. "
                 "Is it a generator, which can be read only once? Return an object whose __iter__ starts again."
             )
         means = {}
@@ -94,7 +91,7 @@ class Validation:
     def _measure(self, model: nn.Module, batch: Any) -> Mapping[str, Any]:
         """Add up what `evaluate` returns and logs; a pipeline comes to the end of this on its last process only."""
         self._logged.clear()
-        returned = self._evaluate(model, batch) or {}
+        returned = self._task.evaluate(model, batch) or {}
         if twice := [name for name, _, _ in self._logged if name in returned]:
             raise UserError(f"evaluate() has both returned and logged {twice[0]!r}. Do one of them.")
         for name, metric in returned.items():
@@ -109,6 +106,21 @@ class Validation:
         self._means.log(self._logged, self._micro)
         self._count += 1
         return {}
+
+    @contextmanager
+    def _evaluating(
+        self, model: nn.Module, compute: Callable[[nn.Module, Any], Any]
+    ) -> Iterator[Callable[[Any], Mapping[str, Any]]]:
+        """Yield a function of a batch: `compute` with the model in eval mode, {} if another process has the result."""
+        strategy = self._strategy
+        strategy.synchronize_buffers(model)
+        seed_everything(mix(self._seed, VALIDATION_STREAM))
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        with torch.no_grad(), strategy.evaluation_context(model):
+            yield partial(strategy.evaluate, autocast(compute, self._precision, strategy.device.type), model)
+        for module, was_training in modes.items():
+            module.training = was_training
 
     def _micros(self) -> Iterator[MicroBatch]:
         if self._stream is None:

@@ -270,7 +270,8 @@ class PipelineStrategy(ProcessGroupStrategy):
     def state_dict(self, optimizer: Optimizer | None = None) -> dict[str, Any]:
         """Return the whole model's state, gathered from the parts, on all processes together."""
         tensors = self._model.state_dict()
-        local: dict[str, Any] = {"model": {plain: tensors[name] for plain, name in self._names(local=True).items()}}
+        own = {plain: name for plain, name in self._names(local=True).items() if plain not in self.left_out}
+        local: dict[str, Any] = {"model": {plain: tensors[name] for plain, name in own.items()}}
         if optimizer is not None:
             local["optimizer"] = named_state(self._model, optimizer)
         local = tree_map_only(Tensor, self._copied, local)

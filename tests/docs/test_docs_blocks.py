@@ -27,7 +27,7 @@ from tests.kit.pages import PAGES, blocks, commands, write_files
 from tests.kit.processes import run
 
 TOPS = ("docs", "engine", "launch", "strategies", "tests")
-PEERS = {"lightning", "accelerate"}
+PEERS = {"lightning", "accelerate", "peft"}
 """What only the programs under "Before" import; these are left out where it is not installed."""
 OF_A_RUN = r"--(config|task|trainer|print_config|plan|check|help)|-h$"
 """Where launch/train.sh ends torchrun's options."""

@@ -65,7 +65,8 @@ def test_it_is_the_trained_model_or_the_one_that_was_named(
 def test_it_validates_after_a_run_with_progress(capsys: pytest.CaptureFixture[str]) -> None:
     fitted = trainer("single", callbacks=Progress())
     fitted.fit(Validated(20))
-    assert fitted.validate(Validated(20)) == fitted.metrics
+    trained = dict(fitted.metrics)
+    assert fitted.validate(Validated(20)) == trained
     assert "done: " in capsys.readouterr().out
 
 

@@ -158,16 +158,17 @@ def test_buffers_that_forward_reads_are_those_of_the_checkpoint(tmp_path: Path) 
     assert same(found, run(2, fit_counting, str(tmp_path / "whole" / "run"), None))
 
 
-def fit_with(K: int, run_dir: str, epochs: int) -> Any:
-    trainer = Trainer(micro_batch_size=2, accumulate_grad_batches=K, max_epochs=epochs, run_dir=run_dir, shuffle=False)
+def fit_with(K: int, run_dir: str, epochs: int, **more: Any) -> Any:
+    options = {"accumulate_grad_batches": K, "max_epochs": epochs, "run_dir": run_dir, **more}
+    trainer = Trainer(micro_batch_size=2, shuffle=False, **options)
     trainer.fit(Regression(48))
     return trainer.update, parameters(trainer.model)
 
 
-@pytest.mark.parametrize("K", [6, 3])
+@pytest.mark.parametrize("K", [6, 3, 1])
 def test_a_window_of_the_same_samples_is_the_same_run(K: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(2, fit_with, 3, str(tmp_path), 1)
-    update, found = fit_with(K, str(tmp_path), 2)
+    update, found = fit_with(K, str(tmp_path), 2, effective_batch_size=12 if K == 1 else None)
     assert update == 8
     reference = big_batch_run(Regression(48), [in_order(48, 12)] * 2)
     torch.testing.assert_close(found, reference, rtol=0, atol=1e-12)
@@ -177,5 +178,8 @@ def test_a_window_of_the_same_samples_is_the_same_run(K: int, tmp_path: Path, ca
 
 def test_a_window_of_other_samples_is_another_run(tmp_path: Path) -> None:
     run(2, fit_with, 3, str(tmp_path), 1)
-    with pytest.raises(ValueError, match="accumulate_grad_batches was 3 and is 4"):
+    was = r"an update was 12 samples \(accumulate_grad_batches=3\) and is 8 samples"
+    with pytest.raises(ValueError, match=rf"run: {was} \(accumulate_grad_batches=4\)\. Use a new run_dir"):
         fit_with(4, str(tmp_path), 2)
+    with pytest.raises(ValueError, match=rf"run: {was} \(effective_batch_size=8\)\. Use a new run_dir"):
+        fit_with(1, str(tmp_path), 2, effective_batch_size=8)

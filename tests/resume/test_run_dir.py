@@ -38,7 +38,7 @@ class Shorter(Full):
     ("options", "message"),
     [
         ({"seed": 3}, "seed was 0 and is 3. Use a new run_dir, or resume_with_changes=True"),
-        ({"accumulate_grad_batches": 2}, "accumulate_grad_batches was 1 and is 2"),
+        ({"accumulate_grad_batches": 2}, r"an update was 2 samples \(accumulate_grad_batches=1\) and is 4 samples"),
         ({"micro_batch_size": 3}, "micro_batch_size was 2 and is 3"),
         ({"task": Shorter(False, False)}, "the number of training samples was 23 and is 20"),
         ({"task": Full(False)}, "the optimizer was SGD and is AdamW"),

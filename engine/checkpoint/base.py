@@ -1,0 +1,67 @@
+"""The frozen base of a model, as under LoRA: left out of what is saved, and recognised by its digests."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import CheckpointError
+from strategies import user_name
+
+
+class Base:
+    """The parameters that are frozen when a run starts, for as long as nothing changes them.
+
+    `saved` is the state that the model is about to resume from, and `left_out` what it was saved without.
+    """
+
+    def __init__(self, model: nn.Module, saved: Mapping[str, Tensor], left_out: Mapping[str, str] | None) -> None:
+        self._model = model
+        frozen = {
+            name: p for name, p in _named(model) if not p.requires_grad and (left_out is None or name in left_out)
+        }
+        self._digests = {name: _digest(saved.get(name, p)) for name, p in frozen.items()}
+        self._versions: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """Take the parameters as they are now, prepared and restored, for those of the base."""
+        self._versions = {name: p._version for name, p in _named(self._model)}
+
+    def digests(self) -> dict[str, str]:
+        """Return the digests of the parameters that are still those of the base, by the user's own names."""
+        for name, p in _named(self._model):
+            if p.requires_grad or p._version != self._versions[name]:
+                self._digests.pop(name, None)  # for good: it may have learned
+        return dict(self._digests)
+
+
+def with_base(
+    model: nn.Module, saved: Mapping[str, Tensor], left_out: Mapping[str, str] | None, source: Path
+) -> dict[str, Tensor]:
+    """Return a saved state with the parameters of `model` that were `left_out`.
+
+    Raises CheckpointError if these are not the ones that it was trained on.
+    """
+    left_out = left_out or {}
+    base = {name: p.detach() for name, p in _named(model) if name in left_out}
+    if differing := [name for name, digest in left_out.items() if name not in base or _digest(base[name]) != digest]:
+        raise CheckpointError(
+            f"{source} was trained on another base: {len(differing)} of its {len(left_out)} frozen parameters differ "
+            f"({differing[0]}, ...). Load the same base in configure_model(), or by weights=FILE."
+        )
+    return {**base, **saved}
+
+
+def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the parameters by the user's own names; a shared one has several."""
+    return [(user_name(name), p) for name, p in model.named_parameters(remove_duplicate=False)]
+
+
+def _digest(tensor: Tensor) -> str:
+    flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + flat.tobytes()).hexdigest()

@@ -1,0 +1,45 @@
+"""Count the logical lines of the same job in Tally and beside it in another engine: `beside/JOB_ENGINE.py`.
+
+    python tests/benchmarks/lines.py
+
+A logical line is a statement, however many lines it is written on; imports, comments and blank lines are left out.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "beside"
+JOBS = {
+    "tokens": "each token counts once, over windows and processes",
+    "predict": "predictions for each sample once, in order, over all processes",
+    "lora": "LoRA: only what is trained is saved, and the model's own `save_pretrained`",
+    "own_loop": "your own loop, resumed in the middle of an epoch",
+}
+
+
+def programs(job: str) -> dict[str, Path]:
+    """Return the programs of a job by engine, Tally first."""
+    found = {path.stem.removeprefix(f"{job}_"): path for path in FOLDER.glob(f"{job}_*.py")}
+    return dict(sorted(found.items(), key=lambda item: item[0] != "tally"))
+
+
+def logical_lines(source: str) -> int:
+    """Return the number of statements that are no imports."""
+    nodes = ast.walk(ast.parse(source))
+    return sum(isinstance(node, ast.stmt) and not isinstance(node, ast.Import | ast.ImportFrom) for node in nodes)
+
+
+def table() -> str:
+    """Return the table of docs/comparison.md."""
+    rows = ["| job | Tally | beside it |", "|---|--:|---|"]
+    for job, text in JOBS.items():
+        counts = {engine: logical_lines(path.read_text()) for engine, path in programs(job).items()}
+        others = ", ".join(f"{count} ({engine})" for engine, count in counts.items() if engine != "tally")
+        rows.append(f"| {text} | {counts['tally']} | {others} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())
