@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from engine.callbacks.accumulation import find_scheduler
+from engine.callbacks.accumulation import brought_callbacks, find_scheduler
 from engine.callbacks.base import around_validation, as_callbacks, call
 from engine.callbacks.progress import Progress
 from engine.checkpoint.checkpointer import Checkpointer
@@ -55,7 +55,8 @@ class Trainer:
         self.settings = settings
         self.strategy = resolve(settings.strategy)
         check_compiles(settings.compile_model, self.strategy)
-        self.callbacks = as_callbacks(settings.callbacks) + ([Progress()] if settings.progress else [])
+        self._callbacks = as_callbacks(settings.callbacks) + ([Progress()] if settings.progress else [])
+        self.callbacks = self._callbacks
         self.loggers = make_loggers(settings.loggers, settings.run_dir)
         """Where records go, beside the `run_dir`."""
         self.scheduling = find_scheduler(
@@ -93,12 +94,12 @@ class Trainer:
         trained, CheckpointError if the run cannot be resumed, RunDirTakenError for a `run_dir` in use, and StorageError
         if the run's own files could not be written.
         """
-        with self._alone("fit"), ExitStack() as signals:
+        with self._alone("fit", task), ExitStack() as exits:
             self.state, self._control, self._signals, self._trained = RunState(), Control(), Signals(), None
             try:
                 self.strategy.setup()
                 if self.settings.run_dir is not None:
-                    signals.enter_context(self._signals)  # until all is closed
+                    exits.enter_context(self._signals)  # until all is closed
                 with Heartbeat(self.strategy, self._progress):
                     session = self._build(task)
                     self._trained = type(task)
@@ -228,7 +229,7 @@ class Trainer:
     @contextmanager
     def _evaluating(self, method: str, task: Task) -> Iterator[None]:
         """Set up the strategy and `model`, which is the trained one, or the one that `fit` would start from."""
-        with self._alone(method):
+        with self._alone(method, task):
             try:
                 self.strategy.setup()
                 prepare_data(task, self.strategy)
@@ -242,10 +243,11 @@ class Trainer:
                 self.strategy.teardown()
 
     @contextmanager
-    def _alone(self, method: str) -> Iterator[None]:
-        """Set torch's switches. Raises UserError if this trainer is running already."""
+    def _alone(self, method: str, task: Task) -> Iterator[None]:
+        """Set torch's switches, and add the callbacks that `task` brings. Raises UserError if this trainer runs."""
         if self._is_running:
             raise UserError(f"{method}() was called while this trainer runs. Use another Trainer, after it.")
+        self.callbacks = brought_callbacks(task, self) + self._callbacks
         self._is_running = True
         try:
             with numerics(self.settings.deterministic, self.settings.tf32):

@@ -57,7 +57,7 @@ class Validation:
         if one of them was interrupted.
         """
         signals, task = signals or Signals(), self._task
-        self._means, self._count = MeanSums(self._strategy.device), 0
+        self._means, self._count, self._is_measured = MeanSums(self._strategy.device), 0, False
         self._metrics.reset()
         logged_before, task._log_entries = task._log_entries, self._logged
         with self._evaluating(model, self._measure) as evaluate:
@@ -67,23 +67,23 @@ class Validation:
                 self._micro = micro
                 evaluate(micro.batch)
         task._log_entries = logged_before
-        local = (self._count, self._means.read(), self._metrics.state(self._count))
+        local = (self._count, self._means.read(), self._metrics.state(self._count), self._is_measured)
         everyone = self._strategy.gather(None if signals.stop_requested else local)
         if None in everyone:
             return None
-        if not any(count for count, _, _ in everyone):
+        if not any(count for count, *_ in everyone):
             raise UserError(
                 "validation_data() or test_data() has no micro-batch, on any process. "
                 "Is it a generator, which can be read only once? Return an object whose __iter__ starts again."
             )
         means = {}
-        for name in dict.fromkeys(name for _, pairs, _ in everyone for name in pairs):
+        for name in dict.fromkeys(name for _, pairs, *_ in everyone for name in pairs):
             total, weight = (
-                sum(column) for column in zip(*(pairs[name] for _, pairs, _ in everyone if name in pairs), strict=True)
+                sum(column) for column in zip(*(pairs[name] for _, pairs, *_ in everyone if name in pairs), strict=True)
             )
             means[name] = total / weight if weight else float("nan")
-        numbers = self._metrics.compute([state for _, _, state in everyone])
-        if not (means or numbers) or means.keys() & numbers.keys():
+        numbers = self._metrics.compute([state for _, _, state, _ in everyone])
+        if not (means or numbers or any(row[-1] for row in everyone)) or means.keys() & numbers.keys():
             named = f"evaluate() gave {[*means]}, validation_metrics {[*numbers]}"
             raise UserError(f"{named}: expected at least one metric, each of another name. Use self.log(name, value).")
         return {**means, **numbers}
@@ -91,7 +91,9 @@ class Validation:
     def _measure(self, model: nn.Module, batch: Any) -> Mapping[str, Any]:
         """Add up what `evaluate` returns and logs; a pipeline comes to the end of this on its last process only."""
         self._logged.clear()
-        returned = self._task.evaluate(model, batch) or {}
+        found = self._task.evaluate(model, batch)
+        self._is_measured |= found is not None  # perhaps elsewhere: in a callback
+        returned = found or {}
         if twice := [name for name, _, _ in self._logged if name in returned]:
             raise UserError(f"evaluate() has both returned and logged {twice[0]!r}. Do one of them.")
         for name, metric in returned.items():
