@@ -76,7 +76,7 @@ FAULTS = [
     ),
     Fault(
         "a dataset that leaves samples out",
-        "Fetch.__getitems__",
+        "Fetch._fetch",
         "len(samples) != len(piece.indices)",
         "False",
         "tests/data/test_sample_counts.py::test_a_dataset_that_returns_fewer_samples_is_refused",
