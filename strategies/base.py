@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from strategies.errors import UserError
+from strategies.gradient_norm import norm_of
 from strategies.optimizer_state import load_named_state, named_state, user_module
 from strategies.to_device import move
 
@@ -339,8 +340,7 @@ class Strategy(ABC):
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         """The 2-norm of the whole gradient; `gradients` are the parts that this process holds."""
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        return norm
+        return norm_of(gradients, self._is_on_cpu)
 
     def _copied(self, tensor: Tensor) -> Tensor:
         """The copy of a tensor that `state_dict` returns."""
