@@ -98,9 +98,9 @@ class CausalLM(_Pretrained):
 
     def loss(self, model: nn.Module, batch: Any) -> Loss:
         """Return the sum of cross-entropies and the number of predicted tokens: all but each sample's first."""
-        labels = batch["labels"][:, 1:]
+        labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # a slice of logits would be copied
         logits = model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False).logits
-        return _cross_entropy(logits[:, :-1].transpose(1, 2), labels)
+        return _cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 class SequenceClassification(_Pretrained):
@@ -140,7 +140,7 @@ def _predicted(sample: Mapping[str, Any]) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Loss:
-    """Sum in float32 or wider over all labels but -100; `logits` has its classes in dim 1."""
+    """Sum in float32 or wider over all labels but -100; `logits` has one row for each label."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = nn.functional.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="sum")
     return Loss(total, (labels != IGNORED).sum())
