@@ -1,6 +1,6 @@
 """User-defined datasets: CPU time per sample of Tally, over that of the textbook's loop on torch's `DataLoader`.
 
-    python tests/benchmarks/datasets.py [--repetitions 9] [--samples 4096] [--only NAME ...]
+    python tests/benchmarks/datasets.py [--repetitions 9] [--samples 4096] [--only NAME ...] [--without-workers]
 
 Both train the same small model on the same samples, in turn, in one process and one thread; CPU time does not count
 other programs. Without workers it is the main thread's, between two updates; with workers, that of all processes of a
@@ -139,12 +139,13 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--samples", type=int, default=4096)
     parser.add_argument("--only", nargs="+", choices=DATASETS, default=list(DATASETS))
+    parser.add_argument("--without-workers", action="store_true", help="leave out the row with two workers")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"Medians of {options.repetitions} runs of each in turn, K=1.\n")
     print("| dataset | N | workers | plain, us a sample | Tally | ratio |\n| --- | --: | --: | --: | --: | --: |")
     for name in options.only:
-        for N, workers in ((1, 0), (16, 0), (64, 0), (16, 2)):
+        for N, workers in ((1, 0), (16, 0), (64, 0), (16, 2))[: 3 if options.without_workers else 4]:
             data = DATASETS[name](options.samples * (8 if workers else 1) // (4 if N == 1 else 1))
             rows = [[cpu_seconds(f, data, N, workers) for f in (plain, tally)] for _ in range(options.repetitions)]
             ours = statistics.median(row[1] for row in rows)

@@ -32,20 +32,25 @@ def test_a_state_is_a_copy_under_the_user_s_names() -> None:
     assert set(state["optimizer"]["state"]) == {name for name, _ in model.named_parameters()}
     for name, value in model.state_dict().items():
         saved = state["model"][name]
-        assert torch.equal(saved, value) and saved.data_ptr() != value.data_ptr() and not saved.requires_grad
+        assert torch.equal(saved, value)
+        assert saved.data_ptr() != value.data_ptr()
+        assert not saved.requires_grad
     for parameter, moments in optimizer.state.items():
         (name,) = (name for name, p in model.named_parameters() if p is parameter)
         for key, value in moments.items():
             saved = state["optimizer"]["state"][name][key]
-            assert torch.equal(saved, value) and saved.data_ptr() != value.data_ptr()
+            assert torch.equal(saved, value)
+            assert saved.data_ptr() != value.data_ptr()
 
 
 def test_other_containers_are_copied_too() -> None:
     x = torch.ones(2)
     found: Any = copy_of({"a": [x, (x, 1)], "b": OrderedDict(c=x), "d": Pair(x, None), "e": 1.5}, torch.clone)
-    assert type(found["b"]) is OrderedDict and type(found["d"]) is Pair
+    assert type(found["b"]) is OrderedDict
+    assert type(found["d"]) is Pair
     copies = [found["a"][0], found["a"][1][0], found["b"]["c"], found["d"].x]
-    assert len({copy.data_ptr() for copy in [x, *copies]}) == 5 and all(torch.equal(copy, x) for copy in copies)
+    assert len({copy.data_ptr() for copy in [x, *copies]}) == 5
+    assert all(torch.equal(copy, x) for copy in copies)
 
 
 def test_a_tensor_is_copied_by_few_calls() -> None:
