@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
 from strategies.errors import UserError
-from strategies.optimizer_state import load_named_state, named_state, user_module
+from strategies.gradient_norm import norm_of
+from strategies.optimizer_state import copy_of, load_named_state, named_state, user_module, user_name
 from strategies.to_device import move
 
 Compute = Callable[[nn.Module, Any], Mapping[str, Any]]
@@ -293,14 +293,12 @@ class Strategy(ABC):
 
         If `holds_all` is False, call it on all processes together; process 0 then gets the whole state.
         """
-        from torch.distributed.checkpoint import state_dict as dcp
-
-        tensors = dcp.get_model_state_dict(self._user_module).items()
-        state: dict[str, Any] = {"model": {name: value for name, value in tensors if name not in self.left_out}}
+        model = {user_name(name): value for name, value in self._user_module.state_dict().items()}
+        state: dict[str, Any] = {"model": {name: value for name, value in model.items() if name not in self.left_out}}
         if optimizer is not None:
             state["optimizer"] = named_state(self._user_module, optimizer)
-        copied: dict[str, Any] = tree_map_only(Tensor, self._copied, state)
-        return copied
+        with torch.no_grad():
+            return copy_of(state, self._copied)  # type: ignore[no-any-return]
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
         """Load what `state_dict` returned. Raises RuntimeError or UserError for other names, groups or shapes."""
@@ -339,12 +337,11 @@ class Strategy(ABC):
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         """The 2-norm of the whole gradient; `gradients` are the parts that this process holds."""
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        return norm
+        return norm_of(gradients, self._is_on_cpu)
 
     def _copied(self, tensor: Tensor) -> Tensor:
         """The copy of a tensor that `state_dict` returns."""
-        return tensor.detach().to("cpu", copy=True)
+        return tensor.clone() if tensor.is_cpu else tensor.detach().to("cpu", copy=True)
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -7,19 +7,16 @@ from importlib import import_module
 
 from strategies.base import Strategy
 from strategies.ddp import DDPStrategy
-from strategies.dp import DPStrategy
 from strategies.environment import started_processes
 from strategies.errors import UserError
-from strategies.fsdp import FSDPStrategy
-from strategies.pipeline import PipelineStrategy
 from strategies.single import SingleDeviceStrategy
 
-NAMED: dict[str, type[Strategy]] = {
-    "single": SingleDeviceStrategy,
-    "dp": DPStrategy,
-    "ddp": DDPStrategy,
-    "fsdp": FSDPStrategy,
-    "pipeline": PipelineStrategy,
+NAMED = {
+    "single": "strategies.SingleDeviceStrategy",
+    "dp": "strategies.DPStrategy",
+    "ddp": "strategies.DDPStrategy",
+    "fsdp": "strategies.FSDPStrategy",
+    "pipeline": "strategies.PipelineStrategy",
 }
 
 
@@ -41,8 +38,8 @@ def find(name: str) -> type[Strategy]:
 
     Raises UserError for an unknown name, with the known ones and the nearest, and for an incomplete Strategy.
     """
-    if isinstance(name, str) and name in NAMED:
-        return NAMED[name]
+    if isinstance(name, str):
+        name = NAMED.get(name, name)
     if not isinstance(name, str) or "." not in name:
         near = get_close_matches(str(name), ["auto", *NAMED], n=1)
         raise UserError(_message(name, f" Did you mean {near[0]!r}?" if near else ""))

@@ -119,8 +119,8 @@ class CausalLM(_Pretrained):
     def loss(self, model: nn.Module, batch: Any) -> Loss:
         """Return the sum of cross-entropies and the number of predicted tokens: all but each sample's first."""
         inputs, labels = self.split(batch)
-        logits = model(**inputs, use_cache=False).logits
-        return _cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:])
+        labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)  # a slice of logits would be copied
+        return _cross_entropy(model(**inputs, use_cache=False).logits.flatten(0, 1), labels.flatten())
 
 
 class MaskedLM(_Pretrained):
@@ -136,7 +136,7 @@ class MaskedLM(_Pretrained):
 
     def loss(self, model: nn.Module, batch: Any) -> Loss:
         inputs, labels = self.split(batch)
-        return _cross_entropy(model(**inputs).logits.transpose(1, 2), labels)
+        return _cross_entropy(model(**inputs).logits.flatten(0, 1), labels.flatten())
 
 
 class Seq2SeqLM(_Pretrained):
@@ -157,7 +157,7 @@ class Seq2SeqLM(_Pretrained):
             inputs["labels"] = labels  # such a model shifts them itself
         elif "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = shifted(labels)
-        return _cross_entropy(model(**inputs, use_cache=False).logits.transpose(1, 2), labels)
+        return _cross_entropy(model(**inputs, use_cache=False).logits.flatten(0, 1), labels.flatten())
 
 
 class SequenceClassification(_Pretrained):
@@ -196,7 +196,7 @@ def _predicted(sample: Mapping[str, Any]) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Loss:
-    """Sum in float32 or wider over all labels but -100; `logits` has its classes in dim 1."""
+    """Sum in float32 or wider over all labels but -100; `logits` has one row for each label."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = nn.functional.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="sum")
     return Loss(total, (labels != IGNORED).sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import platform
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,8 +36,10 @@ LARGEST_COUNT = 1 << 53
 class Checkpoint:
     """A checkpoint that was read: the model, and state by topic. Raises CheckpointError for invalid content."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, is_verified: bool = False) -> None:
         self.path = path
+        if not is_verified:
+            files.verify(path)
         self.model, self._state = files.read(path)
         try:
             self._check()
@@ -99,8 +102,8 @@ def find_checkpoint(resume: str, run_dir: Path | None, strategy: Strategy) -> Ch
     """Return the newest whole checkpoint of the run in `run_dir`, or that of the path `resume`, or None.
 
     A path elsewhere counts only until `run_dir` has a checkpoint of its own: the same command can be given again.
-    Process 0 chooses, and logs those that it passes over. Raises CheckpointError for a path that is not a checkpoint,
-    and if another process sees another disk.
+    Process 0 chooses, and logs those that it passes over; one process of each host reads it whole. Raises
+    CheckpointError for a path that is not a checkpoint, and if another process sees another disk.
     """
     chosen: tuple[str, str] | str | None = None
     if strategy.rank == 0:
@@ -114,14 +117,16 @@ def find_checkpoint(resume: str, run_dir: Path | None, strategy: Strategy) -> Ch
     if chosen is None:
         return None
     path, digest = chosen
-    problem = "" if strategy.rank == 0 else _difference(Path(path), digest)
+    hosts = strategy.gather(platform.node())
+    is_first_of_host = hosts.index(hosts[strategy.rank]) == strategy.rank
+    problem = "" if strategy.rank == 0 else _difference(Path(path), digest, is_first_of_host)
     problems = [f"process {rank}: {text}" for rank, text in enumerate(strategy.gather(problem)) if text]
     if problems:
         raise CheckpointError(
             f"not all processes see the checkpoint {path} of process 0 ({'; '.join(problems)}). Use a run_dir on "
             "storage shared by all hosts."
         )
-    return Checkpoint(Path(path))
+    return Checkpoint(Path(path), is_verified=True)
 
 
 def _choose(resume: str, run_dir: Path | None) -> tuple[str, str] | None:
@@ -147,8 +152,8 @@ def _choose(resume: str, run_dir: Path | None) -> tuple[str, str] | None:
     return None
 
 
-def _difference(path: Path, digest: str) -> str:
+def _difference(path: Path, digest: str, reads_files: bool) -> str:
     try:
-        return "" if files.verify(path) == digest else "it has another one there"
+        return "" if files.verify(path, reads_files=reads_files) == digest else "it has another one there"
     except (CheckpointError, OSError) as error:
         return str(error)

@@ -1,22 +1,16 @@
-"""Fetching the samples of one micro-batch, with random draws that depend on the sample's place and nothing else."""
+"""Fetching the samples of one micro-batch, with random draws that depend on its place and nothing else."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 from torch.utils.data import Dataset, TensorDataset, get_worker_info
 
 from engine.errors import UserError
-from engine.seeds import mix
+from engine.seeds import FETCH_STREAM, generators_restored, mix, seed_host
 from engine.task import Batching
-
-FETCH_STREAM = 1
-"""Sets the draws of a fetch apart from those of the model."""
 
 
 class Piece(NamedTuple):
@@ -28,51 +22,58 @@ class Piece(NamedTuple):
 
 
 class Fetch(Dataset[Any]):
-    """Fetches pieces of any map-style dataset.
+    """Fetches pieces of any map-style dataset, each index once.
 
-    torch's, Python's and numpy's generators are seeded from (seed, epoch, position) before each sample, or before each
-    piece where the dataset fetches whole pieces (`__getitems__`), and restored after: random augmentation does not
-    depend on P, workers or what was fetched before, nor does what `collate` draws.
+    torch's, Python's and numpy's generators are seeded before each piece from (seed, epoch, position), and restored
+    after: random augmentation depends on N, but not on P, K, workers or what was fetched before, nor does what
+    `collate` draws. `seeds_samples` seeds before each sample, for pieces that P cuts.
     """
 
-    def __init__(self, dataset: Any, seed: int, collate: Callable[[list[Any]], Any]) -> None:
+    def __init__(
+        self, dataset: Any, seed: int, collate: Callable[[list[Any]], Any], seeds_samples: bool = False
+    ) -> None:
         self._dataset = dataset
         self._collate = collate
         self._seed = seed
+        self._seeds_samples = seeds_samples
         self._collates_all = getattr(collate, "__func__", None) is Batching.collate
         self._fetches_pieces = callable(getattr(dataset, "__getitems__", None))
 
     def __getitems__(self, piece: Piece) -> Any:
-        with _generators_restored():
-            if self._fetches_pieces:
-                self._seed_all(piece.epoch, piece.start)
-                samples = self._dataset.__getitems__(piece.indices)
-                if self._collates_all and len(samples) != len(piece.indices):
-                    raise UserError(
-                        f"the dataset's __getitems__ returned {len(samples)} samples for {len(piece.indices)} indices. "
-                        "Return one for each; a task's own collate() may leave some out."
-                    )
-                return self._collate(samples)
-            places = enumerate(piece.indices, piece.start)
-            return self._collate([self._sample(piece.epoch, place, index) for place, index in places])
+        if get_worker_info() is not None:  # a worker's generators serve nobody else
+            return self._fetch(piece)
+        with generators_restored():
+            return self._fetch(piece)
 
-    def _sample(self, epoch: int, place: int, index: int) -> Any:
-        self._seed_all(epoch, place)
+    def _fetch(self, piece: Piece) -> Any:
+        self._seed_all(piece.epoch, piece.start)
+        if self._fetches_pieces:
+            samples = self._dataset.__getitems__(piece.indices)
+            if self._collates_all and len(samples) != len(piece.indices):
+                raise UserError(
+                    f"the dataset's __getitems__ returned {len(samples)} samples for {len(piece.indices)} indices. "
+                    "Return one for each; a task's own collate() may leave some out."
+                )
+            return self._collate(samples)
+        dataset, samples = self._dataset, []
         try:
-            return self._dataset[index]
+            for place, index in enumerate(piece.indices, piece.start):
+                if self._seeds_samples:
+                    self._seed_all(piece.epoch, place)
+                samples.append(dataset[index])
         except (IndexError, KeyError) as error:
             if isinstance(error, KeyError) and error.args != (index,):
                 raise  # not for want of this sample
             raise UserError(
-                f"the dataset says that it has {len(self._dataset)} samples, but sample {index} raised "
+                f"the dataset says that it has {len(dataset)} samples, but sample {index} raised "
                 f"{type(error).__name__}: {error}"
             ) from error
+        return self._collate(samples)
 
     def _seed_all(self, epoch: int, place: int) -> None:
         seed = mix(self._seed, FETCH_STREAM, epoch, place)
         torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        numpy.random.seed(seed & 0xFFFFFFFF)
+        seed_host(seed)
 
 
 class TensorFetch(Dataset[Any]):
@@ -84,17 +85,3 @@ class TensorFetch(Dataset[Any]):
     def __getitems__(self, piece: Piece) -> list[torch.Tensor]:
         indices = torch.tensor(piece.indices)
         return [tensor[indices] for tensor in self._tensors]
-
-
-@contextmanager
-def _generators_restored() -> Iterator[None]:
-    if get_worker_info() is not None:  # a worker's generators serve nobody else
-        yield
-        return
-    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        numpy.random.set_state(states[2])

@@ -80,7 +80,8 @@ class MapSource:
         self._batching = batching if collates or overrides(batching, "batch_size") else None
         self._batch_size = (prefetch or batching).batch_size
         in_memory = type(data) is TensorDataset and not collates
-        fetch = TensorFetch(data) if in_memory else Fetch(data, seed, getattr(batching, collate))
+        own = getattr(batching, collate)
+        fetch = TensorFetch(data) if in_memory else Fetch(data, seed, own, seeds_samples=spread)
         self._loader = options.build(fetch, self._pieces, pin=strategy.device.type == "cuda")
 
     def windows(

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+from io import BufferedReader
+
+from engine import disk
+
+BLOCK = 1 << 20
+"""Bytes: of a longer file only the end is read, from the last block that begins with a line that stays."""
 
 
 class History:
@@ -19,14 +25,27 @@ class History:
         self.undone = 0
         """The updates that were cut: they are made again."""
 
-    def keeps(self, line: str) -> bool:
-        """Whether a line stays."""
+    def begin_at(self, offset: int) -> None:
+        """Begin at an offset of the file: what is missing before it is unknown."""
+        self._last = None if offset else self._last
+
+    def stays(self, line: str) -> bool:
+        """Whether a line stays, and in files in order all before it."""
+        return self._read(line)[2]
+
+    def _read(self, line: str) -> tuple[int, bool, bool]:
+        """Return the update of a line, whether it is the record of one, and whether it stays."""
         try:
             record = json.loads(line)
             update, is_update = record["update"], "loss" in record
             stays = line.endswith("\n") and bool(update <= (self._update if is_update else self._validated_update))
+            return update, is_update, stays
         except (ValueError, KeyError, TypeError, RecursionError):  # a line that a killed process did not end
-            update, is_update, stays = 0, '"loss"' in line, False
+            return 0, '"loss"' in line, False
+
+    def keeps(self, line: str) -> bool:
+        """Whether the next line stays."""
+        update, is_update, stays = self._read(line)
         if is_update and stays:
             self._see(update)
         self.undone += is_update and not stays and line.endswith("\n")
@@ -57,3 +76,16 @@ class History:
         self._note_missing(self._update)
         more = f"; and {self._fault_count - 3} more" if self._fault_count > 3 else ""
         return "; ".join(self._faults) + more
+
+
+def start_of_end(file: BufferedReader, history: History) -> int:
+    """Return the offset of the line from which on `file` must be read: all lines before it stay."""
+    start = file.seek(0, 2)
+    while (start := max(0, start - BLOCK)) > 0:
+        file.seek(start)
+        if len(file.readline(disk.LONGEST + 1)) > disk.LONGEST:  # the rest of a line
+            return start
+        offset = file.tell()
+        if history.stays(file.readline(disk.LONGEST).decode(errors="replace")):
+            return offset
+    return 0

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import stat
 import uuid
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from engine.disk import force_to_disk, lines_of, new_part, read_small, replace_text
 from engine.errors import RunDirTakenError
-from engine.records.history import History
+from engine.records.history import History, start_of_end
 from engine.records.lock import locked
 
 log = logging.getLogger("tally")
@@ -62,14 +63,22 @@ class RunFolder:
     def rewind(self, update: int, validated_update: int, branched_at: int | None = 0) -> int:
         """Cut updates after `update` and validations after `validated_update` from metrics.jsonl: they come again.
 
-        Returns the number of updates that were cut. Logs a warning if others are missing or stand twice; the history
-        begins after `branched_at` (None: unknown). Raises OSError.
+        Returns the number of updates that were cut. Logs a warning if others are missing or stand twice near its
+        end; the history begins after `branched_at` (None: unknown). Raises OSError.
         """
         path, history = self.path / "metrics.jsonl", History(update, validated_update, branched_at)
         path.touch()
-        part = new_part(path)
-        with path.open("rb") as lines, part.open("w") as kept:
-            kept.writelines(line for line in lines_of(lines) if history.keeps(line))
+        with path.open("rb") as file:
+            start = file.seek(start_of_end(file, history))
+            history.begin_at(start)
+            kept = "".join(line for line in lines_of(file) if history.keeps(line)).encode()
+            file.seek(start)
+            is_cut_at_end = file.read(len(kept)) == kept and path.stat().st_nlink == 1
+        part = path if is_cut_at_end else Path(shutil.copyfile(path, new_part(path)))
+        with part.open("r+b") as file:
+            file.seek(start)
+            file.write(kept)
+            file.truncate()
         force_to_disk(part)
         part.replace(path)
         force_to_disk(self.path)

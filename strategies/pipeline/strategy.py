@@ -12,12 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
 from strategies.base import MicroBatch, PendingRows
 from strategies.environment import started_processes
 from strategies.errors import UserError, check_count
-from strategies.optimizer_state import load_named_state, merged, named_state, user_name
+from strategies.optimizer_state import copy_of, load_named_state, merged, named_state, user_name
 from strategies.pipeline.chain import Chain
 from strategies.pipeline.parts import Call, PeerFailedError, PipelinedModel, TensorSpec, buckets, cut
 from strategies.pipeline.schedules import ScheduleName, Schedules, takes
@@ -274,7 +273,8 @@ class PipelineStrategy(ProcessGroupStrategy):
         local: dict[str, Any] = {"model": {plain: tensors[name] for plain, name in own.items()}}
         if optimizer is not None:
             local["optimizer"] = named_state(self._model, optimizer)
-        local = tree_map_only(Tensor, self._copied, local)
+        with torch.no_grad():
+            local = copy_of(local, self._copied)
         parts = self._this_chain.gather(local)
         model = {name: value for part in parts for name, value in part["model"].items()}
         names = [name for name in dict.fromkeys([*self._names(), *model]) if name in model]  # forward may register some

@@ -75,8 +75,22 @@ FAULTS = [
         "tests/data/test_sample_counts.py::test_a_stream_whose_tensors_disagree_asks_for_the_number",
     ),
     Fault(
+        "draw from where the piece before ended",
+        "Fetch._fetch",
+        "        self._seed_all(piece.epoch, piece.start)\n",
+        "",
+        "tests/data/test_dataset_draws.py::test_generators_are_seeded_once_a_piece",
+    ),
+    Fault(
+        "draw by pieces that P cuts",
+        "Fetch._fetch",
+        "if self._seeds_samples:",
+        "if False:",
+        "tests/data/test_dataset_draws.py::test_a_piece_that_P_cuts_draws_as_any_other",
+    ),
+    Fault(
         "a dataset that leaves samples out",
-        "Fetch.__getitems__",
+        "Fetch._fetch",
         "len(samples) != len(piece.indices)",
         "False",
         "tests/data/test_sample_counts.py::test_a_dataset_that_returns_fewer_samples_is_refused",

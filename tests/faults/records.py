@@ -12,6 +12,13 @@ FAULTS = [
         KILLED,
     ),
     Fault(
+        "read all records at a resume",
+        "start_of_end",
+        "return offset",
+        "pass",
+        "tests/resume/test_lean_resume.py::test_records_are_read_from_their_end",
+    ),
+    Fault(
         "know a folder by inode alone",
         "RunFolder.is_lost",
         '(read_mark(self.path) or {}).get("start", self._start) != self._start',

@@ -8,6 +8,20 @@ FAULTS = [
     Fault(
         "copy into another shape", "Buffers.keep", "kinds == self._kinds", "self._kinds", "tests/exact/test_skipped.py"
     ),
+    Fault(
+        "forget the large gradients",
+        "norm_of",
+        ", *large]",
+        "]",
+        "tests/exact/test_gradient_norm.py::test_the_norm_is_that_of_all_elements",
+    ),
+    Fault(
+        "share what a state holds",
+        "copy_of",
+        "        return copied(value)\n",
+        "        return value\n",
+        "tests/resume/test_named_state.py::test_a_state_is_a_copy_under_the_user_s_names",
+    ),
     Fault("let a strategy have two models", "Strategy._take_model", "if self._has_model", "if False", TWO_MODELS),
     Fault(
         "clip each micro-batch",

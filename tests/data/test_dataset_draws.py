@@ -1,0 +1,103 @@
+"""A dataset's draws: seeded once a piece, whatever P, K and workers, and no sample fetched twice."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+import engine.data.fetch as fetch
+from engine import Trainer
+from engine.data.fetch import Fetch, Piece
+from engine.seeds import generators_restored
+from tests.kit.processes import run
+from tests.kit.reference import Regression, Samples, Watch
+
+SAMPLES, N = 30, 3
+
+
+class DrawsLate(Samples):
+    """Draws from each generator, first in its 21st sample and then in every third: no first sample tells of it."""
+
+    def __getitem__(self, index: int) -> Any:
+        x, y, index = super().__getitem__(index)
+        draw = index > 20 and index % 3 == 0
+        return x, y, index, float(torch.rand(()) + random.random() + numpy.random.normal()) if draw else 0.0
+
+
+class Keeps(Regression):
+    def __init__(self) -> None:
+        super().__init__(SAMPLES)
+        self.drawn: list[tuple[int, float]] = []
+
+    def train_data(self) -> Any:
+        return DrawsLate(self.x, self.y)
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        self.drawn += zip(batch[2].tolist(), batch[3].tolist(), strict=True)
+        return super().loss(model, batch[:3])
+
+
+def drawn(K: int, workers: int, spread: bool) -> list[tuple[int, float]]:
+    task = Keeps()
+    options: dict[str, Any] = {"num_workers": workers, "spread_windows": spread, "max_epochs": 2}
+    Trainer("ddp", N, accumulate_grad_batches=K, callbacks=Watch(), **options).fit(task)
+    return task.drawn
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_draws_that_begin_late_do_not_know_P_K_or_workers(spread: bool) -> None:
+    layouts = [(1, 4, 0), (2, 2, 0), (4, 1, 0), (1, 4, 2), (1, 1, 0), (3, 1, 0)]
+    found = [sorted(sum(run(P, drawn, K, workers, spread), [])) for P, K, workers in layouts]
+    assert all(other == found[0] for other in found)
+    assert Counter(index for index, _ in found[0]) == dict.fromkeys(range(SAMPLES), 2)  # each once an epoch
+    assert len({draw for _, draw in found[0]} - {0.0}) == 2 * len([i for i in range(21, SAMPLES) if i % 3 == 0])
+
+
+def test_generators_are_seeded_once_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    seed_host = fetch.seed_host
+    monkeypatch.setattr(fetch, "seed_host", lambda seed: (seeds.append(seed), seed_host(seed)))
+    Trainer("single", N, max_epochs=2).fit(Keeps())
+    assert len(seeds) == len(set(seeds)) == 2 * SAMPLES // N
+
+
+def test_a_piece_that_P_cuts_draws_as_any_other() -> None:
+    task = Keeps()
+    samples = Fetch(task.train_data(), 0, list, seeds_samples=True)
+    whole = samples.__getitems__(Piece(0, 0, [24, 25, 26, 27]))
+    halves = [samples.__getitems__(Piece(0, start, [24 + start, 25 + start])) for start in (0, 2)]
+    assert [sample[3] for sample in whole] == [sample[3] for sample in sum(halves, [])]
+
+
+@pytest.mark.parametrize("draws_before", [0, 1, 2, 3])
+@pytest.mark.parametrize("draws_within", [0, 1, 2])
+def test_normal_numbers_which_numpy_makes_in_pairs_stay_apart(draws_before: int, draws_within: int) -> None:
+    def outside(fetches: bool) -> tuple[list[float], list[float]]:
+        numpy.random.seed(1)
+        before, within = list(numpy.random.normal(size=draws_before)), []
+        if fetches:
+            with generators_restored():
+                numpy.random.seed(2)
+                within = list(numpy.random.normal(size=draws_within))
+        return before + list(numpy.random.normal(size=3)) + [numpy.random.random()], within
+
+    numpy.random.seed(2)
+    expected_within = list(numpy.random.normal(size=draws_within))
+    with_fetch, within = outside(True)
+    assert with_fetch == outside(False)[0]
+    assert within == expected_within
+
+
+def test_another_default_generator_of_numpy_is_refused() -> None:
+    own = numpy.random.get_bit_generator()
+    numpy.random.set_bit_generator(numpy.random.PCG64())
+    try:
+        with pytest.raises(ValueError, match="numpy's default generator is a PCG64: expected MT19937"):
+            Fetch(Regression(4).train_data(), 0, list).__getitems__(Piece(0, 0, [1]))
+    finally:
+        numpy.random.set_bit_generator(own)
