@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,10 @@ from engine.training.compile import compile_in_place
 from engine.training.validation import Validation
 from engine.update.model_checks import check_model, check_optimizer
 from engine.update.precision import autocast
+from engine.update.replay import ReplayUpdater
 from engine.update.timing import NO_TIMER, UpdateTimer
 from engine.update.updater import LossOf, UpdateOptions, Updater
+from engine.window_task import WindowTask
 from strategies import Strategy
 
 log = logging.getLogger("tally")
@@ -94,6 +96,7 @@ def build(
         compile_in_place(model)
     is_recorded = bool(callbacks or settings.loggers or settings.run_dir is not None)
     _check_agreement(strategy, configuration, layout, model, is_recorded)
+    strategy.runs_twice = isinstance(task, WindowTask)
     prepared = strategy.prepare(model)
     check_equal_windows(strategy, layout.plan, settings.micro_batch_size, settings.spread_windows)
     optimizer, lr_scheduler = make_optimizer(task, model)
@@ -103,12 +106,17 @@ def build(
     )
     heeded = signals if settings.run_dir is not None else None
     timer = UpdateTimer(strategy) if is_recorded else NO_TIMER
-    updater = Updater(strategy, prepared, optimizer, lr_scheduler, options, heeded, timer)
+    updating = strategy, prepared, optimizer, lr_scheduler, options, heeded, timer
+    forward: Callable[..., Any] = task.loss
+    if isinstance(task, WindowTask):
+        forward, updater = task.outputs, ReplayUpdater(task.window_loss, *updating)
+    else:
+        updater = Updater(*updating)
     identity = run_identity(settings, scheduling, layout.plan, optimizer, lr_scheduler)
     parts = RunParts(
         strategy, model, UnsavedBuffers(model), optimizer, lr_scheduler, layout.schedule, updater, callbacks, identity
     )
-    return Run(layout, parts, source, autocast(task.loss, settings.precision, strategy.device.type), validation)
+    return Run(layout, parts, source, autocast(forward, settings.precision, strategy.device.type), validation)
 
 
 def prepare_data(task: Task, strategy: Strategy) -> None:

@@ -28,6 +28,8 @@ class Exchange:
         strategy.message_length = len(Message._fields)
         self.grad_norm = math.nan
         """The gradient norm of the last update: replicas compare it in the next message."""
+        self.is_late = False
+        """Whether a process without a micro-batch sends its message later than at the window's start."""
         self._rows: list[list[float]] = []
         self._pending: PendingRows | None = None
         self._seconds = 0.0
@@ -38,7 +40,7 @@ class Exchange:
         if self.is_alone:
             return
         self._pending, self._began = None, time.perf_counter()
-        if window.is_empty:
+        if window.is_empty and not self.is_late:
             self.send()
 
     def send(self) -> None:

@@ -1,0 +1,209 @@
+"""Losses over a whole window: the gradient is that of one graph over the outputs of all its micro-batches."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from processes import ChildError, run
+from reference import parameters
+from torch import Tensor, nn
+
+from engine import Trainer
+from engine.seeds import ODD, SEED_BITS, forward_seed
+from engine.window_task import Added, Rows, Shared, WindowTask
+from strategies import DDPStrategy, FSDPStrategy
+
+SAMPLES, N = 22, 3
+
+
+class TwoTowers(nn.Module):
+    def __init__(self, dropout: float, norm: bool) -> None:
+        super().__init__()
+        middle = [nn.BatchNorm1d(6)] if norm else []
+        self.image = nn.Sequential(nn.Linear(5, 6), *middle, nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, 4))
+        self.text = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, 4))
+        self.logit_scale = nn.Parameter(torch.tensor([0.7]))  # FSDP takes no 0-dim parameters
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            nn.functional.normalize(self.image(x), dim=1),
+            nn.functional.normalize(self.text(y), dim=1),
+            self.logit_scale.exp(),
+        )
+
+
+class Clip(WindowTask):
+    """Symmetric contrastive loss with a learnt scale."""
+
+    def __init__(self, samples: int = SAMPLES, dropout: float = 0.0, norm: bool = False) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(samples, 5, generator=generator, dtype=torch.float64)
+        self.y = self.x + 0.3 * torch.randn(samples, 5, generator=generator, dtype=torch.float64)
+        self.dropout, self.norm = dropout, norm
+
+    def configure_model(self) -> nn.Module:
+        return TwoTowers(self.dropout, self.norm).double()
+
+    def configure_optimizer(self, model: nn.Module) -> Any:
+        return torch.optim.SGD(model.parameters(), lr=0.3)
+
+    def train_data(self) -> Any:
+        return torch.utils.data.TensorDataset(self.x, self.y)
+
+    def outputs(self, model: nn.Module, batch: Any) -> Any:
+        image, text, _ = model(*batch)
+        scale = model.logit_scale.exp()
+        return {"image": Rows(image), "text": Rows(text), "scale": Shared(scale)}
+
+    def window_loss(self, outputs: Any) -> Tensor:
+        logits = outputs["scale"] * outputs["image"] @ outputs["text"].T
+        target = torch.arange(len(logits))
+        return (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
+
+
+class ShardedClip(Clip):
+    def outputs(self, model: nn.Module, batch: Any) -> Any:
+        image, text, scale = model(*batch)
+        return {"image": Rows(image), "text": Rows(text), "scale": Shared(scale)}
+
+
+class Mixture(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(5, 3), nn.Sequential(nn.Linear(5, 15), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        chances = self.router(x).softmax(1)
+        return (chances[:, :, None] * self.experts(x).view(-1, 3, 5)).sum(1), chances
+
+
+class Balance(Clip):
+    """A regression by a mixture of experts, with the load balance of its router over the window."""
+
+    def configure_model(self) -> nn.Module:
+        return Mixture(self.dropout).double()
+
+    def outputs(self, model: Any, batch: Any) -> Any:
+        x, y = batch
+        guess, chances = model(x)
+        chosen = nn.functional.one_hot(chances.argmax(1), 3).sum(0)
+        error, n = ((guess - y) ** 2).sum(), torch.tensor(len(x))
+        return {"error": Added(error), "n": Added(n), "chances": Added(chances.sum(0)), "chosen": Added(chosen)}
+
+    def window_loss(self, outputs: Any) -> Tensor:
+        n = outputs["n"]
+        return outputs["error"] / n + 0.1 * 3 * (outputs["chosen"] / n * outputs["chances"] / n).sum()
+
+
+class Dice(Clip):
+    """Dice over the window: a ratio of sums."""
+
+    def configure_model(self) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(5, 6), nn.Tanh(), nn.Dropout(self.dropout), nn.Linear(6, 1), nn.Sigmoid()
+        ).double()
+
+    def outputs(self, model: nn.Module, batch: Any) -> Any:
+        x, y = batch
+        p, t = model(x)[:, 0], (y.sum(1) > 0).double()
+        return {"both": Added((p * t).sum()), "p": Added(p.sum()), "t": Added(t.sum())}
+
+    def window_loss(self, outputs: Any) -> Tensor:
+        return 1 - 2 * outputs["both"] / (outputs["p"] + outputs["t"])
+
+
+def reference(task: Any, window: int, epochs: int = 2, clip: float | None = None) -> tuple[Tensor, list[float]]:
+    """One graph over a window's micro-batches, with the draws of the engine's."""
+    torch.manual_seed(0)
+    model, losses = task.configure_model(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for epoch in range(epochs):
+        for start in range(0, len(task.x), window):
+            found = []
+            stop = min(start + window, len(task.x))
+            for first in range(start, stop, N):
+                torch.manual_seed(forward_seed(0, epoch) + first * ODD & SEED_BITS)
+                rows = slice(first, min(first + N, stop))
+                found.append(task.outputs(model, (task.x[rows], task.y[rows])))
+            joined = {}
+            for name, output in found[0].items():
+                parts = [outputs[name].tensor for outputs in found]
+                joined[name] = (
+                    torch.cat(parts) if type(output) is Rows else sum(parts) if type(output) is Added else parts[0]
+                )
+            loss = task.window_loss(joined)
+            optimizer.zero_grad()
+            loss.backward()
+            if clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            losses.append(loss.item())
+    return parameters(model), losses
+
+
+def fit(task: Any, strategy: Any, K: int, clip: float | None = None) -> Any:
+    from engine import Callback
+
+    class Losses(Callback):
+        def __init__(self) -> None:
+            self.losses: list[float] = []
+
+        def on_update_end(self, trainer: Any) -> None:
+            self.losses.append(trainer.record["loss"])
+
+    seen = Losses()
+    trainer = Trainer(
+        strategy,
+        micro_batch_size=N,
+        accumulate_grad_batches=K,
+        max_epochs=2,
+        shuffle=False,
+        callbacks=seen,
+        gradient_clip_norm=clip,
+    )
+    trainer.fit(task)
+    return whole(trainer.model), seen.losses, [b.clone() for b in trainer.model.buffers()]
+
+
+def whole(model: nn.Module) -> Tensor:
+    return torch.cat(
+        [(p.full_tensor() if hasattr(p, "full_tensor") else p).detach().reshape(-1) for p in model.parameters()]
+    )
+
+
+def fit_group(task: Any, make: Any, K: int, clip: float | None = None) -> Any:
+    return fit(task, make(), K, clip)
+
+
+def check(results: Any, expected: Any) -> None:
+    for found, losses, _ in results:
+        assert (found - expected[0]).abs().max() <= 1e-12 * expected[0].abs().max()
+        assert losses == pytest.approx(expected[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", [Clip, Balance, Dice])
+@pytest.mark.parametrize("K", [1, 3, 4])
+@pytest.mark.parametrize("P", [1, 2, 3, 4])
+def test_ddp(kind: Any, K: int, P: int) -> None:
+    task = kind(dropout=0.2)
+    check(run(P, fit_group, task, DDPStrategy, K, 0.5), reference(task, P * N * K, clip=0.5))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"wrap": ["Sequential"]}, {"wrap": ["Sequential"], "reshard_after_forward": False}]
+)
+@pytest.mark.parametrize("K", [1, 3])
+@pytest.mark.parametrize("P", [1, 2, 3])
+def test_fsdp(P: int, K: int, options: Any) -> None:
+    task = ShardedClip(dropout=0.2)
+    check(run(P, fit_group, task, partial(FSDPStrategy, **options), K, 0.5), reference(task, P * N * K, clip=0.5))
+
+
+@pytest.mark.parametrize("strategy", ["single", "dp"])
+@pytest.mark.parametrize("K", [1, 3])
+def test_one_process(strategy: str, K: int) -> None:
+    task = Clip()
+    check([fit(task, strategy, K)], reference(task, N * K))
