@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from processes import ChildError, run
-from reference import parameters
+from processes import run
+from reference import Watch, parameters
 from torch import Tensor, nn
 
 from engine import Trainer
@@ -115,25 +115,26 @@ class Dice(Clip):
         return 1 - 2 * outputs["both"] / (outputs["p"] + outputs["t"])
 
 
-def reference(task: Any, window: int, epochs: int = 2, clip: float | None = None) -> tuple[Tensor, list[float]]:
-    """One graph over a window's micro-batches, with the draws of the engine's."""
+def reference(task: Any, window: int, epochs: int = 2, clip: float | None = None, P: int = 1) -> Any:
+    """One graph over a window's micro-batches, with the engine's seeds; only process 0's forwards move the buffers."""
     torch.manual_seed(0)
     model, losses = task.configure_model(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     for epoch in range(epochs):
         for start in range(0, len(task.x), window):
             found = []
-            stop = min(start + window, len(task.x))
-            for first in range(start, stop, N):
+            for number, first in enumerate(range(start, stop := min(start + window, len(task.x)), N)):
                 torch.manual_seed(forward_seed(0, epoch) + first * ODD & SEED_BITS)
-                rows = slice(first, min(first + N, stop))
+                rows, before = slice(first, min(first + N, stop)), [b.clone() for b in model.buffers()]
                 found.append(task.outputs(model, (task.x[rows], task.y[rows])))
+                if number % P:
+                    for buffer, value in zip(model.buffers(), before, strict=True):
+                        buffer.data = value
             joined = {}
             for name, output in found[0].items():
                 parts = [outputs[name].tensor for outputs in found]
-                joined[name] = (
-                    torch.cat(parts) if type(output) is Rows else sum(parts) if type(output) is Added else parts[0]
-                )
+                kind = type(output)
+                joined[name] = torch.cat(parts) if kind is Rows else sum(parts) if kind is Added else parts[0]
             loss = task.window_loss(joined)
             optimizer.zero_grad()
             loss.backward()
@@ -141,41 +142,25 @@ def reference(task: Any, window: int, epochs: int = 2, clip: float | None = None
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             losses.append(loss.item())
-    return parameters(model), losses
+    return parameters(model), losses, [b.double() for b in model.buffers()]
 
 
-def fit(task: Any, strategy: Any, K: int, clip: float | None = None) -> Any:
-    from engine import Callback
-
-    class Losses(Callback):
-        def __init__(self) -> None:
-            self.losses: list[float] = []
-
-        def on_update_end(self, trainer: Any) -> None:
-            self.losses.append(trainer.record["loss"])
-
-    seen = Losses()
+def fit(task: Any, strategy: Any, K: int, clip: float | None = None, **settings: Any) -> Any:
+    watch = Watch()
     trainer = Trainer(
-        strategy,
+        strategy() if callable(strategy) else strategy,
         micro_batch_size=N,
         accumulate_grad_batches=K,
         max_epochs=2,
         shuffle=False,
-        callbacks=seen,
+        callbacks=watch,
         gradient_clip_norm=clip,
+        **settings,
     )
     trainer.fit(task)
-    return whole(trainer.model), seen.losses, [b.clone() for b in trainer.model.buffers()]
-
-
-def whole(model: nn.Module) -> Tensor:
-    return torch.cat(
-        [(p.full_tensor() if hasattr(p, "full_tensor") else p).detach().reshape(-1) for p in model.parameters()]
-    )
-
-
-def fit_group(task: Any, make: Any, K: int, clip: float | None = None) -> Any:
-    return fit(task, make(), K, clip)
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in trainer.model.parameters()]
+    losses = [record["loss"] for record in watch.records]
+    return torch.cat([p.detach().reshape(-1) for p in whole]), losses, [b.double() for b in trainer.model.buffers()]
 
 
 def check(results: Any, expected: Any) -> None:
@@ -189,7 +174,7 @@ def check(results: Any, expected: Any) -> None:
 @pytest.mark.parametrize("P", [1, 2, 3, 4])
 def test_ddp(kind: Any, K: int, P: int) -> None:
     task = kind(dropout=0.2)
-    check(run(P, fit_group, task, DDPStrategy, K, 0.5), reference(task, P * N * K, clip=0.5))
+    check(run(P, fit, task, DDPStrategy, K, 0.5), reference(task, P * N * K, clip=0.5))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +184,16 @@ def test_ddp(kind: Any, K: int, P: int) -> None:
 @pytest.mark.parametrize("P", [1, 2, 3])
 def test_fsdp(P: int, K: int, options: Any) -> None:
     task = ShardedClip(dropout=0.2)
-    check(run(P, fit_group, task, partial(FSDPStrategy, **options), K, 0.5), reference(task, P * N * K, clip=0.5))
+    check(run(P, fit, task, partial(FSDPStrategy, **options), K, 0.5), reference(task, P * N * K, clip=0.5))
+
+
+@pytest.mark.parametrize("strategy", [DDPStrategy, partial(FSDPStrategy, wrap=["Sequential"])])
+def test_buffers_move_once(strategy: Any) -> None:
+    task, P, K = ShardedClip(dropout=0.2, norm=True), 2, 3
+    results, expected = run(P, fit, task, strategy, K), reference(task, P * N * K, P=P)
+    check(results, expected)
+    for found, wanted in zip(results[0][2], expected[2], strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("strategy", ["single", "dp"])

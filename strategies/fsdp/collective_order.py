@@ -132,9 +132,12 @@ class CollectiveOrder:
         if not self._waits:
             self._waits = True
             self._store.add(waiting, 1)
-        while not self._store.check([key]):
+        while True:
+            is_there = self._store.check([key])  # before the count: a later pass may make it, once all have waited
             if self._store.add(waiting, 0) == self._processes:
                 return None
+            if is_there:
+                break
             if time.monotonic() > end:
                 raise dist.DistStoreError("no process has made the next collective of the first micro-batch")
             time.sleep(PAUSE)
