@@ -189,7 +189,7 @@ def test_fsdp(P: int, K: int, options: Any) -> None:
 
 @pytest.mark.parametrize("strategy", [DDPStrategy, partial(FSDPStrategy, wrap=["Sequential"])])
 def test_buffers_move_once(strategy: Any) -> None:
-    task, P, K = ShardedClip(dropout=0.2, norm=True), 2, 3
+    task, P, K = ShardedClip(23, dropout=0.2, norm=True), 2, 3  # BatchNorm takes no single sample
     results, expected = run(P, fit, task, strategy, K), reference(task, P * N * K, P=P)
     check(results, expected)
     for found, wanted in zip(results[0][2], expected[2], strict=True):

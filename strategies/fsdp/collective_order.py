@@ -22,8 +22,8 @@ class CollectiveOrder:
     """The order of the collectives in a pass of a model: a forward and backward, or one of the two.
 
     `root` is the model; `units` are its FSDP modules with parameters, by name. `processes` share `store`, and wait in
-    it for at most `timeout`. With `stays_gathered` only the first pass of a window gathers. Each kind of pass has an
-    order of its own.
+    it for at most `timeout`. With `stays_gathered` only the first pass of a window gathers, and forwards that keep no
+    graph. Each kind of pass has an order of its own.
     """
 
     def __init__(
@@ -50,9 +50,12 @@ class CollectiveOrder:
         for name in units:
             self._follow(name)
 
-    def start(self, kind: str, is_first_of_window: bool) -> None:
-        """Start a pass of a kind: FORWARD, BACKWARD or BOTH."""
-        self._kind = f"{kind} first" if self._stays_gathered and is_first_of_window else kind
+    def start(self, kind: str, gathers: bool) -> None:
+        """Start a pass of a kind: FORWARD, BACKWARD or BOTH; `gathers`: although parameters stay gathered."""
+        self._kind = f"{kind} first" if self._stays_gathered and gathers else kind
+        if self._kind not in self._known and (derived := self._derived(kind)) is not None:
+            self._recorded[self._kind] = derived
+            self._known.add(self._kind)
         self._order = self._recorded.setdefault(self._kind, [])
         self.is_open, self._position, self._waits = True, 0, False
         self._passes += 1
@@ -86,6 +89,16 @@ class CollectiveOrder:
             state._state_ctx.manual_backward_finalization_active = False
         state._root_post_backward_final_callback()
         return True
+
+    def _derived(self, kind: str) -> list[str] | None:
+        """Return the order of a kind of pass that other kinds imply: no process may ever lead it. None if unknown."""
+        if self._stays_gathered and self._kind == kind:
+            known = next((self._recorded[other] for other in (f"{BOTH} first", BACKWARD) if other in self._known), None)
+            return None if known is None else [event for event in known if event.startswith("reduce")]
+        forward = self._kind.replace(kind, FORWARD)
+        if kind == BOTH and {forward, BACKWARD} <= self._known:
+            return self._recorded[forward] + self._recorded[BACKWARD]
+        return None
 
     def _follow(self, name: str) -> None:
         """Wrap the methods of a unit that communicate: FSDP has no hooks there."""

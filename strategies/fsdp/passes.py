@@ -48,7 +48,8 @@ class Passes:
             self._root.set_requires_all_reduce(is_closing)
             self._root.set_reshard_after_backward(is_closing or self._reshards)
         kind = BOTH if self._made > self._forwards or not self._forwards else BACKWARD
-        self._order.start(FORWARD if self._made < self._forwards else kind, is_first_of_window=not self._made)
+        is_forward = self._made < self._forwards
+        self._order.start(FORWARD if is_forward else kind, gathers=is_forward or not self._made)
 
     def end(self) -> None:
         """End a pass with data."""
@@ -58,9 +59,6 @@ class Passes:
     def end_forward(self) -> None:
         """Free what a forward whose graph is not kept has gathered."""
         self._made += 1
-        if self._reshards:
-            for unit in self._order.groups.values():
-                unit.reshard()
         self._root.reset_iter_state()
 
     def finish_forwards(self, but: int = 0) -> None:
