@@ -17,7 +17,7 @@ settings.load_profile("tally")
 if (device := os.environ.get("TALLY_TEST_DEVICE", "fake")) == "fake":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests' processes talk over gloo
 elif device == "cuda":
-    collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name != "test_device.py"]
+    collect_ignore = [str(path) for path in Path(__file__).parent.rglob("test_*.py") if path.name != "test_device.py"]
 else:
     raise ValueError(f"TALLY_TEST_DEVICE={device}: give cuda, or leave it out.")
 

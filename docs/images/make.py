@@ -31,7 +31,7 @@ ROOT = HERE.parents[1]
 CLIP = {"x": 0, "y": 0, "width": 1100, "height": 1270}
 """The upper part of a page: what all is about."""
 
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 LAUNCH = (
     *(sys.executable, str(ROOT / "launch" / "start.py"), "--standalone", "--nproc_per_node=2"),
@@ -42,11 +42,11 @@ COLUMNS, ERASED = 100, b"\x1b[2K"
 MOVES = re.compile(r"(?:\x1b\[[0-9;?]*[A-HJKhl])+")
 """What moves the cursor and erases."""
 
-from browser import check_readable, chromium, hover, opened  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.text import Text  # noqa: E402
 
 from engine.report.__main__ import main as report  # noqa: E402
+from tests.kit.browser import check_readable, chromium, hover, opened  # noqa: E402
 
 
 def train(folder: Path, functions: int) -> None:

@@ -22,8 +22,8 @@ from types import FrameType
 
 import torch
 
-from benchmarks.problem import MEASURED, WINDOWS
-from benchmarks.processor import InstructionCounter
+from tests.benchmarks.problem import MEASURED, WINDOWS
+from tests.benchmarks.processor import InstructionCounter
 
 REPETITIONS = 5
 FIXED = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}

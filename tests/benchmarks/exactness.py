@@ -6,14 +6,14 @@ import tempfile
 from typing import Any, NamedTuple
 
 import torch
-from processes import run
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from benchmarks.cases import NAMED, Case, tower
 from engine import Callback, Task, Trainer
 from engine.conformance.reference import difference, in_order
 from strategies.environment import as_if_started
+from tests.benchmarks.cases import NAMED, Case, tower
+from tests.kit.processes import run
 
 LAYERS, WIDTH, EPOCHS = 4, 8, 2
 N, K = 4, 4

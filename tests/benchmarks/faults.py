@@ -29,9 +29,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hosts import TORCHRUN, Started, until
+from tests.kit.hosts import TORCHRUN, Started, until
 
 PROCESSES = (2, 4)
 AFTER, EVERY = 20, 5  # updates

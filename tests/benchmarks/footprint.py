@@ -7,12 +7,12 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
-from processes import run
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.cases import Case, tower
 from engine import Callback, Task, Trainer
+from tests.benchmarks.cases import Case, tower
+from tests.kit.processes import run
 
 LAYERS, WIDTH = 16, 1024
 GRADIENTS = 4 * LAYERS * WIDTH**2  # bytes

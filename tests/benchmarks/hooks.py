@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from processes import run
 
 from engine import Callback, Trainer
 from launch.recipes.digits.task import Digits
 from strategies import DDPStrategy
+from tests.kit.processes import run
 
 HOOKS: dict[str, dict[str, Any]] = {
     "none": {},

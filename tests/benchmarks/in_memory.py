@@ -11,14 +11,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.contenders import tally, textbook
-from benchmarks.counting import Event, compare
-from benchmarks.problem import MEASURED, WARM_UP, WINDOWS, N, at_updates, samples
+from tests.benchmarks.contenders import tally, textbook
+from tests.benchmarks.counting import Event, compare
+from tests.benchmarks.problem import MEASURED, WARM_UP, WINDOWS, N, at_updates, samples
 
 NAMES = ["textbook, in order", "textbook, shuffled", "Tally, in order", "Tally, shuffled"]
 

@@ -31,15 +31,15 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from hosts import ROOT, Started, until
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from engine import Task
 from engine.cli.main import main as command
+from tests.kit import ROOT
+from tests.kit.hosts import Started, until
 
 UPDATES, EVERY, P = 80, 5, 2
 SAVED, LOST = 75, 76
@@ -148,7 +148,7 @@ class Torchrun:
     def __init__(self, run: Path) -> None:
         launch = [sys.executable, "-m", "launch.start", "--standalone", f"--nproc_per_node={P}"]
         here = Path(__file__).resolve().parent
-        paths = {"PYTHONPATH": f"{ROOT}:{here}:{here.parent}"}
+        paths = {"PYTHONPATH": f"{ROOT}:{here}"}
         self._started = Started([*launch, str(ROOT / "engine" / "run.py"), *options(run)], run.parent, **paths)
 
     @property

@@ -12,11 +12,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.contenders import WHERE, contender
-from benchmarks.counting import Event, compare
-from benchmarks.problem import WINDOWS, Feed
+from tests.benchmarks.contenders import WHERE, contender
+from tests.benchmarks.counting import Event, compare
+from tests.benchmarks.problem import WINDOWS, Feed
 
 
 def run(name: str, K: int, start: Event, stop: Event) -> None:

@@ -23,16 +23,15 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pytest
 import torch
 import torch.distributed as dist
-from hosts import Host, torchrun_on, two_hosts
 from torch import Tensor, nn
 
-from benchmarks.scaling_model import Link, Scaling, calibrated
 from engine import Callback, Task, Trainer
+from tests.benchmarks.scaling_model import Link, Scaling, calibrated
+from tests.kit.hosts import Host, torchrun_on, two_hosts
 
 PROCESSES, WINDOWS, CALIBRATION = (1, 2, 4), (1, 4, 16), (2, 4)
 N, FEATURES, LAYERS = 2, 768, 2

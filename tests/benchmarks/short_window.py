@@ -13,14 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 
-from benchmarks.problem import FEATURES, Contender, N, configured, loss_fn, make_model
+from tests.benchmarks.problem import FEATURES, Contender, N, configured, loss_fn, make_model
 
 K, SIZES = 4, (N,) * 6 + (3,)
 CONTENDERS = {
@@ -57,7 +56,7 @@ def contender(name: str) -> Contender:
     if name == "Accelerate":
         return accelerate
     module, function = CONTENDERS[name]
-    return getattr(importlib.import_module(f"benchmarks.contenders.{module}"), function)  # type: ignore[no-any-return]
+    return getattr(importlib.import_module(f"tests.benchmarks.contenders.{module}"), function)  # type: ignore[no-any-return]
 
 
 def by_hand(rule: Callable[[list[Tensor], list[int]], Tensor | None]) -> Tensor:

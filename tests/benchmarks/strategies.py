@@ -23,14 +23,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed.pipelining  # here once, not in each process
 
-from benchmarks import exactness, footprint, hooks
-from benchmarks.cases import AT_ONCE, CASES, Case
-from benchmarks.memory import ENVIRONMENT
+from tests.benchmarks import exactness, footprint, hooks
+from tests.benchmarks.cases import AT_ONCE, CASES, Case
+from tests.benchmarks.memory import ENVIRONMENT
 
 SMALL, LARGE = 1, 8
 """The windows of which memory and bytes are told."""

@@ -22,20 +22,19 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pytest
 import torch
 import torch.distributed as dist
-from hosts import torchrun_on, two_hosts
-from processes import run
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.problem import at_updates
 from engine import Task, Trainer
 from strategies import DDPStrategy
+from tests.benchmarks.problem import at_updates
+from tests.kit.hosts import torchrun_on, two_hosts
+from tests.kit.processes import run
 
 WINDOWS = (1, 4, 16)
 P, N, FEATURES = 2, 32, 1024

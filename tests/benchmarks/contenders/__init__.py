@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from benchmarks.problem import Contender
+from tests.benchmarks.problem import Contender
 
 WHERE = {
     "textbook": "textbook.train",

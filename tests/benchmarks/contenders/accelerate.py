@@ -3,7 +3,7 @@
 from accelerate import Accelerator
 from torch import nn
 
-from benchmarks.problem import Data, configured, loss_fn
+from tests.benchmarks.problem import Data, configured, loss_fn
 
 
 def train(data: Data, K: int) -> nn.Module:

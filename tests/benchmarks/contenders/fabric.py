@@ -3,7 +3,7 @@
 from lightning.fabric import Fabric
 from torch import nn
 
-from benchmarks.problem import Data, configured, loss_fn
+from tests.benchmarks.problem import Data, configured, loss_fn
 
 
 def train(data: Data, K: int) -> nn.Module:

@@ -3,7 +3,7 @@
 from ignite.engine import create_supervised_trainer
 from torch import nn
 
-from benchmarks.problem import Data, configured, loss_fn
+from tests.benchmarks.problem import Data, configured, loss_fn
 
 
 def train(data: Data, K: int) -> nn.Module:

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor, nn
 
-from benchmarks.problem import Data, loss_fn, make_model, make_optimizer
+from tests.benchmarks.problem import Data, loss_fn, make_model, make_optimizer
 
 
 class Linear(LightningModule):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.problem import Data, N, loss_fn, make_model, make_optimizer
 from engine import Task, Trainer
+from tests.benchmarks.problem import Data, N, loss_fn, make_model, make_optimizer
 
 
 class Linear(Task):

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from benchmarks.problem import Data, loss_fn, make_model, make_optimizer
+from tests.benchmarks.problem import Data, loss_fn, make_model, make_optimizer
 
 if find_spec("pkg_resources") is None:  # torchtnt imports it, without a use; setuptools has it no longer
     sys.modules["pkg_resources"] = ModuleType("pkg_resources")

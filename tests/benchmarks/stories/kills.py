@@ -24,17 +24,16 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from hosts import TORCHRUN, Started, until
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from benchmarks.stories.picture import Panel, draw, tell
 from engine import Callback, Trainer
 from launch.recipes.digits import Digits
+from tests.benchmarks.stories.picture import Panel, draw, tell
+from tests.kit.hosts import TORCHRUN, Started, until
 
 N, K, EPOCHS, EVERY = 16, 2, 8, 20
 SAMPLES, UPDATES = 1437, EPOCHS * 23

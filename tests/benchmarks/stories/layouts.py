@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.distributed as dist
-from processes import run
-from reference import Watch, parameters
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from benchmarks.stories.picture import Panel, draw, tell
 from engine import Trainer
 from launch.recipes.digits import Digits
+from tests.benchmarks.stories.picture import Panel, draw, tell
+from tests.kit.processes import run
+from tests.kit.reference import Watch, parameters
 
 LAYOUTS = ((1, 8), (2, 4), (4, 2))
 N, EPOCHS, MAX_NORM = 16, 6, 1.0

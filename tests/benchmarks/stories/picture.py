@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from benchmarks.run import DOCS, publish
+from tests.benchmarks.run import DOCS, publish
 
 WIDTH, HEIGHT, LEFT, TOP, BELOW = 330, 150, 68, 66, 52
 """Of one panel and of what is around it, in pixels: its ticks at the left, title and legend above all, ticks below."""

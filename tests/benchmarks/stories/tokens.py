@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from processes import run
 from torch import Tensor, nn
 
-from benchmarks.stories.picture import Panel, draw, tell
 from engine import Callback, Loss, Trainer
 from launch.recipes.stdlib_lm import StdlibLM
 from launch.recipes.stdlib_lm.functions import train_and_held_out
+from tests.benchmarks.stories.picture import Panel, draw, tell
+from tests.kit.processes import run
 
 P, N, K, EPOCHS, SEEDS, EVERY = 2, 2, 8, 3, (0, 1), 9
 ORDERS = ("bucketed", "shuffled")

@@ -1,0 +1,1 @@
+"""Classes that were written for other libraries train as they are."""

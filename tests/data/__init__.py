@@ -1,0 +1,1 @@
+"""Any data is counted right: datasets and streams, uneven, empty or failing."""

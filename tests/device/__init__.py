@@ -1,0 +1,1 @@
+"""A device, a precision, a compiled model or a fused step changes the speed of a run, and nothing else."""

@@ -1,0 +1,41 @@
+"""Faults of engine/callbacks."""
+
+from tests.faults.fault import Fault
+
+FAULTS = [
+    Fault(
+        "average over skipped updates",
+        "EMA.on_update_end",
+        "trainer.skipped > self._skipped",
+        "False",
+        "tests/exact/test_skipped.py",
+    ),
+    Fault(
+        "train on with the average",
+        "EMA.around_validation",
+        "finally:\n            self._swap()",
+        "finally:\n            pass",
+        "tests/output/test_callbacks.py -k average",
+    ),
+    Fault(
+        "forget how long a stop has waited",
+        "EarlyStopping.load_state_dict",
+        'self.best, self.waited = state["best"], state["waited"]',
+        "pass",
+        "tests/output/test_callbacks.py -k early",
+    ),
+    Fault(
+        "stop each process by itself",
+        "EarlyStopping._stop_if_due",
+        "is_collective=True",
+        "is_collective=False",
+        "tests/output/test_callbacks.py -k early",
+    ),
+    Fault(
+        "make a schedule anew",
+        "EpochLR.on_fit_start",
+        "group.update(values)",
+        "pass",
+        "tests/output/test_callbacks.py -k resume",
+    ),
+]

@@ -1,0 +1,57 @@
+"""Faults of engine/plan."""
+
+from tests.faults.fault import Fault
+from tests.faults.selections import COUNTS, TABLE
+
+FAULTS = [
+    Fault(
+        "the boundary one micro-batch late",
+        "PlannedWindow.micro_batches",
+        "piece + P >= pieces",
+        "piece + P > pieces",
+        COUNTS,
+    ),
+    Fault(
+        "the boundary one micro-batch early",
+        "PlannedWindow.micro_batches",
+        "piece + P >= pieces",
+        "piece + 2 * P >= pieces",
+        COUNTS,
+    ),
+    Fault(
+        "drop the tail",
+        "Plan.windows",
+        "            yield PlannedWindow(offset, stop, stage)",
+        "            if stop - offset == stage.effective_batch:\n"
+        "                yield PlannedWindow(offset, stop, stage)",
+        TABLE,
+    ),
+    Fault(
+        "cut micro-batches by P",
+        "PlannedWindow.micro_batches",
+        "piece * N, min((piece + 1) * N,",
+        "piece * N, min((piece + 1) * N + P - 1,",
+        TABLE,
+    ),
+    Fault(
+        "spread a window unevenly",
+        "PlannedWindow.count",
+        "min(self.samples, -(-pieces // P) * P) if spread else pieces",
+        "pieces",
+        "tests/plan/test_plan.py",
+    ),
+    Fault(
+        "count one update too few",
+        "Plan.updates",
+        "end - stage.first) * -(-self.samples",
+        "end - stage.first - 1) * -(-self.samples",
+        "tests/plan/test_plan.py",
+    ),
+    Fault(
+        "change K one epoch late",
+        "Schedule._after",
+        "return bisect_right(self.stages, place,",
+        "return bisect_right(self.stages, place - 1,",
+        "tests/plan/test_plan.py",
+    ),
+]

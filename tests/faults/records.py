@@ -1,0 +1,85 @@
+"""Faults of engine/records."""
+
+from tests.faults.fault import Fault
+from tests.faults.selections import FOREIGN, IDENTITY, KILLED, LOSES
+
+FAULTS = [
+    Fault(
+        "write updates twice into the history",
+        "RunFolder.rewind",
+        " if history.keeps(line))",
+        " if history.keeps(line) or True)",
+        KILLED,
+    ),
+    Fault(
+        "know a folder by inode alone",
+        "RunFolder.is_lost",
+        '(read_mark(self.path) or {}).get("start", self._start) != self._start',
+        "False",
+        LOSES,
+    ),
+    Fault("know a folder by its ids alone", "RunFolder.is_lost", "return not is_same or", "return", LOSES),
+    Fault(
+        "leave the records in a folder that is lost",
+        "RunFolder.rescue",
+        "file.readall() +",
+        'b"" +',
+        LOSES,
+    ),
+    Fault(
+        "reopen tables by the folder's name",
+        "RunFolder.pinned",
+        "return path if path.exists() else self.path",
+        "return self.path",
+        f"{IDENTITY}::test_tables_follow_a_folder_that_is_moved",
+    ),
+    Fault(
+        "decide before the lock that a folder is empty",
+        "RunFolder.__init__",
+        "            _check_is_free(self.path, takes_over)  #",
+        "            pass  #",
+        f"{IDENTITY}::test_a_folder_that_fills_before_its_lock_is_free_is_refused",
+    ),
+    Fault(
+        "lock out other processes only",
+        "engine.records.lock:_try",
+        "if holder is not None and not holder.closed:",
+        "if False:",
+        f"{IDENTITY}::test_two_trainers_of_one_process_are_two_runs",
+    ),
+    Fault(
+        "miss a hole in the history",
+        "History._see",
+        "            self._note_missing(update - 1)\n",
+        "",
+        f"{IDENTITY}::test_a_resume_tells_of_updates_that_are_missing_or_stand_twice",
+    ),
+    Fault(
+        "miss an update that stands twice",
+        "History._see",
+        "if update <= self._last:",
+        "if False:",
+        f"{IDENTITY}::test_a_resume_tells_of_updates_that_are_missing_or_stand_twice",
+    ),
+    Fault(
+        "follow links in a run's folder",
+        "check_plain",
+        "if is_shared or not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):",
+        "if is_shared:",
+        f"{FOREIGN}::test_a_link_or_device_in_a_run_folder_is_refused",
+    ),
+    Fault(
+        "append to a file with another name elsewhere",
+        "check_plain",
+        "if is_shared or not",
+        "if not",
+        f"{FOREIGN}::test_a_file_that_has_another_name_elsewhere_stays_as_it_is_there",
+    ),
+    Fault(
+        "keep records of short numbers only",
+        "engine.records.run_folder:_plain",
+        "abs(value) < 2**63",
+        "True",
+        "tests/errors/test_exit.py -k records",
+    ),
+]

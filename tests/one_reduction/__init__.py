@@ -1,0 +1,1 @@
+"""One window, one reduction: nothing is communicated per micro-batch, and little is called."""

@@ -1,0 +1,195 @@
+"""Loggers: one history after a resume, grouped names, and services that are away."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from engine import Callback, Loss, Trainer
+from engine.loggers import CSVLogger, GroupedLogger, Start, TrackerLogger
+from tests.kit import ROOT
+from tests.kit.processes import ChildError, run
+from tests.kit.reference import Regression, Samples, data, parameters
+
+
+class Tokens(Regression):
+    """Each sample weighs 3; validated on seven of them."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        return Loss(3 * len(batch[0]) * super().loss(model, batch), 3 * len(batch[0]))
+
+    def validation_data(self) -> Any:
+        return Samples(*data(7))
+
+    def evaluate(self, model: nn.Module, batch: Any) -> Any:
+        return {"loss": nn.functional.mse_loss(model(batch[0]), batch[1])}
+
+
+class Dies(Callback):
+    def __init__(self, update: int) -> None:
+        self.update = update
+
+    def on_update_end(self, trainer: Trainer) -> None:
+        if trainer.update == self.update and trainer.strategy.rank == 0:
+            for writer in (logger._logger._writer for logger in trainer._records._loggers[2:]):
+                writer.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fit(folder: str, dies_at: int = 0) -> None:
+    Trainer(
+        micro_batch_size=2,
+        accumulate_grad_batches=2,
+        max_epochs=2,
+        save_every_n_updates=3,
+        validate_every_n_updates=2,
+        loggers=["csv", "tensorboard"],
+        callbacks=Dies(dies_at),
+        run_dir=folder,
+    ).fit(Tokens(17))
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return [{k: v for k, v in row.items() if not k.startswith("speed/")} for row in csv.DictReader(file)]
+
+
+def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("speed/")]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+@pytest.mark.parametrize("P", [1, 2])
+def test_a_killed_run_has_one_history(P: int, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(P, fit, str(whole))
+    with pytest.raises(ChildError):
+        run(P, fit, str(parts), 5)
+    with (parts / "metrics.csv").open("a") as file:
+        file.write("6,0.1")  # killed within a line
+    run(P, fit, str(parts))
+    for name in ("metrics.csv", "validation.csv"):
+        assert table(parts / name) == table(whole / name)
+    assert points(parts) == points(whole)
+    records = [json.loads(line) for line in (parts / "metrics.jsonl").read_text().splitlines()]
+    updates = [record for record in records if "loss" in record]
+    rows = table(parts / "metrics.csv")
+    assert [int(row["update"]) for row in rows] == list(range(1, len(updates) + 1))
+    assert [float(row["train/loss"]) for row in rows] == [record["loss"] for record in updates]
+    assert [float(row["optim/grad_norm"]) for row in rows] == [record["grad_norm"] for record in updates]
+    assert [int(row["data/samples"]) for row in rows] == [record["samples"] for record in updates]
+    assert [float(row["data/weight"]) for row in rows] == [3 * record["samples"] for record in updates]
+    validations = [record for record in records if "loss" not in record]
+    means = [(int(row["update"]), float(row["validation/loss"])) for row in table(parts / "validation.csv")]
+    assert means == [(record["update"], record["validation/loss"]) for record in validations]
+    samples = {record["update"]: record["samples"] for record in updates}
+    assert [int(row["data/samples"]) for row in table(parts / "validation.csv")] == [samples[u] for u, _ in means]
+
+
+def test_a_column_that_comes_later_is_empty_before(tmp_path: Path) -> None:
+    logger = CSVLogger()
+    start = Start(tmp_path, 0, 0, {}, 0.0, {})
+    logger.open(start)
+    logger.log({"update": 1, "validation/a": 0.5})
+    logger.log({"update": 2, "validation/a,b": 2.0})
+    logger.close()
+    logger.open(start._replace(update=2, validated_update=1))
+    logger.log({"update": 2, "validation/a": 0.25})
+    logger.close()
+    rows = [(row["update"], row["validation/a"], row["validation/a,b"]) for row in table(tmp_path / "validation.csv")]
+    assert rows == [("1", "0.5", ""), ("2", "0.25", "")]
+
+
+def test_a_tracker_is_imported_when_used_and_told_of_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "some_tracker.py").write_text(
+        "told = []\n"
+        "class Run:\n"
+        "    def log(self, values, step): told.append((step, values))\n"
+        "    def finish(self): told.append('finish')\n"
+        "def init(project, config):\n"
+        "    told.append((project, config['micro_batch_size']))\n"
+        "    return Run()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    trainer = Trainer(micro_batch_size=4, max_updates=2, loggers=TrackerLogger("some_tracker", {"project": "mine"}))
+    assert "some_tracker" not in sys.modules
+    trainer.fit(Tokens(8))
+    from some_tracker import told
+
+    assert (told[0], told[-1]) == (("mine", 4), "finish")
+    assert [step for step, _ in told[1:-1]] == [1, 2, 2]
+    assert told[1][1]["train/loss"] > 0
+    assert [(told[n][1]["data/samples"], told[n][1]["data/weight"]) for n in (1, 2, 3)] == [(4, 12), (8, 24), (8, 24)]
+    assert "validation/loss" in told[3][1]
+
+
+class Away(GroupedLogger):
+    """A service that is away: fails when opened, or at each update."""
+
+    def __init__(self, at: str) -> None:
+        self.at, self.tried = at, 0
+
+    def fail(self, at: str) -> None:
+        self.tried += at == "log"
+        if at == self.at:
+            raise ConnectionError("no route to host")
+
+    def open(self, start: Start) -> None:
+        super().open(start)
+        self.fail("open")
+
+    def write(self, update: int, values: Mapping[str, float], is_update: bool) -> None:
+        self.fail("log")
+
+    def close(self) -> None:
+        self.fail("close")
+
+
+@pytest.mark.parametrize("at", ["open", "log", "close"])
+def test_a_logger_whose_service_is_away_ends_nothing(at: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    away, witness = Away(at), Away("")
+    trainer = Trainer(micro_batch_size=4, max_updates=5, loggers=[away, witness], run_dir=str(tmp_path / "run"))
+    with caplog.at_level(logging.WARNING, "tally"):
+        trainer.fit(Tokens(8))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"Away failed in {at}(): ConnectionError: no route to host" in caplog.text
+    assert (away.tried, witness.tried) == (0 if at == "open" else witness.tried, 5 + 3)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 8
+    reference = Trainer(micro_batch_size=4, max_updates=5)
+    reference.fit(Tokens(8))
+    assert parameters(trainer.model).equal(parameters(reference.model))
+
+
+def test_what_is_no_logger_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for loggers, run_dir, message in (
+        ("wandb", "run", "loggers='wandb': give csv, tensorboard, or an object"),
+        ([object()], "run", "give csv, tensorboard, or an object"),
+        ("csv", None, "loggers='csv' writes into the run's folder: give a run_dir"),
+        (CSVLogger(), None, "writes into the run's folder: give a run_dir"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer(max_updates=1, loggers=loggers, run_dir=run_dir)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ValueError, match=r"pip install 'tally-engine\[tensorboard\]'"):
+        Trainer(max_updates=1, loggers="tensorboard", run_dir=str(tmp_path / "run"))
+
+
+def test_nothing_is_imported_that_is_not_used() -> None:
+    code = "import sys, engine.cli.main; print(sorted({'tensorboard', 'wandb', 'matplotlib'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

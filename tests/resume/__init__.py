@@ -1,0 +1,1 @@
+"""Interrupt it anywhere: killed and continued is uninterrupted, to the bit, and no file is lost or another's."""
