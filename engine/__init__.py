@@ -6,5 +6,18 @@ from engine.loss import Loss
 from engine.task import Batching, Task
 from engine.trainer import Trainer
 from engine.version import __version__ as __version__
+from engine.window_task import Added, Rows, Shared, WindowTask
 
-__all__ = ["Accumulator", "Batching", "Callback", "GradientAccumulationScheduler", "Loss", "Task", "Trainer"]
+__all__ = [
+    "Accumulator",
+    "Added",
+    "Batching",
+    "Callback",
+    "GradientAccumulationScheduler",
+    "Loss",
+    "Rows",
+    "Shared",
+    "Task",
+    "Trainer",
+    "WindowTask",
+]

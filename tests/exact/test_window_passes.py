@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import ChildError, run
-from test_collectives import Count
-from test_window_losses import Clip, ShardedClip, fit, reference
 from torch import Tensor, nn
 
 from engine import Trainer
 from engine.window_task import Added, Rows, Shared
 from strategies import DDPStrategy, FSDPStrategy
+from tests.kit.processes import ChildError, run
+from tests.kit.recorders import Count
+from tests.kit.windows import Clip, ShardedClip, fit, reference
 
 BOTH = pytest.mark.parametrize("strategy", [DDPStrategy, partial(FSDPStrategy, wrap=["Sequential"])])
 
