@@ -19,7 +19,7 @@ def contrastive(first: Tensor, second: Tensor, scale: Tensor | float, tile: int 
     for rows, columns in ((first, second), (second, first)):
         for start in range(0, len(rows), tile):
             args = rows[start : start + tile], columns, scale, start
-            total = total + checkpoint(_tile, *args, use_reentrant=False)  # type: ignore[no-untyped-call]
+            total = total + checkpoint(_tile, *args, use_reentrant=False)
     return total / (2 * len(first))
 
 

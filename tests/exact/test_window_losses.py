@@ -51,3 +51,17 @@ def test_buffers_move_once(strategy: Any) -> None:
 def test_one_process(strategy: str, K: int) -> None:
     task = Clip()
     check([fit(task, strategy, K)], reference(task, N * K))
+
+
+class InOrder(Clip):
+    """A loss that depends on the order of the rows."""
+
+    def window_loss(self, outputs: Any) -> torch.Tensor:
+        products = (outputs["image"] * outputs["text"]).sum(1)
+        return (products * torch.arange(len(products))).mean() * outputs["scale"].sum()
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_rows_are_in_the_order_of_samples(spread: bool) -> None:
+    results = run(2, partial(fit, spread_windows=spread), InOrder(), DDPStrategy, 3)
+    check(results, reference(InOrder(), 2 * N * 3))
