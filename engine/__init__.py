@@ -7,16 +7,21 @@ from engine.optimizers import parameter_groups
 from engine.task import Batching, Task
 from engine.trainer import Trainer
 from engine.version import __version__ as __version__
+from engine.window_task import Added, Rows, Shared, WindowTask
 from strategies.optimizers import Optimizers
 
 __all__ = [
     "Accumulator",
+    "Added",
     "Batching",
     "Callback",
     "GradientAccumulationScheduler",
     "Loss",
     "Optimizers",
+    "Rows",
+    "Shared",
     "Task",
     "Trainer",
+    "WindowTask",
     "parameter_groups",
 ]

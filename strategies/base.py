@@ -18,6 +18,7 @@ from strategies.errors import UserError
 from strategies.gradient_norm import norm_of
 from strategies.optimizer_state import copy_of, load_named_state, named_state, user_module, user_name
 from strategies.to_device import move
+from strategies.two_passes import TwoPasses
 
 Compute = Callable[[nn.Module, Any], Mapping[str, Any]]
 PendingRows = Callable[[], list[list[float]]]
@@ -40,7 +41,7 @@ class MicroBatch:
     """Why `size` cannot weigh a mean over its samples; "" if it can."""
 
 
-class Strategy(ABC):
+class Strategy(TwoPasses, ABC):
     """Devices, processes and their collectives. Subclass it, or a built-in one, for a new backend.
 
     Only `accumulation_context`, `effective_batch` and `supports_variable_windows` must be given; every other method
@@ -86,10 +87,6 @@ class Strategy(ABC):
     @abstractmethod
     def effective_batch(self, N: int, K: int) -> int:
         """Return the samples of one full update: K micro-batches of N samples on each of the P processes."""
-
-    @abstractmethod
-    def accumulation_context(self, is_last_microbatch: bool) -> AbstractContextManager[Any]:
-        """Return the context around FORWARD AND BACKWARD of one micro-batch; only the last one may communicate."""
 
     # Processes and devices
 

@@ -128,6 +128,12 @@ class ProcessGroupStrategy(Strategy):
         dist.all_gather_object(values, value, group=self._host_group)
         return values
 
+    def gather_bytes(self, data: Tensor, most: int) -> list[Tensor]:
+        padded = torch.nn.functional.pad(data, (0, most - data.numel()))
+        rows = [torch.empty_like(padded) for _ in range(self.processes)]
+        dist.all_gather(rows, padded)
+        return rows
+
     def collect(self, value: Any) -> list[Any]:
         """Return each process's `value` in rank order on process 0, which receives one at a time; else only its own."""
         values = [value]

@@ -7,7 +7,7 @@ from typing import Any
 
 from engine import GradientAccumulationScheduler
 from engine.conformance.backend import Backend, N, NotDeclaredError, expect
-from engine.conformance.reference import Regression, deal, in_order, windows_of
+from engine.conformance.reference import Regression, WindowRegression, deal, in_order, windows_of
 from engine.trainer import Trainer
 from strategies import Strategy
 
@@ -59,6 +59,16 @@ def check_uneven_data(backend: Backend) -> None:
         windows = windows_of(pieces, K)
         task = Regression(sum(map(len, windows)), pieces=pieces)
         _check(backend, task, windows * EPOCHS, f"streams of {lengths} micro-batches")
+
+
+def check_window_losses(backend: Backend) -> None:
+    """A loss over a whole window, run twice, has the gradient of ONE forward of all its samples; or it is refused."""
+    backend.must_be_exact()
+    B = backend.P * N * backend.K
+    task = WindowRegression(_tails(backend, B)[-1])
+    if not backend.strategy_class.supports_window_losses:
+        raise NotDeclaredError("supports_window_losses = False: such a task is refused")
+    _check(backend, task, in_order(len(task.x), B) * EPOCHS, f"a loss over windows of {B}")
 
 
 def _tails(backend: Backend, B: int) -> list[int]:

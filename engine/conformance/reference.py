@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 
 from engine.loss import Loss
 from engine.task import Task
+from engine.window_task import Added, Output, Rows, WindowTask
 
 LR = 0.1
 State = dict[str, Tensor]
@@ -81,6 +82,26 @@ class Regression(Task):
                 for parameter, gradient in zip(model.parameters(), gradients, strict=True):
                     parameter.sub_(LR * clip * gradient)
         return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+class WindowRegression(Regression, WindowTask):
+    """Squared errors, and the variance of the outputs over the window, which no micro-batch knows."""
+
+    def outputs(self, model: nn.Module, batch: Any) -> Mapping[str, Output]:
+        x, y, _ = batch
+        guess = model(x)
+        return {"guess": Rows(guess), "error": Added((guess - y).square().sum())}
+
+    def window_loss(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        guess = outputs["guess"]
+        return outputs["error"] / len(guess) + (guess - guess.mean()).square().mean()
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return WindowTask.loss(self, model, batch)
+
+    def gradient(self, model: nn.Module, rows: Sequence[int]) -> list[Tensor]:
+        batch = self.x[list(rows)], self.y[list(rows)], None
+        return list(torch.autograd.grad(self.loss(model, batch), list(model.parameters())))
 
 
 class _Stream:

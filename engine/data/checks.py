@@ -26,6 +26,15 @@ def check_windows(scheduling: Mapping[int, int], strategy: Strategy) -> None:
         )
 
 
+def check_window_losses(strategy: Strategy) -> None:
+    """Raise UserError if the strategy cannot run a window twice."""
+    if not strategy.supports_window_losses:
+        raise UserError(
+            f"strategy {strategy.name!r} does not support losses over a window: expected one that can run a window "
+            "twice. Use DDPStrategy or FSDPStrategy."
+        )
+
+
 def check_stream(data: object, strategy: Strategy) -> None:
     """Raise UserError for ready micro-batches if several processes need the same ones."""
     if strategy.processes > strategy.data_parallel_size:

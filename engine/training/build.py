@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from engine.checkpoint.snapshot import (
     saved_schedule,
     window_identity,
 )
-from engine.data.checks import check_equal_windows, check_windows
+from engine.data.checks import check_equal_windows, check_window_losses, check_windows
 from engine.data.map_style import LoaderOptions
 from engine.data.prefetch import Prefetch
 from engine.data.sources import make_plan, make_source
@@ -43,8 +43,10 @@ from engine.training.compile import compile_in_place
 from engine.training.validation import Validation
 from engine.update.model_checks import check_model, check_optimizer
 from engine.update.precision import autocast
+from engine.update.replay import ReplayUpdater
 from engine.update.timing import NO_TIMER, UpdateTimer
 from engine.update.updater import LossOf, UpdateOptions, Updater
+from engine.window_task import WindowTask
 from strategies import Strategy
 
 log = logging.getLogger("tally")
@@ -84,6 +86,8 @@ def build(
     configuration: Mapping[str, Any],
 ) -> Run:
     """Build data, model, optimizer and updater of `task`. Raises UserError for what cannot be trained."""
+    if isinstance(task, WindowTask):
+        check_window_losses(strategy)
     prepare_data(task, strategy)
     layout = lay_out(task, settings, scheduling, strategy, checkpoint)
     source = _source(task, settings, strategy, layout)
@@ -99,6 +103,7 @@ def build(
     is_recorded = bool(callbacks or settings.loggers or settings.run_dir is not None)
     configuration = {**configuration, "the names of task.validation_metrics": [*task.validation_metrics]}
     _check_agreement(strategy, configuration, layout, model, is_recorded)
+    strategy.runs_twice = isinstance(task, WindowTask)
     prepared = strategy.prepare(model)
     check_equal_windows(strategy, layout.plan, settings.micro_batch_size, settings.spread_windows)
     optimizer, lr_scheduler = make_optimizer(task, model)
@@ -107,7 +112,13 @@ def build(
     options = UpdateOptions(clip_norm, skips, settings.precision, seed, is_recorded, layout.total_updates)
     heeded = signals if settings.run_dir is not None else None
     timer = UpdateTimer(strategy) if is_recorded else NO_TIMER
-    updater = Updater(strategy, prepared, optimizer, lr_scheduler, options, heeded, timer)
+    updater: Updater
+    updating = strategy, prepared, optimizer, lr_scheduler, options, heeded, timer
+    forward: Callable[..., Any] = task.loss
+    if isinstance(task, WindowTask):
+        forward, updater = task.outputs, ReplayUpdater(task.window_loss, *updating)
+    else:
+        updater = Updater(*updating)
     task._log_entries = updater.logged
     identity = run_identity(settings, scheduling, layout.plan, optimizer, lr_scheduler)
     parts = RunParts(
@@ -122,7 +133,7 @@ def build(
         identity,
         base,
     )
-    return Run(layout, parts, source, autocast(task.loss, settings.precision, strategy.device.type), validation)
+    return Run(layout, parts, source, autocast(forward, settings.precision, strategy.device.type), validation)
 
 
 def hyperparameters(task: Task, model: nn.Module, plan: Plan | None) -> dict[str, Any]:

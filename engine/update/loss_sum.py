@@ -60,6 +60,12 @@ class LossSum:
             self._add_loss(value.detach(), share)
         return value, share * self._scale
 
+    def add_window(self, loss: Tensor, samples: int, micro_batches: int) -> None:
+        """Add the loss of a whole window, with the weight of this process's samples."""
+        self.samples, self.micro_batches, self._weight = samples, micro_batches, float(samples)
+        if self.is_recorded and samples:
+            self._losses, self._share = [loss], samples
+
     def read(self) -> tuple[float, float]:
         """Return (weight, loss), the only host-device sync of a window.
 

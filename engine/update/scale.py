@@ -19,6 +19,8 @@ class Scale:
 
     def __init__(self, precision: str | None) -> None:
         self._is_fp16 = precision == "fp16"
+        self.is_final = False
+        """Whether the gradient needs no division: that of a window's loss."""
         self._loss_scale = LossScale(2.0**16 if self._is_fp16 else 1.0)
         self._late_weight = 0.0
         """The weight of the update before, if it was not the number of samples."""
@@ -27,12 +29,14 @@ class Scale:
     def begin(self, window: Window) -> float:
         """Choose the unit of a window and return what backward multiplies a sum of losses by."""
         self._expected = float(window.samples or window.stage.effective_batch)
+        if self.is_final:
+            return self._loss_scale.value
         self._unit = 2.0 ** round(math.log2(self._late_weight)) if self._late_weight else self._expected
         return self._loss_scale.value / self._unit
 
     def factor(self, weight: float) -> float:
         """Return what makes the summed gradients those of a mean over `weight`."""
-        correction = self._unit / weight if weight else 1.0
+        correction = self._unit / weight if weight and not self.is_final else 1.0
         return correction / self._loss_scale.value
 
     def end(self, weight: float, overflowed: bool) -> None:

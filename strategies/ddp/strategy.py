@@ -237,6 +237,9 @@ class DDPStrategy(ProcessGroupStrategy):
             modules["module"], self._ddp.require_backward_grad_sync = self._model, False
         self._buffers_are_sent = self._was_called = False
 
+    def end_first_pass(self, has_output: bool) -> None:
+        self._broadcast_buffers_once()  # a process without a micro-batch takes part
+
     def clear_gradients(self) -> None:
         """Set all gradients to None, or to zero if they are views of the buckets."""
         if self._keeps_buckets:

@@ -13,15 +13,17 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+FORWARD, BACKWARD, BOTH = "forward", "backward", "both"
 END = "end"
 PAUSE = 0.002  # seconds between two reads of the store, in a first pass without data
 
 
 class CollectiveOrder:
-    """The order of the collectives in a pass (one forward and backward) of a model.
+    """The order of the collectives in a pass of a model: a forward and backward, or one of the two.
 
     `root` is the model; `units` are its FSDP modules with parameters, by name. `processes` share `store`, and wait in
-    it for at most `timeout`. With `stays_gathered` only the first pass of a window gathers.
+    it for at most `timeout`. With `stays_gathered` only the first pass of a window gathers, and forwards that keep no
+    graph. Each kind of pass has an order of its own.
     """
 
     def __init__(
@@ -36,10 +38,11 @@ class CollectiveOrder:
         self._root, self._units = root, units
         self._store, self._processes, self._timeout = store, processes, timeout
         self._stays_gathered = stays_gathered
-        self._recorded: list[str] = []
-        self._is_known = self._waits = False
-        self._order: list[str] = []
-        self._position = 0
+        self._recorded: dict[str, list[str]] = {}
+        self._known: set[str] = set()
+        self._kind = ""
+        self._passes = self._position = 0
+        self._waits = False
         self.is_open = False  # whether a pass has started and not ended
         self.used: set[Any] = set()  # FSDP's parameters that had a gradient to reduce, since the set was cleared
         root._get_fsdp_state()._lazy_init()
@@ -47,21 +50,26 @@ class CollectiveOrder:
         for name in units:
             self._follow(name)
 
-    def start(self, is_first_of_window: bool) -> None:
-        """Start a pass."""
-        self.is_open, self._position, self._order = True, 0, self._recorded
-        if self._stays_gathered and not is_first_of_window:
-            self._order = [event for event in self._recorded if event.startswith("reduce")]
+    def start(self, kind: str, gathers: bool) -> None:
+        """Start a pass of a kind: FORWARD, BACKWARD or BOTH; `gathers`: although parameters stay gathered."""
+        self._kind = f"{kind} first" if self._stays_gathered and gathers else kind
+        if self._kind not in self._known and (derived := self._derived(kind)) is not None:
+            self._recorded[self._kind] = derived
+            self._known.add(self._kind)
+        self._order = self._recorded.setdefault(self._kind, [])
+        self.is_open, self._position, self._waits = True, 0, False
+        self._passes += 1
 
     def end(self) -> None:
         """End a pass with data. Raises RuntimeError if it made fewer collectives than the first pass."""
         self._note(END)
-        self._is_known, self.is_open = True, False
+        self._known.add(self._kind)
+        self.is_open = False
 
     def finish(self) -> bool:
         """Take part in the rest of a pass without data; return False if no process has data to lead it."""
         self.is_open = False
-        if self._position:  # its forward or backward failed
+        if self._position or self._kind.startswith(BACKWARD):  # its forward or backward failed, or is left out
             self._root.reset_iter_state()
         while (event := self._next()) != END:
             if event is None:
@@ -73,12 +81,24 @@ class CollectiveOrder:
             else:
                 self.groups[name].post_backward()
             self._position += 1
-        self._is_known = True
+        self._known.add(self._kind)
+        if self._kind.startswith(FORWARD):
+            return True
         state = self._root._get_fsdp_state()
         if hasattr(state._state_ctx, "manual_backward_finalization_active"):  # torch 2.15: set when a backward starts
             state._state_ctx.manual_backward_finalization_active = False
         state._root_post_backward_final_callback()
         return True
+
+    def _derived(self, kind: str) -> list[str] | None:
+        """Return the order of a kind of pass that other kinds imply: no process may ever lead it. None if unknown."""
+        if self._stays_gathered and self._kind == kind:
+            known = next((self._recorded[other] for other in (f"{BOTH} first", BACKWARD) if other in self._known), None)
+            return None if known is None else [event for event in known if event.startswith("reduce")]
+        forward = self._kind.replace(kind, FORWARD)
+        if kind == BOTH and {forward, BACKWARD} <= self._known:
+            return self._recorded[forward] + self._recorded[BACKWARD]
+        return None
 
     def _follow(self, name: str) -> None:
         """Wrap the methods of a unit that communicate: FSDP has no hooks there."""
@@ -101,12 +121,12 @@ class CollectiveOrder:
 
     def _note(self, event: str) -> None:
         """Advance by one event. Raises RuntimeError if another event was due."""
-        if self._is_known:
+        if self._kind in self._known:
             due = self._order[self._position] if self._position < len(self._order) else END
         else:
-            due = self._store.compare_set(str(self._position), "", event).decode()
+            due = self._store.compare_set(f"{self._kind} {self._position}", "", event).decode()
             if due != END:
-                self._recorded.append(due)
+                self._order.append(due)
         if due != event:
             raise RuntimeError(
                 f"FSDP: a micro-batch made {event!r} where another one made {due!r}. Each must call the same units in "
@@ -116,24 +136,28 @@ class CollectiveOrder:
 
     def _next(self) -> str | None:
         """Return the next event of the pass; None if all processes wait for it."""
-        if self._is_known:
-            return self._order[self._position] if self._position < len(self._order) else END
-        key, end = str(self._position), time.monotonic() + self._timeout.total_seconds()
-        if self._position == len(self._recorded):
-            if not self._waits:
-                self._waits = True
-                self._store.add("waiting", 1)
-            while not self._store.check([key]):
-                if self._store.add("waiting", 0) == self._processes:
-                    return None
-                if time.monotonic() > end:
-                    raise dist.DistStoreError("no process has made the next collective of the first micro-batch")
-                time.sleep(PAUSE)
-            event: str = self._store.get(key).decode()
-            if event == END:
-                return END
-            self._recorded.append(event)
-        return self._recorded[self._position]
+        if self._position < len(self._order):
+            return self._order[self._position]
+        if self._kind in self._known:
+            return END
+        key, waiting = f"{self._kind} {self._position}", f"waiting {self._passes}"
+        end = time.monotonic() + self._timeout.total_seconds()
+        if not self._waits:
+            self._waits = True
+            self._store.add(waiting, 1)
+        while True:
+            is_there = self._store.check([key])  # before the count: a later pass may make it, once all have waited
+            if self._store.add(waiting, 0) == self._processes:
+                return None
+            if is_there:
+                break
+            if time.monotonic() > end:
+                raise dist.DistStoreError("no process has made the next collective of the first micro-batch")
+            time.sleep(PAUSE)
+        event: str = self._store.get(key).decode()
+        if event != END:
+            self._order.append(event)
+        return event
 
 
 def _has_gradient(parameter: Any) -> bool:

@@ -21,6 +21,7 @@ from strategies.errors import UserError, check_count
 from strategies.fsdp.collective_order import CollectiveOrder
 from strategies.fsdp.gathered_steps import GatheredSteps, need_whole
 from strategies.fsdp.limits import check_double_backward
+from strategies.fsdp.passes import Passes
 from strategies.fsdp.units import check_units, in_lists, of_classes
 from strategies.optimizer_state import user_module, user_name
 from strategies.process_group import ProcessGroupStrategy
@@ -99,15 +100,29 @@ class FSDPStrategy(ProcessGroupStrategy):
         self.broadcast_buffers = broadcast_buffers
         self._mesh: DeviceMesh | None = None
         self._root: Any = None
-        self._most_passes: int | None = None
-        self._passes_made = 0  # in this window
-        self._is_last = False
 
     def accumulation_context(self, is_last_microbatch: bool) -> AbstractContextManager[Any]:
         """Make the window's last pass reduce, or each pass. FSDP reads it in backward."""
-        self._is_last = is_last_microbatch
-        self._start_pass(is_last_microbatch)
+        if self.runs_twice:
+            self._passes.finish_forwards(but=1)
+        self._passes.start(is_last_microbatch)
         return NOTHING_TO_DEFER
+
+    @contextmanager
+    def first_pass(self) -> Iterator[None]:
+        self._passes.start(False)
+        with torch.no_grad():
+            yield
+        self._order.end()
+        self._passes.end_forward()
+
+    def end_first_pass(self, has_output: bool) -> None:
+        """End the forward that keeps its graph, or take part in the forwards of the others."""
+        if has_output:
+            self._passes.end()
+            self._passes.start(self._passes.is_last)
+        else:
+            self._passes.finish_forwards()
 
     def describe(self) -> str:
         replicas = self.data_parallel_size // (self.shard_size or self.data_parallel_size)
@@ -158,8 +173,9 @@ class FSDPStrategy(ProcessGroupStrategy):
         self._buffers = Buffers(model)
         parts = [p for group in self._order.groups.values() for p in group.fsdp_params]
         self._trainable = [p for p in parts if p.sharded_param.requires_grad]
-        self._is_closing: bool | None = None
-        self._passes_made, self._most_passes = 0, None
+        self._passes = Passes(
+            self._root, self._order, self.reduce == "micro_batch", frees, self._broadcast_buffers_once
+        )
         return model
 
     def units(self, model: nn.Module) -> list[nn.Module]:
@@ -186,28 +202,27 @@ class FSDPStrategy(ProcessGroupStrategy):
                 f"requires_grad of {', '.join(changed[:3])} changed during training: expected it to stay, since FSDP "
                 "reads it when it shards the model. Use DDPStrategy, or freeze in configure_model() only."
             )
-        self._most_passes = most_micro_batches
+        self._passes.start_window(most_micro_batches, self.runs_twice)
 
     def backward(self, loss: Tensor, scale: float | Tensor) -> None:
         """Add `scale x d(loss)`; after this process's last micro-batch, take part in the passes of the others."""
         try:
             super().backward(loss, scale)
-            self._order.end()
+            self._passes.end()
         except Exception as error:
-            if self._is_last and not self.has_lost_contact(error):
-                self._finish_window()  # the others read of the failure after their passes
+            if self._passes.is_last and not self.has_lost_contact(error):
+                self._passes.finish()  # the others read of the failure after their passes
             check_double_backward(error)
             raise
-        self._passes_made += 1
-        if self._is_last:
-            self._finish_window()
+        if self._passes.is_last:
+            self._passes.finish()
             self._forget_unused() if self.find_unused_parameters else self._check_used()
 
     def join(self, window: Any) -> None:
         """Take part in the rest of the window's passes without data: gather for the others, and reduce zeros."""
         if not self._order.is_open:
-            self._start_pass(is_last=True)
-        self._finish_window()
+            self._passes.start(True)
+        self._passes.finish()
         if self.find_unused_parameters:
             self._forget_unused()
 
@@ -290,31 +305,10 @@ class FSDPStrategy(ProcessGroupStrategy):
         assert self._mesh is not None
         return self._mesh.get_group("shard")
 
-    def _start_pass(self, is_last: bool) -> None:
-        """Start a pass, and set what FSDP does in its backward."""
-        if not self._passes_made:
-            self._order.used.clear()
-            if self._buffers.exist and self.broadcast_buffers:
-                broadcast: Any = dist._broadcast_coalesced  # type: ignore[attr-defined]
-                broadcast(dist.group.WORLD, self._buffers.tensors(), _BROADCAST_BYTES, 0)
-        if self._most_passes is not None:
-            is_last = self._passes_made + 1 == self._most_passes
-        if is_last != self._is_closing:
-            self._is_closing = is_last
-            self._root.set_requires_gradient_sync(is_last or self.reduce == "micro_batch")
-            self._root.set_requires_all_reduce(is_last)
-            self._root.set_reshard_after_backward(is_last or self.reshard_after_forward is not False)
-        self._order.start(is_first_of_window=not self._passes_made)
-
-    def _finish_window(self) -> None:
-        """Make the rest of the window's passes, without data."""
-        while self._order.is_open or self._passes_made < (self._most_passes or 0):
-            if not self._order.is_open:
-                self._start_pass(is_last=True)
-            if not self._order.finish():
-                break
-            self._passes_made += 1
-        self._passes_made, self._most_passes = 0, None
+    def _broadcast_buffers_once(self) -> None:
+        if self._buffers.exist and self.broadcast_buffers:
+            broadcast: Any = dist._broadcast_coalesced  # type: ignore[attr-defined]
+            broadcast(dist.group.WORLD, self._buffers.tensors(), _BROADCAST_BYTES, 0)
 
     def _check_used(self) -> None:
         if unused := [str(p._param_fqn) for p in self._trainable if p not in self._order.used]:

@@ -44,6 +44,7 @@ class PipelineStrategy(ProcessGroupStrategy):
     """
 
     name = "pipeline"
+    supports_window_losses = False
     supports_variable_windows = False
     compiles_in_place = False
     evaluates_alone = False

@@ -59,11 +59,11 @@ class Digits(Task):
 
     def train_data(self) -> TensorDataset:
         """Return four fifths of the images, 1 x 8 x 8, from 0 to 1, with their digits."""
-        return _digits(held_out=False)
+        return digits(held_out=False)
 
     def validation_data(self) -> TensorDataset:
         """Return every fifth image."""
-        return _digits(held_out=True)
+        return digits(held_out=True)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the mean cross-entropy over the images."""
@@ -80,11 +80,12 @@ class Digits(Task):
         }
 
 
-def _digits(held_out: bool) -> TensorDataset:
+def digits(held_out: bool) -> TensorDataset:
+    """Return the images of scikit-learn, and their digits: every fifth, or the others."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
     images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16
-    digits = torch.tensor(found.target)
-    chosen = (torch.arange(len(digits)) % 5 == 0) == held_out
-    return TensorDataset(images[chosen], digits[chosen])
+    labels = torch.tensor(found.target)
+    chosen = (torch.arange(len(labels)) % 5 == 0) == held_out
+    return TensorDataset(images[chosen], labels[chosen])

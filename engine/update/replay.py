@@ -1,0 +1,191 @@
+"""Replay: one update of a window whose loss needs all of its outputs, so that its micro-batches run twice."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from engine.data.window import Window
+from engine.errors import UserError
+from engine.seeds import seed_host
+from engine.signals import Interrupted
+from engine.state import RunState
+from engine.update.message import NO_REQUESTS, Outcome, Requests
+from engine.update.updater import Updater
+from engine.update.window_outputs import JoinedOutputs, Outputs, check_outputs, detached, differences, surrogate
+from strategies import Buffers, MicroBatch
+
+
+class ReplayUpdater(Updater):
+    """Makes one update of each window by a loss of all its outputs, over all processes.
+
+    First pass: a forward of each micro-batch; the last keeps its graph. The outputs are gathered, and each process
+    takes the gradient of the loss with respect to its own. The last micro-batch's backward comes first. Second pass:
+    forward and backward of the others, with the draws and buffers of the first pass; the last of them is reduced.
+    `window_loss` is that of `WindowTask`; the other arguments are those of `Updater`.
+    """
+
+    def __init__(self, window_loss: Callable[[Mapping[str, Tensor]], Tensor], *args: Any) -> None:
+        super().__init__(*args)
+        self._window_loss = window_loss
+        self.scale.is_final = self.exchange.is_late = True
+        self._joined = JoinedOutputs(self.strategy)
+        self._starts: list[_Start] = []
+        self._end = _Start(self.model)
+
+    def run(self, loss_of: Any, window: Window, state: RunState, requests: Requests = NO_REQUESTS) -> Outcome:
+        """Run one window and make its update; `loss_of` is `WindowTask.outputs`. Otherwise as `Updater.run`."""
+        self._loss_of = loss_of
+        self.begin(window, state, requests)
+        try:
+            self._run_twice(window, state.update)
+        except Exception as error:
+            self.exchange.stop(error)
+        return self.finish(window, state)
+
+    def _run_twice(self, window: Window, update: int) -> None:
+        micros: list[MicroBatch] = []
+        outputs: dict[int, Outputs] = {}
+        problem: Exception | None = None
+        kept: Outputs = {}
+        with ExitStack() as context:
+            try:
+                micros.extend(self.timer.watch(window, update))
+                for index, micro in enumerate(micros[:-1]):
+                    with self.strategy.first_pass():
+                        outputs[micro.seed_index] = self._outputs(micro, index)
+                for micro in micros[-1:]:
+                    context.enter_context(self.strategy.accumulation_context(len(micros) == 1))
+                    kept = self._outputs(micro, len(micros) - 1)
+                    outputs[micro.seed_index] = detached(kept)
+            except Exception as error:
+                if self.strategy.has_lost_contact(error):
+                    raise
+                problem = error
+            self._end.keep()
+            gradients = self._gradients(None if problem else outputs, problem, sum(micro.size for micro in micros))
+            if not micros:
+                self.exchange.send()
+                self.strategy.join(window)
+                return
+            loss = surrogate(kept, gradients[-1], self._scale)
+            if len(micros) == 1:
+                self.exchange.send()
+            self.strategy.backward(loss, 1.0)
+        differ: list[Tensor] = []
+        for index, (micro, first) in enumerate(zip(micros[:-1], outputs.values(), strict=False)):
+            is_last = index == len(micros) - 2
+            with self.strategy.accumulation_context(is_last):
+                self._starts[index].restore()
+                again = self._outputs(micro, index, is_replay=True)
+                differ.append(differences(first, again))
+                loss = surrogate(again, gradients[index], self._scale)
+                if is_last:
+                    self._check_replay(differ, micros)
+                    self.exchange.send()
+                self.strategy.backward(loss, 1.0)
+        self._end.restore()
+
+    def begin(self, window: Window, state: RunState, requests: Requests = NO_REQUESTS) -> None:
+        super().begin(window, state, requests)
+        self._scale = self.scale.begin(window)
+        self._window_seed = self._epoch_seed ^ state.update
+
+    def _outputs(self, micro: MicroBatch, index: int, is_replay: bool = False) -> Outputs:
+        """Run the forward of a micro-batch; the first time, keep what its second time begins with."""
+        if not is_replay:
+            if index == len(self._starts):
+                self._starts.append(_Start(self.model))
+            self._starts[index].keep()
+        self.before_forward(micro)
+        outputs = check_outputs(self._loss_of(self.model, micro.batch), micro)
+        if self.logged and not is_replay and self.losses.is_recorded:
+            self.exchange.means.log(self.logged, micro)
+        self.logged.clear()
+        return outputs
+
+    def _gradients(
+        self, outputs: dict[int, Outputs] | None, problem: Exception | None, samples: int
+    ) -> list[dict[str, Tensor]]:
+        """Return the gradients of the window's loss by this process's micro-batches. Raises `problem` on its process.
+
+        If another process has one, raises Interrupted: the window ends as after a signal, and the message says why.
+        """
+        self.strategy.end_first_pass(bool(outputs))
+        all_are_here = self._joined.join(outputs)
+        if problem is not None:
+            raise problem
+        if not all_are_here:
+            raise Interrupted
+        self.strategy.seed(self._window_seed)
+        seed_host(self._window_seed)
+        loss, gradients = self._joined.gradients(self._window_loss)
+        self.logged.clear()  # what a window's loss logs has no micro-batch
+        self._end.restore_host()
+        self.losses.add_window(loss, samples, len(gradients))
+        return gradients
+
+    def _check_replay(self, differ: list[Tensor], micros: list[MicroBatch]) -> None:
+        """Raise UserError if a second forward gave other outputs, naming the module that drew."""
+        flags = torch.stack(differ).tolist()
+        if not any(flags):
+            return
+        index, where = flags.index(True), "a module"
+        if self.strategy.holds_all:  # its forward communicates otherwise
+            where = self._first_to_differ(micros[index], index) or "outputs()"
+        raise UserError(
+            f"the second forward of a micro-batch differs from the first: {where} draws from a generator of its own, "
+            "or keeps state. Use torch's global generator, or a registered buffer for state."
+        )
+
+    def _first_to_differ(self, micro: MicroBatch, index: int) -> str | None:
+        """Return the module whose output is the first to differ between two forwards."""
+        runs: list[list[tuple[str, Any]]] = []
+
+        def note(name: str) -> Callable[..., None]:
+            return lambda module, inputs, output: runs[-1].append((name, output))
+
+        leaves = [
+            (name, module) for name, module in self.model.named_modules() if not any(True for _ in module.children())
+        ]
+        hooks = [module.register_forward_hook(note(name.removeprefix("module."))) for name, module in leaves]
+        try:
+            for _ in range(2):
+                runs.append([])
+                with torch.no_grad():
+                    self._starts[index].restore()
+                    self._outputs(micro, index, is_replay=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for (name, first), (_, second) in zip(*runs, strict=False):
+            if isinstance(first, Tensor) and not torch.equal(first.nan_to_num(), second.nan_to_num()):
+                return f"module {name!r}"
+        return None
+
+
+class _Start:
+    """What a forward begins with: the buffers and the host's generators. Torch's generators are seeded."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = Buffers(model)
+
+    def keep(self) -> None:
+        if self._buffers.exist:
+            self._buffers.keep()
+        self._python, self._numpy = random.getstate(), numpy.random.get_state()
+
+    def restore(self) -> None:
+        if self._buffers.exist:
+            self._buffers.restore()
+        self.restore_host()
+
+    def restore_host(self) -> None:
+        random.setstate(self._python)
+        numpy.random.set_state(self._numpy)

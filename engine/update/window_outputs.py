@@ -1,0 +1,213 @@
+"""The outputs of a window: those of each micro-batch, joined over all processes, and their gradients back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.errors import UserError
+from engine.window_task import Added, Output, Rows, Shared
+from strategies import MicroBatch, Strategy
+
+Outputs = dict[str, Output]
+Place = tuple[int, int, int]
+"""Where a micro-batch is: the index of its seed, its process, and its index there. Sorted, they are in sample order."""
+
+ALIGNMENT = 16  # bytes: an output of any dtype can begin there
+CHECKED = 1 << 26  # bytes: for larger outputs the free memory is looked up
+
+
+def check_outputs(outputs: Any, micro: MicroBatch) -> Outputs:
+    """Return the outputs of a micro-batch. Raises UserError if a window cannot be joined of them."""
+    if not isinstance(outputs, Mapping) or not outputs:
+        raise UserError(f"outputs() returned {type(outputs).__name__}: expected a dict of Rows, Added or Shared.")
+    if micro.size_problem:
+        raise UserError(micro.size_problem)
+    for name, output in outputs.items():
+        if type(output) not in (Rows, Added, Shared) or not isinstance(output.tensor, Tensor):
+            raise UserError(
+                f"outputs()[{name!r}] is a {type(output).__name__}: expected Rows, Added or Shared(tensor)."
+            )
+        shape = tuple(output.tensor.shape)
+        if type(output) is Rows and shape[:1] != (micro.size,):
+            raise UserError(
+                f"outputs()[{name!r}] has shape {shape}: expected {micro.size} rows, one a sample. Use Added for a sum."
+            )
+    if torch.is_grad_enabled() and not any(output.tensor.requires_grad for output in outputs.values()):
+        raise UserError("no output requires grad. Compute them from the model, without detach() or no_grad().")
+    return dict(outputs)
+
+
+def detached(outputs: Outputs) -> Outputs:
+    """Return the outputs without their graph."""
+    return {name: type(output)(output.tensor.detach()) for name, output in outputs.items()}
+
+
+class JoinedOutputs:
+    """The outputs of all micro-batches of a window, and the gradient of a loss with respect to each of them."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+        self.bytes = 0
+        """The bytes of the outputs of the largest process in the last window."""
+
+    def join(self, own: Mapping[int, Outputs] | None) -> bool:
+        """Gather the outputs of all processes; `own` holds this process's by seed index, None if it has failed.
+
+        Return whether all have them. Raises UserError, on all processes, for outputs that differ in names or kind.
+        """
+        rank, strategy = self._strategy.data_parallel_rank, self._strategy
+        self._rank = rank
+        tensors = [output.tensor.contiguous() for outputs in (own or {}).values() for output in outputs.values()]
+        size = sum(_aligned(tensor) for tensor in tensors)
+        layout = None if own is None else [(index, _layout(outputs)) for index, outputs in own.items()]
+        rows = strategy.gather((layout, size, _free_bytes(strategy.device) if size > CHECKED else math.inf))
+        if any(layout is None for layout, _, _ in rows):
+            return False
+        self.bytes, free = max(size for _, size, _ in rows), min(free for *_, free in rows)
+        if self.bytes * len(rows) * 3 > free:  # gathered, concatenated, and their gradients
+            needed = f"{self.bytes * len(rows) * 3 / 2**30:.1f} GiB on each process"
+            raise UserError(
+                f"window_loss() of this window needs {needed}: expected at most the free {free / 2**30:.1f} GiB. Use a "
+                "smaller window, or smaller outputs."
+            )
+        layouts = [layout for layout, _, _ in rows]
+        _check_layouts(layouts)
+        packed = strategy.gather_bytes(_packed(tensors, size, strategy.device), self.bytes)
+        self._parts: dict[str, dict[Place, Tensor]] = {}
+        self._kinds: dict[str, str] = {}
+        for process, (layout, data) in enumerate(zip(layouts, packed, strict=True)):
+            start = 0
+            for count, (index, outputs) in enumerate(layout):
+                for name, kind, dtype, shape in outputs:
+                    length = math.prod(shape) * dtype.itemsize
+                    part = data[start : start + length].view(dtype).view(shape)
+                    self._parts.setdefault(name, {})[index, process, count] = part
+                    self._kinds[name] = kind
+                    start += _aligned(part)
+        return True
+
+    def gradients(
+        self, window_loss: Callable[[Mapping[str, Tensor]], Tensor]
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Return the loss of the window, and its gradients by micro-batch of this process and name of the output.
+
+        Raises UserError for an invalid loss.
+        """
+        leaves = {name: self._leaf(name, [*parts.items()]) for name, parts in self._parts.items()}
+        with torch.enable_grad():
+            loss = window_loss(leaves)
+        if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
+            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) and loss.ndim else type(loss).__name__
+            raise UserError(f"window_loss() returned {what}: expected a 0-dim tensor computed from the outputs.")
+        names = [name for name, leaf in leaves.items() if leaf.requires_grad]
+        found = torch.autograd.grad(loss, [leaves[name] for name in names], allow_unused=True)
+        own: dict[int, dict[str, Tensor]] = {}
+        for name, gradient in zip(names, found, strict=True):
+            if gradient is not None:
+                for (_, process, count), part in self._shares(name, gradient):
+                    if process == self._rank:
+                        own.setdefault(count, {})[name] = part
+        return loss.detach(), [own[count] for count in sorted(own)]
+
+    def _leaf(self, name: str, parts: list[tuple[Place, Tensor]]) -> Tensor:
+        ordered = [tensor for _, tensor in sorted(parts, key=lambda item: item[0])]
+        wide = [tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor for tensor in ordered]
+        if self._kinds[name] == "Rows":
+            leaf = torch.cat(wide)
+        elif self._kinds[name] == "Added":
+            leaf = torch.stack(wide).sum(0)
+        else:
+            stacked = torch.stack(wide)
+            if ((stacked != stacked[0]) & ~stacked.isnan()).any():
+                raise UserError(f"outputs()[{name!r}] is Shared and differs between micro-batches. Use Rows or Added.")
+            leaf = wide[0].clone()
+        return leaf.requires_grad_(leaf.is_floating_point())
+
+    def _shares(self, name: str, gradient: Tensor) -> list[tuple[Place, Tensor]]:
+        """Cut a gradient into those of the micro-batches."""
+        places, kind = sorted(self._parts[name]), self._kinds[name]
+        if kind == "Rows":
+            return [
+                *zip(places, torch.split(gradient, [len(self._parts[name][place]) for place in places]), strict=True)
+            ]
+        if kind == "Added":
+            return [(place, gradient) for place in places]
+        return [(place, gradient if place == places[0] else torch.zeros_like(gradient)) for place in places]
+
+
+def differences(first: Outputs, second: Outputs) -> Tensor:
+    """Return, on the device, whether two forwards of a micro-batch differ by more than rounding."""
+    found = []
+    for name, output in first.items():
+        a, b = output.tensor, second[name].tensor.detach()
+        if a.shape != b.shape:
+            found.append(torch.ones((), dtype=torch.bool, device=a.device))
+        elif not a.is_floating_point():
+            found.append((a != b).any())
+        elif a.numel():
+            scale = torch.finfo(a.dtype).eps ** 0.5
+            bound = scale * a.abs().nan_to_num(0.0, 0.0, 0.0).max()
+            found.append((((a - b).abs() > bound) & (a - b).isfinite()).any())
+    return torch.stack(found).any()
+
+
+def surrogate(outputs: Outputs, gradients: Mapping[str, Tensor], scale: float) -> Tensor:
+    """Return a 0-dim tensor whose gradient with respect to each output is `scale` times the given one."""
+    terms = [
+        (outputs[name].tensor.to(gradient.dtype) * (gradient * scale if scale != 1.0 else gradient)).sum()
+        for name, gradient in gradients.items()
+        if outputs[name].tensor.requires_grad
+    ]
+    if not terms:
+        raise UserError("window_loss() depends on no output that requires grad. Compute it from one that does.")
+    return torch.stack(terms).sum() if len({term.dtype for term in terms}) == 1 else sum(terms[1:], terms[0])
+
+
+def _layout(outputs: Outputs) -> list[tuple[str, str, torch.dtype, tuple[int, ...]]]:
+    return [(n, type(out).__name__, out.tensor.dtype, tuple(out.tensor.shape)) for n, out in outputs.items()]
+
+
+def _check_layouts(layouts: Sequence[Sequence[tuple[int, Any]]]) -> None:
+    """Raise UserError unless all micro-batches have outputs of the same names, kinds, dtypes and row shapes."""
+    seen: tuple[int, Any] | None = None
+    for rank, layout in enumerate(layouts):
+        for _, outputs in layout:
+            facts = [(n, k, str(d), shape[1:] if k == "Rows" else shape) for n, k, d, shape in outputs]
+            if seen is None:
+                seen = rank, facts
+            elif facts != seen[1]:
+                differing = [f"{a} and {b}" for a, b in zip(seen[1], facts, strict=False) if a != b]
+                what = differing[0] if differing else f"{[f[0] for f in seen[1]]} and {[f[0] for f in facts]}"
+                raise UserError(
+                    f"outputs() differ between micro-batches (processes {seen[0]} and {rank}): {what}. Return the same "
+                    "names, kinds, dtypes and row shapes for each."
+                )
+
+
+def _aligned(tensor: Tensor) -> int:
+    return -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+
+
+def _packed(tensors: Sequence[Tensor], size: int, device: torch.device) -> Tensor:
+    packed, start = torch.zeros(size, dtype=torch.uint8, device=device), 0
+    for tensor in tensors:
+        length = tensor.numel() * tensor.element_size()
+        packed[start : start + length] = tensor.reshape(-1).view(torch.uint8)
+        start += _aligned(tensor)
+    return packed
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Return the free memory of the device, or of the host if the device is not a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError, StopIteration), Path("/proc/meminfo").open() as lines:
+        return 1024 * next(float(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return math.inf

@@ -1,0 +1,63 @@
+"""The window task: a task whose loss is a function of all outputs of a window, over all processes."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from engine.task import Task
+
+
+class Rows(NamedTuple):
+    """An output with one row a sample: those of all micro-batches and processes are concatenated in sample order."""
+
+    tensor: Tensor
+
+
+class Added(NamedTuple):
+    """An output of any shape that is summed over all micro-batches and processes: counts, sums of probabilities."""
+
+    tensor: Tensor
+
+
+class Shared(NamedTuple):
+    """An output that does not depend on the batch: a parameter that stands in the loss, such as `logit_scale`.
+
+    Its gradient counts once. Under FSDP let the model's forward return it.
+    """
+
+    tensor: Tensor
+
+
+Output = Rows | Added | Shared
+
+
+class WindowTask(Task):
+    """A task whose loss depends on all samples of an update together: contrastive losses, load balance, Dice.
+
+    Each window runs twice: a forward of every micro-batch without gradients, `window_loss` of all outputs, and a
+    forward and backward of every micro-batch but one with the same random draws. The gradient is that of one graph
+    over the window. Memory: the window's K micro-batches, and the outputs of all P x K x N samples on each process.
+    """
+
+    @abstractmethod
+    def outputs(self, model: nn.Module, batch: Any) -> Mapping[str, Output]:
+        """Return the outputs of one micro-batch by name, the same names each time; `model` is the prepared module.
+
+        It is called twice and must return the same both times, apart from what torch's, Python's and numpy's global
+        generators draw. At least one output requires grad.
+        """
+
+    @abstractmethod
+    def window_loss(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss of a window, a 0-dim tensor, from the outputs of all its samples on all processes.
+
+        `outputs` are float32 or wider. The gradient is that of the returned value: nothing divides it.
+        """
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return `window_loss` of one micro-batch by itself: `evaluate` reports it, training does not use it."""
+        return self.window_loss({name: output.tensor for name, output in self.outputs(model, batch).items()})

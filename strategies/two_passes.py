@@ -1,0 +1,41 @@
+"""Windows that run twice, for a loss that needs the outputs of all micro-batches: what a strategy does for them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class TwoPasses(ABC):
+    """The part of a strategy for windows that run twice. Every method has a default for one process."""
+
+    supports_window_losses = True
+    """Whether it can run a window twice, for a loss over all outputs of the window."""
+
+    runs_twice = False
+    """Whether each window runs twice; the engine sets it before `prepare`."""
+
+    @abstractmethod
+    def accumulation_context(self, is_last_microbatch: bool) -> AbstractContextManager[Any]:
+        """Return the context around FORWARD AND BACKWARD of one micro-batch; only the last one may communicate."""
+
+    @contextmanager
+    def first_pass(self) -> Iterator[None]:
+        """The context of a forward that keeps no graph, because its micro-batch runs again."""
+        with self.accumulation_context(False), torch.no_grad():
+            yield
+
+    def end_first_pass(self, has_output: bool) -> None:
+        """Called on all processes after the forwards of the first pass; then they exchange their outputs.
+
+        The last forward keeps its graph. `has_output` is False on a process without data, or whose first pass failed.
+        """
+
+    def gather_bytes(self, data: Tensor, most: int) -> list[Tensor]:
+        """Return each process's bytes in rank order, each a tensor of `most` on the device; `data` may be shorter."""
+        return [data]

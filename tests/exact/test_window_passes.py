@@ -1,0 +1,240 @@
+"""Windows that run twice: streams, failures, interruptions and outputs that do not fit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from engine import Trainer
+from engine.window_task import Added, Rows, Shared
+from strategies import DDPStrategy, FSDPStrategy
+from tests.kit.processes import ChildError, run
+from tests.kit.recorders import Count
+from tests.kit.windows import Clip, ShardedClip, fit, reference
+
+BOTH = pytest.mark.parametrize("strategy", [DDPStrategy, partial(FSDPStrategy, wrap=["Sequential"])])
+
+
+class Streamed(ShardedClip):
+    """Ready micro-batches of the given sizes, dealt to the processes one after the other."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        super().__init__(3 * sum(lengths))
+        self.lengths = lengths
+
+    def train_data(self) -> Any:
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        rank = dist.get_rank()
+        first = sum(self.lengths[:rank])
+        for index in range(first, first + self.lengths[rank]):
+            rows = slice(3 * index, 3 * index + 3)
+            yield self.x[rows], self.y[rows]
+
+
+@BOTH
+@pytest.mark.parametrize("lengths", [[2, 1, 0], [0, 2, 2], [1, 0, 0], [0, 0, 3]])
+def test_streams_of_any_length(strategy: Any, lengths: list[int]) -> None:
+    task = Streamed(lengths)
+    expected = reference(task, len(task.x))  # rows in another order: the loss is the same
+    for found, losses, _ in run(3, fit, task, strategy, 4):
+        assert (found - expected[0]).abs().max() <= 1e-12 * expected[0].abs().max()
+        assert losses == pytest.approx(expected[1], rel=1e-12)
+
+
+class Failing(ShardedClip):
+    """Fails, or is interrupted, in a forward of one process."""
+
+    def __init__(self, at: int, rank: int = 1, kind: str = "error") -> None:
+        super().__init__(36, dropout=0.2)
+        self.at, self.rank, self.kind, self.calls = at, rank, kind, 0
+
+    def outputs(self, model: nn.Module, batch: Any) -> Any:
+        outputs = super().outputs(model, batch)
+        self.calls += 1
+        if self.calls == self.at and dist.get_rank() == self.rank:
+            if self.kind == "error":
+                raise KeyError("the label is missing")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return outputs
+
+
+@BOTH
+@pytest.mark.parametrize("at", [1, 3, 4, 5, 6])  # K = 3: the first pass is calls 1 to 3, the second 4 and 5
+def test_a_failure_in_either_pass_reaches_all(strategy: Any, at: int) -> None:
+    with pytest.raises(ChildError) as caught:
+        run(2, fit, Failing(at), strategy, 3, seconds=40, timeout=20)
+    assert "KeyError: 'the label is missing'" in caught.value.errors[1]
+    assert "process 1 failed in update" in caught.value.errors[0]
+    assert "the label is missing" in caught.value.errors[0]
+
+
+@BOTH
+@pytest.mark.parametrize("at", [2, 4, 10])
+def test_an_interruption_in_either_pass_loses_nothing(strategy: Any, at: int, tmp_path: Path) -> None:
+    whole = run(2, fit, Failing(0), strategy, 3)
+    stopped = run(2, partial(fit, run_dir=str(tmp_path / "run")), Failing(at, kind="signal"), strategy, 3)
+    resumed = run(2, partial(fit, run_dir=str(tmp_path / "run")), Failing(0), strategy, 3)
+    assert stopped[0][1] + resumed[0][1] == whole[0][1]
+    assert len(stopped[0][1]) == (at - 1) // 5
+    assert torch.equal(resumed[0][0], whole[0][0])
+
+
+class OwnGenerator(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand(x.shape, generator=self.generator)
+
+
+class Draws(Clip):
+    def configure_model(self) -> nn.Module:
+        model: Any = super().configure_model()
+        model.image.append(OwnGenerator())
+        return model
+
+
+class DrawsFromHost(Clip):
+    def outputs(self, model: nn.Module, batch: Any) -> Any:
+        return super().outputs(model, (batch[0] * (1 + random.random()), batch[1]))
+
+    def window_loss(self, outputs: Any) -> Tensor:
+        return super().window_loss(outputs) * (1 + torch.rand(())) * (1 + random.random())
+
+
+def test_the_module_that_draws_outside_is_named() -> None:
+    with pytest.raises(ChildError) as caught:
+        run(2, fit, Draws(), DDPStrategy, 3)
+    assert "module 'image.4' draws from a generator of its own" in "".join(caught.value.errors.values())
+    fit(Draws(), "single", 1)  # nothing runs twice
+
+
+def test_draws_of_the_host_and_of_the_loss_are_the_same_on_all() -> None:
+    first, second = run(2, partial(fit, run_dir=None), DrawsFromHost(), DDPStrategy, 3)
+    assert torch.equal(first[0], second[0])
+    assert first[1] == second[1]
+
+
+class Returns(Clip):
+    def __init__(self, found: Any, ranks: tuple[int, ...] = (0, 1)) -> None:
+        super().__init__(12)
+        self.found, self.ranks = found, ranks
+
+    def outputs(self, model: nn.Module, batch: Any) -> Any:
+        usual = super().outputs(model, batch)
+        return self.found(usual) if dist.get_rank() in self.ranks else usual
+
+
+@pytest.mark.parametrize(
+    ("found", "ranks", "message"),
+    [
+        (lambda usual: None, (0, 1), "outputs() returned NoneType: expected a dict"),
+        (lambda usual: {**usual, "image": usual["image"].tensor}, (0, 1), "'image'] is a Tensor: expected Rows"),
+        (lambda usual: {**usual, "image": Rows(usual["image"].tensor[:1])}, (1,), "(1, 4): expected 3 rows"),
+        (lambda usual: {n: type(o)(o.tensor.detach()) for n, o in usual.items()}, (1,), "no output requires grad"),
+        (
+            lambda usual: {n: o for n, o in usual.items() if n != "scale"},
+            (1,),
+            "outputs() differ between micro-batches",
+        ),
+        (lambda usual: {**usual, "text": Rows(usual["text"].tensor.float())}, (1,), "torch.float32"),
+        (
+            lambda usual: {**usual, "scale": Shared(usual["image"].tensor.sum())},
+            (0, 1),
+            "differs between micro-batches",
+        ),
+        (
+            lambda usual: {**usual, "image": Added(usual["image"].tensor)},
+            (1,),
+            "outputs() differ between micro-batches",
+        ),
+    ],
+)
+def test_outputs_that_do_not_fit(found: Any, ranks: Any, message: str) -> None:
+    with pytest.raises(ChildError) as caught:
+        run(2, fit, Returns(found, ranks), DDPStrategy, 2, seconds=40, timeout=20)
+    assert all(message in error for error in caught.value.errors.values()), caught.value
+    assert len(caught.value.errors) == 2
+
+
+class LossOf(Clip):
+    def __init__(self, loss: Any) -> None:
+        super().__init__()
+        self.found = loss
+
+    def window_loss(self, outputs: Any) -> Any:
+        return self.found(outputs)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [lambda o: 1.0, lambda o: o["image"], lambda o: o["image"].detach().sum()],
+    ids=["float", "rows", "detached"],
+)
+def test_an_invalid_window_loss(loss: Any) -> None:
+    with pytest.raises(ValueError, match=r"window_loss\(\) returned .*: expected a 0-dim tensor"):
+        fit(LossOf(loss), "single", 2)
+
+
+def test_a_loss_that_is_not_finite_skips_the_update() -> None:
+    found, losses, buffers = fit(type("Nan", (Clip,), {"window_loss": _nan_first})(24, norm=True), "single", 3)
+    assert len(losses) == 6
+    assert torch.isfinite(found).all()
+    assert all(torch.isfinite(b).all() for b in buffers)
+
+
+def _nan_first(task: Any, outputs: Any) -> Tensor:
+    task.updates = getattr(task, "updates", 0) + 1
+    return Clip.window_loss(task, outputs) * (float("nan") if task.updates == 1 else 1.0)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_near(precision: str) -> None:
+    found, losses, _ = fit(Single(), "single", 3, precision=precision)
+    expected, wanted, _ = fit(Single(), "single", 3)
+    assert losses == pytest.approx(wanted, rel=0.02)
+    assert (found - expected).abs().max() < 0.02
+
+
+class Single(Clip):
+    """In float32."""
+
+    def configure_model(self) -> nn.Module:
+        return super().configure_model().float()
+
+    def outputs(self, model: nn.Module, batch: Any) -> Any:
+        return super().outputs(model, [part.float() for part in batch])
+
+
+def count(K: int) -> Any:
+    watch = Count()
+    trainer = Trainer("ddp", micro_batch_size=3, accumulate_grad_batches=K, max_epochs=2, callbacks=watch)
+    trainer.fit(Clip(2 * 3 * K + 1))
+    return watch.counts
+
+
+@pytest.mark.parametrize("K", [1, 4])
+def test_collectives_of_a_window(K: int) -> None:
+    for counts in run(2, count, K):
+        for update in counts:  # one reduction, the message, the shapes of the outputs (two), and the outputs
+            assert update == {"allreduce_": 1, "allgather_": 4}
+
+
+def test_pipelines_refuse() -> None:
+    from strategies import PipelineStrategy
+
+    with pytest.raises(ChildError, match="does not support losses over a window"):
+        run(2, fit, Clip(), partial(PipelineStrategy, stages=2, micro_batches=2), 2)
