@@ -56,9 +56,7 @@ def select(changed: Iterable[str]) -> list[str]:
             selected |= {test for test, text in texts.items() if re.search(rf"\b{re.escape(module)}\b", text)}
         else:
             selected.update(next((tests for start, tests in OF_FOLDERS.items() if name.startswith(start)), ()))
-    return sorted(
-        test for test in selected if test.partition("::")[0] == test or test.partition("::")[0] not in selected
-    )
+    return sorted(test for test in selected if "::" not in test or test.partition("::")[0] not in selected)
 
 
 def first_of_each_file(items: list[pytest.Item]) -> list[pytest.Item]:
