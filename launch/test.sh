@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Test: launch/test.sh [pytest options]; without options the whole suite, on four workers, which wait much.
+# Test: launch/test.sh [pytest options], on four workers, which wait much. Without options all everyday tests; --quick is
+# the first of each file, --changed those of what git says has changed, `-m slow` what takes long, --costs what each costs.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 export OMP_NUM_THREADS=1 # many small processes: more threads would only wait for one another
-exec pytest --numprocesses="${TEST_WORKERS:-4}" "$@"
+exec pytest --numprocesses="${TEST_WORKERS:-4}" --dist=loadgroup "$@"

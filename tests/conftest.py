@@ -7,12 +7,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several processes
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
+
+from tests.kit import costs, selection
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a script, and so by the engine
 settings.register_profile("tally", deadline=None)  # no test measures time
-settings.load_profile("tally")
+settings.register_profile(
+    "fault", deadline=None, database=None, phases=(Phase.explicit, Phase.generate)
+)  # red is enough
+settings.load_profile("fault" if "TALLY_FAULT" in os.environ else "tally")
 
 if (device := os.environ.get("TALLY_TEST_DEVICE", "fake")) == "fake":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests' processes talk over gloo
@@ -20,6 +25,28 @@ elif device == "cuda":
     collect_ignore = [str(path) for path in Path(__file__).parent.rglob("test_*.py") if path.name != "test_device.py"]
 else:
     raise ValueError(f"TALLY_TEST_DEVICE={device}: give cuda, or leave it out.")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="the first test of each file")
+    parser.addoption("--changed", action="store_true", help="the tests of what git says has changed")
+    parser.addoption("--costs", action="store_true", help="seconds of the processor and processes started, by test")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("costs"):
+        config.pluginmanager.register(costs)
+    if config.getoption("changed") and not hasattr(config, "workerinput"):
+        config.args = selection.select(changed := selection.changed_files())
+        if not config.args:
+            raise pytest.UsageError(f"no tests of {', '.join(changed)}: give them, or leave --changed out.")
+        print("changed:", *config.args, sep="\n    ")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("quick"):
+        items[:] = selection.first_of_each_file(items)
 
 
 MAY_BE_MISSING = ("GPU", "root", "Chromium")

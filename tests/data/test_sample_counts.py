@@ -206,7 +206,8 @@ def test_streams_whose_samples_begin_alike_are_not_refused() -> None:
 
 class Constant(Regression):
     def train_data(self) -> Any:
-        return [[torch.zeros(4, 5).double(), torch.zeros(4, 1).double(), torch.zeros(4)]].__iter__()
+        same = [torch.zeros(4, 5).double(), torch.zeros(4, 1).double(), torch.zeros(4)]
+        return [same, same].__iter__()  # two windows: equal streams are refused in the second
 
 
 def fit_constant() -> int:
@@ -216,7 +217,7 @@ def fit_constant() -> int:
 
 
 def test_micro_batches_that_may_be_equal_by_chance_are_not_refused() -> None:
-    assert run(2, fit_constant) == [8, 8]
+    assert run(2, fit_constant) == [16, 16]
 
 
 class BeginsAlike(Loaded):

@@ -16,7 +16,7 @@ import pytest
 from tests.kit import ROOT
 from tests.kit.browser import NoBrowserError, chromium
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.xdist_group("site"), pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 class Quiet(SimpleHTTPRequestHandler):

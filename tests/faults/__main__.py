@@ -11,9 +11,11 @@ Prints the table of docs/testing.md. Fails if a fault survives, or no longer app
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import re
+import resource
 import shlex
 import shutil
 import sys
@@ -21,14 +23,50 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import hypothesis
+import jsonargparse
+import numpy
+import orjson
 import pytest
+import pytest_timeout
+import rich.progress
+import sklearn.datasets
+import torch.distributed.fsdp
+import torch.distributed.pipelining
+import yaml
 
-import tests.kit.processes  # noqa: F401 - torch, imported once: not by each pytest
+import tests.kit.processes
 from tests.faults.fault import PACKAGES, Fault, StaleFaultError, broken
 from tests.faults.rooms import ROOMS
 from tests.kit import ROOT
 
 COPIED = (*PACKAGES, "launch", "tests", "pyproject.toml")
+IMPORTED_ONCE = (
+    *(
+        hypothesis,
+        jsonargparse,
+        numpy,
+        orjson,
+        pytest_timeout,
+        rich.progress,
+        sklearn.datasets,
+        yaml,
+        tests.kit.processes,
+    ),
+    *(torch.distributed.fsdp, torch.distributed.pipelining),
+)
+"""What tests import beside this repository: here, not in each pytest, of which all are forks of this process."""
+OPTIONS = [
+    "-x",
+    "-q",
+    "--tb=no",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "pytest_timeout",
+    "-W",
+    "ignore::pytest.PytestAssertRewriteWarning",
+]
 WORKERS = int(os.environ.get("TEST_WORKERS", "2"))
 FORK = multiprocessing.get_context("fork")
 
@@ -39,38 +77,47 @@ def copy_into(folder: str) -> Path:
     copy.mkdir()
     for name in COPIED:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.egg-info"))
         else:
             shutil.copy(ROOT / name, copy / name)
     return copy
 
 
 def test(copy: Path, selection: str) -> tuple[int, str]:
-    """Run tests in a copy; return pytest's exit status and the name of the first that failed."""
+    """Run tests in a copy; return pytest's exit status and the first that failed, or else what was printed last."""
     output = copy.parent / "output"
     process = FORK.Process(target=_test, args=(copy, selection, output))
     process.start()
     process.join()
     said = output.read_text()
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+?)(?:\[| |$)", said, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", said, re.MULTILINE)
     return process.exitcode or 0, failed[1] if failed else said[-500:]
 
 
 def _test(copy: Path, selection: str, output: Path) -> None:
     """Become a pytest in `copy`, as far as a test can see."""
+    gc.freeze()  # what was there before the fork is not this process's to collect
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they take a second to import
+    os.environ["TALLY_FAULT"] = "1"
     os.chdir(copy)
     sys.path.insert(0, str(copy))
     for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
         del sys.modules[name]  # they are this checkout's
     for stream in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    status = pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", *shlex.split(selection)])
+    status = pytest.main([*OPTIONS, *shlex.split(selection)])
     sys.stdout.flush()
     os._exit(status)
 
 
+def children_seconds() -> float:
+    """Return the seconds of the processor that the ended children of this process have used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def apply(fault: Fault) -> str:
-    """Break a copy; return the test that went red, or what is wrong in capitals."""
+    """Break a copy; return the test that went red and its cost, or what is wrong in capitals."""
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_into(folder)
         try:
@@ -78,8 +125,13 @@ def apply(fault: Fault) -> str:
         except StaleFaultError as error:
             return f"NOT APPLIED: {error}"
         file.write_text(changed)
+        before = children_seconds()
         status, red = test(copy, fault.tests)
-    return f"`{red.removeprefix('tests/')}`" if status == 1 else f"SURVIVED (pytest ended with {status})"
+        if os.environ.get("TALLY_COSTS"):
+            print(f"{children_seconds() - before:5.1f} s {fault.name}: {red}", file=sys.stderr, flush=True)
+    return (
+        f"`{red.removeprefix('tests/').partition('[')[0]}`" if status == 1 else f"SURVIVED (pytest ended with {status})"
+    )
 
 
 def check(faults: list[Fault]) -> int:

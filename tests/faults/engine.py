@@ -161,13 +161,6 @@ FAULTS = [
         "tests/exact/test_own_loop.py",
     ),
     Fault(
-        "a loop's error inside no_sync",
-        "OwnWindow.backward",
-        "self._batches.close()",
-        "pass",
-        "tests/exact/test_own_loop.py",
-    ),
-    Fault(
         "an error that a callback's hides",
         "Trainer._report",
         "except Exception:",

@@ -14,11 +14,15 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-import safetensors.torch  # noqa: F401 - this, and the next two, are imported late: once here, not in each process
+import safetensors.torch
 import torch
 import torch._dynamo  # by the first optimizer
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict  # by the first checkpoint
+
+# done once here, not for the first time in each process: kernels, and the source lines of torch's own tracebacks
+torch.manual_seed(torch.initial_seed())
+safetensors.torch.save({"": torch.tanh(torch.nn.Linear(1, 1).double().weight.detach())})
 
 
 class ChildError(AssertionError):

@@ -22,7 +22,7 @@ from engine.signals import EXIT_STATUS
 from tests.kit import ROOT
 from tests.kit.hosts import Started, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.xdist_group("packaging"), pytest.mark.slow, pytest.mark.timeout(400)]
 
 PACKAGES = {"engine", "strategies", "launch"}
 DATA = {

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.kit import ROOT
+from tests.kit.commands import python
 from tests.kit.hosts import TORCHRUN, Host, Started, torchrun_on, two_hosts, until
 from tests.kit.jobs import EVERY, JOB, OPTIONS, PAUSE, UPDATES, reach, records
 
@@ -34,11 +35,11 @@ HAS_VENV = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing happened to."""
+    """The run that nothing happened to, which no torchrun has started."""
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "job.py").write_text(JOB)
-    with on_one_host(folder, pause=0.0) as torchrun:
-        assert torchrun.wait(100) == 0, torchrun.output
+    done = python("job.py", "0.0", "60", folder=folder, P=2)
+    assert done.returncode == 0, done.stderr
     return folder / "run"
 
 
