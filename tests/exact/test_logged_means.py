@@ -27,11 +27,12 @@ class Logs(Regression):
     def loss(self, model: nn.Module, batch: Any) -> Any:
         x, y, index = batch
         is_large = x[:, 0] > 0.5
-        self.log("first", 1e9, 0)  # a pipeline's first process comes no further than the model
+        self.log("both", x[:, 1].mean())  # a pipeline's first process comes no further than the model
         loss = nn.functional.mse_loss(model(x), y)
         self.seen += [index.tolist()] if torch.is_grad_enabled() else []
         self.log("loss_again", loss)
         self.log("first", x[:, 0].mean())
+        self.log("both", x[:, 0].mean())
         self.log("large", x[is_large, 1].mean(), is_large.sum())  # NaN with weight 0 where there is none
         self.log("host", float(len(x)))
         self.log("weighted_by_host", 2.0, 3)
@@ -60,7 +61,7 @@ def fit(name: str, K: int, **options: Any) -> Any:
 def expected(rows: range | list[int]) -> dict[str, float]:
     x = Logs(SAMPLES).x[list(rows)]
     large = x[x[:, 0] > 0.5]
-    means = {"first": x[:, 0].mean().item(), "weighted_by_host": 2.0}
+    means = {"first": x[:, 0].mean().item(), "both": x[:, :2].mean().item(), "weighted_by_host": 2.0}
     return {**means, "large": large[:, 1].mean().item()} if len(large) else means
 
 

@@ -176,14 +176,19 @@ def test_the_order_is_that_of_the_docs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_epochs": 2}, {"max_updates": 5}, {"max_epochs": 2, "validate_every_n_updates": 2}]
+    ("task", "options"),
+    [
+        (Validated, {"max_epochs": 2}),
+        (Validated, {"max_epochs": 2, "validate_every_n_updates": 2}),
+        (Regression, {"max_updates": 5}),
+    ],
 )
-def test_the_last_record_is_there_without_listeners(options: Any) -> None:
+def test_the_last_record_is_there_without_listeners(task: Any, options: Any) -> None:
     heard = Trainer(micro_batch_size=2, accumulate_grad_batches=3, callbacks=Callback(), **options)
     alone = Trainer(micro_batch_size=2, accumulate_grad_batches=3, **options)
     for trainer in (heard, alone):
-        trainer.fit(Validated(22))
-        assert 0 < trainer.record.pop("samples_per_second") < 1e5
+        trainer.fit(task(22))
+        assert trainer.record.pop("samples_per_second") > 0
     assert alone.record == heard.record
     assert alone.metrics == heard.metrics
 
