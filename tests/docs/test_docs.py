@@ -37,7 +37,7 @@ def test_the_readme_s_task_on_the_command_line(tmp_path: Path) -> None:
     options = ["--task=line.Line", "--trainer.max_epochs=3", "--trainer.effective_batch_size=256"]
     text = printed(RUN, *options, folder=tmp_path, P=2)
     assert "window:     P 2 x N 32 x K 4 = effective batch 256" in text
-    assert "done: 12 updates, 3003 samples" in text
+    assert "done: 12 updates, 3,003 samples" in text
 
 
 @pytest.mark.parametrize("P", [1, 3])
