@@ -31,7 +31,7 @@ def _refuse_if_mixed(error: ImportError) -> None:
         owners = " and ".join(sorted(set(packages_distributions().get(name, []))))
         sys.exit(
             f"engine/run.py: {ROOT / name} is no longer ours alone ({error}). It belongs to {owners or 'nobody'}: "
-            "install tally-engine anew in a virtual environment of its own."
+            "install tally-engine again in a virtual environment of its own."
         )
 
 

@@ -60,7 +60,7 @@ class OneWindow(Callback):
 
     def _report(self, trainer: Trainer) -> str:
         if not self._has_run:
-            return "checked: everything was built, and the run is at its end: no window was left."
+            return "checked: everything was built. The run is finished, so no window was left."
         record, P = trainer.record, trainer.strategy.data_parallel_size
         processes = "1 process" if P == 1 else f"{P} processes"
         skipped = ", and its update was skipped" if record["skipped"] else ""

@@ -28,7 +28,7 @@ def status(run: Run) -> str:
     """Return the state of the run, as far as its folder tells."""
     stays = run.happened("start", "resume", "interrupt", "fail", "end")
     if not stays:
-        return "finished" if run.summary else "unfinished: nothing tells why"
+        return "finished" if run.summary else "unfinished, for an unknown reason"
     if stays[-1]["event"] in ("start", "resume"):
         return "running, or killed"
     where, what = history(run)[-1][1:]

@@ -30,7 +30,7 @@ class Run:
     name: str
     path: Path
     updates: dict[str, Column]  # metrics.jsonl by field, one entry per update, in order
-    validations: dict[str, Column]  # likewise, one entry per validation
+    validations: dict[str, Column]  # by name, one entry per validation
     events: Sequence[dict[str, Any]]  # starts, ends, saves and what else happened, as they came
     config: dict[str, Any]
     summary: dict[str, Any]  # of a run that came to its end; else empty
