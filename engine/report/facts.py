@@ -53,7 +53,7 @@ def facts(run: Run) -> Facts:
         "Task": str(run.config["task"]).rpartition(".")[2] if "task" in run.config else None,
         "Strategy": begin.get("strategy", run.summary.get("strategy")),
         "Processes, P": _stages(processes) or begin.get("processes", run.summary.get("processes")),
-        "Samples per micro-batch, N": run.config.get("micro_batch_size"),
+        "Micro-batch size, N": run.config.get("micro_batch_size"),
         "Micro-batches, K": _stages(run.updates.get("accumulate_grad_batches")),
         "Effective batch": _stages(run.updates.get("effective_batch"), is_ragged=True),
         "Updates": f"{updates:,}" + (f", {skipped:,} of them skipped" if skipped else ""),
