@@ -51,7 +51,7 @@ class Task(Batching, ABC):
     """One model, one optimizer, one source of data, one loss (several optimizers, as in a GAN, are out of scope)."""
 
     total_updates: int | None = None
-    """The exact number of updates to come, set before `configure_optimizer` (for warm-up); None where it is unknown."""
+    """The exact number of updates to come, set before `configure_optimizer` (for warm-up); None if it is unknown."""
 
     def prepare_data(self) -> None:
         """Download or unpack, once per host, before anything else is asked; keep nothing on `self`."""

@@ -56,7 +56,7 @@ def print_help(parser: ArgumentParser) -> None:
 
 
 def _section(title: str, entries: Iterable[tuple[str, str]], width: int) -> None:
-    """Print options with their texts beside them, or below them where the terminal is narrow."""
+    """Print options with their texts beside them, or below them if the terminal is narrow."""
     print(textwrap.fill(title, width))
     indent = " " * (38 if width >= 72 else 6)
     for option, text in entries:

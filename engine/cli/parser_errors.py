@@ -33,7 +33,7 @@ UNKNOWN = re.compile(r"unrecognized arguments: (-*)([^\s=]+)|Group '(\w+)' does 
 
 
 def plain(message: str, options: Iterable[str]) -> str:
-    """Return `message` in one line; where an option is unknown, with the nearest of `options`."""
+    """Return `message` in one line; if an option is unknown, with the nearest of `options`."""
     if found := UNKNOWN.search(message):
         if found[1] == "":
             return f"{found[2]!r} is not an option. Write --name=value; --help lists them."

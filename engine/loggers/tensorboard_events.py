@@ -12,7 +12,7 @@ from engine.loggers.grouped import GroupedLogger
 
 
 class TensorBoardLogger(GroupedLogger):
-    """Writes scalars by update into `tensorboard/` in the run_dir. Raises UserError where TensorBoard is missing."""
+    """Writes scalars by update into `tensorboard/` in the run_dir. Raises UserError if TensorBoard is missing."""
 
     needs_run_dir = True
 

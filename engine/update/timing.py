@@ -90,7 +90,7 @@ class Times:
 
 
 class NoTimer:
-    """The null twin, for runs that nobody listens to."""
+    """The timer of runs that need no times: it does nothing."""
 
     sees_reduction = False
     cost: ReductionCost | None = None
