@@ -65,4 +65,4 @@ def _updates(trainer: Trainer) -> str:
     if schedule.unit != "epoch":
         return f"{total:,}"
     per_epoch = ", ".join(f"{trainer.plan.updates_in_epoch(stage.first):,}" for stage in schedule.stages)
-    return f"{total:,}: {per_epoch} per epoch of {trainer.plan.samples:,} samples"
+    return f"{total:,} ({per_epoch} per epoch of {trainer.plan.samples:,} samples)"
