@@ -20,7 +20,7 @@ class RunDirTakenError(UserError, FileExistsError):
 
 
 class StorageError(OSError):
-    """The run's own files could not be written: a disk that is full or gone. The message names them and the reason."""
+    """The run's own files could not be written: a full or missing disk. The message names them and the reason."""
 
 
 class RunDirLostError(StorageError):

@@ -47,7 +47,7 @@ def within_budget(lengths: Sequence[int], budget: int, seed: int) -> Order:
     """Return an order of groups, each a micro-batch for `micro_batch_size=1`: padded, none holds more than `budget`.
 
     Samples of similar length are grouped once, until (longest x number) would pass the budget; an epoch shuffles the
-    groups. Raises UserError where one sample alone is longer than the budget.
+    groups. Raises UserError if one sample alone is longer than the budget.
     """
     groups: list[list[int]] = [[]]
     for index in numpy.argsort(numpy.asarray(lengths), kind="stable").tolist():

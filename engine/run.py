@@ -14,7 +14,7 @@ OURS = ("engine", "strategies", "launch")
 
 
 def _refuse_if_hidden() -> None:
-    """End with a message where one of our packages was found in another place than beside this one."""
+    """End with a message if one of our packages was imported from another folder."""
     for name in OURS:
         file = str(__import__(name).__file__)
         if Path(file).resolve().parent != ROOT / name:
@@ -25,13 +25,13 @@ def _refuse_if_hidden() -> None:
 
 
 def _refuse_if_mixed(error: ImportError) -> None:
-    """End with a message where another distribution has put its files into one of our packages."""
+    """End with a message if another distribution has put its files into one of our packages."""
     name = (error.name or "").split(".")[0]
     if name in OURS:
         owners = " and ".join(sorted(set(packages_distributions().get(name, []))))
         sys.exit(
-            f"engine/run.py: {ROOT / name} is no longer ours alone ({error}). It belongs to {owners or 'nobody'}: "
-            "install tally-engine anew in a virtual environment of its own."
+            f"engine/run.py: {ROOT / name} has files of another package ({error}). Owner: {owners or 'none'}. "
+            "Install tally-engine again in a virtual environment of its own."
         )
 
 

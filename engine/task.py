@@ -63,7 +63,7 @@ class Task(Batching, ABC):
     """One model, its optimizers, one source of data, one loss. Models that learn in turn need a loop of your own."""
 
     total_updates: int | None = None
-    """The exact number of updates to come, set before `configure_optimizer` (for warm-up); None where it is unknown."""
+    """The exact number of updates to come, set before `configure_optimizer` (for warm-up); None if it is unknown."""
 
     validation_metrics: Mapping[str, Any] = MappingProxyType({})
     """Validation metrics that are not means, by name: objects of `torchmetrics`, or with the methods named here.

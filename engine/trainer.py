@@ -327,7 +327,7 @@ class Trainer:
 
     @property
     def reduction_cost(self) -> ReductionCost | None:
-        """What the reduction costs an update; None if it is unknown."""
+        """The time that the reduction takes of an update; None if it is unknown."""
         return self._updater.timer.cost if self._updater is not None else None
 
     @property

@@ -1,1 +1,1 @@
-"""How to start: the README's two commands, and recipes."""
+"""Starters: the README's two commands, and recipes."""

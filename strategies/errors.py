@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and the check of a whole number. This module imports nothing."""
+"""Errors that a user can fix, and the check of a whole number. This module imports nothing."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ class SequenceClassification(_Pretrained):
 
 
 def _predicted(sample: Mapping[str, Any]) -> Tensor:
-    """Return the tokens as labels, and -100 where the sample's own mask is 0, which is padding."""
+    """Return the tokens as labels, and -100 if the sample's own mask is 0, which is padding."""
     tokens = torch.as_tensor(sample["input_ids"])
     mask = sample.get("attention_mask")
     return tokens if mask is None else tokens.masked_fill(torch.as_tensor(mask) == 0, IGNORED)

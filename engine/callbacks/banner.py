@@ -60,9 +60,9 @@ def _lr_rule(trainer: Trainer) -> str:
 
 def _updates(trainer: Trainer) -> str:
     if trainer.plan is None:
-        return "until the stream ends" if trainer.total_updates is None else str(trainer.total_updates)
+        return "until the stream ends" if trainer.total_updates is None else f"{trainer.total_updates:,}"
     total, schedule = trainer.plan.updates, trainer.schedule
     if schedule.unit != "epoch":
-        return str(total)
-    an_epoch = ", ".join(str(trainer.plan.updates_in_epoch(stage.first)) for stage in schedule.stages)
-    return f"{total}, {an_epoch} an epoch of {trainer.plan.samples:,} samples"
+        return f"{total:,}"
+    per_epoch = ", ".join(f"{trainer.plan.updates_in_epoch(stage.first):,}" for stage in schedule.stages)
+    return f"{total:,} ({per_epoch} per epoch of {trainer.plan.samples:,} samples)"

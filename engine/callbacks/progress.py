@@ -62,12 +62,8 @@ class Progress(Callback):
             self._live.update(_picture(trainer, self._pace, self._metrics, self._console.width), refresh=True)
         else:
             left = self._pace.left(trainer)
-            here = [
-                f"epoch {trainer.epoch}",
-                f"update {_position(trainer)}",
-                *_details(trainer, self._pace, self._metrics),
-            ]
-            _say("  ".join([*here, *([f"{left} left"] if left is not None else [])]))
+            details = [*_here(trainer), *_training(trainer, self._metrics), *_machine(trainer, self._pace)]
+            _say("  ".join([*details, *([f"{left} left"] if left is not None else [])]))
 
     @contextmanager
     def around_validation(self, trainer: Trainer) -> Iterator[None]:
@@ -79,14 +75,13 @@ class Progress(Callback):
         if self._due == math.inf:
             return
         single = {name: value for name, value in trainer.metrics.items() if not name.rpartition("/")[2].isdecimal()}
-        means = "  ".join(f"{name} {value:.4g}" for name, value in single.items())  # no cells of a matrix
-        rate, _ = self._pace.rates()
-        here = f"epoch {trainer.epoch}  update {_position(trainer)}  loss {trainer.record['loss']:.4f}"
-        line = f"{here}  |  validation: {means}" + (f"  |  {rate:,.0f} samples/s" if rate else "")
+        means = [f"{name} {value:#.4g}" for name, value in single.items()]  # no cells of a matrix
+        means[:1] = [f"validation: {mean}" for mean in means[:1]]
+        details = [*_here(trainer), f"loss {trainer.record['loss']:.4f}", *means]
         if self._live is not None:
-            self._console.print(line)
+            self._console.print("\n".join(_wrap(details, self._console.width, " " * 2)))
         else:
-            _say(line)
+            _say("  ".join(details))
         self._restart(trainer)
 
     def on_fit_end(self, trainer: Trainer) -> None:
@@ -94,7 +89,7 @@ class Progress(Callback):
             self._close()
             skipped = f", {trainer.skipped} of them skipped" if trainer.skipped else ""
             where = f": {trainer.run_folder.shown}" if trainer.run_folder is not None else ""
-            _say(f"done: {trainer.update} updates{skipped}, {trainer.samples} samples{where}")
+            _say(f"done: {trainer.update:,} updates{skipped}, {trainer.samples:,} samples{where}")
             if trainer.sees_reduction:
                 unknown = "the cost of the reduction is unknown: measuring it takes full windows of K >= 2"
                 _say(str(trainer.reduction_cost or unknown))
@@ -122,41 +117,56 @@ def _say(text: str) -> None:
 
 
 def _picture(trainer: Trainer, pace: Pace, metrics: Sequence[str], width: int) -> Group:
-    """Return a line with epoch, bar and time left; below it the details, in as many lines as they need."""
+    """Return a line with epoch, bar and time left; below it the training and the machine, on one line if they fit."""
     left, total = pace.left(trainer), trainer.total_updates
     columns = Column(no_wrap=True, style="bold"), Column(ratio=1), Column(no_wrap=True)
     head = Table.grid(*columns, padding=(0, 1), expand=True)
     bar = ProgressBar(total=total, completed=trainer.update, pulse=total is None, complete_style="cyan")
-    head.add_row(f"epoch {trainer.epoch}", bar, _position(trainer) + (f"  {left} left" if left is not None else ""))
+    epoch, update = _here(trainer)
+    head.add_row(epoch, bar, update + (f"  {left} left" if left is not None else ""))
+    training, machine = _training(trainer, metrics), _machine(trainer, pace)
+    fits = len("  ".join([*training, *machine])) <= width
+    lines = [line for part in ([training + machine] if fits else [training, machine]) for line in _wrap(part, width)]
+    return Group(head, *(Text(line, no_wrap=True) for line in lines))
+
+
+def _wrap(details: list[str], width: int, indent: str = "") -> list[str]:
+    """Return the details in lines, none of them broken; lines after the first begin with `indent`."""
     space = "\N{NO-BREAK SPACE}"
-    unbroken = "  ".join(detail.replace(" ", space) for detail in _details(trainer, pace, metrics))
-    lines = textwrap.wrap(unbroken, width, break_on_hyphens=False)
-    return Group(head, *(Text(line.replace(space, " "), no_wrap=True) for line in lines))
+    text = "  ".join(detail.replace(" ", space) for detail in details)
+    lines = textwrap.wrap(text, width, break_on_hyphens=False, subsequent_indent=indent)
+    return [line.replace(space, " ") for line in lines]
 
 
-def _details(trainer: Trainer, pace: Pace, metrics: Sequence[str]) -> list[str]:
-    record, (samples, weight) = trainer.record, pace.rates()
-    details = [
+def _training(trainer: Trainer, metrics: Sequence[str]) -> list[str]:
+    record = trainer.record
+    return [
         f"loss {record['loss']:.4f}",
         *(f"{name} {record[name]:.4g}" for name in metrics if name in record),
         f"grad norm {record['grad_norm']:.3g}",
         f"lr {record['lr']:.3g}",
         f"K {record['accumulate_grad_batches']}",
-        f"batch {record['effective_batch']:,}",
-        f"{samples:,.0f} samples/s",
+        f"effective batch {record['effective_batch']:,}",
     ]
-    if not math.isclose(samples, weight):
-        details.append(f"{weight:,.0f} weight/s")
-    details.append(f"{_peak_memory(trainer) / 2**20:,.0f} MiB")
-    if record["skipped"]:
-        details.append(f"{record['skipped']} skipped")
-    slow = pace.slow_process()
-    return [*details, slow] if slow else details
 
 
-def _position(trainer: Trainer) -> str:
-    total = trainer.total_updates
-    return f"{trainer.update}" if total is None else f"{trainer.update}/{total}"
+def _machine(trainer: Trainer, pace: Pace) -> list[str]:
+    (samples, weight), skipped, slow = pace.rates(), trainer.record["skipped"], pace.slow_process()
+    return [
+        f"{samples:,.0f} samples/s",
+        *([] if math.isclose(samples, weight) else [f"{weight:,.0f} weight/s"]),
+        f"peak memory {_peak_memory(trainer) / 2**20:,.0f} MiB",
+        *([f"{skipped} skipped"] if skipped else []),
+        *([slow] if slow else []),
+    ]
+
+
+def _here(trainer: Trainer) -> list[str]:
+    """Return epoch and update, as wide as they will be at the run's end."""
+    epochs, total = trainer.settings.max_epochs, trainer.total_updates
+    last = "" if epochs is None else str(epochs - 1)
+    update = str(trainer.update) if total is None else f"{trainer.update:>{len(str(total))}}/{total}"
+    return [f"epoch {trainer.epoch:>{len(last)}}", f"update {update}"]
 
 
 def _peak_memory(trainer: Trainer) -> int:

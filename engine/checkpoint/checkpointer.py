@@ -54,7 +54,7 @@ class Checkpointer:
         return find_checkpoint(resume, self._folder, self._strategy)
 
     def _contents(self) -> Any:
-        """Return what tells whether another run has begun or saved in the folder."""
+        """Return a value that changes if another run begins or saves in the folder."""
         assert self._folder is not None
         return files.candidates(self._folder / "checkpoints"), (read_mark(self._folder) or {}).get("start")
 

@@ -24,10 +24,15 @@ Trains a task with exact gradient accumulation, on one process or on many:
 """
 
 START = {
-    "--task=CLASS": "what to train: a Task by its class path; its own options are --task.NAME=VALUE",
-    "--config=FILE": "a TOML or YAML file of all these options; those after it win",
-    "--print_config": "print such a file, with all that was given, and end",
+    "--task=CLASS": "The Task to train, by its class path; its own options are --task.NAME=VALUE",
+    "--config=FILE": "A TOML or YAML file of these options; options after it win",
+    "--print_config": "Print all options and their values as such a file, and end",
 }
+FIRST = (
+    *("--task=CLASS", "--config=FILE", "micro_batch_size", "accumulate_grad_batches", "effective_batch_size"),
+    *("callbacks", "max_epochs", "strategy", "precision", "run_dir", "--plan", "--check"),
+)
+"""The options that people use most."""
 
 CLASSES = "The options of a class: --task.help=CLASS, --trainer.strategy.help=CLASS, --trainer.callbacks.help=CLASS"
 
@@ -37,18 +42,23 @@ def print_help(parser: ArgumentParser) -> None:
     width = min(shutil.get_terminal_size().columns, 110)
     actions = {action.dest: action for action in parser._actions}
     print(INTRODUCTION)
-    _section("What to train", START.items(), width)
-    _section("Instead of training", map(_mode, options()._actions), width)
+    modes = dict(map(_mode, options()._actions))
+    entries = {name: _described(actions[f"trainer.{name}"]) for name in OPTIONS}
+    entries |= {name: (name, text) for name, text in (START | modes).items()}
+    first = [entries.pop(name) for name in FIRST]
+    _section("The options used most", first, width)
+    _section(
+        "Before and instead of training", [entries.pop(name) for name in (START | modes) if name in entries], width
+    )
     for title in SECTIONS:
-        names = (name for name, option in OPTIONS.items() if option.section == title)
-        _section(title, (_described(actions[f"trainer.{name}"]) for name in names), width)
+        _section(title, [entry for name, entry in entries.items() if OPTIONS[name].section == title], width)
     print(textwrap.fill(CLASSES, width, break_on_hyphens=False))
 
 
 def _section(title: str, entries: Iterable[tuple[str, str]], width: int) -> None:
-    """Print options with their texts beside them, or below them where the terminal is narrow."""
+    """Print options with their texts beside them, or below them if the terminal is narrow."""
     print(textwrap.fill(title, width))
-    indent = " " * (40 if width >= 72 else 6)
+    indent = " " * (38 if width >= 72 else 6)
     for option, text in entries:
         first, lines = f"  {option}", textwrap.wrap(text, width - len(indent), break_on_hyphens=False)
         if width >= 72:

@@ -272,7 +272,7 @@ def _with_init_args(content: Any) -> Any:
 
 
 def _reported(error: Exception) -> BaseException | None:
-    """Return the error that our own code raised for the user to mend; the option parser may have wrapped it."""
+    """Return the error that our own code raised for the user to fix; the option parser may have wrapped it."""
     return next((one for one in (error, error.__cause__) if isinstance(one, tuple(STATUSES))), None)
 
 
@@ -298,7 +298,7 @@ def _refuse(error: BaseException) -> int:
 
 
 def _place() -> tuple[int, int]:
-    """Return the rank and the number of processes; (0, 1) if the environment cannot tell."""
+    """Return the rank and the number of processes; (0, 1) if the environment does not say."""
     try:
         return started_rank(), started_processes()
     except UserError:

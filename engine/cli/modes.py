@@ -14,10 +14,12 @@ from engine.trainer import Trainer
 def options() -> ArgumentParser:
     """Return the options that choose a mode; the rest are the run's own."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--plan", action="store_true", help="print what the run would do, and end: nothing is started")
-    parser.add_argument("--plan.processes", type=int, metavar="P", help="as if P processes were started")
-    parser.add_argument("--check", action="store_true", help="build everything, run one window, write nothing, and end")
-    parser.add_argument("-h", "--help", action="store_true", help="these options; --task.help=CLASS: those of a task")
+    parser.add_argument("--plan", action="store_true", help="Print what the run would do, and end")
+    parser.add_argument("--plan.processes", type=int, metavar="P", help="Plan for P processes")
+    parser.add_argument("--check", action="store_true", help="Build everything, run one window, write nothing, and end")
+    parser.add_argument(
+        "-h", "--help", action="store_true", help="Print these options; --task.help=CLASS prints those of a task"
+    )
     return parser
 
 
@@ -58,7 +60,7 @@ class OneWindow(Callback):
 
     def _report(self, trainer: Trainer) -> str:
         if not self._has_run:
-            return "checked: everything was built, and the run is at its end: no window was left."
+            return "checked: everything was built. The run is finished, so no window was left."
         record, P = trainer.record, trainer.strategy.data_parallel_size
         processes = "1 process" if P == 1 else f"{P} processes"
         skipped = ", and its update was skipped" if record["skipped"] else ""

@@ -23,7 +23,7 @@ WORDING = (
         r"(No module named .*)",
         r"\1. Name a class as module.Class; its module is looked for in this folder and on PYTHONPATH",
     ),
-    (r"Import path does not correspond to a subclass of (\w+) (.*)", r"\2 is no subclass of \1"),
+    (r"Import path does not correspond to a subclass of (\w+) (.*)", r"\2 is not a subclass of \1"),
     (r"--(\S+): (\S+): Option '(\w+)' is not accepted", r"--\1: \2 has no option '\3'. --\1.help=\2 lists them"),
     (r"ignored explicit argument (.*)", r"takes no value, but was given \1"),
 )
@@ -33,10 +33,10 @@ UNKNOWN = re.compile(r"unrecognized arguments: (-*)([^\s=]+)|Group '(\w+)' does 
 
 
 def plain(message: str, options: Iterable[str]) -> str:
-    """Return `message` in one line; where an option is unknown, with the nearest of `options`."""
+    """Return `message` in one line; if an option is unknown, with the nearest of `options`."""
     if found := UNKNOWN.search(message):
         if found[1] == "":
-            return f"{found[2]!r} is no option: they are written --name=value, and --help lists them."
+            return f"{found[2]!r} is not an option. Write --name=value; --help lists them."
         given = found[2] or f"{found[3]}.{found[4]}"
         near = get_close_matches(f"--{given}", list(options), n=1)
         return f"there is no option {given}. {f'Did you mean {near[0]}? ' if near else ''}--help lists them all."

@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
     """Check one strategy; return 0 if every promise is kept, 1 if one is broken, 2 if none can be checked."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Run every promise that a Strategy declares, on real processes. Exits 1 where one is broken.",
+        description="Run every promise that a Strategy declares, on real processes. Exits with 1 if one is broken.",
         epilog="Other options are those of the strategy's __init__, as in --bucket_cap_mb 1.",
         allow_abbrev=False,
     )

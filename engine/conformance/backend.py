@@ -26,7 +26,7 @@ N = 2  # samples per micro-batch in every check
 
 
 class BrokenPromiseError(AssertionError):
-    """A promise is broken; the message is one sentence that tells what was expected and what was seen."""
+    """A promise is broken; the message is one sentence that says what was expected and what was seen."""
 
 
 class NotDeclaredError(Exception):

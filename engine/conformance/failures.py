@@ -1,4 +1,4 @@
-"""Checks of failures: if one process fails, all report it, and none waits for ever."""
+"""Checks of failures: if one process fails, all report it, and none waits forever."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def check_resume(backend: Backend) -> None:
         wrote = Path(folder, "parts", "summary.json").is_file()
     expect(wrote, "the run's folder has no summary.json: does one process have rank 0?")
     for rank, (one, other) in enumerate(zip(whole, parts, strict=True)):
-        expect([r["update"] for r in other.records] == [4, 5], f"process {rank} did not go on after update 3.")
+        expect([r["update"] for r in other.records] == [4, 5], f"process {rank} did not resume after update 3.")
         expect(
             _same(one.state, other.state),
             f"process {rank}: {_what(one.state, other.state)} differs from that of a run that was not interrupted.",

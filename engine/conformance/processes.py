@@ -96,7 +96,7 @@ def _port() -> int:
     """Return the port of the store of all runs, which is in a process of its own.
 
     A store's thread looks up addresses under a lock of glibc. A process forked meanwhile inherits the locked lock, and
-    waits for ever when it looks up an address.
+    waits forever when it looks up an address.
     """
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
@@ -157,6 +157,6 @@ def _child(
 
 
 def _end(pipe: Connection, message: tuple[Any, str]) -> NoReturn:
-    """Send and exit, without freeing anything (DDP may wait for ever in it) and without the parent's exit handlers."""
+    """Send and exit, without freeing anything (DDP may wait forever in it) and without the parent's exit handlers."""
     pipe.send_bytes(pickle.dumps(message))  # bytes: tensors sent as tensors would live in this process
     os._exit(0)

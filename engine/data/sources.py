@@ -28,7 +28,7 @@ def is_map_style(data: object) -> bool:
     if isinstance(data, IterableDataset):
         raise UserError(
             f"{type(data).__name__} is an IterableDataset of samples: return DataLoader(it, batch_size=N), or, "
-            "where it yields ready micro-batches, DataLoader(it, batch_size=None)."
+            "if it yields ready micro-batches, DataLoader(it, batch_size=None)."
         )
     if isinstance(data, Mapping):
         keys = ", ".join(map(repr, [*data][:3]))

@@ -222,7 +222,7 @@ class Lookahead:
 
     @property
     def ahead(self) -> Any:
-        """The item that was read ahead; None if there is none, or an error in its place."""
+        """The item that was read ahead; None if nothing was read, or an error in its place."""
         return self._item
 
     @property

@@ -12,9 +12,9 @@ from engine.loggers.grouped import GroupedLogger
 
 
 class TensorBoardLogger(GroupedLogger):
-    """Writes scalars by update into `tensorboard/` in the run_dir. Raises UserError where TensorBoard is missing.
+    """Writes scalars by update into `tensorboard/` in the run_dir. Raises UserError if TensorBoard is missing.
 
-    `writer` is torch's SummaryWriter while a run lasts, on process 0, for images and histograms; elsewhere None.
+    `writer` is torch's SummaryWriter on process 0 while a run lasts, for images and histograms. Elsewhere it is None.
     """
 
     needs_run_dir = True

@@ -120,7 +120,8 @@ class Preview:
             if abs(right - left) < 0.1 * abs(left):
                 yield (
                     f"the effective batch goes from {old:,} to {new:,} at {schedule.unit} {after.stage.first}, and the "
-                    f"learning rate does not follow ({left:.3g}, then {right:.3g}): is that meant?"
+                    f"learning rate does not follow ({left:.3g}, then {right:.3g}). "
+                    "lr_rule='linear' or 'sqrt' makes it follow."
                 )
 
     def _of_the_model(self) -> Iterator[str]:

@@ -17,7 +17,7 @@ TITLES = {
     "accumulate_grad_batches": "K: micro-batches per process and update",
     "effective_batch": "Effective batch: samples per update",
     "samples_per_second": "Throughput: samples per second",
-    "weight": "Weight of an update",
+    "weight": "Weight per update",
     "skipped": "Updates skipped so far",
 }
 TOLD = ("update", "epoch", "samples", "loss", "accumulate_grad_batches", "effective_batch", "weight", "skipped")
@@ -28,7 +28,7 @@ def status(run: Run) -> str:
     """Return the state of the run, as far as its folder tells."""
     stays = run.happened("start", "resume", "interrupt", "fail", "end")
     if not stays:
-        return "finished" if run.summary else "unfinished: nothing tells why"
+        return "finished" if run.summary else "unfinished, for an unknown reason"
     if stays[-1]["event"] in ("start", "resume"):
         return "running, or killed"
     where, what = history(run)[-1][1:]
@@ -50,21 +50,21 @@ def facts(run: Run) -> Facts:
     constant = [name for name, column in run.updates.items() if name not in TOLD and is_constant(column)]
     told: dict[str, Any] = {
         "Status": status(run),
-        "Task": run.config.get("task"),
+        "Task": str(run.config["task"]).rpartition(".")[2] if "task" in run.config else None,
         "Strategy": begin.get("strategy", run.summary.get("strategy")),
         "Processes, P": _stages(processes) or begin.get("processes", run.summary.get("processes")),
-        "Micro-batch, N": run.config.get("micro_batch_size"),
-        "Accumulated, K": _stages(run.updates.get("accumulate_grad_batches")),
+        "Micro-batch size, N": run.config.get("micro_batch_size"),
+        "Micro-batches, K": _stages(run.updates.get("accumulate_grad_batches")),
         "Effective batch": _stages(run.updates.get("effective_batch"), is_ragged=True),
         "Updates": f"{updates:,}" + (f", {skipped:,} of them skipped" if skipped else ""),
         "Samples": f"{int(_last(run.updates['samples'], 0.0)):,}",
         "Last loss": last.get("loss"),
         **{name.replace(VALIDATION, "Validation "): last[name] for name in run.validations if name not in TOLD},
         **{TITLES.get(name, name): last[name] for name in constant},
-        "Time of running": duration(seconds) if seconds else None,
-        "Times resumed": len(run.happened("resume")) or None,
+        "Running time": duration(seconds) if seconds else None,
+        "Resumed": len(run.happened("resume")) or None,
         "All-reduces per update": run.summary.get("all_reduces_per_update"),
-        "Bytes reduced per update": _thousands(run.summary.get("bytes_reduced_per_update")),
+        "Bytes per update": _thousands(run.summary.get("bytes_reduced_per_update")),
         "torch": begin.get("torch", versions.get("torch")),
         "Python": begin.get("python", versions.get("python")),
     }
@@ -92,7 +92,7 @@ def time_split(run: Run) -> dict[str, float]:
         if took:
             split[name] = took
     clocks = [_seconds(event.get("seconds")) for event in kept] or [_seconds(run.summary.get("seconds"))]
-    rest = "the rest" if run.events else "the rest, with validation and saving"
+    rest = "other" if run.events else "other, with validation and saving"
     return {**split, rest: max(0.0, clocks[-1] - sum(split.values()))}
 
 
@@ -117,15 +117,20 @@ def history(run: Run) -> list[tuple[str, str, str]]:
     for event in run.happened("start", "resume", "interrupt", "fail", "end"):
         kind, reason, undone = event["event"], event.get("reason", ""), _whole(event.get("undone"))
         processes = f"on {event.get('processes', '?')} processes: {event.get('strategy', '?')}"
-        lost = f"; {undone} updates after the checkpoint were made again" if undone not in ("0", "?") else ""
+        lost = (
+            f"; repeats {undone} update{'s' * (undone != '1')} made after the checkpoint"
+            if undone not in ("0", "?")
+            else ""
+        )
         what = {
             "start": f"started {processes}{lost}",
             "resume": f"resumed {processes}{lost}",
             "interrupt": f"interrupted by {reason}, and saved",
             "fail": f"failed: {reason}",
-            "end": "came to its end",
+            "end": "finished",
         }[kind]
-        rows.append((str(event.get("time", "?")), f"update {_whole(event.get('update'))}", what))
+        when = str(event.get("time", "?")).replace("T", " ").replace("+00:00", " UTC")
+        rows.append((when, f"update {_whole(event.get('update'))}", what))
     return rows
 
 

@@ -19,7 +19,7 @@ from engine.report.reading import VALIDATION, Column, Run, number
 from engine.report.thinning import BINS, medians, thin
 
 PLACES = ("update", "samples", "epoch")
-MEASURED = "Within updates as process 0's clock tells: of the wait for data it looks at one micro-batch of each window."
+MEASURED = "Within updates, by process 0's clock; the wait for data is measured at one micro-batch of each window."
 STEPS = ("accumulate_grad_batches", "effective_batch", "skipped")  # values that change in steps, and are drawn as steps
 LEAST = 0.0005  # the smallest share of the time that has a row
 
@@ -66,7 +66,7 @@ def _data(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "end": ends,
         "plots": [
-            {"name": name, "title": TITLES.get(name, name.replace(VALIDATION, "Validation: ")), "steps": name in STEPS}
+            {"name": name, "title": TITLES.get(name, name.replace(VALIDATION, "Validation ")), "steps": name in STEPS}
             for name in order
         ],
         "runs": [{"name": run.name, "series": _series(run, order), "marks": _marks(run)} for run in runs],
@@ -147,15 +147,15 @@ def _split(runs: Sequence[Run]) -> str:
 
 def _history(run: Run) -> str:
     rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in history(run))
-    return f'<h2>What happened to {escape(run.name)}</h2><div class="wide"><table>{rows}</table></div>'
+    return f'<h2>History of {escape(run.name)}</h2><div class="wide"><table class="history">{rows}</table></div>'
 
 
 def _configurations(runs: Sequence[Run]) -> str:
     tables = [flat(run.config) for run in runs]
     names = list(dict.fromkeys(name for table in tables for name in table))
     others = differing(tables)
-    shown = f"<h2>What was configured otherwise</h2>{_compared(runs, tables, others)}" if others else ""
-    return f"{shown}<details><summary>Configuration</summary>{_compared(runs, tables, names)}</details>"
+    shown = f"<h2>Settings that differ</h2>{_compared(runs, tables, others)}" if others else ""
+    return f"{shown}<details><summary>All settings</summary>{_compared(runs, tables, names)}</details>"
 
 
 def _compared(runs: Sequence[Run], tables: Sequence[dict[str, str]], names: Sequence[str]) -> str:

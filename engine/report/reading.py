@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from engine.disk import lines_of, read_small
 
-Column = NDArray[np.float64]  # one number for each record; NaN where a record has none
+Column = NDArray[np.float64]  # one number for each record; NaN if a record has no such number
 
 
 VALIDATION = "validation/"  # begins the names of validation means
 
 
 class NotARunError(ValueError):
-    """The folder is not that of a run; the message tells the way out."""
+    """The folder is not that of a run; the message says the way out."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Run:
     name: str
     path: Path
     updates: dict[str, Column]  # metrics.jsonl by field, one entry per update, in order
-    validations: dict[str, Column]  # likewise, one entry per validation
+    validations: dict[str, Column]  # by name, one entry per validation
     events: Sequence[dict[str, Any]]  # starts, ends, saves and what else happened, as they came
     config: dict[str, Any]
     summary: dict[str, Any]  # of a run that came to its end; else empty

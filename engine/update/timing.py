@@ -64,8 +64,8 @@ class ReductionCost(NamedTuple):
     def __str__(self) -> str:
         """Return one line for people."""
         K, least = self.accumulate_grad_batches, self.hiding
-        more = f"; less than {HIDDEN:.0%} at K={least}" if least > K else ""
-        return f"the reduction, and waiting for others, cost {self.share(K):.1%} of an update at K={K}{more}"
+        more = f"; K={least} would make it less than {HIDDEN:.0%}" if least > K else ""
+        return f"reduction, and waiting for others: {self.share(K):.1%} of an update at K={K}{more}"
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Times:
 
 
 class NoTimer:
-    """The null twin, for runs that nobody listens to."""
+    """The timer of runs that need no times: it does nothing."""
 
     sees_reduction = False
     cost: ReductionCost | None = None

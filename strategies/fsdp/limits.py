@@ -1,4 +1,4 @@
-"""What FSDP cannot do, named before an update is made."""
+"""The limits of FSDP, raised as errors before the first update."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def main() -> None:
     print(f"| the same, saved {saves} times more | {min(with_saves):.2f} |")
     print(f"| one save, in all | {a_save:.3f} |")
     print(f"| of which training waits | {min(stalls):.3f} |")
-    print(f"| going on from a checkpoint: start, read, verify, load | {min(resumed):.2f} |")
+    print(f"| resuming from a checkpoint: start, read, verify, load | {min(resumed):.2f} |")
     print(f"\nOne save costs {100 * a_save / (10 * 60):.3f} % of the ten minutes between two (the default).")
 
 

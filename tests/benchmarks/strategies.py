@@ -42,7 +42,7 @@ Rows = Iterator[tuple[object, ...]]
 
 
 def kept() -> Rows:
-    yield "strategy", "processes", "P", "effective batch", "variable windows", "off", "goes on as", "off"
+    yield "strategy", "processes", "P", "effective batch", "variable windows", "off", "resumes as", "off"
     for case in CASES:
         P, batch, varies = exactness.declared(case)
         off, off_after = exactness.exactness(case), exactness.continued(case)

@@ -70,7 +70,7 @@ def check_digits(tmp_path: Path, printed: str, epochs: int, accuracy: float) -> 
     Digits().configure_model().load_state_dict(weights)
     lines = printed.splitlines()
     assert "window:     P 2 x N 16 x K 2 = effective batch 64" in lines
-    assert f"updates:    {updates_made}, 23 an epoch of 1,437 samples" in lines
+    assert f"updates:    {updates_made} (23 per epoch of 1,437 samples)" in lines
     assert len([line for line in lines if line.startswith("task:")]) == 1  # one process speaks
     assert re.search(rf"epoch +{epochs - 1}  update +{updates_made}/{updates_made}", printed)
 

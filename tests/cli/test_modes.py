@@ -117,14 +117,19 @@ def test_modes_that_cannot_be(arguments: list[str], message: str) -> None:
         split(arguments)
 
 
+START = "The options used most"
+
+
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_help_names_each_option_once_within_the_width(width: int, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     assert main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    printed = [line.split()[0].split("=")[0] for line in lines[lines.index("What to train") :] if line[:4] == "  --"]
+    printed = [line.split()[0].split("=")[0] for line in lines[lines.index(START) :] if line[:4] == "  --"]
+    first = lines[lines.index(START) : lines.index("Before and instead of training")]
+    assert len([line for line in first if line[:4] == "  --"]) == 12
     offered = [action.option_strings[0] for action in make_parser()._actions]
     trainer = [name for name in offered if name.startswith("--trainer.") and not name.endswith(".help")]
     modes = ["--plan", "--plan.processes", "--check", "--help"]
     assert sorted(printed) == sorted(["--task", "--config", "--print_config", *modes, *trainer])
-    assert max(map(len, lines[lines.index("What to train") :])) <= min(width, 110)
+    assert max(map(len, lines[lines.index(START) :])) <= min(width, 110)

@@ -45,4 +45,18 @@ FAULTS = [
         "[]",
         "tests/output/test_task_callbacks.py",
     ),
+    Fault(
+        "break the line of progress anywhere",
+        "engine.callbacks.progress:_picture",
+        'fits = len("  ".join([*training, *machine])) <= width',
+        "fits = True",
+        "tests/output/test_progress.py -k share_a_line",
+    ),
+    Fault(
+        "leave epochs and updates of progress ragged",
+        "engine.callbacks.progress:_here",
+        ":>{len(str(total))}}/{total}",
+        "}/{total}",
+        "tests/output/test_progress.py -k aligned",
+    ),
 ]

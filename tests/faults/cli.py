@@ -32,4 +32,11 @@ FAULTS = [
         "if True",
         "tests/cli/test_command.py::test_options_may_stand_beside_a_class_path",
     ),
+    Fault(
+        "hide an option that people use most",
+        "engine.cli.help:print_help",
+        "first = [entries.pop(name) for name in FIRST]",
+        "first = [entries.pop(name) for name in FIRST][1:]",
+        "tests/cli/test_modes.py -k help",
+    ),
 ]

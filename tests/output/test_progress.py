@@ -95,7 +95,7 @@ def test_a_terminal_of_any_width(columns: int) -> None:
         "grad norm ",
         "lr 0.1",
         "K 1",
-        "batch 1",
+        "effective batch 1",
         "1 skipped",
     ):
         assert detail in live, detail
@@ -103,6 +103,21 @@ def test_a_terminal_of_any_width(columns: int) -> None:
     assert re.search(r"\d weight/s", live)
     assert "━" in live
     assert written.rstrip().endswith("done: 40 updates, 1 of them skipped, 40 samples")
+
+
+@pytest.mark.parametrize(("columns", "shares_a_line"), [(75, False), (140, True)])
+def test_training_and_machine_share_a_line_only_if_they_fit(columns: int, shares_a_line: bool) -> None:
+    lines = re.split(r"[\r\n]+", ESCAPES.sub("\n", in_terminal(COLUMNS=str(columns))))
+    training = [line for line in lines if line.startswith("loss ")]
+    assert training
+    assert {line.rstrip().endswith("effective batch 1") for line in training} == {not shares_a_line}
+
+
+def test_epochs_and_updates_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:
+    Trainer("single", micro_batch_size=4, max_epochs=11, progress=True).fit(Slow(8))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert len(lines) == 11
+    assert len({line.index("loss") for line in lines}) == 1
 
 
 def test_the_run_folder_is_shown_from_the_working_directory(
@@ -151,7 +166,7 @@ def test_a_pipe_gets_a_plain_line_with_what_the_record_has() -> None:
     for line, record in zip(lines, records, strict=True):
         expected = [
             f"epoch {record['epoch']}  update {record['update']}/6",
-            f"loss {record['loss']:.4f}  grad norm {record['grad_norm']:.3g}  lr 0.1  K 1  batch 4",
+            f"loss {record['loss']:.4f}  grad norm {record['grad_norm']:.3g}  lr 0.1  K 1  effective batch 4",
             " samples/s",
             " weight/s",
             " MiB",

@@ -88,16 +88,16 @@ def test_a_run_tells_what_happened_to_it(tmp_path: Path) -> None:
         ("update 7", "resumed on 2 processes"),
         ("update 8", "failed"),
         ("update 7", "resumed on 2 processes"),
-        ("update 9", "came to its end"),
+        ("update 9", "finished"),
     ]
-    assert history(told)[4][2].endswith("; 1 updates after the checkpoint were made again")
+    assert history(told)[4][2].endswith("; repeats 1 update made after the checkpoint")
     assert told.updates["update"].tolist() == list(range(1, told.length + 1))
     assert told.validations["update"].tolist()[:2] == [3, 6]
     assert told.validations["samples"].tolist()[:2] == told.updates["samples"][[2, 5]].tolist()
-    assert facts(told)["Accumulated, K"] == "1, 2"
+    assert facts(told)["Micro-batches, K"] == "1, 2"
     split, last = time_split(told), told.events[-1]["seconds"]
     assert set(split) >= {"validation", "saving, while training waited"}
-    assert sum(split.values()) == pytest.approx(max(last, sum(split.values()) - split["the rest"]))
+    assert sum(split.values()) == pytest.approx(max(last, sum(split.values()) - split["other"]))
 
 
 def test_what_a_resume_undid_is_not_counted_twice(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_within_updates_the_saves_of_each_start_have_told(tmp_path: Path) -> Non
         {"event": "end", "update": 4, "seconds": 12.0, **at},
     ]
     split = time_split(read(write(tmp_path / "run", [record(n) for n in range(1, 5)], events)))
-    assert split == {"updates: waiting for data": 4.0, "updates: step": 4.0, "the rest": 4.0}
+    assert split == {"updates: waiting for data": 4.0, "updates: step": 4.0, "other": 4.0}
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_runs_of_different_shapes_are_compared(tmp_path: Path) -> None:
     assert data["runs"][1]["marks"][0]["text"] == ["update 1 skipped"]
     assert data["end"] == {"update": 3, "samples": 24}
     assert differing([{"seed": "0", "shuffle": "1"}, {"seed": "1", "shuffle": "1"}, {}]) == ["seed", "shuffle"]
-    assert "What was configured otherwise" in html
+    assert "Settings that differ" in html
 
 
 def drawn(*folders: Path) -> list[str]:
@@ -231,10 +231,10 @@ def test_the_processes_are_those_of_the_updates(tmp_path: Path) -> None:
     wide = {"effective_batch": 128, "accumulate_grad_batches": 2}
     records = [record(1, **wide), record(2, **wide)]
     told = facts(read(write(tmp_path / "resumed", records, events, micro_batch_size=32)))
-    assert (told["Processes, P"], told["Accumulated, K"], told["Effective batch"]) == ("2", "2", "128")
+    assert (told["Processes, P"], told["Micro-batches, K"], told["Effective batch"]) == ("2", "2", "128")
     records += [record(3, effective_batch=128, accumulate_grad_batches=1)]
     told = facts(read(write(tmp_path / "continued", records, events, micro_batch_size=32)))
-    assert (told["Processes, P"], told["Accumulated, K"], told["Effective batch"]) == ("2, 4", "2, 1", "128")
+    assert (told["Processes, P"], told["Micro-batches, K"], told["Effective batch"]) == ("2, 4", "2, 1", "128")
 
 
 def test_what_took_no_time_has_no_row(tmp_path: Path) -> None:

@@ -228,5 +228,5 @@ def test_another_package_of_our_names_is_named(place: Place, tmp_path: Path) -> 
     (place.packages / "strategies" / "__init__.py").write_text("")
     done = place.do(place.tally, "--print_config")
     assert done.returncode == 1
-    assert "strategies is no longer ours alone" in done.stderr
+    assert "strategies has files of another package" in done.stderr
     assert "Traceback" not in done.stderr

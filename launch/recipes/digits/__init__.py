@@ -1,4 +1,4 @@
-"""Handwritten digits: the recipe that `engine/run.py` trains when it is told nothing else."""
+"""Handwritten digits: the recipe that `engine/run.py` trains by default."""
 
 from launch.recipes.digits.task import Digits
 

@@ -1,4 +1,4 @@
-"""What counting gets: `python -m launch.recipes.stdlib_lm.baseline [functions] [max_bytes]`.
+"""The loss of counting bytes: `python -m launch.recipes.stdlib_lm.baseline [functions] [max_bytes]`.
 
 A context model of order n predicts a byte by how often it came after the n bytes before it, in the functions that the
 recipe trains on; 0.05 is added to each count.

@@ -24,9 +24,10 @@ BYTES, START, PADDING = 256, 256, -100
 class StdlibLM(Task):
     """Predict each byte of a function from those before it. A sample is one function, a micro-batch is padded.
 
-    Losses are sums over bytes and weigh as many as there are, so that padding and short functions count for what they
-    are. `functions` limits how many are used (None: all), `max_bytes` cuts long ones. `batches` says how an
-    epoch is ordered: "shuffled", "bucketed" (neighbours of like length, less padding), or "budget" (each micro-batch
+    A loss is a sum over bytes, and its weight is their number, so padding counts nothing.
+
+    `functions` limits how many are used (None: all), `max_bytes` cuts long ones. `batches` says how an
+    epoch is ordered: "shuffled", "bucketed" (neighbours of similar length, less padding), or "budget" (each micro-batch
     holds at most `budget` bytes with its padding; use `micro_batch_size=1`).
     """
 

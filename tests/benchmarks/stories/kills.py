@@ -92,7 +92,7 @@ class Outcome:
 
     folder: Path
     kills: Sequence[tuple[str, int, int]]
-    """Of each what was killed, the last update that was made, and the one that the next start went on from."""
+    """Of each what was killed, the last update that was made, and the one that the next start resumed from."""
 
     @property
     def losses(self) -> list[float]:
@@ -176,7 +176,7 @@ def distance(alone: Outcome, killed: Outcome) -> tuple[list[float], float]:
 
 def figures(alone: Outcome, outcomes: dict[str, Outcome]) -> str:
     """Return what was killed when, and what is left of it."""
-    lines = ["| the run | killed | after update | went on from |", "| --- | --- | --: | --: |"]
+    lines = ["| the run | killed | after update | resumed from |", "| --- | --- | --: | --: |"]
     for name, outcome in outcomes.items():
         lines += [f"| {name} | {what} | {update} | {resumed} |" for what, update, resumed in outcome.kills]
     lines += ["", "| beside the run left alone | loss | parameters | metrics.jsonl | weights, as bytes | samples |"]
