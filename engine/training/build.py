@@ -109,18 +109,8 @@ def build(
     timer = UpdateTimer(strategy) if is_recorded else NO_TIMER
     updater = Updater(strategy, prepared, optimizer, lr_scheduler, options, heeded, timer)
     identity = run_identity(settings, scheduling, layout.plan, optimizer, lr_scheduler)
-    parts = RunParts(
-        strategy,
-        model,
-        UnsavedBuffers(model),
-        optimizer,
-        lr_scheduler,
-        layout.schedule,
-        updater,
-        callbacks,
-        identity,
-        base,
-    )
+    state = strategy, model, UnsavedBuffers(model), optimizer, lr_scheduler, layout.schedule, updater
+    parts = RunParts(*state, callbacks, identity, base)
     return Run(layout, parts, source, autocast(task.loss, settings.precision, strategy.device.type), validation)
 
 
