@@ -17,13 +17,18 @@ from engine.errors import UserError
 from engine.loss import Loss
 from engine.task import Task
 
+Collator = Callable[[list[Any]], Mapping[str, Tensor]]
+"""Makes a micro-batch of samples, as `transformers.DataCollatorForLanguageModeling` does."""
+
 IGNORED = -100  # the label of what is not predicted, as everywhere in `transformers`
+TOKENS = ("input_ids", "decoder_input_ids")
 
 
 class _Pretrained(Task):
-    """One model of `transformers` and its tokenised data."""
+    """One model of `transformers` and its tokenised data; `collator` replaces the padding of `collate`."""
 
     auto_class: str
+    labels = "the tokens to predict, with -100 for what is not predicted"
 
     def __init__(
         self,
@@ -32,10 +37,11 @@ class _Pretrained(Task):
         validation: Dataset[Any] | Iterable[Any] | None = None,
         lr: float = 5e-5,
         weight_decay: float = 0.0,
+        collator: Collator | None = None,
     ) -> None:
         self.source = model
         self.dataset, self.validation = dataset, validation
-        self.lr, self.weight_decay = lr, weight_decay
+        self.lr, self.weight_decay, self.collator = lr, weight_decay, collator
         self._pad = 0
 
     def configure_model(self) -> nn.Module:
@@ -53,6 +59,14 @@ class _Pretrained(Task):
             way_out = "Use False, or override loss() and add the router's loss times the weight."
             raise UserError(f"output_router_logits=True: expected a model without a loss of its router. {way_out}")
 
+    def split(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the model's arguments and the labels of a micro-batch. Raises UserError if it has no labels."""
+        if "labels" not in batch:
+            raise UserError(
+                f"a micro-batch of {', '.join(batch)}: {type(self).__name__} expected labels: {self.labels}."
+            )
+        return {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
+
     def configure_optimizer(self, model: nn.Module) -> Optimizer | tuple[Optimizer, LRScheduler]:
         return AdamW(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
 
@@ -63,10 +77,17 @@ class _Pretrained(Task):
         return self.validation
 
     def collate(self, samples: list[Any]) -> dict[str, Tensor]:
-        """Pad on the right: labels with -100, `input_ids` with the model's padding, else 0.
+        """Pad on the right: labels with -100, tokens with the model's padding, else 0.
 
-        It makes an `attention_mask` if none is given. Raises UserError for a column that is not numeric.
+        It makes an `attention_mask` if none is given. Raises UserError for a column that is not numeric, and for
+        samples with different columns.
         """
+        if self.collator is not None:
+            return dict(self.collator(samples))
+        for sample in samples:
+            if sample.keys() != samples[0].keys():
+                what = f"samples of one micro-batch have {sorted(sample)} and {sorted(samples[0])}"
+                raise UserError(f"{what}: expected the same columns. Give labels to all samples, or to none.")
         if "attention_mask" not in samples[0]:
             samples = [{**sample, "attention_mask": [1] * len(sample["input_ids"])} for sample in samples]
         return {name: self._column(name, [sample[name] for sample in samples]) for name in samples[0]}
@@ -79,7 +100,7 @@ class _Pretrained(Task):
             raise UserError(f"{what}: expected numbers. Use dataset.remove_columns({name!r}).") from None
         if not tensors[0].ndim:
             return torch.stack(tensors)
-        return pad_sequence(tensors, True, {"labels": IGNORED, "input_ids": self._pad}.get(name, 0))
+        return pad_sequence(tensors, True, IGNORED if name == "labels" else self._pad if name in TOKENS else 0)
 
 
 class CausalLM(_Pretrained):
@@ -94,13 +115,52 @@ class CausalLM(_Pretrained):
 
     def collate(self, samples: list[Any]) -> dict[str, Tensor]:
         """Pad to the longest sample; padding is neither attended to nor predicted."""
-        return super().collate([s if "labels" in s else {**s, "labels": _predicted(s)} for s in samples])
+        if self.collator is None:
+            samples = [s if "labels" in s else {**s, "labels": _predicted(s)} for s in samples]
+        return super().collate(samples)
 
     def loss(self, model: nn.Module, batch: Any) -> Loss:
         """Return the sum of cross-entropies and the number of predicted tokens: all but each sample's first."""
-        labels = batch["labels"][:, 1:]
-        logits = model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False).logits
-        return _cross_entropy(logits[:, :-1].transpose(1, 2), labels)
+        inputs, labels = self.split(batch)
+        logits = model(**inputs, use_cache=False).logits
+        return _cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:])
+
+
+class MaskedLM(_Pretrained):
+    """Predicts the masked tokens, with AdamW; an update's gradient is the mean over all of them in its window.
+
+    `model` is a masked language model, its config, or a name or path for `AutoModelForMaskedLM.from_pretrained`.
+    `collator=transformers.DataCollatorForLanguageModeling(tokenizer)` masks each sample again in each epoch. Without
+    it, samples are masked already: `input_ids`, and `labels` with -100 where nothing is predicted.
+    """
+
+    auto_class = "AutoModelForMaskedLM"
+    labels = "use collator=transformers.DataCollatorForLanguageModeling(tokenizer), or mask the samples yourself"
+
+    def loss(self, model: nn.Module, batch: Any) -> Loss:
+        inputs, labels = self.split(batch)
+        return _cross_entropy(model(**inputs).logits.transpose(1, 2), labels)
+
+
+class Seq2SeqLM(_Pretrained):
+    """Predicts one sequence from another, with AdamW; an update's gradient is the mean over all predicted tokens.
+
+    `model` is an encoder and decoder, its config, or a name or path for `AutoModelForSeq2SeqLM.from_pretrained`.
+    Samples are dictionaries of `input_ids` (the source) and `labels` (the target, not shifted; -100: not predicted),
+    each of any length. The decoder reads the labels shifted by one, or `decoder_input_ids` if given.
+    """
+
+    auto_class = "AutoModelForSeq2SeqLM"
+    labels = "the target's tokens, as of tokenizer(source, text_target=target)"
+
+    def loss(self, model: nn.Module, batch: Any) -> Loss:
+        inputs, labels = self.split(batch)
+        shifted = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if shifted is None:
+            inputs["labels"] = labels  # such a model shifts them itself
+        elif "decoder_input_ids" not in inputs:
+            inputs["decoder_input_ids"] = shifted(labels)
+        return _cross_entropy(model(**inputs, use_cache=False).logits.transpose(1, 2), labels)
 
 
 class SequenceClassification(_Pretrained):
@@ -112,6 +172,7 @@ class SequenceClassification(_Pretrained):
     """
 
     auto_class = "AutoModelForSequenceClassification"
+    labels = "one whole number for each sample"
 
     def check(self, config: Any) -> None:
         super().check(config)
@@ -120,16 +181,14 @@ class SequenceClassification(_Pretrained):
             raise UserError(f"{what}: expected one of several labels. Override loss() for others.")
 
     def loss(self, model: nn.Module, batch: Any) -> Loss:
-        return _cross_entropy(*_classified(model, batch))
+        inputs, labels = self.split(batch)
+        return _cross_entropy(model(**inputs).logits, labels)
 
     def evaluate(self, model: nn.Module, batch: Any) -> Mapping[str, Loss | Tensor]:
-        logits, labels = _classified(model, batch)
+        inputs, labels = self.split(batch)
+        logits = model(**inputs).logits
         loss = _cross_entropy(logits, labels)
         return {"loss": loss, "accuracy": Loss((logits.argmax(1) == labels).sum(), loss.weight)}
-
-
-def _classified(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    return model(**{name: value for name, value in batch.items() if name != "labels"}).logits, batch["labels"]
 
 
 def _predicted(sample: Mapping[str, Any]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import engine
 from engine import Trainer
-from engine.adapters import CausalLM, SequenceClassification
-from tests.kit.processes import run
+from engine.adapters import CausalLM, MaskedLM, Seq2SeqLM, SequenceClassification
+from tests.kit.processes import ChildError, run
 from tests.kit.reference import in_order, parameters
 
 transformers = pytest.importorskip("transformers")
@@ -37,6 +38,20 @@ def bert(**config: Any) -> Any:
     return transformers.BertConfig(**(sizes | limits | drops | config))
 
 
+def bart(**config: Any) -> Any:
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 16}
+    marks = {"vocab_size": VOCABULARY, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    drops = dict.fromkeys(["dropout", "attention_dropout", "activation_dropout"], 0.0)
+    return transformers.BartConfig(**(sizes | heads | marks | drops | {"decoder_start_token_id": 2} | config))
+
+
+def m2m(**config: Any) -> Any:
+    """A model whose shift of the labels only its own forward knows."""
+    given = {k: v for k, v in bart().to_dict().items() if k not in ("model_type", "architectures")}
+    return transformers.M2M100Config(**(given | config))
+
+
 def samples(with_prompts: bool = False) -> list[dict[str, Any]]:
     """2 to 12 tokens each; in some the first half is a prompt, and one has nothing to be predicted."""
     generator = torch.Generator().manual_seed(5)
@@ -57,6 +72,26 @@ def classes() -> list[dict[str, Any]]:
     return [{**sample, "labels": label} for sample, label in zip(samples(), labels, strict=True)]
 
 
+def masked() -> list[dict[str, Any]]:
+    """Every third token masked; in one sample none."""
+    found = []
+    for number, sample in enumerate(samples()):
+        tokens = sample["input_ids"]
+        chosen = [number != 4 and (place + number) % 3 == 0 for place in range(len(tokens))]
+        labels = [token if is_chosen else IGNORED for token, is_chosen in zip(tokens, chosen, strict=True)]
+        inputs = [1 if is_chosen else token for token, is_chosen in zip(tokens, chosen, strict=True)]
+        found.append({"input_ids": inputs, "labels": labels})
+    return found
+
+
+def pairs() -> list[dict[str, Any]]:
+    """A source, and a target of another length; in one target the first two tokens are not predicted."""
+    sources = [sample["input_ids"] for sample in samples()]
+    targets = [[*source[::-2], 2] for source in sources]
+    targets[4] = [IGNORED, IGNORED, 7, 2]
+    return [{"input_ids": a, "labels": b} for a, b in zip(sources, targets, strict=True)]
+
+
 class Plain:
     """What the ready tasks get here: float64 and plain SGD."""
 
@@ -73,6 +108,34 @@ class PlainLM(Plain, CausalLM):
 
 class PlainClassification(Plain, SequenceClassification):
     pass
+
+
+class PlainMasked(Plain, MaskedLM):
+    pass
+
+
+class PlainSeq2Seq(Plain, Seq2SeqLM):
+    pass
+
+
+def sums_of_masked(model: Any, rows: list[Any]) -> tuple[Tensor, int]:
+    losses = []
+    for row in rows:
+        scores = model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(1)
+        losses += [-scores[place, label] for place, label in enumerate(row["labels"]) if label != IGNORED]
+    return sum(losses), len(losses)  # type: ignore[return-value]
+
+
+def sums_of_targets(model: Any, rows: list[Any]) -> tuple[Tensor, int]:
+    """Each pair by itself, without padding, token by token; the decoder reads the start mark and all but the last."""
+    losses, config = [], model.config
+    for row in rows:
+        labels = row["labels"]
+        read = [config.decoder_start_token_id, *(config.pad_token_id if t == IGNORED else t for t in labels[:-1])]
+        output = model(torch.tensor([row["input_ids"]]), decoder_input_ids=torch.tensor([read]))
+        scores = output.logits[0].log_softmax(1)
+        losses += [-scores[place, label] for place, label in enumerate(labels) if label != IGNORED]
+    return sum(losses), len(losses)  # type: ignore[return-value]
 
 
 def sums_of_tokens(model: Any, rows: list[Any]) -> tuple[Tensor, int]:
@@ -115,6 +178,9 @@ def fit(task: Any) -> tuple[Tensor, dict[str, float]]:
 CASES = {
     "all tokens": lambda: (PlainLM(gpt2(), samples(), samples()), sums_of_tokens, samples()),
     "prompts": lambda: (PlainLM(gpt2(), samples(True), samples(True)), sums_of_tokens, samples(True)),
+    "masked": lambda: (PlainMasked(bert(), masked(), masked()), sums_of_masked, masked()),
+    "pairs": lambda: (PlainSeq2Seq(bart(), pairs(), pairs()), sums_of_targets, pairs()),
+    "pairs shifted by the model": lambda: (PlainSeq2Seq(m2m(), pairs(), pairs()), sums_of_targets, pairs()),
     "classes": lambda: (PlainClassification(bert(), classes(), classes()), sums_of_sequences, classes()),
     "classes by GPT-2": lambda: (
         PlainClassification(gpt2(num_labels=3), classes(), classes()),
@@ -136,6 +202,75 @@ def test_an_update_is_that_of_its_big_batch(case: str, P: int) -> None:
         nn.utils.vector_to_parameters(found, model.parameters())
         total, weight = sums(model, rows)
         assert metrics["loss"] == pytest.approx((total / weight).item(), abs=1e-12)
+
+
+def test_masks_are_drawn_by_place_whatever_P_is_and_again_in_each_epoch() -> None:
+    words = {"[PAD]": 0, "[MASK]": 1, "[UNK]": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    model = pytest.importorskip("tokenizers").models.WordLevel(words, unk_token="[UNK]")
+    marks = {"pad_token": "[PAD]", "mask_token": "[MASK]", "unk_token": "[UNK]"}
+    raw = pytest.importorskip("tokenizers").Tokenizer(model)
+    collator = transformers.DataCollatorForLanguageModeling(
+        transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **marks)
+    )
+    seen = []
+
+    class Watched(PlainMasked):
+        def loss(self, model: nn.Module, batch: Any) -> Any:
+            seen.append(tuple(map(tuple, batch["labels"].tolist())))
+            return super().loss(model, batch)
+
+    def trained(K: int) -> tuple[Tensor, list[Any]]:
+        trainer = Trainer("ddp", N, accumulate_grad_batches=K, max_epochs=2, shuffle=False)
+        trainer.fit(Watched(bert(), samples(), collator=collator))
+        return parameters(trainer.model), seen
+
+    (one, all_seen), *others = run(1, trained, 2 * K) + run(2, trained, K)
+    for parameters_of_two, _ in others:
+        torch.testing.assert_close(parameters_of_two, one, rtol=0, atol=1e-12)
+    assert sorted(all_seen) == sorted(others[0][1] + others[1][1])
+    half = len(all_seen) // 2
+    assert all_seen[:half] != all_seen[half:]
+
+
+def test_labels_equal_the_loss_that_the_model_itself_gives() -> None:
+    sizes = {"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)
+    model = transformers.T5ForConditionalGeneration(config)  # its norms are in float32, whatever the model is
+    task = Seq2SeqLM(model, pairs())
+    batch = task.collate(pairs())
+    total, weight = task.loss(model, batch)
+    torch.testing.assert_close(total / weight, model(**batch).loss, rtol=1e-6, atol=1e-6)
+
+
+def test_decoder_inputs_that_are_given_are_used_and_padded_as_tokens() -> None:
+    model = transformers.BartForConditionalGeneration(bart()).double()
+    task = Seq2SeqLM(model, [])
+    task.configure_model()
+    read = [[2, *(1 if t == IGNORED else t for t in row["labels"][:-1])] for row in pairs()]
+    given = task.collate([{**row, "decoder_input_ids": x} for row, x in zip(pairs(), read, strict=True)])
+    assert given["decoder_input_ids"][2].tolist() == [2, 34, 1, 1, 1, 1, 1]
+    shifted = task.loss(model, task.collate(pairs())).sum
+    torch.testing.assert_close(task.loss(model, given).sum, shifted, rtol=0, atol=1e-12)
+
+
+def unlabelled(rows: list[dict[str, Any]], places: range) -> list[dict[str, Any]]:
+    return [{"input_ids": row["input_ids"]} if i in places else row for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Seq2SeqLM(bart(), unlabelled(pairs(), range(20))), "Seq2SeqLM expected labels: the target's tokens"),
+        (lambda: MaskedLM(bert(), samples()), "MaskedLM expected labels: use collator=.*LanguageModeling"),
+        (lambda: SequenceClassification(bert(), samples()), "SequenceClassification expected labels: one whole"),
+        (lambda: Seq2SeqLM(bart(), unlabelled(pairs(), range(1, 2))), r"\['input_ids'.*expected the same columns"),
+    ],
+)
+def test_a_micro_batch_without_labels_is_refused_on_all_processes(make: Any, message: str) -> None:
+    with pytest.raises(ChildError) as raised:
+        run(2, lambda: Trainer("ddp", N, max_epochs=1, shuffle=False).fit(make()))
+    assert re.search(message, raised.value.errors[0])
+    assert set(raised.value.errors) == {0, 1}
 
 
 def test_accuracy_is_of_the_labelled() -> None:
