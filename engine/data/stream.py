@@ -126,7 +126,8 @@ class StreamSource:
 
     def _begin(self, epoch: int) -> None:
         """Give the epoch to every sampler and generator that shuffles."""
-        parts: tuple[Any, ...] = (self._data, _sampler(self._data), getattr(self._data, "batch_sampler", None))
+        data = self._data
+        parts: list[Any] = [data, _sampler(data), *(getattr(data, name, None) for name in ("batch_sampler", "dataset"))]
         for part in parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)

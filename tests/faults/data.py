@@ -131,4 +131,11 @@ FAULTS = [
         "digests",
         "tests/data/test_sample_counts.py::test_streams_that_only_begin_alike_are_not_refused",
     ),
+    Fault(
+        "tell no dataset of a loader its epoch",
+        "StreamSource._begin",
+        '("batch_sampler", "dataset")',
+        '("batch_sampler",)',
+        "tests/data/test_loaders_resume.py -k ready",
+    ),
 ]
