@@ -72,6 +72,10 @@ class Task(Batching, ABC):
     def prepare_data(self) -> None:
         """Download or unpack, once per host, before anything else is asked; keep nothing on `self`."""
 
+    def configure_callbacks(self, trainer: Any) -> Sequence[Any]:
+        """Return callbacks that the task brings, called before those of `trainer`, which is about to run it."""
+        return ()
+
     @abstractmethod
     def configure_model(self) -> nn.Module:
         """Return the model, on the CPU, in the mode that it is to train in.

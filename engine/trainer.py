@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from engine.callbacks.accumulation import find_scheduler
+from engine.callbacks.accumulation import brought_callbacks, find_scheduler
 from engine.callbacks.base import around_validation, as_callbacks, call
 from engine.callbacks.progress import Progress
 from engine.checkpoint.checkpointer import Checkpointer
@@ -54,7 +54,8 @@ class Trainer:
         self.settings = settings
         self.strategy = resolve(settings.strategy)
         check_compiles(settings.compile_model, self.strategy)
-        self.callbacks = as_callbacks(settings.callbacks) + ([Progress()] if settings.progress else [])
+        self._callbacks = as_callbacks(settings.callbacks) + ([Progress()] if settings.progress else [])
+        self.callbacks = self._callbacks
         self.loggers = make_loggers(settings.loggers, settings.run_dir)
         """Where records go, beside the `run_dir`."""
         self.scheduling = find_scheduler(
@@ -91,12 +92,12 @@ class Trainer:
         trained, CheckpointError if the run cannot be resumed, RunDirTakenError for a `run_dir` in use, and StorageError
         if the run's own files could not be written.
         """
-        with numerics(self.settings.deterministic, self.settings.tf32), self._alone("fit"), ExitStack() as signals:
+        with numerics(self.settings.deterministic, self.settings.tf32), self._alone("fit", task), ExitStack() as exits:
             self.state, self._control, self._signals, self._trained = RunState(), Control(), Signals(), None
             try:
                 self.strategy.setup()
                 if self.settings.run_dir is not None:
-                    signals.enter_context(self._signals)  # until all is closed
+                    exits.enter_context(self._signals)  # until all is closed
                 with Heartbeat(self.strategy, self._progress):
                     session = self._build(task)
                     self._trained = type(task)
@@ -209,7 +210,7 @@ class Trainer:
         the one trained, and for a `run_dir` without a checkpoint.
         """
         settings, strategy = self.settings, self.strategy
-        with numerics(settings.deterministic, settings.tf32), self._alone("validate"):
+        with numerics(settings.deterministic, settings.tf32), self._alone("validate", task):
             try:
                 strategy.setup()
                 prepare_data(task, strategy)
@@ -233,10 +234,11 @@ class Trainer:
                 strategy.teardown()
 
     @contextmanager
-    def _alone(self, method: str) -> Iterator[None]:
-        """Raise UserError if this trainer is running already."""
+    def _alone(self, method: str, task: Task) -> Iterator[None]:
+        """Raise UserError if this trainer is running already; add the callbacks that `task` brings."""
         if self._is_running:
             raise UserError(f"{method}() was called while this trainer runs. Use another Trainer, after it.")
+        self.callbacks = brought_callbacks(task, self) + self._callbacks
         self._is_running = True
         try:
             yield

@@ -17,9 +17,6 @@ from engine.errors import UserError
 from engine.loss import Loss
 from engine.task import Task
 
-Collator = Callable[[list[Any]], Mapping[str, Tensor]]
-"""Makes a micro-batch of samples, as `transformers.DataCollatorForLanguageModeling` does."""
-
 IGNORED = -100  # the label of what is not predicted, as everywhere in `transformers`
 TOKENS = ("input_ids", "decoder_input_ids")
 
@@ -37,7 +34,7 @@ class _Pretrained(Task):
         validation: Dataset[Any] | Iterable[Any] | None = None,
         lr: float = 5e-5,
         weight_decay: float = 0.0,
-        collator: Collator | None = None,
+        collator: Callable[[list[Any]], Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.source = model
         self.dataset, self.validation = dataset, validation

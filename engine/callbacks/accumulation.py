@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from engine.callbacks.base import Callback
+from engine.callbacks.base import Callback, as_callbacks
 from engine.errors import UserError
 from engine.plan.schedule import Unit, check_scheduling
+from engine.task import Task
+
+if TYPE_CHECKING:
+    from engine.trainer import Trainer
 
 
 class GradientAccumulationScheduler(Callback):
@@ -42,3 +46,11 @@ def find_scheduler(callbacks: Iterable[Callback], K: int, effective_batch_size: 
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} both set the window length. Give only one.")
     return Scheduling(schedulers[0].scheduling, schedulers[0].unit) if schedulers else Scheduling({0: K})
+
+
+def brought_callbacks(task: Task, trainer: Trainer) -> list[Callback]:
+    """Return the callbacks of `task`. Raises UserError if one of them sets the window length: it is known before."""
+    callbacks = as_callbacks(list(task.configure_callbacks(trainer)))
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+        raise UserError("configure_callbacks() returned a GradientAccumulationScheduler. Give it to the Trainer.")
+    return callbacks

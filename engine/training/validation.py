@@ -56,7 +56,7 @@ class Validation:
         signals, task = signals or Signals(), self._task
         self._strategy.synchronize_buffers(model)
         seed_everything(mix(self._seed, VALIDATION_STREAM))
-        self._means, self._count = MeanSums(self._strategy.device), 0
+        self._means, self._count, self._is_measured = MeanSums(self._strategy.device), 0, False
         self._metrics.reset()
         modes = {module: module.training for module in model.modules()}
         model.eval()
@@ -70,23 +70,23 @@ class Validation:
         task._log_entries = logged_before
         for module, was_training in modes.items():
             module.training = was_training
-        local = (self._count, self._means.read(), self._metrics.state(self._count))
+        local = (self._count, self._means.read(), self._metrics.state(self._count), self._is_measured)
         everyone = self._strategy.gather(None if signals.stop_requested else local)
         if None in everyone:
             return None
-        if not any(count for count, _, _ in everyone):
+        if not any(count for count, *_ in everyone):
             raise UserError(
                 "validation_data() has no micro-batch, on any process. "
                 "Is it a generator, which can be read only once? Return an object whose __iter__ starts again."
             )
         means = {}
-        for name in dict.fromkeys(name for _, pairs, _ in everyone for name in pairs):
+        for name in dict.fromkeys(name for _, pairs, *_ in everyone for name in pairs):
             total, weight = (
-                sum(column) for column in zip(*(pairs[name] for _, pairs, _ in everyone if name in pairs), strict=True)
+                sum(column) for column in zip(*(pairs[name] for _, pairs, *_ in everyone if name in pairs), strict=True)
             )
             means[name] = total / weight if weight else float("nan")
-        numbers = self._metrics.compute([state for _, _, state in everyone])
-        if not (means or numbers) or means.keys() & numbers.keys():
+        numbers = self._metrics.compute([state for _, _, state, _ in everyone])
+        if not (means or numbers or any(row[-1] for row in everyone)) or means.keys() & numbers.keys():
             named = f"evaluate() gave {[*means]}, validation_metrics {[*numbers]}"
             raise UserError(f"{named}: expected at least one metric, each of another name. Use self.log(name, value).")
         return {**means, **numbers}
@@ -94,7 +94,9 @@ class Validation:
     def _measure(self, model: nn.Module, batch: Any) -> Mapping[str, Any]:
         """Add up what `evaluate` returns and logs; a pipeline comes to the end of this on its last process only."""
         self._logged.clear()
-        returned = self._evaluate(model, batch) or {}
+        found = self._evaluate(model, batch)
+        self._is_measured |= found is not None  # perhaps elsewhere: in a callback
+        returned = found or {}
         if twice := [name for name, _, _ in self._logged if name in returned]:
             raise UserError(f"evaluate() has both returned and logged {twice[0]!r}. Do one of them.")
         for name, metric in returned.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -68,8 +67,7 @@ def of(base: type = Duck, **methods: Any) -> nn.Module:
 
 def fit(make: Callable[[], nn.Module], strategy: str = "ddp", epochs: int = 2, **given: Any) -> Any:
     task, watch = Lightning(make(), **given), Watch()
-    callbacks = [watch, task.epoch_lr] if make is moving_by_epoch else [watch]
-    trainer = Trainer(strategy, N, accumulate_grad_batches=K, max_epochs=epochs, callbacks=callbacks, shuffle=False)
+    trainer = Trainer(strategy, N, accumulate_grad_batches=K, max_epochs=epochs, callbacks=watch, shuffle=False)
     trainer.fit(task)
     names = list(trainer.strategy.state_dict()["model"]) if strategy != "fsdp" else []
     mine = torch.zeros(0) if strategy == "fsdp" else parameters(task.module)
@@ -162,27 +160,8 @@ def test_the_mode_comes_back_after_a_validation() -> None:
     assert set(seen) == {(True, True)}
 
 
-@kinds
-def test_what_training_logs_is_ignored_with_one_warning(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "tally"):
-        fit(KINDS[kind], "single")
-    assert [r.message for r in caplog.records if "self.log" in r.message] == [
-        "self.log in training_step is ignored: each update's record has its loss, lr and more."
-    ]
-
-
 def two_optimizers(self: Any) -> Any:
     return [torch.optim.SGD(self.parameters(), lr=LR), torch.optim.SGD(self.parameters(), lr=LR)]
-
-
-def plateau(self: Any) -> Any:
-    optimizer = torch.optim.SGD(self.parameters(), lr=LR)
-    return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)}
-
-
-def by_epoch(self: Any) -> Any:
-    optimizer = torch.optim.SGD(self.parameters(), lr=LR)
-    return [optimizer], [StepLR(optimizer, 1)]
 
 
 def logs_an_object(self: Any, batch: Any, batch_idx: int) -> None:
@@ -192,19 +171,18 @@ def logs_an_object(self: Any, batch: Any, batch_idx: int) -> None:
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        ({"automatic_optimization": False}, "automatic_optimization=False cannot be carried over"),
-        ({"on_train_epoch_end": lambda self: None}, "the method on_train_epoch_end cannot"),
-        ({"configure_callbacks": lambda self: []}, "the method configure_callbacks cannot"),
-        ({"optimizer_step": lambda self: None}, "the method optimizer_step cannot"),
+        ({"automatic_optimization": False}, "automatic_optimization=False: the engine makes"),
+        ({"on_save_checkpoint": lambda self, checkpoint: None}, "the method on_save_checkpoint: use a callback of"),
+        ({"configure_callbacks": lambda self: [object()]}, "the callback object cannot be .*keep_best"),
+        ({"optimizer_step": lambda self: None}, "the method optimizer_step: the engine steps. Use on_before"),
         ({"training_step": lambda self, dataloader_iter: None}, "training_step with other arguments"),
-        ({"configure_optimizers": two_optimizers}, "2 optimizers and 0 LR schedulers cannot"),
-        ({"configure_optimizers": plateau}, "ReduceLROnPlateau cannot .* PlateauLR"),
-        ({"configure_optimizers": by_epoch}, "StepLR with interval 'epoch' .* callbacks=task.epoch_lr"),
+        ({"configure_optimizers": two_optimizers}, "2 optimizers cannot .* in Lightning too"),
         ({"configure_optimizers": lambda self: None}, "configure_optimizers returning None"),
         ({"train_dataloader": lambda self: [DataLoader([1])] * 2}, "several DataLoaders cannot"),
         ({"validation_step": logs_an_object}, r"self.log\('accuracy', a object\) cannot"),
         ({"validation_step": lambda self, batch: None}, "logged nothing and returned nothing"),
-        ({"training_step": lambda self, batch: self.trainer.world_size}, r"self.trainer.world_size"),
+        ({"training_step": lambda self, batch: self.trainer.strategy}, r"self.trainer.strategy cannot"),
+        ({"training_step": lambda self, batch: setattr(self.trainer, "max_epochs", 3)}, "max_epochs = 3 cannot"),
     ],
 )
 @kinds
@@ -214,12 +192,6 @@ def test_what_cannot_be_carried_over_is_refused_by_name(kind: str, methods: dict
         methods = {"automatic_optimization": property(lambda self: False, lambda self, value: None)}
     with pytest.raises(ValueError, match=message):
         fit(lambda: of(base, **methods), "single")
-
-
-def test_a_real_module_is_told_that_there_is_no_epoch_to_ask_for() -> None:
-    base = type(real())
-    with pytest.raises(ValueError, match=r"self.trainer.current_epoch, which self.current_epoch may ask for"):
-        fit(lambda: of(base, training_step=lambda self, batch: self.current_epoch), "single")
 
 
 def test_what_is_no_such_module_is_refused() -> None:
