@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from engine.callbacks.base import Callback, as_callbacks
 from engine.errors import UserError
 from engine.plan.schedule import Unit, check_scheduling
-from engine.task import Task
-
-if TYPE_CHECKING:
-    from engine.trainer import Trainer
 
 
 class GradientAccumulationScheduler(Callback):
@@ -48,7 +44,7 @@ def find_scheduler(callbacks: Iterable[Callback], K: int, effective_batch_size: 
     return Scheduling(schedulers[0].scheduling, schedulers[0].unit) if schedulers else Scheduling({0: K})
 
 
-def brought_callbacks(task: Task, trainer: Trainer) -> list[Callback]:
+def brought_callbacks(task: Any, trainer: Any) -> list[Callback]:
     """Return the callbacks of `task`. Raises UserError if one of them sets the window length: it is known before."""
     callbacks = as_callbacks(list(task.configure_callbacks(trainer)))
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):

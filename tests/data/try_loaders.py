@@ -10,6 +10,7 @@ import random
 import sys
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -120,10 +121,10 @@ PAIRS: dict[str, Callable[[int, int], Any]] = {
 def verdict(whole: list[Any], rest: list[Any]) -> str:
     if whole == rest:
         return "right"
-    want, got = (sum((update for row in rows for update in row), []) for rows in (whole, rest))
-    if sorted(want) == sorted(got):
-        return f"{len(got)} of {len(want)}, in another order"
-    return f"{len(got)} of {len(want)}, {len(set(want) - set(got))} never"
+    want, got = (Counter(sample for updates in rows for ids in updates for sample in ids) for rows in (whole, rest))
+    if want == got:
+        return "each once, in another order"
+    return f"{(want - got).total()} of {want.total()} missing, {(got - want).total()} too often"
 
 
 if __name__ == "__main__":

@@ -38,4 +38,11 @@ FAULTS = [
         "pass",
         "tests/output/test_callbacks.py -k resume",
     ),
+    Fault(
+        "leave out the callbacks of a task",
+        "brought_callbacks",
+        "list(task.configure_callbacks(trainer))",
+        "[]",
+        "tests/output/test_task_callbacks.py",
+    ),
 ]
