@@ -4,9 +4,19 @@ from tests.faults.fault import Fault
 from tests.faults.selections import COUNTS, TWO_MODELS
 
 FAULTS = [
-    Fault("restore values only", "Buffers.restore", "buffers.update(kept)", "pass", "tests/exact/test_skipped.py"),
     Fault(
-        "copy into another shape", "Buffers.keep", "kinds == self._kinds", "self._kinds", "tests/exact/test_skipped.py"
+        "restore values only",
+        "Buffers.restore",
+        "buffers.update(kept)",
+        "pass",
+        "tests/exact/test_skipped.py::test_a_skipped_update_changes_nothing",
+    ),
+    Fault(
+        "copy into another shape",
+        "Buffers.keep",
+        "kinds == self._kinds",
+        "self._kinds",
+        "tests/exact/test_skipped.py::test_a_skipped_update_changes_nothing",
     ),
     Fault("let a strategy have two models", "Strategy._take_model", "if self._has_model", "if False", TWO_MODELS),
     Fault(
@@ -77,13 +87,13 @@ FAULTS = [
         "ShowsModel.__setattr__",
         "setattr(self.module, name, value)",
         "super().__setattr__(name, value)",
-        "tests/strategies/test_model_attributes.py",
+        "tests/strategies/test_model_attributes.py::test_methods_and_attributes_of_the_model_work",
     ),
     Fault(
         "a wrapper that sets its own names on the model",
         "ShowsModel.__setattr__",
         '"_is_built" not in self.__dict__ or',
         "",
-        "tests/strategies/test_model_attributes.py",
+        "tests/strategies/test_model_attributes.py::test_methods_and_attributes_of_the_model_work",
     ),
 ]
