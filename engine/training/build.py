@@ -121,18 +121,8 @@ def build(
         updater = Updater(*updating)
     task._log_entries = updater.logged
     identity = run_identity(settings, scheduling, layout.plan, optimizer, lr_scheduler)
-    parts = RunParts(
-        strategy,
-        model,
-        UnsavedBuffers(model),
-        optimizer,
-        lr_scheduler,
-        layout.schedule,
-        updater,
-        callbacks,
-        identity,
-        base,
-    )
+    state = strategy, model, UnsavedBuffers(model), optimizer, lr_scheduler, layout.schedule, updater
+    parts = RunParts(*state, callbacks, identity, base)
     return Run(layout, parts, source, autocast(forward, settings.precision, strategy.device.type), validation)
 
 

@@ -8,7 +8,7 @@ FAULTS = [
         "EMA.on_update_end",
         "trainer.skipped > self._skipped",
         "False",
-        "tests/exact/test_skipped.py",
+        "tests/exact/test_skipped.py::test_a_skipped_update_changes_nothing",
     ),
     Fault(
         "train on with the average",

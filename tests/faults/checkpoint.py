@@ -9,14 +9,14 @@ FAULTS = [
         "engine.checkpoint.snapshot:restore",
         'user_name(name) not in checkpoint["frozen"]',
         "parameter.requires_grad",
-        "tests/exact/test_frozen.py",
+        "tests/exact/test_frozen.py::test_a_resumed_run_trains_what_the_run_trained",
     ),
     Fault(
         "find at a save what cannot be saved",
         "Checkpointer.check",
         "is not None",
         "is None",
-        "tests/resume/test_saveable.py",
+        "tests/resume/test_saveable.py::test_what_cannot_be_saved_is_refused_at_once",
     ),
     Fault(
         "look at the start only for what cannot be saved",
@@ -37,7 +37,7 @@ FAULTS = [
         "take_shapes",
         "isinstance(value, Tensor)",
         "False",
-        "tests/resume/test_saveable.py",
+        "tests/resume/test_saveable.py::test_buffers_that_share_memory",
     ),
     Fault(
         "give modules that share a buffer one each",

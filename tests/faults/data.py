@@ -9,7 +9,7 @@ FAULTS = [
         "engine.data.counting:digest",
         ".reshape(-1)",
         ".reshape(-1)[:1024]",
-        "tests/data/test_sample_counts.py",
+        "tests/data/test_sample_counts.py::test_streams_whose_samples_begin_alike_are_not_refused",
     ),
     Fault(
         "seed the dataset without the epoch",
@@ -65,7 +65,7 @@ FAULTS = [
         "MapSource._micros",
         "size = size if problem else self._batch_size(batch)",
         "problem = ''",
-        "tests/data/test_sample_counts.py",
+        "tests/data/test_sample_counts.py::test_samples_that_collate_leaves_out_have_no_weight",
     ),
     Fault(
         "believe dim 0 of the first tensor of a stream",
@@ -121,9 +121,15 @@ FAULTS = [
         "is_map_style",
         "if isinstance(data, Mapping):",
         "if False:",
-        "tests/errors/test_bad_input.py",
+        "tests/errors/test_bad_input.py::test_a_task_that_cannot_be_trained",
     ),
-    Fault("an order that cannot be cut", "check_order", "not is_cut", "False", "tests/errors/test_bad_input.py"),
+    Fault(
+        "an order that cannot be cut",
+        "check_order",
+        "not is_cut",
+        "False",
+        "tests/errors/test_bad_input.py::test_a_task_that_cannot_be_trained",
+    ),
     Fault(
         "a restored stream that loses samples",
         "StreamSource._compare_length",

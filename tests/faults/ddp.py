@@ -9,7 +9,7 @@ FAULTS = [
         "DDPStrategy.start_window",
         "== self._requires_grad",
         "!= []",
-        "tests/exact/test_frozen.py",
+        "tests/exact/test_frozen.py::test_freezing_and_unfreezing_is_what_it_would_be_in_a_loop",
     ),
     Fault(
         "do not agree on what is frozen",
@@ -30,14 +30,14 @@ FAULTS = [
         "DDPStrategy._note_call",
         "|= torch.is_grad_enabled() and self._ddp.require_backward_grad_sync",
         "= True",
-        "tests/strategies/test_model_attributes.py",
+        "tests/strategies/test_model_attributes.py::test_methods_and_attributes_of_the_model_work",
     ),
     Fault(
         "believe that a loss of no model depends on it",
         "DDPStrategy.backward",
         "is_last and not depends_on",
         "False and not depends_on",
-        "tests/strategies/test_model_attributes.py",
+        "tests/strategies/test_model_attributes.py::test_a_loss_that_does_not_depend_on_the_model_is_refused",
     ),
     Fault("divide by P twice", "DDPStrategy.backward", "scale * self.data_parallel_size)", "scale)", TABLE),
     Fault(
@@ -101,6 +101,6 @@ FAULTS = [
         "DDPStrategy.backward",
         "if is_last and (self.find_unused_parameters or not self._was_called):",
         "if False:",
-        "tests/strategies/test_model_attributes.py",
+        "tests/strategies/test_model_attributes.py::test_methods_and_attributes_of_the_model_work",
     ),
 ]

@@ -38,20 +38,20 @@ FAULTS = [
         "PlannedWindow.count",
         "min(self.samples, -(-pieces // P) * P) if spread else pieces",
         "pieces",
-        "tests/plan/test_plan.py",
+        "tests/plan/test_plan.py::test_every_sample_is_in_one_micro_batch_of_one_process",
     ),
     Fault(
         "count one update too few",
         "Plan.updates",
         "end - stage.first) * -(-self.samples",
         "end - stage.first - 1) * -(-self.samples",
-        "tests/plan/test_plan.py",
+        "tests/plan/test_plan.py::test_all_windows_are_those_of_each_epoch",
     ),
     Fault(
         "change K one epoch late",
         "Schedule._after",
         "return bisect_right(self.stages, place,",
         "return bisect_right(self.stages, place - 1,",
-        "tests/plan/test_plan.py",
+        "tests/plan/test_plan.py::test_K_is_that_of_the_last_key_that_was_reached",
     ),
 ]

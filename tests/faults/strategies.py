@@ -4,9 +4,19 @@ from tests.faults.fault import Fault
 from tests.faults.selections import COUNTS, TWO_MODELS
 
 FAULTS = [
-    Fault("restore values only", "Buffers.restore", "buffers.update(kept)", "pass", "tests/exact/test_skipped.py"),
     Fault(
-        "copy into another shape", "Buffers.keep", "kinds == self._kinds", "self._kinds", "tests/exact/test_skipped.py"
+        "restore values only",
+        "Buffers.restore",
+        "buffers.update(kept)",
+        "pass",
+        "tests/exact/test_skipped.py::test_a_skipped_update_changes_nothing",
+    ),
+    Fault(
+        "copy into another shape",
+        "Buffers.keep",
+        "kinds == self._kinds",
+        "self._kinds",
+        "tests/exact/test_skipped.py::test_a_skipped_update_changes_nothing",
     ),
     Fault(
         "forget the large gradients",
@@ -91,14 +101,14 @@ FAULTS = [
         "ShowsModel.__setattr__",
         "setattr(self.module, name, value)",
         "super().__setattr__(name, value)",
-        "tests/strategies/test_model_attributes.py",
+        "tests/strategies/test_model_attributes.py::test_methods_and_attributes_of_the_model_work",
     ),
     Fault(
         "a wrapper that sets its own names on the model",
         "ShowsModel.__setattr__",
         '"_is_built" not in self.__dict__ or',
         "",
-        "tests/strategies/test_model_attributes.py",
+        "tests/strategies/test_model_attributes.py::test_methods_and_attributes_of_the_model_work",
     ),
     Fault(
         "several optimizers: keep the groups of before a load",

@@ -66,14 +66,14 @@ FAULTS = [
         "first_model",
         "load_checkpoint(model, checkpoint, strategy.device)",
         "pass",
-        "tests/output/test_validate.py",
+        "tests/output/test_validate.py::test_it_is_the_trained_model_or_the_one_that_was_named",
     ),
     Fault(
         "validate a checkpoint without its average",
         "first_model",
         'restore_callbacks(callbacks, checkpoint["callbacks"])',
         "pass",
-        "tests/output/test_validate.py",
+        "tests/output/test_validate.py::test_it_is_the_trained_model_or_the_one_that_was_named",
     ),
     Fault(
         "predict a round twice",
@@ -115,6 +115,6 @@ FAULTS = [
         "first_model",
         "if checkpoint is None and settings.weights is None",
         "if False",
-        "tests/output/test_validate.py",
+        "tests/output/test_validate.py::test_a_folder_without_a_checkpoint_is_an_error",
     ),
 ]

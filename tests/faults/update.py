@@ -65,14 +65,14 @@ FAULTS = [
         "Updater.finish",
         "self.rollback.skip()",
         "pass",
-        "tests/exact/test_skipped.py",
+        "tests/exact/test_skipped.py::test_a_skipped_update_changes_nothing",
     ),
     Fault(
         "overlook parameters that come within an epoch",
         "Updater.begin",
         "self.optimizer.param_groups[-1] is not self._last_group",
         "False",
-        "tests/exact/test_frozen.py",
+        "tests/exact/test_frozen.py::test_parameters_that_come_or_go_are_refused",
     ),
     Fault(
         "sum weights in float32", "LossSum._add_weight", "weight.detach().double()", "weight.detach().float()", WEIGHTS
@@ -121,7 +121,7 @@ FAULTS = [
         "Scale.factor",
         "correction / self._loss_scale.value",
         "correction",
-        "tests/device/test_precision.py",
+        "tests/device/test_precision.py::test_a_precision_does_not_know_P",
     ),
     Fault(
         "step on a window of weight 0",
