@@ -11,7 +11,8 @@ from tests.kit.selection import APPLIES, first_of_each_file, select
 
 def test_a_changed_file_of_the_engine_is_tested_by_what_its_faults_kill() -> None:
     found = select(["engine/plan/windows.py"])
-    assert {APPLIES, "tests/plan/test_plan.py"} <= {*found}
+    assert APPLIES in found
+    assert any(test.startswith("tests/plan/test_plan.py") for test in found)
     assert all(Path(test.partition("::")[0]).exists() for test in found)
 
 
