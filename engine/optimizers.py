@@ -1,4 +1,4 @@
-"""What a task says of optimizers: which parameters each has, their names in records, LR schedulers, modes."""
+"""A task's optimizers: their parameters, names in records, LR schedulers and modes."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class Task(Batching, ABC):
     """
 
     _log_entries: list[Logged] | None = None
-    """What `log` was called with, for whoever adds it up; None outside of a run."""
+    """The arguments of the calls of `log` that are not added up yet; None outside of a run."""
 
     def prepare_data(self) -> None:
         """Download or unpack, once per host, before anything else is asked; keep nothing on `self`."""

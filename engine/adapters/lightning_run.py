@@ -1,4 +1,4 @@
-"""What a module written for Lightning sees of a run: its `trainer`, its hooks and its LR schedulers."""
+"""The run as a module written for Lightning sees it: its `trainer`, its hooks and its LR schedulers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WAYS_OUT = {
         (f"on_validation_model_{what}" for what in ("eval", "train", "zero_grad")), "use a callback of engine"
     ),
 }
-"""What is not called, and what to do instead; other hooks are called where Lightning calls them."""
+"""Hooks that are not called, with what to do instead. Lightning's other hooks are called at the same places."""
 BASES = ("torch.", "builtins.", "lightning.pytorch.core.", "lightning.fabric.", "pytorch_lightning.core.")
 
 
@@ -61,7 +61,7 @@ FACTS: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("logger", "progress_bar_callback"), lambda run: None),
     **dict.fromkeys(("sanity_checking", "should_stop"), lambda run: False),
 }
-"""What the module's `trainer` can tell."""
+"""Attributes of the module's `trainer`."""
 
 
 class View:

@@ -31,7 +31,7 @@ class Exchange:
         self._strategy, self._signals = strategy, signals
         self.is_alone = strategy.processes == 1
         self.means = MeanSums(strategy.device)
-        """What was logged in the current window."""
+        """The values logged in the current window."""
         self.names: list[str] = []
         """The names that the processes have agreed on: each message has their sums and weights."""
         self.metrics: dict[str, float] = {}
@@ -167,7 +167,7 @@ def _check_names(names: Iterable[str], everyone: list[list[str]]) -> None:
         listed = "; ".join(", ".join(map(repr, logged)) or "nothing" for logged in everyone)
         raise UserError(
             f"the processes have logged different names in their first window: {listed}. Log the same on all, with "
-            "weight=0 where there is nothing to count."
+            "weight=0 if nothing is to be counted."
         )
 
 

@@ -171,7 +171,7 @@ class ReplayUpdater(Updater):
 
 
 class _Start:
-    """What a forward begins with: the buffers and the host's generators. Torch's generators are seeded."""
+    """The state before a forward: buffers and the host's generators. Torch's generators are seeded instead."""
 
     def __init__(self, model: nn.Module) -> None:
         self._buffers = Buffers(model)

@@ -79,7 +79,7 @@ class Updater:
         self.timer = timer
         self._last = (options.updates or 0) - 1
         self.logged: list[Logged] = []
-        """What the forward of the current micro-batch has logged."""
+        """The values that the forward of the current micro-batch has logged."""
         self.on_gradients: Callable[[], None] | None = None
         """Called when the gradients are reduced, corrected and clipped, before the step."""
         self._skips_nonfinite = options.skip_nonfinite_updates or options.precision == "fp16"

@@ -1,1 +1,1 @@
-"""A GAN on handwritten digits: two models that learn in turn, in a loop of one's own."""
+"""A GAN on handwritten digits: two models that learn in turn, in a loop of your own."""
