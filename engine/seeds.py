@@ -61,7 +61,7 @@ def generators_restored() -> Iterator[None]:
     normal numbers, which are made together: it is kept if a draw leaves the memory as it was.
     """
     torch_state, python_state = torch.default_generator.get_state(), random.getstate()
-    generator = numpy.random.get_bit_generator()
+    generator = numpy.random.get_bit_generator()  # type: ignore[attr-defined]
     if type(generator) is not numpy.random.MT19937:
         raise UserError(f"numpy's default generator is a {type(generator).__name__}: expected MT19937, its own.")
     address = generator.ctypes.state_address
@@ -74,6 +74,6 @@ def generators_restored() -> Iterator[None]:
         torch.default_generator.set_state(torch_state)
         random.setstate(python_state)
         ctypes.memmove(address, numpy_state, MT19937_BYTES)
-        numpy.random.set_bit_generator(generator)  # forgets the second normal number
+        numpy.random.set_bit_generator(generator)  # type: ignore[attr-defined]  # forgets the second normal number
         if has_normal:
             numpy.random.set_state({**numpy.random.get_state(legacy=False), "has_gauss": 1, "gauss": normal})

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from torch import Tensor, nn
 
 from engine.disk import new_part
 from engine.errors import ProcessFailureError, UserError, describe
+from engine.memory import free_memory
 from engine.task import tensors
 from engine.training.validation import Validation
 from strategies import MicroBatch
@@ -100,7 +98,7 @@ class Outputs:
             self._bytes += sum(tensor.nbytes for _, tensor in tensors(part))
         self._parts += parts
         needed = 2 * self._bytes * (self._samples or self._done) // max(self._done, 1) - self._bytes
-        if self._folder is None and needed > (free := _free_memory()):
+        if self._folder is None and needed > (free := free_memory()):
             raise UserError(
                 f"all predictions, and a copy to put them together, need {needed / 1e9:.1f} GB more: expected at most "
                 f"the {free / 1e9:.1f} GB of free memory. Use folder=PATH, which writes them to files."
@@ -148,11 +146,3 @@ def _rows(found: Any, micro: MicroBatch) -> dict[str, Any]:
 
 def _kind(rows: Any) -> str:
     return f"{rows.dtype} {tuple(rows.shape[1:])}" if isinstance(rows, Tensor) else "list"
-
-
-def _free_memory() -> float:
-    """Return the bytes of memory that this host can still give; inf where it does not say."""
-    with suppress(OSError):
-        if found := re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text()):
-            return 1024 * int(found[1])
-    return math.inf

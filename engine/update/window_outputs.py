@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.memory import free_memory
 from engine.window_task import Added, Output, Rows, Shared
 from strategies import MicroBatch, Strategy
 
@@ -67,7 +66,7 @@ class JoinedOutputs:
         tensors = [output.tensor.contiguous() for outputs in (own or {}).values() for output in outputs.values()]
         size = sum(_aligned(tensor) for tensor in tensors)
         layout = None if own is None else [(index, _layout(outputs)) for index, outputs in own.items()]
-        rows = strategy.gather((layout, size, _free_bytes(strategy.device) if size > CHECKED else math.inf))
+        rows = strategy.gather((layout, size, free_memory(strategy.device) if size > CHECKED else math.inf))
         if any(layout is None for layout, _, _ in rows):
             return False
         self.bytes, free = max(size for _, size, _ in rows), min(free for *_, free in rows)
@@ -202,12 +201,3 @@ def _packed(tensors: Sequence[Tensor], size: int, device: torch.device) -> Tenso
         packed[start : start + length] = tensor.reshape(-1).view(torch.uint8)
         start += _aligned(tensor)
     return packed
-
-
-def _free_bytes(device: torch.device) -> float:
-    """Return the free memory of the device, or of the host if the device is not a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with suppress(OSError, StopIteration), Path("/proc/meminfo").open() as lines:
-        return 1024 * next(float(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    return math.inf

@@ -85,7 +85,7 @@ FAULTS = [
     Fault(
         "let predictions fill the memory",
         "Outputs.add",
-        "needed > (free := _free_memory())",
+        "needed > (free := free_memory())",
         "needed < (free := 0)",
         "tests/exact/test_predict.py -k memory",
     ),
