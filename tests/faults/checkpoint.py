@@ -132,14 +132,14 @@ FAULTS = [
     ),
     Fault(
         "the same window asked for with another K is another run",
-        "differences",
+        "engine.plan.schedule:differences",
         'here["schedule"] != saved["schedule"]',
         "True",
         "tests/resume/test_resume.py -k window_of",
     ),
     Fault(
         "any window is the same run",
-        "differences",
+        "engine.plan.schedule:differences",
         'here["schedule"] != saved["schedule"]',
         "False",
         "tests/resume/test_resume.py -k window_of",

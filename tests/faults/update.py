@@ -98,7 +98,7 @@ FAULTS = [
     Fault(
         "divide by the weight of the update before",
         "Scale.factor",
-        "self._unit / weight if weight else 1.0",
+        "self._unit / weight if weight and not self.is_final else 1.0",
         "1.0",
         TOKENS,
     ),
