@@ -8,14 +8,14 @@ FAULTS = [
         "_Pretrained._column",
         'IGNORED if name == "labels" else',
         'self._pad if name == "labels" else',
-        "tests/adapters/test_transformers.py -k pairs",
+        "'tests/adapters/test_transformers.py::test_an_update_is_that_of_its_big_batch[pairs-1]'",
     ),
     Fault(
         "let the decoder read what it is to predict",
         "Seq2SeqLM.loss",
         "= shifted(labels)",
         "= labels.clamp(min=0)",
-        "tests/adapters/test_transformers.py -k pairs",
+        "'tests/adapters/test_transformers.py::test_an_update_is_that_of_its_big_batch[pairs-1]'",
     ),
     Fault(
         "end a micro-batch of a Lightning module one late",

@@ -156,6 +156,6 @@ FAULTS = [
         "StreamSource._begin",
         '("batch_sampler", "dataset")',
         '("batch_sampler",)',
-        "tests/data/test_loaders_resume.py -k ready",
+        "'tests/data/test_loaders_resume.py::test_a_loader_of_ones_own_resumes_at_its_sample[ready micro-batches-1]'",
     ),
 ]

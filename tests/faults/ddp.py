@@ -1,7 +1,7 @@
 """Faults of strategies/ddp."""
 
 from tests.faults.fault import Fault
-from tests.faults.selections import COUNTS, KILLED, PREVIEW, TABLE
+from tests.faults.selections import COUNTS, PREVIEW, TABLE
 
 FAULTS = [
     Fault(
@@ -81,13 +81,6 @@ FAULTS = [
         "            **_buffers_are_ours(),\n",
         "",
         "tests/errors/test_replicas.py -k batch_norm_called_twice",
-    ),
-    Fault(
-        "forget the optimizer",
-        "ProcessGroupStrategy.load_state_dict",
-        "            load_named_state(",
-        "            print(",
-        KILLED,
     ),
     Fault(
         "buffers as each process left them",

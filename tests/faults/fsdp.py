@@ -83,13 +83,6 @@ FAULTS = [
         WHOLE,
     ),
     Fault(
-        "sharded: save the state of this process's matrices alone",
-        "ProcessGroupStrategy.state_dict",
-        'self.collect(state["optimizer"])[::-1]',
-        '[state["optimizer"]]',
-        "'tests/exact/test_optimizers.py::test_a_run_that_was_interrupted_is_the_one_that_was_not[fsdp]'",
-    ),
-    Fault(
         "a gradient of a gradient under FSDP in torch's words",
         "FSDPStrategy.backward",
         "check_double_backward(error)",

@@ -54,4 +54,18 @@ FAULTS = [
         "return bisect_right(self.stages, place - 1,",
         "tests/plan/test_plan.py::test_K_is_that_of_the_last_key_that_was_reached",
     ),
+    Fault(
+        "the same window asked for with another K is another run",
+        "engine.plan.schedule:differences",
+        'here["schedule"] != saved["schedule"]',
+        "True",
+        "tests/resume/test_resume.py -k window_of",
+    ),
+    Fault(
+        "any window is the same run",
+        "engine.plan.schedule:differences",
+        'here["schedule"] != saved["schedule"]',
+        "False",
+        "tests/resume/test_resume.py -k window_of",
+    ),
 ]

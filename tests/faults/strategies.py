@@ -1,7 +1,7 @@
 """Faults of the root of strategies."""
 
 from tests.faults.fault import Fault
-from tests.faults.selections import COUNTS, TWO_MODELS
+from tests.faults.selections import COUNTS, KILLED, TWO_MODELS
 
 FAULTS = [
     Fault(
@@ -131,5 +131,19 @@ FAULTS = [
         "if with_modes(part):",
         "if False:",
         "tests/exact/test_optimizer_modes.py::test_divided_steps_refuse_modes",
+    ),
+    Fault(
+        "forget the optimizer",
+        "ProcessGroupStrategy.load_state_dict",
+        "            load_named_state(",
+        "            print(",
+        KILLED,
+    ),
+    Fault(
+        "sharded: save the state of this process's matrices alone",
+        "ProcessGroupStrategy.state_dict",
+        'self.collect(state["optimizer"])[::-1]',
+        '[state["optimizer"]]',
+        "'tests/exact/test_optimizers.py::test_a_run_that_was_interrupted_is_the_one_that_was_not[fsdp]'",
     ),
 ]

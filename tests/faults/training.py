@@ -55,13 +55,6 @@ FAULTS = [
         "tests/resume/test_resume.py::test_a_run_goes_on_with_another_number_of_processes",
     ),
     Fault(
-        "wait for each metric of a validation to arrive",
-        "MeanSums._wide",
-        "return float(value)",
-        "return torch.tensor(float(value), device=self._device)",
-        "tests/device/test_device.py -k once_in_a_validation",
-    ),
-    Fault(
         "validate a new model instead of a checkpoint's",
         "first_model",
         "load_checkpoint(model, checkpoint, strategy.device)",
@@ -87,7 +80,7 @@ FAULTS = [
         "Outputs.add",
         "needed > (free := free_memory())",
         "needed < (free := 0)",
-        "tests/exact/test_predict.py -k memory",
+        "'tests/exact/test_predict.py::test_what_cannot_be_predicted_is_an_error_on_all_processes[memory]'",
     ),
     Fault(
         "tell nobody of predictions that failed",
@@ -116,5 +109,12 @@ FAULTS = [
         "if checkpoint is None and settings.weights is None",
         "if False",
         "tests/output/test_validate.py::test_a_folder_without_a_checkpoint_is_an_error",
+    ),
+    Fault(
+        "forget which weights a base came from",
+        "engine.training.build:_load_weights",
+        "checkpoint is None or checkpoint.left_out",
+        "checkpoint is None",
+        "tests/resume/test_frozen_base.py -k given_as_weights",
     ),
 ]

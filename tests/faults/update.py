@@ -284,4 +284,11 @@ FAULTS = [
         "parts",
         "tests/exact/test_window_losses.py -k order",
     ),
+    Fault(
+        "wait for each metric of a validation to arrive",
+        "MeanSums._wide",
+        "return float(value)",
+        "return torch.tensor(float(value), device=self._device)",
+        "tests/device/test_device.py -k once_in_a_validation",
+    ),
 ]
