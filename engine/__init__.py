@@ -8,7 +8,7 @@ from engine.task import Batching, Task
 from engine.trainer import Trainer
 from engine.version import __version__ as __version__
 from engine.window_task import Added, Rows, Shared, WindowTask
-from strategies.optimizers import Optimizers
+from strategies import Optimizers
 
 __all__ = [
     "Accumulator",

@@ -55,8 +55,7 @@ class Trainer:
         self.settings = settings
         self.strategy = resolve(settings.strategy)
         check_compiles(settings.compile_model, self.strategy)
-        self._callbacks = as_callbacks(settings.callbacks) + ([Progress()] if settings.progress else [])
-        self.callbacks = self._callbacks
+        self.callbacks = as_callbacks(settings.callbacks) + ([Progress()] if settings.progress else [])
         self.loggers = make_loggers(settings.loggers, settings.run_dir)
         """Where records go, beside the `run_dir`."""
         self.scheduling = find_scheduler(
@@ -247,13 +246,13 @@ class Trainer:
         """Set torch's switches, and add the callbacks that `task` brings. Raises UserError if this trainer runs."""
         if self._is_running:
             raise UserError(f"{method}() was called while this trainer runs. Use another Trainer, after it.")
-        self.callbacks = brought_callbacks(task, self) + self._callbacks
-        self._is_running = True
+        given = self.callbacks
+        self._is_running, self.callbacks = True, brought_callbacks(task, self) + given
         try:
             with numerics(self.settings.deterministic, self.settings.tf32):
                 yield
         finally:
-            self._is_running = False
+            self._is_running, self.callbacks = False, given
 
     def stop(self, is_collective: bool = False) -> None:
         """End the run: at once in one process; with several, all together after the next update.

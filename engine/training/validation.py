@@ -100,7 +100,7 @@ class Validation:
             if isinstance(metric, Loss):
                 self._means.add(name, *metric)
             elif isinstance(metric, Tensor) and metric.ndim == 0:
-                self._logged.append((name, metric, None))
+                self._means.log([(name, metric, None)], self._micro)
             else:
                 raise UserError(
                     f"evaluate() returned {metric!r} for {name!r}: expected a 0-dim tensor, or Loss(sum, weight)."

@@ -21,12 +21,15 @@ OFFERED = {
     "Strategy",
     "Buffers",
     "MicroBatch",
+    "Optimizers",
     "PendingRows",
     "UserError",
     "check_count",
     "find",
+    "parts_of",
     "resolve",
     "user_name",
+    "with_modes",
 }
 """What the engine may import from `strategies`."""
 
