@@ -123,7 +123,7 @@ FAULTS = [
         "Trainer._evaluating",
         "if self._trained is None:",
         "if self.task is not task:",
-        "tests/output/test_validate.py::test_a_task_of_another_class_is_an_error",
+        "'tests/output/test_validate.py::test_it_is_the_trained_model_or_the_one_that_was_named[single-1-False]'",
     ),
     Fault(
         "a trainer that runs within itself",
