@@ -123,7 +123,7 @@ FAULTS = [
         "Trainer._evaluating",
         "if self._trained is None:",
         "if self.task is not task:",
-        "'tests/output/test_validate.py::test_it_is_the_trained_model_or_the_one_that_was_named[single-1-False]'",
+        "tests/output/test_validate.py::test_it_validates_after_a_run_with_progress",
     ),
     Fault(
         "a trainer that runs within itself",
