@@ -238,7 +238,7 @@ class Strategy(TwoPasses, ABC):
         return [value]
 
     def gather_bytes(self, data: Tensor, most: int) -> list[Tensor]:
-        """Return each process's bytes in rank order, on the device. Each has at most `most`, and may be padded to it."""
+        """Return each process's bytes in rank order, on the device. At most `most`; may be padded to it."""
         return [row.to(self.device) for row in self.gather(data.cpu())]
 
     def post(self, topic: str, text: str) -> None:
