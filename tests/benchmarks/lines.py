@@ -1,14 +1,13 @@
 """Count the logical lines of the same job in Tally and beside it in another engine: `beside/JOB_ENGINE.py`.
 
-    python tests/benchmarks/lines.py
-
-A logical line is a statement, however many lines it is written on; imports, comments and blank lines are left out.
+    python -m tests.benchmarks.lines
 """
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
+
+from tests.benchmarks.logical_lines import logical_lines
 
 FOLDER = Path(__file__).parent / "beside"
 JOBS = {
@@ -23,12 +22,6 @@ def programs(job: str) -> dict[str, Path]:
     """Return the programs of a job by engine, Tally first."""
     found = {path.stem.removeprefix(f"{job}_"): path for path in FOLDER.glob(f"{job}_*.py")}
     return dict(sorted(found.items(), key=lambda item: item[0] != "tally"))
-
-
-def logical_lines(source: str) -> int:
-    """Return the number of statements that are no imports."""
-    nodes = ast.walk(ast.parse(source))
-    return sum(isinstance(node, ast.stmt) and not isinstance(node, ast.Import | ast.ImportFrom) for node in nodes)
 
 
 def table() -> str:
