@@ -237,6 +237,10 @@ class Strategy(TwoPasses, ABC):
         """Return each process's `value` (any picklable object) in rank order. Slow: use it outside the loop."""
         return [value]
 
+    def gather_bytes(self, data: Tensor, most: int) -> list[Tensor]:
+        """Return each process's bytes in rank order, on the device. At most `most`; may be padded to it."""
+        return [row.to(self.device) for row in self.gather(data.cpu())]
+
     def post(self, topic: str, text: str) -> None:
         """Publish a text that the others can read even if this process hangs; it replaces the one before."""
 

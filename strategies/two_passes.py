@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 class TwoPasses(ABC):
@@ -35,7 +34,3 @@ class TwoPasses(ABC):
 
         The last forward keeps its graph. `has_output` is False on a process without data, or whose first pass failed.
         """
-
-    def gather_bytes(self, data: Tensor, most: int) -> list[Tensor]:
-        """Return each process's bytes in rank order, each a tensor of `most` on the device; `data` may be shorter."""
-        return [data]
