@@ -43,6 +43,9 @@ class WindowTask(Task):
     over the window. Memory: the window's K micro-batches, and the outputs of all P x K x N samples on each process.
     """
 
+    keeps_batches_on_host = False
+    """Whether micro-batches wait for their second pass in the host's memory, and are copied to the device twice."""
+
     @abstractmethod
     def outputs(self, model: nn.Module, batch: Any) -> Mapping[str, Output]:
         """Return the outputs of one micro-batch by name, the same names each time; `model` is the prepared module.

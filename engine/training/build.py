@@ -116,7 +116,7 @@ def build(
     updating = strategy, prepared, optimizer, lr_scheduler, options, heeded, timer
     forward: Callable[..., Any] = task.loss
     if isinstance(task, WindowTask):
-        forward, updater = task.outputs, ReplayUpdater(task.window_loss, *updating)
+        forward, updater = task.outputs, ReplayUpdater(task.window_loss, task.keeps_batches_on_host, *updating)
     else:
         updater = Updater(*updating)
     task._log_entries = updater.logged

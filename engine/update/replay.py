@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from engine.data.window import Window
 from engine.errors import UserError
@@ -28,12 +29,14 @@ class ReplayUpdater(Updater):
     First pass: a forward of each micro-batch; the last keeps its graph. The outputs are gathered, and each process
     takes the gradient of the loss with respect to its own. The last micro-batch's backward comes first. Second pass:
     forward and backward of the others, with the draws and buffers of the first pass; the last of them is reduced.
-    `window_loss` is that of `WindowTask`; the other arguments are those of `Updater`.
+    `window_loss` and `keeps_batches_on_host` are those of `WindowTask`; the other arguments are those of `Updater`.
     """
 
-    def __init__(self, window_loss: Callable[[Mapping[str, Tensor]], Tensor], *args: Any) -> None:
+    def __init__(
+        self, window_loss: Callable[[Mapping[str, Tensor]], Tensor], keeps_batches_on_host: bool, *args: Any
+    ) -> None:
         super().__init__(*args)
-        self._window_loss = window_loss
+        self._window_loss, self._keeps_on_host = window_loss, keeps_batches_on_host
         self.scale.is_final = self.exchange.is_late = True
         self._joined = JoinedOutputs(self.strategy)
         self._starts: list[_Start] = []
@@ -56,14 +59,17 @@ class ReplayUpdater(Updater):
         kept: Outputs = {}
         with ExitStack() as context:
             try:
-                micros.extend(self.timer.watch(window, update))
-                for index, micro in enumerate(micros[:-1]):
+                for micro in self.timer.watch(window, update):
+                    micros.append(micro)
+                    if micro.is_last:
+                        context.enter_context(self.strategy.accumulation_context(len(micros) == 1))
+                        kept = self._outputs(micro, len(micros) - 1)
+                        outputs[micro.seed_index] = detached(kept)
+                        continue
                     with self.strategy.first_pass():
-                        outputs[micro.seed_index] = self._outputs(micro, index)
-                for micro in micros[-1:]:
-                    context.enter_context(self.strategy.accumulation_context(len(micros) == 1))
-                    kept = self._outputs(micro, len(micros) - 1)
-                    outputs[micro.seed_index] = detached(kept)
+                        outputs[micro.seed_index] = self._outputs(micro, len(micros) - 1)
+                    if self._keeps_on_host:
+                        micro.batch = tree_map_only(Tensor, Tensor.cpu, micro.batch)
             except Exception as error:
                 if self.strategy.has_lost_contact(error):
                     raise
@@ -104,7 +110,8 @@ class ReplayUpdater(Updater):
                 self._starts.append(_Start(self.model))
             self._starts[index].keep()
         self.before_forward(micro)
-        outputs = check_outputs(self._loss_of(self.model, micro.batch), micro)
+        batch = self.strategy.to_device(micro.batch) if is_replay and self._keeps_on_host else micro.batch
+        outputs = check_outputs(self._loss_of(self.model, batch), micro)
         if self.logged and not is_replay and self.losses.is_recorded:
             self.exchange.means.log(self.logged, micro)
         self.logged.clear()

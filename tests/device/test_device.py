@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tests.kit.processes import ChildError, run
 from tests.kit.reference import Regression, Samples, Watch, big_batch_run, data, in_order, mlp, parameters
 from tests.kit.streams import Streamed, deal, windows_of
 from tests.kit.tokens import Sequences, big_batch
+from tests.kit.windows import Clip
 
 DEVICE = os.environ.get("TALLY_TEST_DEVICE", "fake")
 N, EPOCHS = 2, 2
@@ -335,3 +337,32 @@ def test_dp_and_ddp_on_one_gpu_equal_one_big_batch(strategy: str, K: int) -> Non
     for samples, found in zip((28, 27, 29), there(on_one_gpu, strategy, K), strict=True):
         expected = big_batch_run(Regression(samples), [in_order(samples, N * K)] * EPOCHS, max_norm=0.5)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+class OnHost(Clip):
+    """Looks which micro-batches are still on the device when the loss of the window is computed."""
+
+    keeps_batches_on_host = True
+
+    def outputs(self, model: nn.Module, batch: Any) -> Any:
+        self.batches = [*getattr(self, "batches", []), weakref.ref(batch[0])]
+        assert batch[0].device.type == DEVICE
+        return super().outputs(model, batch)
+
+    def window_loss(self, outputs: Any) -> Tensor:
+        self.alive = [reference() is not None for reference in self.batches]
+        self.batches = []
+        return super().window_loss(outputs)
+
+
+def on_host() -> Any:
+    found = [parameters(fit(task, accumulate_grad_batches=3, max_updates=2).model).cpu() for task in (Clip(), OnHost())]
+    task = OnHost()
+    fit(task, accumulate_grad_batches=3, max_updates=1)
+    return found, task.alive
+
+
+def test_a_window_that_runs_twice_may_wait_on_the_host() -> None:
+    (there_kept, on_host_kept), alive = there(on_host)
+    assert torch.equal(there_kept, on_host_kept)
+    assert alive == [False, False, True]

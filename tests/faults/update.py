@@ -247,7 +247,7 @@ FAULTS = [
         "ReplayUpdater._run_twice",
         "self.strategy.accumulation_context(len(micros) == 1)",
         "self.strategy.accumulation_context(True)",
-        "tests/exact/test_window_losses.py -k ddp",
+        "tests/exact/test_window_passes.py -k collectives",
     ),
     Fault(
         "count a shared output's gradient K times",

@@ -57,7 +57,7 @@ class Clip(WindowTask):
 
     def window_loss(self, outputs: Any) -> Tensor:
         logits = outputs["scale"] * outputs["image"] @ outputs["text"].T
-        target = torch.arange(len(logits))
+        target = torch.arange(len(logits)).to(logits.device)
         return (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
 
 
