@@ -125,7 +125,7 @@ class ReplayUpdater(Updater):
             raise Interrupted
         self.strategy.seed(self._window_seed)
         seed_host(self._window_seed)
-        loss, gradients = self._joined.gradients(self._window_loss)
+        loss, gradients = self._joined.gradients(self._window_loss, self._parameters)
         self.logged.clear()  # what a window's loss logs has no micro-batch
         self._end.restore_host()
         self.losses.add_window(loss, samples, len(gradients))

@@ -161,6 +161,7 @@ class Returns(Clip):
             (1,),
             "outputs() differ between micro-batches",
         ),
+        (lambda usual: {**usual, "image": Rows(usual["image"].tensor.to(torch.complex128))}, (1,), "is complex"),
     ],
 )
 def test_outputs_that_do_not_fit(found: Any, ranks: Any, message: str) -> None:
@@ -187,6 +188,28 @@ class LossOf(Clip):
 def test_an_invalid_window_loss(loss: Any) -> None:
     with pytest.raises(ValueError, match=r"window_loss\(\) returned .*: expected a 0-dim tensor"):
         fit(LossOf(loss), "single", 2)
+
+
+class UsesParameter(Clip):
+    """Uses a parameter of the model in the loss without returning it."""
+
+    def __init__(self, uses_outputs: bool) -> None:
+        super().__init__()
+        self.uses_outputs = uses_outputs
+
+    def configure_model(self) -> nn.Module:
+        self.model: Any = super().configure_model()
+        return self.model
+
+    def window_loss(self, outputs: Any) -> Tensor:
+        scale = self.model.logit_scale.exp()
+        return super().window_loss({**outputs, "scale": scale}) if self.uses_outputs else scale.sum()
+
+
+@pytest.mark.parametrize("uses_outputs", [True, False])
+def test_a_loss_that_uses_a_parameter_by_itself_is_refused(uses_outputs: bool) -> None:
+    with pytest.raises(ValueError, match="uses a parameter of the model by itself"):
+        fit(UsesParameter(uses_outputs), "single", 3)
 
 
 def test_a_loss_that_is_not_finite_skips_the_update() -> None:
