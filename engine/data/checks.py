@@ -27,8 +27,9 @@ def check_windows(scheduling: Mapping[int, int], strategy: Strategy) -> None:
 
 
 def check_window_losses(strategy: Strategy) -> None:
-    """Raise UserError if the strategy cannot run a window twice."""
-    if not strategy.supports_window_losses:
+    """Raise UserError if the strategy cannot run a window twice, or join the outputs of its processes."""
+    lacks_gather = strategy.data_parallel_size > 1 and type(strategy).gather_bytes is Strategy.gather_bytes
+    if lacks_gather or strategy.micro_batches is not None or not strategy.supports_window_losses:
         raise UserError(
             f"strategy {strategy.name!r} does not support losses over a window: expected one that can run a window "
             "twice. Use DDPStrategy or FSDPStrategy."

@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engine import Trainer
+from engine import Accumulator, Trainer
 from engine.window_task import Added, Rows, Shared
-from strategies import DDPStrategy, FSDPStrategy
+from strategies import DDPStrategy, FSDPStrategy, Strategy
 from tests.kit.processes import ChildError, run
-from tests.kit.recorders import Count
+from tests.kit.recorders import Count, Watch
+from tests.kit.reference import Regression
 from tests.kit.windows import Clip, ShardedClip, fit, reference
 
 BOTH = pytest.mark.parametrize("strategy", [DDPStrategy, partial(FSDPStrategy, wrap=["Sequential"])])
@@ -210,6 +211,54 @@ class UsesParameter(Clip):
 def test_a_loss_that_uses_a_parameter_by_itself_is_refused(uses_outputs: bool) -> None:
     with pytest.raises(ValueError, match="uses a parameter of the model by itself"):
         fit(UsesParameter(uses_outputs), "single", 3)
+
+
+class LogsItsLoss(Clip):
+    def window_loss(self, outputs: Any) -> Tensor:
+        loss = super().window_loss(outputs)
+        self.log("half", loss / 2)
+        return loss
+
+
+def halves(K: int) -> Any:
+    watch = Watch()
+    Trainer("ddp", 3, K, max_epochs=2, callbacks=watch).fit(LogsItsLoss(22))
+    return [(record["half"], record["loss"] / 2) for record in watch.records]
+
+
+@pytest.mark.parametrize("P", [1, 3])
+def test_what_the_loss_of_a_window_logs_is_recorded(P: int) -> None:
+    for found in run(P, halves, 2):
+        assert all(half == pytest.approx(expected, rel=1e-12) for half, expected in found)
+
+
+class WithoutGather(DDPStrategy):
+    """Leaves out what joins the outputs of several processes."""
+
+    gather_bytes = Strategy.gather_bytes
+
+
+def test_a_strategy_that_gathers_no_outputs_is_refused() -> None:
+    with pytest.raises(ChildError, match="does not support losses over a window"):
+        run(2, fit, Clip(), WithoutGather, 2)
+
+
+def reused() -> Any:
+    """A loop of one's own, on a strategy that has run windows twice."""
+    strategy, task = FSDPStrategy(), Regression(24)
+    fit(ShardedClip(), lambda: strategy, 3)
+    strategy.setup()
+    model = strategy.prepare(task.model())
+    own = Accumulator(strategy, model, torch.optim.SGD(model.parameters(), lr=0.1), task.train_data(), 3, 4)
+    for window in own.windows(0):
+        for batch in window:
+            window.backward(task.loss(model, batch))
+        window.update()
+    return own.samples
+
+
+def test_a_strategy_forgets_that_windows_ran_twice() -> None:
+    assert run(2, reused, seconds=40, timeout=20) == [24, 24]
 
 
 def test_a_loss_that_is_not_finite_skips_the_update() -> None:
