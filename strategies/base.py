@@ -129,7 +129,7 @@ class Strategy(TwoPasses, ABC):
 
     def teardown(self) -> None:
         """Undo `setup`: destroy the groups that it made, leave those that existed before, and let go of the model."""
-        self._has_model, self.left_out = False, ()
+        self._has_model, self.left_out, self.runs_twice = False, (), False
 
     # The model
 

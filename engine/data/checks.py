@@ -28,7 +28,7 @@ def check_windows(scheduling: Mapping[int, int], strategy: Strategy) -> None:
 
 def check_window_losses(strategy: Strategy) -> None:
     """Raise UserError if the strategy cannot run a window twice."""
-    if not strategy.supports_window_losses:
+    if strategy.micro_batches is not None or not strategy.supports_window_losses:
         raise UserError(
             f"strategy {strategy.name!r} does not support losses over a window: expected one that can run a window "
             "twice. Use DDPStrategy or FSDPStrategy."

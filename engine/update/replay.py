@@ -132,8 +132,10 @@ class ReplayUpdater(Updater):
             raise Interrupted
         self.strategy.seed(self._window_seed)
         seed_host(self._window_seed)
-        loss, gradients = self._joined.gradients(self._window_loss)
-        self.logged.clear()  # what a window's loss logs has no micro-batch
+        loss, gradients = self._joined.gradients(self._window_loss, self._parameters)
+        if self.logged and samples and self.losses.is_recorded:  # the same on all processes
+            self.exchange.means.log(self.logged, MicroBatch(None, samples, 0, is_last=True))
+        self.logged.clear()
         self._end.restore_host()
         self.losses.add_window(loss, samples, len(gradients))
         return gradients

@@ -86,6 +86,7 @@ class Updater:
         self._needs_norm = bool(self._skips_nonfinite or options.gradient_clip_norm or options.is_recorded)
         self._epoch, self._epoch_seed = -1, 0
         self._last_group: dict[str, Any] | None = None
+        self._groups = 0
         self._parameters = [*model.parameters()]
 
     def run(self, loss_of: LossOf, window: Window, state: RunState, requests: Requests = NO_REQUESTS) -> Outcome:
@@ -108,7 +109,8 @@ class Updater:
         self.losses = LossSum(self.scale.begin(window), is_recorded)
         if self.rollback is not None:
             self.rollback.begin(state.update)
-        if state.epoch != self._epoch or self.optimizer.param_groups[-1] is not self._last_group:
+        groups = self.optimizer.param_groups
+        if state.epoch != self._epoch or groups[-1] is not self._last_group or len(groups) != self._groups:
             self._start_epoch(state.epoch)
         self.strategy.start_window(window.most_micro_batches)
         self.exchange.begin(window, self.losses, requests)
@@ -116,7 +118,7 @@ class Updater:
     def _start_epoch(self, epoch: int) -> None:
         """Seed an epoch. Raises UserError if the model or the optimizer has other parameters than at the start."""
         self._epoch, self._epoch_seed = epoch, forward_seed(self.options.seed, epoch)
-        self._last_group = self.optimizer.param_groups[-1]
+        self._last_group, self._groups = self.optimizer.param_groups[-1], len(self.optimizer.param_groups)
         check_parameters(self.model, self.optimizer, self._parameters)
         names = group_names(self.optimizer)
         self._group_names = names if len(names) > 1 else []

@@ -33,6 +33,8 @@ def check_outputs(outputs: Any, micro: MicroBatch) -> Outputs:
             raise UserError(
                 f"outputs()[{name!r}] is a {type(output).__name__}: expected Rows, Added or Shared(tensor)."
             )
+        if output.tensor.is_complex():
+            raise UserError(f"outputs()[{name!r}] is complex: expected real numbers. Use torch.view_as_real.")
         shape = tuple(output.tensor.shape)
         if type(output) is Rows and shape[:1] != (micro.size,):
             raise UserError(
@@ -93,11 +95,11 @@ class JoinedOutputs:
         return True
 
     def gradients(
-        self, window_loss: Callable[[Mapping[str, Tensor]], Tensor]
+        self, window_loss: Callable[[Mapping[str, Tensor]], Tensor], parameters: Sequence[Tensor]
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """Return the loss of the window, and its gradients by micro-batch of this process and name of the output.
 
-        Raises UserError for an invalid loss.
+        Raises UserError for an invalid loss, and for one that uses `parameters` of the model by itself.
         """
         leaves = {name: self._leaf(name, [*parts.items()]) for name, parts in self._parts.items()}
         with torch.enable_grad():
@@ -106,9 +108,15 @@ class JoinedOutputs:
             what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) and loss.ndim else type(loss).__name__
             raise UserError(f"window_loss() returned {what}: expected a 0-dim tensor computed from the outputs.")
         names = [name for name, leaf in leaves.items() if leaf.requires_grad]
-        found = torch.autograd.grad(loss, [leaves[name] for name in names], allow_unused=True)
+        held = [p for p in parameters if p.requires_grad]
+        found = torch.autograd.grad(loss, [*(leaves[name] for name in names), *held], allow_unused=True)
+        if any(gradient is not None for gradient in found[len(names) :]):
+            raise UserError(
+                "window_loss() uses a parameter of the model by itself, which would lose that gradient. Return it from "
+                "outputs() as Shared."
+            )
         own: dict[int, dict[str, Tensor]] = {}
-        for name, gradient in zip(names, found, strict=True):
+        for name, gradient in zip(names, found, strict=False):
             if gradient is not None:
                 for (_, process, count), part in self._shares(name, gradient):
                     if process == self._rank:

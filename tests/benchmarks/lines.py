@@ -1,6 +1,6 @@
 """Count the logical lines of the same job in Tally and beside it in another engine: `beside/JOB_ENGINE.py`.
 
-    python -m tests.benchmarks.lines
+python -m tests.benchmarks.lines
 """
 
 from __future__ import annotations

@@ -159,6 +159,28 @@ def test_a_group_is_added_to_one_of_them() -> None:
         both.step(lambda: 0.0)  # type: ignore[arg-type]
 
 
+class Unfreeze(Callback):
+    """Gives the first of two optimizers a group more after the second update."""
+
+    def on_update_end(self, trainer: Any) -> None:
+        if trainer.update == 2:
+            last = trainer.model[4].requires_grad_(True)
+            trainer.optimizer.optimizers[0].add_param_group({"params": last.parameters()})
+
+
+class Thawed(Regression):
+    def configure_optimizer(self, model: Any) -> Any:
+        model[4].requires_grad_(False)
+        return SGD(model[0].parameters(), lr=0.3), AdamW(model[2].parameters(), lr=0.1)
+
+
+def test_a_group_more_in_the_first_optimizer_is_recorded() -> None:
+    trainer = Trainer("single", 4, max_updates=4, callbacks=Unfreeze())
+    trainer.fit(Thawed(24, model=tower))
+    rates = {name: rate for name, rate in trainer.record.items() if name.startswith("lr/")}
+    assert rates == {"lr/SGD.0": 0.3, "lr/SGD.1": 0.3, "lr/AdamW": 0.1}
+
+
 # Checkpoints
 
 

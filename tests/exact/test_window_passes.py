@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engine import Trainer
+from engine import Accumulator, Trainer
 from engine.window_task import Added, Rows, Shared
-from strategies import DDPStrategy, FSDPStrategy
+from strategies import DDPStrategy, FSDPStrategy, Strategy
 from tests.kit.processes import ChildError, run
-from tests.kit.recorders import Count
+from tests.kit.recorders import Count, Watch
+from tests.kit.reference import Regression
 from tests.kit.windows import Clip, ShardedClip, fit, reference
 
 BOTH = pytest.mark.parametrize("strategy", [DDPStrategy, partial(FSDPStrategy, wrap=["Sequential"])])
@@ -161,6 +162,7 @@ class Returns(Clip):
             (1,),
             "outputs() differ between micro-batches",
         ),
+        (lambda usual: {**usual, "image": Rows(usual["image"].tensor.to(torch.complex128))}, (1,), "is complex"),
     ],
 )
 def test_outputs_that_do_not_fit(found: Any, ranks: Any, message: str) -> None:
@@ -187,6 +189,77 @@ class LossOf(Clip):
 def test_an_invalid_window_loss(loss: Any) -> None:
     with pytest.raises(ValueError, match=r"window_loss\(\) returned .*: expected a 0-dim tensor"):
         fit(LossOf(loss), "single", 2)
+
+
+class UsesParameter(Clip):
+    """Uses a parameter of the model in the loss without returning it."""
+
+    def __init__(self, uses_outputs: bool) -> None:
+        super().__init__()
+        self.uses_outputs = uses_outputs
+
+    def configure_model(self) -> nn.Module:
+        self.model: Any = super().configure_model()
+        return self.model
+
+    def window_loss(self, outputs: Any) -> Tensor:
+        scale = self.model.logit_scale.exp()
+        return super().window_loss({**outputs, "scale": scale}) if self.uses_outputs else scale.sum()
+
+
+@pytest.mark.parametrize("uses_outputs", [True, False])
+def test_a_loss_that_uses_a_parameter_by_itself_is_refused(uses_outputs: bool) -> None:
+    with pytest.raises(ValueError, match="uses a parameter of the model by itself"):
+        fit(UsesParameter(uses_outputs), "single", 3)
+
+
+class LogsItsLoss(Clip):
+    def window_loss(self, outputs: Any) -> Tensor:
+        loss = super().window_loss(outputs)
+        self.log("half", loss / 2)
+        return loss
+
+
+def halves(K: int) -> Any:
+    watch = Watch()
+    Trainer("ddp", 3, K, max_epochs=2, callbacks=watch).fit(LogsItsLoss(22))
+    return [(record["half"], record["loss"] / 2) for record in watch.records]
+
+
+@pytest.mark.parametrize("P", [1, 3])
+def test_what_the_loss_of_a_window_logs_is_recorded(P: int) -> None:
+    for found in run(P, halves, 2):
+        assert all(half == pytest.approx(expected, rel=1e-12) for half, expected in found)
+
+
+class GathersObjects(DDPStrategy):
+    """Has `gather` only, as a strategy of one's own may."""
+
+    gather_bytes = Strategy.gather_bytes
+
+
+def test_a_strategy_that_gathers_objects_joins_outputs() -> None:
+    expected = reference(Clip(), 2 * 2 * 3)
+    for found, _, _ in run(2, fit, Clip(), GathersObjects, 2):
+        assert (found - expected[0]).abs().max() <= 1e-12 * expected[0].abs().max()
+
+
+def reused() -> Any:
+    """A loop of one's own, on a strategy that has run windows twice."""
+    strategy, task = FSDPStrategy(), Regression(24)
+    fit(ShardedClip(), lambda: strategy, 3)
+    strategy.setup()
+    model = strategy.prepare(task.model())
+    own = Accumulator(strategy, model, torch.optim.SGD(model.parameters(), lr=0.1), task.train_data(), 3, 4)
+    for window in own.windows(0):
+        for batch in window:
+            window.backward(task.loss(model, batch))
+        window.update()
+    return own.samples
+
+
+def test_a_strategy_forgets_that_windows_ran_twice() -> None:
+    assert run(2, reused, seconds=40, timeout=20) == [24, 24]
 
 
 def test_a_loss_that_is_not_finite_skips_the_update() -> None:
