@@ -27,6 +27,7 @@ def cross_entropy(
     loss's weight is the number of targets that count, each times the `weight` (C) of its class.
     """
     options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    weight = None if weight is None else _wide(weight)
     total = functional.cross_entropy(_wide(input), target, weight, reduction="sum", **options)
     if target.is_floating_point():
         return Loss(total, input.numel() // input.shape[min(1, input.ndim - 1)])
@@ -35,6 +36,7 @@ def cross_entropy(
 
 def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None = None, *, ignore_index: int = -100) -> Loss:
     """Return the negative log-likelihood of log-probabilities (N, C, ...): otherwise as `cross_entropy`."""
+    weight = None if weight is None else _wide(weight)
     total = functional.nll_loss(_wide(input), target, weight, ignore_index=ignore_index, reduction="sum")
     return Loss(total, _counted(target, weight, ignore_index))
 
@@ -85,6 +87,7 @@ def _tile(rows: Tensor, columns: Tensor, scale: Tensor | float, start: int) -> T
 
 def _counted(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
     """Return the sum of the class weights of the targets that are not ignored: their number without weights."""
+    target = target.long()  # in uint8, -100 is 156, and indexing takes a mask
     counts = target != ignore_index
     return counts.sum() if weight is None else (weight[target.masked_fill(~counts, 0)] * counts).sum()
 

@@ -269,9 +269,7 @@ class Strategy(TwoPasses, ABC):
         """
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for parameter in self._parameters:
-            values = self._local(parameter.detach()).contiguous()
-            flat = (torch.view_as_real(values) if values.is_complex() else values).view(-1)
-            total += flat.view(_INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
+            total += bits_of(self._local(parameter.detach()))
         return int(total)
 
     # Checkpoints and costs
@@ -343,6 +341,13 @@ class Strategy(TwoPasses, ABC):
     def _copied(self, tensor: Tensor) -> Tensor:
         """The copy of a tensor that `state_dict` returns."""
         return tensor.clone() if tensor.is_cpu else tensor.detach().to("cpu", copy=True)
+
+
+def bits_of(values: Tensor) -> Tensor:
+    """Return the sum of a tensor's bits as integers (0-dim)."""
+    values = values.contiguous()
+    flat = (torch.view_as_real(values) if values.is_complex() else values).view(-1)
+    return flat.view(_INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError
-from strategies import user_name
+from strategies import Strategy, bits_of, user_name
 
 
 class Base:
@@ -20,22 +20,29 @@ class Base:
     `saved` is the state that the model is about to resume from, and `left_out` what it was saved without.
     """
 
-    def __init__(self, model: nn.Module, saved: Mapping[str, Tensor], left_out: Mapping[str, str] | None) -> None:
-        self._model = model
+    def __init__(
+        self, model: nn.Module, saved: Mapping[str, Tensor], left_out: Mapping[str, str] | None, strategy: Strategy
+    ) -> None:
+        self._model, self._strategy = model, strategy
         frozen = {
             name: p for name, p in _named(model) if not p.requires_grad and (left_out is None or name in left_out)
         }
         self._digests = {name: _digest(saved.get(name, p)) for name, p in frozen.items()}
-        self._versions: dict[str, int] = {}
+        self._marks: dict[str, tuple[int, int]] = {}
 
     def begin(self) -> None:
         """Take the parameters as they are now, prepared and restored, for those of the base."""
-        self._versions = {name: p._version for name, p in _named(self._model)}
+        self._marks = {name: _mark(p) for name, p in _named(self._model) if name in self._digests}
 
     def digests(self) -> dict[str, str]:
-        """Return the digests of the parameters that are still those of the base, by the user's own names."""
-        for name, p in _named(self._model):
-            if p.requires_grad or p._version != self._versions[name]:
+        """Return the digests of the parameters that are still those of the base, by the user's own names.
+
+        All processes call it together.
+        """
+        frozen = [(name, p) for name, p in _named(self._model) if name in self._digests]
+        changed = [name for name, p in frozen if p.requires_grad or _mark(p) != self._marks[name]]
+        for names in self._strategy.gather(changed):
+            for name in names:
                 self._digests.pop(name, None)  # for good: it may have learned
         return dict(self._digests)
 
@@ -60,6 +67,13 @@ def with_base(
 def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Return the parameters by the user's own names; a shared one has several."""
     return [(user_name(name), p) for name, p in model.named_parameters(remove_duplicate=False)]
+
+
+def _mark(parameter: Tensor) -> tuple[int, int]:
+    """Return the writes to a parameter, and the sum of its bits here: nobody counts those to its `data`."""
+    own: Any = parameter.detach()
+    own = own.to_local() if hasattr(own, "to_local") else own
+    return parameter._version, 0 if own.is_meta else int(bits_of(own))
 
 
 def _digest(tensor: Tensor) -> str:

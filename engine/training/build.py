@@ -97,7 +97,7 @@ def build(
     if checkpoint is not None:
         checkpoint.complete(model)
     saved, left_out = ({}, None) if checkpoint is None else (checkpoint.model, checkpoint.left_out)
-    base = None if settings.save_frozen else Base(model, saved, left_out)
+    base = None if settings.save_frozen else Base(model, saved, left_out, strategy)
     if settings.compile_model:
         compile_in_place(model)
     is_recorded = bool(callbacks or settings.loggers or settings.run_dir is not None)

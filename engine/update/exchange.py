@@ -71,7 +71,7 @@ class Exchange:
             requests, aborts = self._requests, self._signals.stop_requested
             if self.means.by_name:
                 self._pairs = self.means.read()
-                self._add_up([] if self._pairs.keys() - {*self.names} else [_flat(self.names, self._pairs)])
+                self._add_up([] if self._pairs.keys() - {*self.names} else [_flat(self.names, self._pairs)], update)
             samples, has_more = self._losses.samples, self._window.has_more
             return Agreed(weight, loss, samples, has_more, requests.stop, requests.save, aborts)
         if self._pending is None:  # another process computes the losses
@@ -86,7 +86,7 @@ class Exchange:
             )
         check_norms([row[HEADER - 1] for row in self._rows], update)
         if (self.names or agreed.has_new_names) and not agreed.abort:
-            self._add_up([] if agreed.has_new_names else [row[HEADER:] for row in self._rows])
+            self._add_up([] if agreed.has_new_names else [row[HEADER:] for row in self._rows], update)
         return agreed
 
     def agree_on(self, names: Iterable[str]) -> None:
@@ -94,12 +94,12 @@ class Exchange:
         self.names = [*names]
         self._strategy.message_length = HEADER + 2 * len(self.names)
 
-    def _add_up(self, rows: list[list[float]]) -> None:
+    def _add_up(self, rows: list[list[float]], update: int) -> None:
         """Make the means of all processes' sums; without `rows`, agree on the names first, in a slow exchange."""
         if not rows:
             everyone = self._strategy.gather((self._losses.micro_batches, self._pairs))
             names = dict.fromkeys([*self.names, *(name for _, pairs in everyone for name in pairs)])
-            _check_names(names, [] if self.names else [[*pairs] for micro_batches, pairs in everyone if micro_batches])
+            _check_names(names, [] if update else [[*pairs] for micro_batches, pairs in everyone if micro_batches])
             self.agree_on(names)
             rows = [_flat(names, pairs) for _, pairs in everyone]
         sums = [total(column) for column in zip(*rows, strict=True)]

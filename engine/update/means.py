@@ -33,24 +33,23 @@ class MeanSums:
         NaN; weight 0 counts for nothing, whatever the value.
         """
         for name, value, weight in entries:
-            if not isinstance(value, Real | numpy.bool_) and not (isinstance(value, Tensor) and value.ndim == 0):
-                kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise UserError(f"self.log({name!r}, ...) was given {kind}: expected a number or a 0-dim tensor.")
             if weight is None and micro.size_problem:
                 raise UserError(f"self.log({name!r}, ...): {micro.size_problem} Or give log() a weight.")
-            mean, count = self._wide(value), self._wide(micro.size if weight is None else weight)
+            mean, count = self._wide(name, value), self._wide(name, micro.size if weight is None else weight)
             if isinstance(count, Tensor):
                 self.add(name, torch.where(count > 0, mean * count, 0 * count.sqrt()), count)
-            elif not 0 <= count < math.inf:
-                raise UserError(f"self.log({name!r}, weight={count}): expected a finite number of at least 0.")
             else:
                 self.add(name, mean * count if count else 0.0, count)
 
     def add(self, name: str, total: Number, weight: Number) -> None:
-        """Add a sum and its weight."""
-        total, weight = self._wide(total), self._wide(weight)
+        """Add a sum and its weight. Raises UserError for an invalid name, sum or weight."""
+        total, weight = self._wide(name, total), self._wide(name, weight)
+        if not isinstance(weight, Tensor) and not 0 <= weight < math.inf:
+            raise UserError(f"self.log({name!r}, weight={weight}): expected a finite number of at least 0.")
         if (before := self.by_name.get(name)) is not None:
             total, weight = before[0] + total, before[1] + weight
+        elif not (isinstance(name, str) and name.isprintable()):
+            raise UserError(f"self.log({name!r}, ...): expected a name of printable characters.")
         self.by_name[name] = total, weight
 
     def read(self) -> dict[str, Pair]:
@@ -61,8 +60,11 @@ class MeanSums:
         read = [next(copied) if isinstance(number, Tensor) else number for number in numbers]
         return dict(zip(self.by_name, zip(read[::2], read[1::2], strict=True), strict=True))
 
-    def _wide(self, value: Number) -> Number:
+    def _wide(self, name: str, value: Number) -> Number:
         """Return `value` in float64, and a tensor on the device, without a host-device sync."""
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.ndim == 0:
             return value.detach().to(self._device, torch.float64, non_blocking=value.is_cpu)
-        return float(value)
+        if isinstance(value, Real | numpy.bool_):
+            return float(value)
+        kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise UserError(f"self.log({name!r}, ...) was given {kind}: expected a number or a 0-dim tensor.")

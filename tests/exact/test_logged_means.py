@@ -135,6 +135,27 @@ def test_a_later_name_is_taken_from_whoever_has_it_and_agreed_on_once() -> None:
         assert [count["allgather_"] for count in counts] == [3, 3, 1]
 
 
+class Rare(Regression):
+    """Logs nothing in the first window, and later on one process only."""
+
+    calls = 0
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        self.calls += 1
+        if self.calls == 3 and torch.distributed.get_rank() == 1:
+            self.log("rare", 1.0)
+        return super().loss(model, batch)
+
+
+def test_the_first_name_may_come_late_and_on_one_process() -> None:
+    def fit_it() -> Any:
+        watch = Watch()
+        Trainer("ddp", N, accumulate_grad_batches=1, max_epochs=1, callbacks=watch).fit(Rare(SAMPLES))
+        return [record.get("rare") for record in watch.records]
+
+    assert run(2, fit_it) == [[None, None, 1.0, None, None, None]] * 2
+
+
 class ByRank(Logs):
     def loss(self, model: nn.Module, batch: Any) -> Any:
         self.log(f"loss_{torch.distributed.get_rank()}", 1.0)
@@ -165,6 +186,23 @@ class Twice(Logs):
         return {"loss": Loss(torch.ones(()), 1)}
 
 
+class Named(Logs):
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        self.log("two\nlines", 1.0)
+        return super().loss(model, batch)
+
+
+class Weighted(Logs):
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        self.log("first", 1.0, torch.ones(2))
+        return super().loss(model, batch)
+
+
+class Evaluated(Logs):
+    def evaluate(self, model: nn.Module, batch: Any) -> Any:
+        return {"first": Loss(torch.ones(()), -1)}
+
+
 @pytest.mark.parametrize(
     ("task", "message"),
     [
@@ -172,6 +210,9 @@ class Twice(Logs):
         (Taken, r"self.log\('lr', ...\): every record has a field of that name. Use another name"),
         (Shaped, r"self.log\('first', ...\) was given a tensor of shape \(2,\): expected a number or a 0-dim tensor"),
         (Negative, r"self.log\('first', weight=-1.0\): expected a finite number of at least 0"),
+        (Named, r"self.log\('two\\nlines', ...\): expected a name of printable characters"),
+        (Weighted, r"self.log\('first', ...\) was given a tensor of shape \(2,\): expected a number or a 0-dim tensor"),
+        (Evaluated, r"self.log\('first', weight=-1.0\): expected a finite number of at least 0"),
         (Twice, "evaluate.. has both returned and logged 'loss'. Do one of them"),
     ],
 )

@@ -121,3 +121,11 @@ def test_a_sum_of_half_precision_scores_is_float32() -> None:
     found = losses.cross_entropy(torch.randn(3, 4, dtype=torch.bfloat16), torch.tensor([1, -100, 2]))
     assert found.sum.dtype == torch.float32
     assert found.weight == 2
+
+
+def test_class_numbers_in_uint8_and_half_precision_weights_count_as_in_torch() -> None:
+    x, y, weight = torch.randn(4, 200), torch.tensor([156, 156, 3, 199]), torch.rand(200).half()
+    for given in (y, y.byte()):  # 156 is -100 in uint8
+        for found in (losses.cross_entropy(x.half(), given, weight), losses.nll_loss(x.half(), given, weight)):
+            assert found.weight == pytest.approx(weight.float()[y].sum().item())
+        assert losses.cross_entropy(x, given).weight == 4

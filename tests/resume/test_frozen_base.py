@@ -142,3 +142,22 @@ def test_what_is_frozen_during_the_run_is_saved(tmp_path: Path) -> None:
     for updates in (5, None):
         trainer("single", run_dir=str(tmp_path), max_updates=updates, callbacks=Freezes()).fit(Regression(24))
         assert [len(names) for names in saved(tmp_path)] == [6, 6]
+
+
+class Teacher(Callback):
+    """Moves a frozen layer as self-distillation does: autograd does not count writes to `data`."""
+
+    def on_update_end(self, trainer: Any) -> None:
+        trainer.model[0].bias.data.mul_(0.5).add_(trainer.model[2].bias.data.mean())
+
+
+@pytest.mark.parametrize(("strategy", "P"), [("single", 1), ("fsdp", 2)])
+def test_what_is_written_past_autograd_is_saved(strategy: str, P: int, tmp_path: Path) -> None:
+    def fit_taught(folder: str, updates: int | None) -> Any:
+        return fit(strategy, folder, updates, callbacks=Teacher())
+
+    whole = run(P, fit_taught, str(tmp_path / "whole"), None, group=P > 1)
+    for updates in (2, None):
+        found = run(P, fit_taught, str(tmp_path / "run"), updates, group=P > 1)
+    assert found == whole
+    assert saved(tmp_path / "run") == [TRAINED | {"0.bias"}] * 2
