@@ -161,7 +161,7 @@ FAULTS = [
     Fault(
         "leave out what has learned meanwhile",
         "Base.digests",
-        "p.requires_grad or p._version != self._versions[name]",
+        "p.requires_grad or _mark(p) != self._marks[name]",
         "p.requires_grad",
         "tests/resume/test_frozen_base.py -k learned_meanwhile",
     ),
