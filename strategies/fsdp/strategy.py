@@ -261,6 +261,10 @@ class FSDPStrategy(ProcessGroupStrategy):
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
         if optimizer is not None:
             state = {**state, "optimizer": {**state["optimizer"], "state": self._sharded(state["optimizer"]["state"])}}
+        modules, own = self._user_module.named_modules, self._user_module.state_dict()
+        again = {*dict(modules(remove_duplicate=False))} - {*dict(modules())}  # torch shards a module's first name only
+        aliases = {n: v for n, v in own.items() if isinstance(v, DTensor) and n.rpartition(".")[0] in again}
+        state = {**state, "model": {**state["model"], **aliases}}
         super().load_state_dict(state, optimizer)
 
     def _local(self, tensor: Tensor) -> Tensor:

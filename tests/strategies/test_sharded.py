@@ -305,6 +305,30 @@ def test_killed_and_continued_is_uninterrupted_to_the_bit(P: int, options: Any, 
     check_samples(folders[1], P)
 
 
+class Twice(nn.Module):
+    """Has one layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 5).double(), nn.Linear(5, 1).double()
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.last(self.second(torch.tanh(self.first(x))))
+        return found
+
+
+def fit_twice(folder: str, max_updates: int) -> None:
+    Trainer("fsdp", 2, max_updates=max_updates, run_dir=folder).fit(Regression(16, model=Twice))
+
+
+def test_a_layer_under_two_names_is_resumed(tmp_path: Path) -> None:
+    for name, updates in (("whole", 4), ("parts", 2), ("parts", 4)):
+        run(2, fit_twice, str(tmp_path / name), updates)
+    whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+
+
 def fit_plain(folder: str, name: str, stops_at: int | None) -> Any:
     options = {"shard_size": 2} if name == "hybrid" else {}
     strategy = FSDPStrategy(**options) if name in ("fsdp", "hybrid") else resolve(name)  # type: ignore[arg-type]
