@@ -42,7 +42,7 @@ def check_outputs(outputs: Any, micro: MicroBatch) -> Outputs:
             )
     if torch.is_grad_enabled() and not any(output.tensor.requires_grad for output in outputs.values()):
         raise UserError("no output requires grad. Compute them from the model, without detach() or no_grad().")
-    return dict(outputs)
+    return {name: outputs[name] for name in sorted(outputs)}  # in any order
 
 
 def detached(outputs: Outputs) -> Outputs:

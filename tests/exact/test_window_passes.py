@@ -172,6 +172,12 @@ def test_outputs_that_do_not_fit(found: Any, ranks: Any, message: str) -> None:
     assert len(caught.value.errors) == 2
 
 
+def test_the_order_of_outputs_does_not_matter() -> None:
+    found = run(2, fit, Returns(lambda usual: dict(reversed(usual.items())), (1,)), DDPStrategy, 2)
+    expected = run(2, fit, Clip(12), DDPStrategy, 2)
+    assert torch.equal(found[0][0], expected[0][0])
+
+
 class LossOf(Clip):
     def __init__(self, loss: Any) -> None:
         super().__init__()
