@@ -297,6 +297,28 @@ class Single(Clip):
         return super().outputs(model, [part.float() for part in batch])
 
 
+class Validated(Single):
+    """Keeps the dtypes in which its loss computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def validation_data(self) -> Any:
+        return self.train_data()
+
+    def window_loss(self, outputs: Any) -> Tensor:
+        self.dtypes |= {outputs["text"].dtype, (outputs["image"] @ outputs["text"].T).dtype}
+        return super().window_loss(outputs)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_loss_of_a_window_is_in_float32_in_validation_too(precision: str) -> None:
+    task = Validated()
+    fit(task, "single", 3, precision=precision)
+    assert task.dtypes == {torch.float32}
+
+
 def count(K: int) -> Any:
     watch = Count()
     trainer = Trainer("ddp", micro_batch_size=3, accumulate_grad_batches=K, max_epochs=2, callbacks=watch)
