@@ -19,8 +19,8 @@ from engine import Accumulator, Trainer
 from engine.window_task import Added, Rows, Shared
 from strategies import DDPStrategy, FSDPStrategy, Strategy
 from tests.kit.processes import ChildError, run
-from tests.kit.recorders import Count, Watch
-from tests.kit.reference import Regression
+from tests.kit.recorders import Count
+from tests.kit.reference import Regression, Watch
 from tests.kit.windows import Clip, ShardedClip, fit, reference
 
 BOTH = pytest.mark.parametrize("strategy", [DDPStrategy, partial(FSDPStrategy, wrap=["Sequential"])])
