@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from engine.task import Task
@@ -63,4 +64,11 @@ class WindowTask(Task):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return `window_loss` of one micro-batch by itself: `evaluate` reports it, training does not use it."""
-        return self.window_loss({name: output.tensor for name, output in self.outputs(model, batch).items()})
+        tensors = {name: widened(output.tensor) for name, output in self.outputs(model, batch).items()}
+        with torch.autocast(next(iter(tensors.values())).device.type, enabled=False):
+            return self.window_loss(tensors)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 if it is narrower."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -27,12 +27,12 @@ class HostRng:
         self._key = seed, WINDOW_STREAM, rank
         self._python, self._numpy = random.Random(), numpy.random.RandomState()
         self._draws, self._seeded = False, -1
-        self._before = self._draws, self._seeded
+        self._before = self._seeded
         self._is_ready = False  # whether the shadows stand where the generators did after the window's first draw
 
     def start_window(self, update: int) -> None:
         """Prepare for the window of an update."""
-        self._before = self._draws, self._seeded
+        self._before = self._seeded
         if self._draws or self._seeded < 0:
             self._seed(update)
         elif not (self._is_ready or self._catch_up(update)) or not self._agree():
@@ -45,8 +45,8 @@ class HostRng:
         self._seeded, self._is_ready = -1, False
 
     def drop(self) -> None:
-        """Undo `start_window`: the window was dropped."""
-        (self._draws, self._seeded), self._is_ready = self._before, False
+        """Undo `start_window`, but for draws of windows before that it has found: the window was dropped."""
+        self._seeded, self._is_ready = self._before, False
 
     def state(self) -> HostState:
         """Return what a run that resumes from this boundary needs."""

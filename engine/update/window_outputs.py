@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.memory import free_memory
-from engine.window_task import Added, Output, Rows, Shared
+from engine.window_task import Added, Output, Rows, Shared, widened
 from strategies import MicroBatch, Strategy
 
 Outputs = dict[str, Output]
@@ -42,7 +42,7 @@ def check_outputs(outputs: Any, micro: MicroBatch) -> Outputs:
             )
     if torch.is_grad_enabled() and not any(output.tensor.requires_grad for output in outputs.values()):
         raise UserError("no output requires grad. Compute them from the model, without detach() or no_grad().")
-    return dict(outputs)
+    return {name: outputs[name] for name in sorted(outputs)}  # in any order
 
 
 def detached(outputs: Outputs) -> Outputs:
@@ -125,7 +125,7 @@ class JoinedOutputs:
 
     def _leaf(self, name: str, parts: list[tuple[Place, Tensor]]) -> Tensor:
         ordered = [tensor for _, tensor in sorted(parts, key=lambda item: item[0])]
-        wide = [tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor for tensor in ordered]
+        wide = [widened(tensor) for tensor in ordered]
         if self._kinds[name] == "Rows":
             leaf = torch.cat(wide)
         elif self._kinds[name] == "Added":

@@ -19,8 +19,8 @@ from engine import Accumulator, Trainer
 from engine.window_task import Added, Rows, Shared
 from strategies import DDPStrategy, FSDPStrategy, Strategy
 from tests.kit.processes import ChildError, run
-from tests.kit.recorders import Count, Watch
-from tests.kit.reference import Regression
+from tests.kit.recorders import Count
+from tests.kit.reference import Regression, Watch
 from tests.kit.windows import Clip, ShardedClip, fit, reference
 
 BOTH = pytest.mark.parametrize("strategy", [DDPStrategy, partial(FSDPStrategy, wrap=["Sequential"])])
@@ -172,6 +172,12 @@ def test_outputs_that_do_not_fit(found: Any, ranks: Any, message: str) -> None:
     assert len(caught.value.errors) == 2
 
 
+def test_the_order_of_outputs_does_not_matter() -> None:
+    found = run(2, fit, Returns(lambda usual: dict(reversed(usual.items())), (1,)), DDPStrategy, 2)
+    expected = run(2, fit, Clip(12), DDPStrategy, 2)
+    assert torch.equal(found[0][0], expected[0][0])
+
+
 class LossOf(Clip):
     def __init__(self, loss: Any) -> None:
         super().__init__()
@@ -290,6 +296,28 @@ class Single(Clip):
 
     def outputs(self, model: nn.Module, batch: Any) -> Any:
         return super().outputs(model, [part.float() for part in batch])
+
+
+class Validated(Single):
+    """Keeps the dtypes in which its loss computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def validation_data(self) -> Any:
+        return self.train_data()
+
+    def window_loss(self, outputs: Any) -> Tensor:
+        self.dtypes |= {outputs["text"].dtype, (outputs["image"] @ outputs["text"].T).dtype}
+        return super().window_loss(outputs)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_loss_of_a_window_is_in_float32_in_validation_too(precision: str) -> None:
+    task = Validated()
+    fit(task, "single", 3, precision=precision)
+    assert task.dtypes == {torch.float32}
 
 
 def count(K: int) -> Any:

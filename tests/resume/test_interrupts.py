@@ -153,6 +153,25 @@ def test_a_window_that_is_dropped_leaves_no_trace_in_buffers(tmp_path: Path) -> 
     assert same(found[1], found[2])
 
 
+class Draws(Counted):
+    """Its loss draws from the host; it is told to stop in the second window, which is the first to find that."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        return super().loss(model, batch) * random.random()
+
+
+def test_a_window_that_is_dropped_keeps_the_draws_that_it_found(tmp_path: Path) -> None:
+    found = []
+    for folder, told in (("run", True), ("run", False), ("whole", False)):
+        task = Draws(32)
+        task.told = told
+        run_ = trainer(tmp_path / folder, accumulate_grad_batches=8, micro_batch_size=1)
+        run_.fit(task)
+        assert bool(run_.interrupted_by) == told
+        found.append(run_.model.state_dict())
+    assert same(found[1], found[2])
+
+
 def test_without_a_folder_signals_are_the_user_s() -> None:
     seen = []
     original = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
