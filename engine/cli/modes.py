@@ -64,9 +64,12 @@ class OneWindow(Callback):
         record, P = trainer.record, trainer.strategy.data_parallel_size
         processes = "1 process" if P == 1 else f"{P} processes"
         skipped = ", and its update was skipped" if record["skipped"] else ""
+        size = (
+            f"; its outputs are {record['window_bytes']:,.0f} bytes on each process" if "window_bytes" in record else ""
+        )
         means = "".join(f", {name} {value:.4g}" for name, value in trainer.metrics.items())
         return (
             f"checked: one window of {record['effective_batch']:,} samples on {processes}: loss {record['loss']:.4f}, "
-            f"gradient norm {record['grad_norm']:.3g}{skipped}"
+            f"gradient norm {record['grad_norm']:.3g}{skipped}{size}"
             f"{'; validated on a few samples' + means if means else ''}. Nothing was written."
         )

@@ -50,7 +50,9 @@ class ReplayUpdater(Updater):
             self._run_twice(window, state.update)
         except Exception as error:
             self.exchange.stop(error)
-        return self.finish(window, state)
+        outcome = self.finish(window, state)
+        size = float(self._joined.bytes * self.strategy.data_parallel_size)
+        return outcome if outcome.aborted else outcome._replace(metrics={**outcome.metrics, "window_bytes": size})
 
     def _run_twice(self, window: Window, update: int) -> None:
         micros: list[MicroBatch] = []

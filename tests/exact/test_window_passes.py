@@ -226,6 +226,17 @@ class LogsItsLoss(Clip):
         return loss
 
 
+def sizes(K: int) -> Any:
+    watch = Watch()
+    Trainer("ddp", 3, K, max_epochs=1, callbacks=watch).fit(Clip(24))
+    return [record["window_bytes"] for record in watch.records]
+
+
+def test_the_bytes_of_the_outputs_are_recorded() -> None:
+    row, scale = 2 * 4 * 8, 16  # two outputs of four float64; one number, aligned
+    assert run(2, sizes, 2) == [[2 * 2 * (3 * row + scale)] * 2] * 2
+
+
 def halves(K: int) -> Any:
     watch = Watch()
     Trainer("ddp", 3, K, max_epochs=2, callbacks=watch).fit(LogsItsLoss(22))
