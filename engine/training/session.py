@@ -138,7 +138,7 @@ class Session:
         if self._settings.lr_rule != "none":
             counts["lr_factor"] = window.stage.lr_factor
         K = window.stage.accumulate_grad_batches
-        counts.update(self._updater.lr_of_groups)
+        counts |= self._updater.lr_of_groups
         state.record = self._recorder.record(counts, outcome, self._updater.lr, K)
 
     @property

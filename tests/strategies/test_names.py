@@ -20,6 +20,7 @@ CONCRETE = {
 OFFERED = {
     "Strategy",
     "Buffers",
+    "bits_of",
     "MicroBatch",
     "Optimizers",
     "PendingRows",
