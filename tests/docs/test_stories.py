@@ -58,6 +58,7 @@ def test_of_an_update_that_is_made_again_the_last_start_counts() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_a_killed_run_is_the_one_left_alone(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from tests.kit.reference import Regression, Samples, Watch, parameters
 from tests.kit.schedules import UNITS, schedule_of, schedules
 
 MORE = int(os.environ.get("TALLY_EXAMPLES", "0"))  # 0: the same examples each time; n: n times as many, and others
-SLOW = pytest.mark.slow
+CAMPAIGN = (pytest.mark.slow, pytest.mark.campaign)
 LONGEST = 17  # epochs, and updates, of a run that updates alone bound
 
 # torch warns where the first update of all is skipped
@@ -246,7 +246,7 @@ def check(case: Case, replicas: Sequence[Run]) -> None:
     assert [sorted(sum(share, [])) for share in shares] == [sorted(rows) for rows in updates]
 
 
-@pytest.mark.parametrize("number", [100, pytest.param(500, marks=SLOW)])
+@pytest.mark.parametrize("number", [100, pytest.param(500, marks=CAMPAIGN)])
 def test_any_run_of_one_process(number: int) -> None:
     @given(cases(P=1))
     @examples(number)
@@ -256,7 +256,7 @@ def test_any_run_of_one_process(number: int) -> None:
     search()
 
 
-@pytest.mark.parametrize("number", [3, pytest.param(12, marks=SLOW)])
+@pytest.mark.parametrize("number", [3, pytest.param(12, marks=CAMPAIGN)])
 @pytest.mark.parametrize("P", [2, 3, 4])
 def test_any_run_of_several_processes(P: int, number: int) -> None:
     @given(st.lists(cases(P), min_size=1, max_size=20))

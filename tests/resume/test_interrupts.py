@@ -37,7 +37,7 @@ def fit_under_fire(folder: str, seed: int, fires: bool) -> Any:
         signal.signal(signal.SIGTERM, original)
 
 
-@pytest.mark.parametrize("times", [12, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [12, pytest.param(50, marks=(pytest.mark.slow, pytest.mark.campaign))])
 def test_sigterm_at_random_moments(tmp_path: Path, times: int) -> None:
     folder, interrupted = tmp_path / "run", 0
     expected = run(2, fit_under_fire, str(tmp_path / "whole" / "run"), 0, False)

@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc"),
 ]
 
-KILLS = int(os.environ.get("TALLY_KILLS", "10"))
+KILLS = int(os.environ.get("TALLY_KILLS", "5"))
 PATIENCE = 8.0  # seconds to wait for another host
 
 

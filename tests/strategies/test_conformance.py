@@ -42,8 +42,12 @@ def test_ddp_keeps_every_promise(check: Callable[[Backend], None]) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "ours",
-    [backend("single", 1), backend("dp", 1, devices=3), backend("ddp", 1), backend("ddp", 3, bucket_cap_mb=1e-4)],
-    ids=["single", "dp3", "ddp1", "ddp3"],
+    [
+        pytest.param(backend("single", 1), id="single"),
+        pytest.param(backend("dp", 1, devices=3), id="dp3", marks=pytest.mark.campaign),
+        pytest.param(backend("ddp", 1), id="ddp1", marks=pytest.mark.campaign),
+        pytest.param(backend("ddp", 3, bucket_cap_mb=1e-4), id="ddp3"),
+    ],
 )
 def test_ours_keep_every_promise(ours: Backend) -> None:
     assert red(ours) == []
