@@ -40,13 +40,6 @@ FAULTS = [
         f"{LOGGED}::test_what_cannot_be_recorded_ends_all_processes",
     ),
     Fault(
-        "forget at a resume which names were agreed on",
-        "Updater.load_state_dict",
-        'self.exchange.agree_on(state.get("logged", ()))',
-        "pass",
-        f"{LOGGED}::test_a_dropped_window_is_not_counted_and_a_resumed_run_logs_on",
-    ),
-    Fault(
         "wait for each mean that is logged",
         "MeanSums.add",
         "self.by_name[name] = total, weight",
