@@ -16,7 +16,7 @@ from tests.kit.optimizers import KeepModel, is_matrix, tower
 from tests.kit.processes import run
 from tests.kit.reference import Regression, in_order
 
-SAMPLES, EPOCHS, CLIP = 36, 2, 0.2
+SAMPLES, WINDOW, EPOCHS, CLIP = 72, 24, 2, 0.2
 
 
 class Polar(torch.optim.Optimizer):
@@ -58,7 +58,7 @@ class Whole(Regression):
 
 
 def fit(strategy: Strategy, task: Whole) -> Any:
-    N = 12 // (2 * strategy.data_parallel_size)
+    N = WINDOW // (2 * strategy.data_parallel_size)
     trainer = Trainer(strategy, N, 2, gradient_clip_norm=CLIP, shuffle=False, max_epochs=EPOCHS, callbacks=KeepModel())
     trainer.fit(task)
     kept = sum(
@@ -75,7 +75,7 @@ def by_hand(task: Whole) -> tuple[Tensor, list[dict[str, Tensor]]]:
     torch.manual_seed(0)
     model = task.model()
     optimizers = task.configure_optimizer(model)
-    for rows in in_order(SAMPLES, 12) * EPOCHS:
+    for rows in in_order(SAMPLES, WINDOW) * EPOCHS:
         model.zero_grad()
         nn.functional.mse_loss(model(task.x[list(rows)]), task.y[list(rows)]).backward()
         clip_grad_norm_(model.parameters(), CLIP)
