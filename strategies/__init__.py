@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from strategies.base import MicroBatch as MicroBatch
 from strategies.base import PendingRows as PendingRows
 from strategies.base import Strategy as Strategy
-from strategies.base import bits_of as bits_of
+from strategies.bits import sum_of_bits as sum_of_bits
 from strategies.buffers import Buffers as Buffers
 from strategies.ddp import DDPStrategy as DDPStrategy
 from strategies.dp import DPStrategy as DPStrategy

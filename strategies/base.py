@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from strategies.bits import sum_of_bits
 from strategies.errors import UserError
 from strategies.gradient_norm import norm_of
 from strategies.optimizer_state import copy_of, load_named_state, named_state, user_module, user_name
@@ -56,8 +57,10 @@ class Strategy(TwoPasses, ABC):
 
     defers_reduction: bool = True
     """Whether gradients are reduced once per window; False: once per micro-batch."""
+
     resumes_exactly: bool = True
     """Whether a resumed run equals the uninterrupted run to the bit."""
+
     micro_batches: int | None = None
     """K, if it is fixed when the strategy is built; `run_window` then runs a window as a whole."""
 
@@ -66,8 +69,10 @@ class Strategy(TwoPasses, ABC):
 
     evaluates_alone: bool = True
     """Whether a process can stop validating while the others continue."""
+
     message_length = 0
     """The numbers in each message of an engine by `exchange`; the engine sets it."""
+
     left_out: Collection[str] = ()
     """The parameters that `state_dict` leaves out, by name; the engine sets it."""
 
@@ -269,7 +274,7 @@ class Strategy(TwoPasses, ABC):
         """
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for parameter in self._parameters:
-            total += bits_of(self._local(parameter.detach()))
+            total += sum_of_bits(self._local(parameter.detach()))
         return int(total)
 
     # Checkpoints and costs
@@ -341,13 +346,3 @@ class Strategy(TwoPasses, ABC):
     def _copied(self, tensor: Tensor) -> Tensor:
         """The copy of a tensor that `state_dict` returns."""
         return tensor.clone() if tensor.is_cpu else tensor.detach().to("cpu", copy=True)
-
-
-def bits_of(values: Tensor) -> Tensor:
-    """Return the sum of a tensor's bits as integers (0-dim)."""
-    values = values.contiguous()
-    flat = (torch.view_as_real(values) if values.is_complex() else values).view(-1)
-    return flat.view(_INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

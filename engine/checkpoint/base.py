@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError
-from strategies import Strategy, bits_of, user_name
+from strategies import Strategy, sum_of_bits, user_name
 
 
 class Base:
@@ -73,7 +73,7 @@ def _mark(parameter: Tensor) -> tuple[int, int]:
     """Return the writes to a parameter, and the sum of its bits here: nobody counts those to its `data`."""
     own: Any = parameter.detach()
     own = own.to_local() if hasattr(own, "to_local") else own
-    return parameter._version, 0 if own.is_meta else int(bits_of(own))
+    return parameter._version, 0 if own.is_meta else int(sum_of_bits(own))
 
 
 def _digest(tensor: Tensor) -> str:

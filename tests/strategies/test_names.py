@@ -20,7 +20,6 @@ CONCRETE = {
 OFFERED = {
     "Strategy",
     "Buffers",
-    "bits_of",
     "MicroBatch",
     "Optimizers",
     "PendingRows",
@@ -29,6 +28,7 @@ OFFERED = {
     "find",
     "parts_of",
     "resolve",
+    "sum_of_bits",
     "user_name",
     "with_modes",
 }
