@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy
 import torch
-
-from engine.errors import UserError
 
 FETCH_STREAM, MODEL_STREAM, EPOCH_STREAM, WINDOW_STREAM, VALIDATION_STREAM = 1, 2, 3, 4, 5
 """Set apart the draws of datasets, of the model, of an epoch's iterables, of host generators, and of validation."""
@@ -18,8 +13,6 @@ FETCH_STREAM, MODEL_STREAM, EPOCH_STREAM, WINDOW_STREAM, VALIDATION_STREAM = 1, 
 ODD = 0x9E3779B97F4A7C15
 """An odd multiplier maps indices one to one to the low 32 bits of a seed; the CPU's generator uses no others."""
 SEED_BITS = 0xFFFFFFFFFFFFFFFF
-MT19937_BYTES = 625 * 4
-"""The state of numpy's default generator: 624 words, and a position."""
 
 
 def mix(*numbers: int) -> int:
@@ -51,29 +44,3 @@ def seed_everything(seed: int) -> None:
 def forward_seed(seed: int, epoch: int) -> int:
     """Return the seed of an epoch's forwards; a micro-batch adds `ODD * seed_index`, so that no seed depends on P."""
     return mix(seed, MODEL_STREAM, epoch)
-
-
-@contextmanager
-def generators_restored() -> Iterator[None]:
-    """Restore torch's, Python's and numpy's default generators afterwards, at the cost of a few draws.
-
-    `numpy.random.get_state` is 100 times slower than a copy of the generator's memory. That lacks the second of two
-    normal numbers, which are made together: it is kept if a draw leaves the memory as it was.
-    """
-    torch_state, python_state = torch.default_generator.get_state(), random.getstate()
-    generator = numpy.random.get_bit_generator()  # type: ignore[attr-defined]
-    if type(generator) is not numpy.random.MT19937:
-        raise UserError(f"numpy's default generator is a {type(generator).__name__}: expected MT19937, its own.")
-    address = generator.ctypes.state_address
-    numpy_state = ctypes.string_at(address, MT19937_BYTES)
-    normal = numpy.random.standard_normal()
-    has_normal = ctypes.string_at(address, MT19937_BYTES) == numpy_state
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(torch_state)
-        random.setstate(python_state)
-        ctypes.memmove(address, numpy_state, MT19937_BYTES)
-        numpy.random.set_bit_generator(generator)  # type: ignore[attr-defined]  # forgets the second normal number
-        if has_normal:
-            numpy.random.set_state({**numpy.random.get_state(legacy=False), "has_gauss": 1, "gauss": normal})

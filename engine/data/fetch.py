@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Dataset, TensorDataset, get_worker_info
 
+from engine.data.generators import generators_restored
 from engine.errors import UserError
-from engine.seeds import FETCH_STREAM, generators_restored, mix, seed_host
+from engine.seeds import FETCH_STREAM, mix, seed_host
 from engine.task import Batching
 
 
