@@ -17,7 +17,7 @@ from engine.callbacks.base import around_validation, as_callbacks, call
 from engine.callbacks.progress import Progress
 from engine.checkpoint.checkpointer import Checkpointer
 from engine.checkpoint.snapshot import restore
-from engine.data.checks import check_windows
+from engine.data.checks import check_window_losses, check_windows
 from engine.errors import ProcessFailureError, UserError, describe, writing
 from engine.loggers.base import Start, opened
 from engine.loggers.names import make_loggers
@@ -94,6 +94,7 @@ class Trainer:
         if the run's own files could not be written.
         """
         with self._alone("fit", task), ExitStack() as exits:
+            check_window_losses(task, self.strategy)
             self.state, self._control, self._signals, self._trained = RunState(), Control(), Signals(), None
             try:
                 self.strategy.setup()

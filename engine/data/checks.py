@@ -7,6 +7,8 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.plan.windows import Plan
+from engine.task import Task
+from engine.window_task import WindowTask
 from strategies import Strategy
 
 
@@ -26,9 +28,10 @@ def check_windows(scheduling: Mapping[int, int], strategy: Strategy) -> None:
         )
 
 
-def check_window_losses(strategy: Strategy) -> None:
-    """Raise UserError if the strategy cannot run a window twice."""
-    if strategy.micro_batches is not None or not strategy.supports_window_losses:
+def check_window_losses(task: Task, strategy: Strategy) -> None:
+    """Raise UserError if the task has a loss over windows, and the strategy cannot run a window twice."""
+    runs_twice = strategy.supports_window_losses and strategy.micro_batches is None
+    if isinstance(task, WindowTask) and not runs_twice:
         raise UserError(
             f"strategy {strategy.name!r} does not support losses over a window: expected one that can run a window "
             "twice. Use DDPStrategy or FSDPStrategy."

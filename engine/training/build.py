@@ -27,7 +27,7 @@ from engine.checkpoint.snapshot import (
     saved_schedule,
     window_identity,
 )
-from engine.data.checks import check_equal_windows, check_window_losses, check_windows
+from engine.data.checks import check_equal_windows, check_windows
 from engine.data.map_style import LoaderOptions
 from engine.data.prefetch import Prefetch
 from engine.data.sources import make_plan, make_source
@@ -86,8 +86,6 @@ def build(
     configuration: Mapping[str, Any],
 ) -> Run:
     """Build data, model, optimizer and updater of `task`. Raises UserError for what cannot be trained."""
-    if isinstance(task, WindowTask):
-        check_window_losses(strategy)
     prepare_data(task, strategy)
     layout = lay_out(task, settings, scheduling, strategy, checkpoint)
     source = _source(task, settings, strategy, layout)
