@@ -39,8 +39,8 @@ class Exchange:
         self.agree_on(())
         self.grad_norm = math.nan
         """The gradient norm of the last update: replicas compare it in the next message."""
-        self.is_late = False
-        """Whether a process without a micro-batch sends its message later than at the window's start."""
+        self.sends_at_start = True
+        """Whether a process without a micro-batch sends its message at the window's start."""
         self._rows: list[list[float]] = []
         self._pairs: dict[str, Pair] = {}
         self._pending: PendingRows | None = None
@@ -53,7 +53,7 @@ class Exchange:
         if self.is_alone:
             return
         self._pending, self._began = None, time.perf_counter()
-        if window.is_empty and not self.is_late:
+        if window.is_empty and self.sends_at_start:
             self.send()
 
     def send(self) -> None:

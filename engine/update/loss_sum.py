@@ -26,7 +26,7 @@ class LossSum:
     def __init__(self, scale: float, is_recorded: bool) -> None:
         self.micro_batches = self.samples = 0
         """Micro-batches, and their samples, whose loss has been added."""
-        self._scale, self.is_recorded = scale, is_recorded
+        self.scale, self.is_recorded = scale, is_recorded
         self._weight = 0.0
         self._device_weight: Tensor | None = None
         self._least_weight: Tensor | None = None
@@ -58,7 +58,7 @@ class LossSum:
         self.micro_batches += 1
         if self.is_recorded:
             self._add_loss(value.detach(), share)
-        return value, share * self._scale
+        return value, share * self.scale
 
     def add_window(self, loss: Tensor, samples: int, micro_batches: int) -> None:
         """Add the loss of a whole window, with the weight of this process's samples."""

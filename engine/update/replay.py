@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
@@ -37,10 +38,12 @@ class ReplayUpdater(Updater):
     ) -> None:
         super().__init__(*args)
         self._window_loss, self._keeps_on_host = window_loss, keeps_batches_on_host
-        self.scale.is_final = self.exchange.is_late = True
+        self.scale.is_final, self.exchange.sends_at_start = True, False
         self._joined = JoinedOutputs(self.strategy)
-        self._starts: list[_Start] = []
-        self._end = _Start(self.model)
+        self._before: list[_ForwardState] = []
+        """The state before the first forward of each micro-batch, by index."""
+        self._after = _ForwardState(self.model)
+        """The state after the first pass, in which the window ends."""
 
     def run(self, loss_of: Any, window: Window, state: RunState, requests: Requests = NO_REQUESTS) -> Outcome:
         """Run one window and make its update; `loss_of` is `WindowTask.outputs`. Otherwise as `Updater.run`."""
@@ -55,62 +58,65 @@ class ReplayUpdater(Updater):
         return outcome if outcome.aborted else outcome._replace(metrics={**outcome.metrics, "window_bytes": size})
 
     def _run_twice(self, window: Window, update: int) -> None:
-        micros: list[MicroBatch] = []
-        outputs: dict[int, Outputs] = {}
-        problem: Exception | None = None
-        kept: Outputs = {}
-        with ExitStack() as context:
-            try:
-                for micro in self.timer.watch(window, update):
-                    micros.append(micro)
-                    if micro.is_last:
-                        context.enter_context(self.strategy.accumulation_context(len(micros) == 1))
-                        kept = self._outputs(micro, len(micros) - 1)
-                        outputs[micro.seed_index] = detached(kept)
-                        continue
-                    with self.strategy.first_pass():
-                        outputs[micro.seed_index] = self._outputs(micro, len(micros) - 1)
-                    if self._keeps_on_host:
-                        micro.batch = tree_map_only(Tensor, Tensor.cpu, micro.batch)
-            except Exception as error:
-                if self.strategy.has_lost_contact(error):
-                    raise
-                problem = error
-            self._end.keep()
-            gradients = self._gradients(None if problem else outputs, problem, sum(micro.size for micro in micros))
-            if not micros:
+        strategy = self.strategy
+        with ExitStack() as context:  # of the last micro-batch: its backward follows its forward
+            first = self._first_pass(window, update, context)
+            gradients = self._gradients(first, update)
+            if not first.micros:
                 self.exchange.send()
-                self.strategy.join(window)
+                strategy.join(window)
                 return
-            loss = surrogate(kept, gradients[-1], self._scale)
-            if len(micros) == 1:
+            loss = surrogate(first.last_outputs, gradients[-1], self.losses.scale)
+            if len(first.micros) == 1:
                 self.exchange.send()
-            self.strategy.backward(loss, 1.0)
+            strategy.backward(loss, 1.0)
+        self._second_pass(first, gradients)
+        self._after.restore()
+
+    def _first_pass(self, window: Window, update: int, context: ExitStack) -> _FirstPass:
+        """Run a forward of each micro-batch; the last one keeps its graph, and its context is entered in `context`."""
+        first = _FirstPass()
+        try:
+            for index, micro in enumerate(self.timer.watch(window, update)):
+                first.micros.append(micro)
+                if micro.is_last:
+                    context.enter_context(self.strategy.accumulation_context(index == 0))
+                    first.last_outputs = self._outputs(micro, index)
+                    first.outputs[micro.seed_index] = detached(first.last_outputs)
+                    continue
+                with self.strategy.first_pass():
+                    first.outputs[micro.seed_index] = self._outputs(micro, index)
+                if self._keeps_on_host:
+                    micro.batch = tree_map_only(Tensor, Tensor.cpu, micro.batch)
+        except Exception as error:
+            if self.strategy.has_lost_contact(error):
+                raise
+            first.problem = error  # the others wait for this process's outputs: it has to tell them
+        self._after.keep()
+        return first
+
+    def _second_pass(self, first: _FirstPass, gradients: list[dict[str, Tensor]]) -> None:
+        """Run forward and backward of each micro-batch but the last; the final one of them is reduced."""
         differ: list[Tensor] = []
-        for index, (micro, first) in enumerate(zip(micros[:-1], outputs.values(), strict=False)):
-            is_last = index == len(micros) - 2
-            with self.strategy.accumulation_context(is_last):
-                self._starts[index].restore()
-                again = self._outputs(micro, index, is_replay=True)
-                differ.append(differences(first, again))
-                loss = surrogate(again, gradients[index], self._scale)
-                if is_last:
-                    self._check_replay(differ, micros)
+        again = first.micros[:-1]
+        for index, (micro, outputs_before) in enumerate(zip(again, first.outputs.values(), strict=False)):
+            is_final = index == len(again) - 1
+            with self.strategy.accumulation_context(is_final):
+                self._before[index].restore()
+                outputs = self._outputs(micro, index, is_replay=True)
+                differ.append(differences(outputs_before, outputs))
+                loss = surrogate(outputs, gradients[index], self.losses.scale)
+                if is_final:
+                    self._check_replay(differ, again)
                     self.exchange.send()
                 self.strategy.backward(loss, 1.0)
-        self._end.restore()
-
-    def begin(self, window: Window, state: RunState, requests: Requests = NO_REQUESTS) -> None:
-        super().begin(window, state, requests)
-        self._scale = self.scale.begin(window)
-        self._window_seed = self._epoch_seed ^ state.update
 
     def _outputs(self, micro: MicroBatch, index: int, is_replay: bool = False) -> Outputs:
-        """Run the forward of a micro-batch; the first time, keep what its second time begins with."""
+        """Run the forward of a micro-batch; the first time, keep the state before it."""
         if not is_replay:
-            if index == len(self._starts):
-                self._starts.append(_Start(self.model))
-            self._starts[index].keep()
+            if index == len(self._before):
+                self._before.append(_ForwardState(self.model))
+            self._before[index].keep()
         self.before_forward(micro)
         batch = self.strategy.to_device(micro.batch) if is_replay and self._keeps_on_host else micro.batch
         outputs = check_outputs(self._loss_of(self.model, batch), micro)
@@ -119,26 +125,26 @@ class ReplayUpdater(Updater):
         self.logged.clear()
         return outputs
 
-    def _gradients(
-        self, outputs: dict[int, Outputs] | None, problem: Exception | None, samples: int
-    ) -> list[dict[str, Tensor]]:
-        """Return the gradients of the window's loss by this process's micro-batches. Raises `problem` on its process.
+    def _gradients(self, first: _FirstPass, update: int) -> list[dict[str, Tensor]]:
+        """Return the gradients of the window's loss by this process's micro-batches. Raises the problem of its pass.
 
         If another process has one, raises Interrupted: the window ends as after a signal, and the message says why.
         """
-        self.strategy.end_first_pass(bool(outputs))
-        all_are_here = self._joined.join(outputs)
-        if problem is not None:
-            raise problem
+        self.strategy.end_first_pass(first.problem is None and bool(first.micros))
+        all_are_here = self._joined.join(first.outputs if first.problem is None else None)
+        if first.problem is not None:
+            raise first.problem
         if not all_are_here:
             raise Interrupted
-        self.strategy.seed(self._window_seed)
-        seed_host(self._window_seed)
+        seed = self._epoch_seed ^ update  # the same draws on all processes
+        self.strategy.seed(seed)
+        seed_host(seed)
         loss, gradients = self._joined.gradients(self._window_loss, self._parameters)
+        samples = sum(micro.size for micro in first.micros)
         if self.logged and samples and self.losses.is_recorded:  # the same on all processes
             self.exchange.means.log(self.logged, MicroBatch(None, samples, 0, is_last=True))
         self.logged.clear()
-        self._end.restore_host()
+        self._after.restore_host()
         self.losses.add_window(loss, samples, len(gradients))
         return gradients
 
@@ -170,7 +176,7 @@ class ReplayUpdater(Updater):
             for _ in range(2):
                 runs.append([])
                 with torch.no_grad():
-                    self._starts[index].restore()
+                    self._before[index].restore()
                     self._outputs(micro, index, is_replay=True)
         finally:
             for hook in hooks:
@@ -181,8 +187,20 @@ class ReplayUpdater(Updater):
         return None
 
 
-class _Start:
-    """The state before a forward: buffers and the host's generators. Torch's generators are seeded instead."""
+@dataclass
+class _FirstPass:
+    """The micro-batches of a window on this process, and what their first forwards gave."""
+
+    micros: list[MicroBatch] = field(default_factory=list)
+    outputs: dict[int, Outputs] = field(default_factory=dict)
+    """Without graphs, by seed index."""
+    last_outputs: Outputs = field(default_factory=dict)
+    """Those of the last micro-batch, with their graph."""
+    problem: Exception | None = None
+
+
+class _ForwardState:
+    """The state that a forward reads: buffers and the host's generators. Torch's generators are seeded instead."""
 
     def __init__(self, model: nn.Module) -> None:
         self._buffers = Buffers(model)

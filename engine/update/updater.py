@@ -77,7 +77,7 @@ class Updater:
         buffers = Buffers(model)
         self.rollback = Rollback(buffers, self.host_rng) if self.host_rng or buffers.exist else None
         self.timer = timer
-        self._last = (options.updates or 0) - 1
+        self._last_update = (options.updates or 0) - 1
         self.logged: list[Logged] = []
         """The values that the forward of the current micro-batch has logged."""
         self.on_gradients: Callable[[], None] | None = None
@@ -86,7 +86,7 @@ class Updater:
         self._needs_norm = bool(self._skips_nonfinite or options.gradient_clip_norm or options.is_recorded)
         self._epoch, self._epoch_seed = -1, 0
         self._last_group: dict[str, Any] | None = None
-        self._groups = 0
+        self._group_count = 0
         self._parameters = [*model.parameters()]
 
     def run(self, loss_of: LossOf, window: Window, state: RunState, requests: Requests = NO_REQUESTS) -> Outcome:
@@ -105,12 +105,12 @@ class Updater:
 
     def begin(self, window: Window, state: RunState, requests: Requests = NO_REQUESTS) -> None:
         """Begin a window: nothing is summed yet."""
-        is_recorded = self.options.is_recorded or state.update in (0, self._last)  # errors come early
+        is_recorded = self.options.is_recorded or state.update in (0, self._last_update)  # errors come early
         self.losses = LossSum(self.scale.begin(window), is_recorded)
         if self.rollback is not None:
             self.rollback.begin(state.update)
         groups = self.optimizer.param_groups
-        if state.epoch != self._epoch or groups[-1] is not self._last_group or len(groups) != self._groups:
+        if state.epoch != self._epoch or groups[-1] is not self._last_group or len(groups) != self._group_count:
             self._start_epoch(state.epoch)
         self.strategy.start_window(window.most_micro_batches)
         self.exchange.begin(window, self.losses, requests)
@@ -118,7 +118,7 @@ class Updater:
     def _start_epoch(self, epoch: int) -> None:
         """Seed an epoch. Raises UserError if the model or the optimizer has other parameters than at the start."""
         self._epoch, self._epoch_seed = epoch, forward_seed(self.options.seed, epoch)
-        self._last_group, self._groups = self.optimizer.param_groups[-1], len(self.optimizer.param_groups)
+        self._last_group, self._group_count = self.optimizer.param_groups[-1], len(self.optimizer.param_groups)
         check_parameters(self.model, self.optimizer, self._parameters)
         names = group_names(self.optimizer)
         self._group_names = names if len(names) > 1 else []
@@ -181,8 +181,7 @@ class Updater:
         self.scale.end(agreed.weight, overflowed)
         self.lr = lr_factor * float(self.optimizer.param_groups[0]["lr"])
         if self._group_names:
-            rates = [lr_factor * float(group["lr"]) for group in self.optimizer.param_groups]
-            self.lr_of_groups = {f"lr/{name}": rate for name, rate in zip(self._group_names, rates, strict=True)}
+            self._note_lr_of_groups(lr_factor)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self.strategy.clear_gradients()
@@ -190,6 +189,10 @@ class Updater:
         mean = agreed.loss / agreed.weight if self.losses.is_recorded and agreed.weight else math.nan
         stop, save, metrics = agreed.stop > 0, agreed.save > 0, self.exchange.metrics
         return Outcome(agreed.weight, mean, samples, norm, skipped, overflowed, stop, save, metrics=metrics)
+
+    def _note_lr_of_groups(self, lr_factor: float) -> None:
+        rates = [lr_factor * float(group["lr"]) for group in self.optimizer.param_groups]
+        self.lr_of_groups = {f"lr/{name}": rate for name, rate in zip(self._group_names, rates, strict=True)}
 
     def _undo(self) -> Outcome:
         """Return to the boundary before the window: drop its gradients, restore what forward has changed."""

@@ -63,7 +63,7 @@ FAULTS = [
     Fault(
         "overlook parameters that come within an epoch",
         "Updater.begin",
-        "groups[-1] is not self._last_group or len(groups) != self._groups",
+        "groups[-1] is not self._last_group or len(groups) != self._group_count",
         "False",
         "tests/exact/test_frozen.py::test_parameters_that_come_or_go_are_refused",
     ),
@@ -237,8 +237,8 @@ FAULTS = [
     ),
     Fault(
         "arm the reduction in the first of two passes",
-        "ReplayUpdater._run_twice",
-        "self.strategy.accumulation_context(len(micros) == 1)",
+        "ReplayUpdater._first_pass",
+        "self.strategy.accumulation_context(index == 0)",
         "self.strategy.accumulation_context(True)",
         "tests/exact/test_window_passes.py -k collectives",
     ),
@@ -259,7 +259,7 @@ FAULTS = [
     Fault(
         "keep the buffers that the second pass has moved",
         "ReplayUpdater._run_twice",
-        "self._end.restore()",
+        "self._after.restore()",
         "pass",
         "tests/exact/test_window_losses.py -k buffers",
     ),
