@@ -57,7 +57,7 @@ class Trainer:
         check_compiles(settings.compile_model, self.strategy)
         self.callbacks = as_callbacks(settings.callbacks) + ([Progress()] if settings.progress else [])
         self.loggers = make_loggers(settings.loggers, settings.run_dir)
-        """Where records go, beside the `run_dir`."""
+        """The loggers that get records, beside the `run_dir`."""
         self.scheduling = find_scheduler(
             self.callbacks, settings.accumulate_grad_batches, settings.effective_batch_size
         )
@@ -65,7 +65,7 @@ class Trainer:
         schedule = make_schedule(N, self.strategy.effective_batch, scheduling.by_start, scheduling.unit, B)
         check_windows({stage.first: stage.accumulate_grad_batches for stage in schedule.stages}, self.strategy)
         self.state = RunState()
-        """Where the run is."""
+        """The epoch, the update and the other counters of the run."""
         self._control = Control()
         self._signals = Signals()
         self._recorder = Recorder([])

@@ -227,7 +227,7 @@ class Lookahead:
 
     @property
     def position(self) -> dict[str, Any]:
-        """Where the stream stands before the item that was read ahead."""
+        """The position of the stream before the item that was read ahead."""
         return {"taken": self._taken, "has_ended": not self.has_next, "state": self._state}
 
     def take(self, keeps_state: bool = False) -> Any:

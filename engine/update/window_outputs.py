@@ -16,7 +16,7 @@ from strategies import MicroBatch, Strategy
 
 Outputs = dict[str, Output]
 Place = tuple[int, int, int]
-"""Where a micro-batch is: the index of its seed, its process, and its index there. Sorted, they are in sample order."""
+"""The place of a micro-batch: its seed index, its process, and its index there. Sorted, they are in sample order."""
 
 ALIGNMENT = 16  # bytes: an output of any dtype can begin there
 CHECKED = 1 << 26  # bytes: for larger outputs the free memory is looked up

@@ -1,1 +1,1 @@
-"""What can be said in Python can be said on the command line, and tried before it trains."""
+"""Every setting of Python works on the command line, and can be tried before it trains."""

@@ -1,4 +1,4 @@
-"""What nobody asks for is not imported: FSDP and pipelines, and sympy with them, take longer than all of torch."""
+"""Imports on demand: FSDP, pipelines and sympy, which take longer than torch, load only when asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--plan`, `--check` and `--help`: what the command line does instead of training."""
+"""`--plan`, `--check` and `--help`: the modes that do not train."""
 
 from __future__ import annotations
 

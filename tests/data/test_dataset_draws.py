@@ -1,4 +1,4 @@
-"""A dataset's draws: seeded once a piece, whatever P, K and workers, and no sample fetched twice."""
+"""Random draws of a dataset: seeded once per micro-batch for any P, K and workers; each sample is fetched once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loaders of one's own, stopped in the middle of an epoch and resumed: to the sample, on one and two processes."""
+"""Loaders resumed in the middle of an epoch: to the sample, on one and two processes."""
 
 from __future__ import annotations
 

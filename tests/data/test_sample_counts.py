@@ -1,4 +1,4 @@
-"""The number of samples is that of the batch: a mean weighs what it is a mean of, or is refused."""
+"""Sample counts: a mean is weighted by the samples of its batch, or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ready micro-batches: streams of unknown, uneven and no length give what one big batch gives, and never hang."""
+"""Streams of ready micro-batches: uneven, empty or of unknown length, they are exact and never hang."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`compile_model=True`: the same updates under the same names, and nothing compiled anew where K changes."""
+"""`compile_model=True`: the same updates and names, and no recompile when K changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run does where its model is not on the CPU: on a device made of Python, or on a GPU.
+"""Runs on another device than the CPU: one made of Python, or a GPU.
 
 With TALLY_TEST_DEVICE=cuda these tests run there, and with them those that only a GPU can run.
 """

@@ -1,1 +1,1 @@
-"""What the docs show works as it stands, and the figures that they name are those of their commands."""
+"""Programs, commands and figures in the docs are run and compared."""

@@ -1,4 +1,4 @@
-"""What README and docs show is run as it stands."""
+"""The code in README and docs runs as it stands, and pages follow the rules of language."""
 
 from __future__ import annotations
 

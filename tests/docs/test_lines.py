@@ -1,4 +1,4 @@
-"""The jobs that are counted beside other engines: they do the same, and the page names the counts."""
+"""Jobs counted beside other engines: both programs do the same, and the page has the counts."""
 
 from __future__ import annotations
 

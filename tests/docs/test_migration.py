@@ -1,4 +1,4 @@
-"""The programs of the pages on migration run as they stand, and come out at the numbers that the pages name."""
+"""The migration pages: their programs run as they stand and print the numbers that the pages name."""
 
 from __future__ import annotations
 

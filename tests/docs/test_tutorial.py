@@ -1,4 +1,4 @@
-"""The tutorial as its reader goes through it: each command as it stands, on real processes, up to the two hosts."""
+"""The tutorial from its first command to its last, on real processes."""
 
 from __future__ import annotations
 

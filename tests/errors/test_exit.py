@@ -1,4 +1,4 @@
-"""How a command ends: with a documented status and one line, whatever comes to it from outside, and it does end."""
+"""The end of a command: a documented exit status and one line, whatever happens outside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read aloud: would you know what to do? One line each from the command line, without a word of the parser's."""
+"""Messages of the command line: one line each, with a way out, in words of the project."""
 
 from __future__ import annotations
 

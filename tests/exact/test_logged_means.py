@@ -1,4 +1,4 @@
-"""What a task logs is the exact mean over a window, or a validation, and all processes; wrong names end all at once."""
+"""Logged values: exact means over a window or a validation and all processes; wrong names end all at once."""
 
 from __future__ import annotations
 

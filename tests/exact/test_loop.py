@@ -1,4 +1,4 @@
-"""What happens at a boundary: schedulers, skipped updates, frozen parameters, callbacks, validation, precision."""
+"""Events at a boundary: schedulers, skipped updates, frozen parameters, callbacks, validation, precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real models that nobody here wrote: two language models as they come, checkpointed, compiled; and experts."""
+"""Models of other authors: two language models, with checkpointing and compilation, and a mixture of experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistakes in a loop of one's own: errors on all processes, also where one process alone makes them."""
+"""Mistakes in a loop of your own: errors on all processes, even if one process makes them."""
 
 from __future__ import annotations
 

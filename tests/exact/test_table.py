@@ -1,4 +1,4 @@
-"""Promise 2, the table: every strategy, P, K and tail gives the parameters that one big batch gives, within 1e-12."""
+"""Every strategy, P, K and tail gives the parameters of one big batch, within 1e-12."""
 
 from __future__ import annotations
 

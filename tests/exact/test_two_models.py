@@ -1,4 +1,4 @@
-"""Two models in a loop of one's own: a strategy each, and the one that does not learn frozen; the rest is refused."""
+"""Two models in a loop of your own: one strategy each, and the model that does not learn frozen."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ FAULTS = [
         "tests/output/test_callbacks.py -k early",
     ),
     Fault(
-        "make a schedule anew",
+        "make a schedule again",
         "EpochLR.on_fit_start",
         "group.update(values)",
         "pass",

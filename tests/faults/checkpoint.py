@@ -138,7 +138,7 @@ FAULTS = [
         "tests/exact/test_optimizer_modes.py -k resumed_run",
     ),
     Fault(
-        "go on from any base",
+        "resume from any base",
         "with_base",
         "_digest(base[name]) != digest",
         "False",

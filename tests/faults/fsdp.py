@@ -41,7 +41,7 @@ FAULTS = [
         "'tests/strategies/test_sharded.py::test_processes_that_never_had_a_micro_batch_learn_the_order_from_the_others[2-1]'",
     ),
     Fault(
-        "sharded: go on from the middle of a forward that failed",
+        "sharded: continue from the middle of a forward that failed",
         "CollectiveOrder.finish",
         "if self._position or ",
         "if ",

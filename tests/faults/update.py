@@ -229,7 +229,7 @@ FAULTS = [
         "tests/exact/test_optimizers.py -k share_the_model_out",
     ),
     Fault(
-        "draw anew in the second pass of a window",
+        "draw again in the second pass of a window",
         "ReplayUpdater._outputs",
         "self.before_forward(micro)",
         "is_replay or self.before_forward(micro)",

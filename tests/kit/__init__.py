@@ -1,4 +1,4 @@
-"""What tests share: nothing else is imported by one test from another."""
+"""Shared parts of the tests: the only thing that one test file may import of another."""
 
 from pathlib import Path
 

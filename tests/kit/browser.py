@@ -1,4 +1,4 @@
-"""A real headless Chromium, and what is looked at in it. Tests are skipped where there is none."""
+"""A real headless Chromium, and the pages to open in it. Without one, tests are skipped."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class Started:
         return until(get, seconds, f"{P} workers")
 
     def wait(self, seconds: float) -> int:
-        """Return the exit status. Raises AssertionError, with the output, where there is none in time."""
+        """Return the exit status. Raises AssertionError, with the output, if it does not come in time."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:

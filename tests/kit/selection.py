@@ -21,7 +21,7 @@ OF_FOLDERS = {
     "launch/clusters/": ["tests/packaging/test_clusters.py"],
     "launch/": ["tests/cli"],
 }
-"""The tests of what is no package: those of the first beginning that fits."""
+"""The tests of files outside the packages, by the first path prefix that matches."""
 
 
 def changed_files() -> list[str]:

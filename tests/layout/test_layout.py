@@ -1,4 +1,4 @@
-"""Promise 3: P x K in {1x4, 2x2, 4x1} train the same model on the same samples, dropout and augmentation included."""
+"""P x K in {1x4, 2x2, 4x1} train the same model on the same samples, with dropout and augmentation."""
 
 from __future__ import annotations
 

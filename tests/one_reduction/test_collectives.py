@@ -1,4 +1,4 @@
-"""Promises 1 and 4, by counting: one all-reduce per bucket, one message and a few looks at the device per update."""
+"""Counts per update: one all-reduce per bucket, one message and a few host-device syncs."""
 
 from __future__ import annotations
 

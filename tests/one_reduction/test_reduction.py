@@ -1,4 +1,4 @@
-"""What the reduction costs, measured by a clock that only the work moves; and the model that is calibrated with it."""
+"""The cost of the reduction, by a clock that only the work moves, and the scaling model made from it."""
 
 from __future__ import annotations
 

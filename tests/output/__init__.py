@@ -1,1 +1,1 @@
-"""What a run tells is what it did: progress, loggers, callbacks, figures and the report."""
+"""Output is true: progress, loggers, callbacks, figures and the report say what the run did."""

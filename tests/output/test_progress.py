@@ -1,4 +1,4 @@
-"""Progress as it is seen: in terminals of any kind, in pipes, on one process, and who is slow."""
+"""Progress on screen: terminals of any width, pipes, one process, and the slowest process."""
 
 from __future__ import annotations
 

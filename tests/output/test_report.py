@@ -1,4 +1,4 @@
-"""The report without a browser: what is read, what is thinned, what is said, and what is refused."""
+"""The report without a browser: reading, thinning, wording and refusals."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is shipped is enough: the wheel, the recipes and the templates; its parts import one another one way."""
+"""The package is enough: wheel, recipes and templates work alone, and imports go one way."""

@@ -1,4 +1,4 @@
-"""What is shipped: its contents, and that somebody who has nothing else can work with it."""
+"""The wheel and sdist: their contents, and a run with nothing else installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The count of the structure, on a small tree whose numbers can be checked by hand."""
+"""The structure count, on a small tree whose numbers can be checked by hand."""
 
 from __future__ import annotations
 

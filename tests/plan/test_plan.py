@@ -1,4 +1,4 @@
-"""The pure modules: thousands of cases against definitions so plain that they can be read."""
+"""The pure modules: thousands of cases against plain definitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan says is what the run does, update by update; and what it warns of."""
+"""A plan is what the run does, update by update; and its warnings."""
 
 from __future__ import annotations
 

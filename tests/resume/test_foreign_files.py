@@ -1,4 +1,4 @@
-"""Run folders, checkpoints, weights and options from somebody else touch nothing outside, and hang nowhere."""
+"""Run folders, checkpoints, weights and options of strangers write nothing outside and never hang."""
 
 from __future__ import annotations
 

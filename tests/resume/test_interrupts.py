@@ -1,4 +1,4 @@
-"""Signals: all processes stop at the same boundary, with a checkpoint, and go on as if nothing had been."""
+"""Signals: all processes stop at the same boundary with a checkpoint, and resume without a trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A resume reads what it needs: each host hashes a checkpoint once, and records are read from their end."""
+"""Cost of a resume: each host hashes a checkpoint once, and records are read from their end."""
 
 from __future__ import annotations
 

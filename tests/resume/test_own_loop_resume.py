@@ -1,4 +1,4 @@
-"""A loop of one's own that is saved and resumed, from its own checkpoint, at any update and on any P."""
+"""A loop of your own, saved and resumed from its own checkpoint, at any update and on any P."""
 
 from __future__ import annotations
 

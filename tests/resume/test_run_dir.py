@@ -1,4 +1,4 @@
-"""What `run_dir` and `resume` mean: what is gone on with, refused, extended, set aside, and never overwritten."""
+"""The meaning of `run_dir` and `resume`: resumed, refused, extended, set aside, never overwritten."""
 
 from __future__ import annotations
 

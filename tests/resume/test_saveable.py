@@ -1,4 +1,4 @@
-"""What a checkpoint cannot hold is refused at once, on all processes; all else is resumed to the bit."""
+"""State that no checkpoint can hold is refused at once, on all processes; all else resumes to the bit."""
 
 from __future__ import annotations
 

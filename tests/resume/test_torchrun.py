@@ -1,4 +1,4 @@
-"""Real torchrun, at the ends: workers and hosts that are killed, told to stop or cut off, and runs that go on."""
+"""Real torchrun: workers and hosts are killed, interrupted or cut off, and the run resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients that live in DDP's buckets: as exact, in one place for the whole run, and None where nobody made one."""
+"""Gradients that live in DDP's buckets: exact, in one place for the whole run, None if unused."""
 
 from __future__ import annotations
 

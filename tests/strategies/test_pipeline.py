@@ -1,4 +1,4 @@
-"""A pipeline trains what one device trains: tables, tokens, clipping, skips, metrics, checkpoints, and how it fails."""
+"""A pipeline trains like one device: tables, tokens, clipping, skips, metrics, checkpoints, failures."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class Outcome:
 
 
 def witnessed(folder: Path, files: str = "seen-*") -> list[dict[str, Any]]:
-    """Return what was written down; a last line that is half written, or was when its process was killed, is none."""
+    """Return the complete lines; a killed process may have left half of its last one."""
     texts = [file.read_text() for file in folder.glob(files)]
     return [json.loads(line) for text in texts for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
