@@ -22,7 +22,7 @@ def parameter_groups(model: nn.Module, /, **rules: Rule) -> list[dict[str, Any]]
 
     A rule is a pattern of names such as "*.bias", a list of patterns, or a function of name and parameter. A parameter
     goes to the first rule that matches. Frozen ones do too: they may learn later. The name is that of the learning rate
-    in records. Raises UserError for a trainable parameter that no rule matches, and for a rule that is left without.
+    in records. Raises UserError for a trainable parameter that no rule matches, and for a rule without a parameter.
     """
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in rules}
     unmatched = []
@@ -77,7 +77,7 @@ class LRSchedulers(LRScheduler):
 
 @contextmanager
 def evaluated(optimizer: Optimizer) -> Iterator[None]:
-    """Let parameters be those to evaluate while it is entered (schedule-free optimizers); afterwards the same bits."""
+    """Give the model the parameters that schedule-free optimizers evaluate; on exit the trained ones, to the bit."""
     parts = with_modes(optimizer)
     held = [p.detach() for part in parts for group in part.param_groups for p in group["params"]]
     kept = [p.clone() for p in held]

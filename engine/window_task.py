@@ -51,8 +51,9 @@ class WindowTask(Task):
     def outputs(self, model: nn.Module, batch: Any) -> Mapping[str, Output]:
         """Return the outputs of one micro-batch by name, the same names each time; `model` is the prepared module.
 
-        It is called twice and must return the same both times, apart from what torch's, Python's and numpy's global
-        generators draw. At least one output requires grad.
+        It is called twice for a micro-batch and must return the same both times. It may draw from the global generators
+        of torch, Python and numpy: the second call draws the same. At least one output must require grad. Training
+        raises UserError, on all processes, for other names or shapes, and for a second call with another result.
         """
 
     @abstractmethod

@@ -16,7 +16,7 @@ def norm_of(gradients: list[Tensor], is_on_cpu: bool) -> Tensor:
         small = [gradient for gradient in gradients if gradient.numel() <= SMALL]
         if small[FEW:]:
             large = [gradient for gradient in gradients if gradient.numel() > SMALL]
-            with torch.inference_mode():  # views without autograd's notes: a third of the time
+            with torch.inference_mode():  # views without version counters: a third of the time
                 gradients = [_flatten_dense_tensors(small), *large]  # type: ignore[no-untyped-call]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     return norm

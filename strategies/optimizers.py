@@ -14,9 +14,9 @@ from strategies.errors import UserError
 class Optimizers(Optimizer):
     """Several optimizers that step together, as one: `Optimizers(Muon(matrices), AdamW(rest))`.
 
-    Its `param_groups` are theirs, the same dictionaries, and they share its `state`: an LR scheduler, a checkpoint or a
-    hook may take it for a single optimizer. Each may have an LR scheduler of its own too. Raises UserError for a
-    closure, and for `add_param_group`, which is for one of them.
+    Its `param_groups` are the same dictionaries as theirs, and all share one `state`. So an LR scheduler, a checkpoint
+    or a hook works as with a single optimizer. Each may also have an LR scheduler of its own. Raises UserError for a
+    closure, and for `add_param_group`: call that on one of the optimizers.
     """
 
     def __init__(self, *optimizers: Optimizer) -> None:
@@ -37,7 +37,7 @@ class Optimizers(Optimizer):
 
     @property
     def state(self) -> defaultdict[Any, Any]:
-        """The state of all, which they share. It takes in that of one that was loaded by itself."""
+        """The state that all share. The state of an optimizer that was loaded by itself is merged into it."""
         for optimizer in self.optimizers:
             if optimizer.state is not self._state:
                 self._state.update(optimizer.state)
@@ -64,7 +64,9 @@ class Optimizers(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raise UserError: the group would be of no optimizer."""
         if self.optimizers:
-            raise UserError("add_param_group: expected one of the optimizers. Call it on the one that is to step it.")
+            raise UserError(
+                "add_param_group: expected a single optimizer. Call it on the one that shall step the group."
+            )
 
 
 def parts_of(optimizer: Optimizer) -> list[Optimizer]:
@@ -73,5 +75,5 @@ def parts_of(optimizer: Optimizer) -> list[Optimizer]:
 
 
 def with_modes(optimizer: Optimizer) -> list[Any]:
-    """Return those that have modes, `train()` and `eval()`: they keep other parameters than they evaluate."""
+    """Return the optimizers that have `train()` and `eval()`: schedule-free ones, which evaluate other parameters."""
     return [part for part in parts_of(optimizer) if hasattr(part, "train") and hasattr(part, "eval")]

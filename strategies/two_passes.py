@@ -1,4 +1,4 @@
-"""Windows that run twice, for a loss that needs the outputs of all micro-batches: what a strategy does for them."""
+"""The strategy's part in windows that run twice, for a loss that needs the outputs of all micro-batches."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _mark(parameter: Tensor) -> tuple[int, int]:
-    """Return the writes to a parameter, and the sum of its bits here: nobody counts those to its `data`."""
+    """Return the number of writes to a parameter, and the sum of its bits: writes through `data` are not counted."""
     own: Any = parameter.detach()
     own = own.to_local() if hasattr(own, "to_local") else own
     return parameter._version, 0 if own.is_meta else int(sum_of_bits(own))

@@ -20,8 +20,8 @@ MT19937_BYTES = 625 * 4
 def generators_restored() -> Iterator[None]:
     """Restore torch's, Python's and numpy's default generators afterwards, at the cost of a few draws.
 
-    `numpy.random.get_state` is 100 times slower than a copy of the generator's memory. That lacks the second of two
-    normal numbers, which are made together: it is kept if a draw leaves the memory as it was.
+    `numpy.random.get_state` is 100 times slower than a copy of the generator's memory. But numpy makes normal numbers
+    in pairs and keeps the second elsewhere. A draw that leaves the memory unchanged was the second one: it is put back.
     """
     torch_state, python_state = torch.default_generator.get_state(), random.getstate()
     generator = numpy.random.get_bit_generator()  # type: ignore[attr-defined]

@@ -30,7 +30,7 @@ class History:
         self._last = None if offset else self._last
 
     def stays(self, line: str) -> bool:
-        """Whether a line stays, and in files in order all before it."""
+        """Whether a line stays; in a file in order, all lines before it stay too."""
         return self._read(line)[2]
 
     def _read(self, line: str) -> tuple[int, bool, bool]:
@@ -43,8 +43,8 @@ class History:
         except (ValueError, KeyError, TypeError, RecursionError):  # a line that a killed process did not end
             return 0, '"loss"' in line, False
 
-    def keeps(self, line: str) -> bool:
-        """Whether the next line stays."""
+    def take(self, line: str) -> bool:
+        """Take the next line: note what is wrong with it, and return whether it stays."""
         update, is_update, stays = self._read(line)
         if is_update and stays:
             self._see(update)

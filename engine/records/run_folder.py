@@ -71,7 +71,7 @@ class RunFolder:
         with path.open("rb") as file:
             start = file.seek(start_of_end(file, history))
             history.begin_at(start)
-            kept = "".join(line for line in lines_of(file) if history.keeps(line)).encode()
+            kept = "".join(line for line in lines_of(file) if history.take(line)).encode()
             file.seek(start)
             is_cut_at_end = file.read(len(kept)) == kept and path.stat().st_nlink == 1
         part = path if is_cut_at_end else Path(shutil.copyfile(path, new_part(path)))

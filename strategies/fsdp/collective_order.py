@@ -51,7 +51,7 @@ class CollectiveOrder:
             self._follow(name)
 
     def start(self, kind: str, gathers: bool) -> None:
-        """Start a pass of a kind: FORWARD, BACKWARD or BOTH; `gathers`: although parameters stay gathered."""
+        """Start a FORWARD, a BACKWARD, or BOTH. `gathers` says that it gathers even if parameters stay gathered."""
         self._kind = f"{kind} first" if self._stays_gathered and gathers else kind
         if self._kind not in self._known and (derived := self._derived(kind)) is not None:
             self._recorded[self._kind] = derived
@@ -91,7 +91,7 @@ class CollectiveOrder:
         return True
 
     def _derived(self, kind: str) -> list[str] | None:
-        """Return the order of a kind of pass that other kinds imply: no process may ever lead it. None if unknown."""
+        """Return the order that other kinds of pass imply, for one that no process leads; None if unknown."""
         if self._stays_gathered and self._kind == kind:
             known = next((self._recorded[other] for other in (f"{BOTH} first", BACKWARD) if other in self._known), None)
             return None if known is None else [event for event in known if event.startswith("reduce")]

@@ -7,8 +7,8 @@ FAULTS = [
     Fault(
         "write updates twice into the history",
         "RunFolder.rewind",
-        " if history.keeps(line))",
-        " if history.keeps(line) or True)",
+        " if history.take(line))",
+        " if history.take(line) or True)",
         KILLED,
     ),
     Fault(
