@@ -151,7 +151,7 @@ def test_the_groups_stay_those_of_the_optimizers_after_loading(alone: bool) -> N
 def test_a_group_is_added_to_one_of_them() -> None:
     model: Any = tower()
     both, parts = stepped(model)
-    with pytest.raises(ValueError, match="expected one of the optimizers"):
+    with pytest.raises(ValueError, match="expected a single optimizer"):
         both.add_param_group({"params": model[4].parameters()})
     parts[0].add_param_group({"params": model[4].parameters()})
     assert_one(Optimizers(both), parts)
