@@ -3,9 +3,10 @@
     python -m tests.faults                      # all of them, two at a time, in copies: the code stays as it is
     python -m tests.faults clip stream          # those whose name has one of these words
     python -m tests.faults --room update ddp    # those of these rooms
+    python -m tests.faults --list               # their names, by room
     python -m tests.faults --check              # apply each in memory and run no test: a second
 
-Prints the table of docs/testing.md. Fails if a fault survives, or no longer applies because its function has changed.
+Prints a table. Fails if a fault survives, or no longer applies because its function has changed.
 """
 
 from __future__ import annotations
@@ -152,10 +153,19 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="WORD", help="faults whose name has one of these")
     parser.add_argument("--room", nargs="+", choices=ROOMS, default=list(ROOMS), help="faults of these rooms")
+    parser.add_argument("--list", action="store_true", help="print them, and apply none")
     parser.add_argument("--check", action="store_true", help="apply each in memory, and run no test")
     asked = parser.parse_args(arguments)
     of_rooms = [fault for room in asked.room for fault in ROOMS[room]]
     chosen = [fault for fault in of_rooms if not asked.words or any(word in fault.name for word in asked.words)]
+    if asked.list:
+        for room in asked.room:
+            print(
+                f"{room}:",
+                *(f"    {fault.name} ({fault.function})" for fault in ROOMS[room] if fault in chosen),
+                sep="\n",
+            )
+        return 0
     if asked.check:
         return check(chosen)
     print("| fault | where | goes red |\n| --- | --- | --- |", flush=True)

@@ -1,4 +1,4 @@
-"""The table of faults: each one applies, names tests that exist, and is in docs/testing.md."""
+"""The table of faults: each one applies, names tests that exist, and stands in the file of its room."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ def test_a_fault_stands_in_the_file_of_its_room() -> None:
             assert room == (path[0] if len(path) > 1 else package), fault.name
 
 
-def test_the_docs_have_the_table() -> None:
+def test_the_examples_of_the_docs_are_faults() -> None:
     rows = re.findall(r"^\| (.*) \| `(\S+)` \| `\S+` \|$", (ROOT / "docs/testing.md").read_text(), re.MULTILINE)
-    assert rows == [(fault.name, fault.function) for fault in FAULTS]
+    assert rows
+    assert {*rows} <= {(fault.name, fault.function) for fault in FAULTS}
 
 
 def fault(function: str, old: str = "1", new: str = "2") -> Fault:
