@@ -221,6 +221,7 @@ def fit_compiled(*arguments: Any) -> Any:
 
 
 @pytest.mark.slow  # test_compile.py compiles less every day
+@pytest.mark.campaign
 @pytest.mark.parametrize(("P", "strategy", "adapt"), [(1, "single", compiled_in_place), (2, "ddp", compiled)])
 def test_a_compiled_model_trains_alike_while_K_changes(P: int, strategy: str, adapt: Adapt) -> None:
     plain, Ks = Causal(n_layer=1), [2, 1]  # one layer: each new shape is seconds of compiling

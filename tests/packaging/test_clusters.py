@@ -110,6 +110,7 @@ def test_the_pytorchjob_is_one() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 def test_a_slurm_job_is_put_back_and_goes_on_unless_it_was_cancelled(folder: Path) -> None:
     run, requeued, job = folder / "runs" / str(os.getpid()), folder / "requeued", str(os.getpid())
     for update, is_cancelled in ((40, False), (120, True)):

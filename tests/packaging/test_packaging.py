@@ -212,6 +212,7 @@ def test_from_an_empty_folder_to_a_resumed_run_and_its_report(place: Place) -> N
     assert "plotly" in page.read_text().lower()
 
 
+@pytest.mark.campaign
 def test_another_package_of_our_names_is_named(place: Place, tmp_path: Path) -> None:
     for name in PACKAGES:
         (tmp_path / name / name).mkdir(parents=True)

@@ -13,6 +13,8 @@ from launch.recipes.stdlib_lm.functions import train_and_held_out
 from tests.kit.processes import run
 from tests.kit.reference import Watch, parameters
 
+LONG = (pytest.mark.slow, pytest.mark.campaign)
+
 
 def fit(K: int, batches: Any) -> Any:
     task = StdlibLM(width=16, layers=1, heads=2, max_bytes=64, functions=120, batches=batches, budget=512, lr=0.01)
@@ -26,7 +28,7 @@ def fit(K: int, batches: Any) -> Any:
 
 @pytest.mark.parametrize(
     "batches",
-    [pytest.param("shuffled", marks=pytest.mark.slow), "bucketed", pytest.param("budget", marks=pytest.mark.slow)],
+    [pytest.param("shuffled", marks=LONG), "bucketed", pytest.param("budget", marks=LONG)],
 )
 def test_stdlib_lm_trains_alike_on_one_and_two_processes(batches: str) -> None:
     train_and_held_out()  # read once: the processes inherit it

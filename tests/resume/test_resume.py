@@ -30,7 +30,7 @@ MOMENTS = [
     "before save",  # on each of several, which compare their replicas
 ]
 KILLS = [
-    (P, moment) if P == 3 else pytest.param(P, moment, marks=pytest.mark.slow)
+    (P, moment) if P == 3 else pytest.param(P, moment, marks=(pytest.mark.slow, pytest.mark.campaign))
     for P in (1, 2, 3)
     for moment in MOMENTS
     if (P, moment) != (1, "before save")

@@ -96,6 +96,7 @@ def assert_same(run: Path, undisturbed: Path) -> None:
     assert records(run) == records(undisturbed)
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(90 + 15 * KILLS)
 def test_killed_again_and_again_it_goes_on_by_itself(folder: Path, undisturbed: Path) -> None:
     draw, before = random.Random(0), set()
@@ -118,6 +119,7 @@ def test_killed_again_and_again_it_goes_on_by_itself(folder: Path, undisturbed: 
             assert 0 <= int(one[-1]) - int(next_one[0]) < 2 * EVERY  # one save may have been under way
 
 
+@pytest.mark.campaign
 @HAS_VENV
 def test_a_restarted_command_stays_in_its_folder(folder: Path, undisturbed: Path) -> None:
     before: set[int] = set()
@@ -134,7 +136,7 @@ def test_a_restarted_command_stays_in_its_folder(folder: Path, undisturbed: Path
 
 
 @HAS_VENV
-@pytest.mark.parametrize("told", ["torchrun", "0", "1"])
+@pytest.mark.parametrize("told", ["torchrun", *(pytest.param(rank, marks=pytest.mark.campaign) for rank in "01")])
 def test_told_to_stop_all_stop_after_the_same_update_and_go_on(folder: Path, undisturbed: Path, told: str) -> None:
     run = folder / "run"
     with train_sh(folder, "--trainer.run_dir=run") as torchrun:
@@ -150,6 +152,7 @@ def test_told_to_stop_all_stop_after_the_same_update_and_go_on(folder: Path, und
     assert_same(run, undisturbed)
 
 
+@pytest.mark.campaign
 @HAS_VENV
 def test_the_launcher_ignores_sigusr1_and_a_second_signal(folder: Path, undisturbed: Path) -> None:
     run = folder / "run"
@@ -167,6 +170,7 @@ def test_the_launcher_ignores_sigusr1_and_a_second_signal(folder: Path, undistur
     assert_same(run, undisturbed)
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("killed", [0, 1])
 def test_the_sibling_of_a_killed_worker_was_not_told_to_stop(folder: Path, killed: int) -> None:
     run = folder / "run"
@@ -179,7 +183,7 @@ def test_the_sibling_of_a_killed_worker_was_not_told_to_stop(folder: Path, kille
 
 
 @HAS_VENV
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.campaign)])
 def test_a_killed_worker_is_no_interruption_of_the_command(folder: Path, killed: int) -> None:
     with train_sh(folder, "--trainer.run_dir=run") as torchrun:
         reach(folder / "run", 20 * EVERY + 2, torchrun)
@@ -194,6 +198,7 @@ def test_two_hosts_train_what_one_does(folder: Path, undisturbed: Path, hosts: t
     assert_same(folder / "run", undisturbed)
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_host_that_is_cut_off_ends_the_run_on_both_and_nothing_is_lost(
     folder: Path, undisturbed: Path, hosts: tuple[Host, Host], lost: int
@@ -224,7 +229,7 @@ def elastic(host: Host, folder: Path, meets_at: Host, nnodes: str = "1:2") -> St
 
 
 @HAS_VENV
-@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("ending", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.campaign)])
 def test_where_a_host_is_lost_the_other_goes_on(folder: Path, hosts: tuple[Host, Host], ending: signal.Signals) -> None:
     run = folder / "run"
     with elastic(hosts[0], folder, hosts[0]) as stays, elastic(hosts[1], folder, hosts[0]) as leaves:
@@ -242,6 +247,7 @@ def test_where_a_host_is_lost_the_other_goes_on(folder: Path, hosts: tuple[Host,
     assert sorted(K) == K
 
 
+@pytest.mark.campaign
 @HAS_VENV
 def test_a_host_that_comes_back_is_taken_in(folder: Path, hosts: tuple[Host, Host]) -> None:
     run = folder / "run"
@@ -257,6 +263,7 @@ def test_a_host_that_comes_back_is_taken_in(folder: Path, hosts: tuple[Host, Hos
     assert [now for before, now in zip([0, *K], K, strict=False) if now != before] == [2, 4, 2]
 
 
+@pytest.mark.campaign
 @HAS_VENV
 @pytest.mark.timeout(60 + 15 * KILLS)
 def test_workers_are_killed_on_either_host(folder: Path, undisturbed: Path, hosts: tuple[Host, Host]) -> None:

@@ -78,6 +78,7 @@ def test_a_defect_is_red_in_the_right_place_and_says_what_was_seen(defect: Defec
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize(
     ("defect", "check"),
     [(defect, check) for defect in DEFECTS for check in defect.others.split()],

@@ -23,6 +23,7 @@ from tests.kit.reference import Regression, Samples, Watch, big_batch_run, in_or
 from tests.kit.tokens import Sequences, big_batch
 
 N, EPOCHS = 4, 3
+LONG = (pytest.mark.slow, pytest.mark.campaign)
 
 
 class Keeps(Callback):
@@ -64,7 +65,7 @@ def table(schedule: Any, stages: int, K: int, counts: list[int]) -> Any:
         (1, 2, "1F1B", 4),
         (1, 3, "1F1B", 3),
         *(
-            pytest.param(P, 2, schedule, K, marks=pytest.mark.slow)
+            pytest.param(P, 2, schedule, K, marks=LONG if P == 1 or K != 4 else pytest.mark.slow)
             for P in (1, 2)
             for schedule, Ks in (("GPipe", (1, 2, 4)), ("1F1B", (2, 4, 5)))
             for K in Ks

@@ -24,6 +24,7 @@ from tests.kit.tokens import Sequences, big_batch
 
 N, EPOCHS = 4, 2
 SLOW = pytest.mark.slow
+LONG = (pytest.mark.slow, pytest.mark.campaign)
 MODES: dict[str, dict[str, Any]] = {
     "window": {},
     "micro_batch": {"reduce": "micro_batch"},
@@ -90,7 +91,9 @@ def train_table(mode: str, P: int, Ks: tuple[int, ...]) -> Any:
 
 EVERY_DAY = [(1, "window"), (2, "micro_batch"), (3, "window")]
 TABLE = [pytest.param(P, mode, (1, 2), id=f"{P}-{mode}") for P, mode in EVERY_DAY] + [
-    pytest.param(P, mode, (1, 2, 7), id=f"{P}-{mode}, K to 7", marks=SLOW) for P in (1, 2, 3, 4) for mode in MODES
+    pytest.param(P, mode, (1, 2, 7), id=f"{P}-{mode}, K to 7", marks=SLOW if P == 3 else LONG)
+    for P in (1, 2, 3, 4)
+    for mode in MODES
 ]
 
 
@@ -111,7 +114,7 @@ def train_hybrid(reduce: Any, samples: int, K: int) -> Any:
 
 
 @pytest.mark.parametrize("reduce", ["window", pytest.param("micro_batch", marks=SLOW)])
-@pytest.mark.parametrize("tail", ["short", pytest.param("divides", marks=SLOW), pytest.param("one", marks=SLOW)])
+@pytest.mark.parametrize("tail", ["short", pytest.param("divides", marks=LONG), pytest.param("one", marks=LONG)])
 def test_hybrid_shards_equal_one_big_batch(tail: str, reduce: str) -> None:
     samples = TAILS[tail](4 * N * 2)
     results = run(4, train_hybrid, reduce, samples, 2)
