@@ -41,9 +41,9 @@ def test_the_readme_s_task_on_the_command_line(tmp_path: Path) -> None:
 
 
 def backend(folder: Path, path: str) -> None:
-    """Write the module of docs/strategies.md that holds a strategy, by its class path."""
+    """Write the module of docs/own-strategy.md that holds a strategy, by its class path."""
     name = f"{path.split('.')[0]}.py"
-    (source,) = (block for block in blocks("docs/strategies.md") if block.startswith(f"# {name}\n"))
+    (source,) = (block for block in blocks("docs/own-strategy.md") if block.startswith(f"# {name}\n"))
     (folder / name).write_text(source)
 
 
