@@ -20,13 +20,12 @@ from strategies.environment import new_store
 from strategies.errors import UserError, check_count
 from strategies.fsdp.collective_order import CollectiveOrder
 from strategies.fsdp.gathered_steps import GatheredSteps, need_whole
-from strategies.fsdp.limits import check_double_backward
 from strategies.fsdp.passes import Passes
 from strategies.fsdp.units import check_units, in_lists, of_classes
 from strategies.optimizer_state import user_module, user_name
 from strategies.process_group import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
-from strategies.torch_internals import FSDP
+from strategies.torch_internals import FSDP, is_freed_storage
 
 _BROADCAST_BYTES = 1 << 28  # bytes of one broadcast of buffers
 
@@ -212,7 +211,11 @@ class FSDPStrategy(ProcessGroupStrategy):
         except Exception as error:
             if self._passes.is_last and not self.has_lost_contact(error):
                 self._passes.finish()  # the others read of the failure after their passes
-            check_double_backward(error)
+            if is_freed_storage(error):
+                raise UserError(
+                    "the loss has a gradient of a gradient (create_graph=True), which FSDP cannot compute: it frees "
+                    "parameters after the first backward. Use strategy 'ddp'."
+                ) from error
             raise
         if self._passes.is_last:
             self._passes.finish()
