@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from strategies.ddp.compression import DTYPES, EXACT_TO, CastHook, check_hook
+from strategies.ddp.compression import DTYPES, EXACT_TO, cast_and_reduce, check_hook
 from strategies.ddp.empty_forward import EmptyForward
 from strategies.ddp.wrapper import Wrapper, depends_on
 from strategies.errors import MODEL_NOT_CALLED, UserError
@@ -101,7 +101,6 @@ class DDPStrategy(ProcessGroupStrategy):
         if communication_hook is not None:
             self.exact_to = EXACT_TO[communication_hook]
         self.shard_optimizer = shard_optimizer
-        self._hook: CastHook | None = None
         self._keeps_buckets = gradient_as_bucket_view and not find_unused_parameters
         if sync_batchnorm and self._device_type == "cpu":
             raise UserError(
@@ -129,7 +128,6 @@ class DDPStrategy(ProcessGroupStrategy):
 
     def teardown(self) -> None:
         """Destroy the groups that `setup` made."""
-        self._hook = None
         if hasattr(self, "_ddp"):
             self._remove_reducer()
             del self._ddp
@@ -180,8 +178,7 @@ class DDPStrategy(ProcessGroupStrategy):
         if ddp._delay_all_reduce_params:
             raise _refusal("delay_all_reduce_named_params")
         if self.communication_hook is not None:
-            self._hook = CastHook(DTYPES[self.communication_hook])
-            ddp.register_comm_hook(None, self._hook.reduce)
+            ddp.register_comm_hook(DTYPES[self.communication_hook], cast_and_reduce)
         return ddp
 
     def wrap(self, model: nn.Module) -> DistributedDataParallel:
@@ -253,12 +250,13 @@ class DDPStrategy(ProcessGroupStrategy):
         return self._shards is None
 
     def reductions(self) -> tuple[int, int]:
-        """Return (collectives, bytes) of one window's gradients, as counted by DDP's reducer or by the hook."""
-        if self._hook is not None:
-            return self._hook.reductions
+        """Return (collectives, bytes) of one window's gradients: DDP's buckets, in the dtype of the hook."""
         data = self._ddp._get_ddp_logging_data()  # type: ignore[no-untyped-call]
         sizes = data.get("rebuilt_bucket_sizes") or data["bucket_sizes"]
         buckets = [int(size) for size in str(sizes).split(",")]
+        if self.communication_hook is not None:
+            narrow = DTYPES[self.communication_hook].itemsize
+            return len(buckets), sum(narrow * p.numel() for p in self._parameters if p.requires_grad)
         return len(buckets), sum(buckets)
 
     def bytes_to_reduce(self, model: nn.Module) -> int:
