@@ -228,11 +228,11 @@ class Strategy(ABC):
         It is the 2-norm over all parameters, clipped as by `torch.nn.utils.clip_grad_norm_`, without host-device sync.
         """
         gradients = self._gradients()
-        if not gradients:
-            return torch.zeros((), device=self.device)
         norm = self._norm(gradients)
         if factor != 1.0:
             norm = norm * factor
+        if not gradients:
+            return norm
         if max_norm is not None:
             torch._foreach_mul_(gradients, factor * torch.clamp(max_norm / (norm + 1e-6), max=1.0))
         elif factor != 1.0:
@@ -362,7 +362,7 @@ class Strategy(ABC):
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         """The 2-norm of the whole gradient; `gradients` are the parts that this process holds."""
-        return norm_of(gradients, self._is_on_cpu)
+        return norm_of(gradients, self._is_on_cpu) if gradients else torch.zeros((), device=self.device)
 
     def _copied(self, tensor: Tensor) -> Tensor:
         """The copy of a tensor that `state_dict` returns."""

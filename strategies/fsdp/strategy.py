@@ -277,9 +277,10 @@ class FSDPStrategy(ProcessGroupStrategy):
         return [self._local(gradient) for gradient in super()._gradients()]
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        square = super()._norm(gradients).double() ** 2
+        local = super()._norm(gradients)
+        square = local.double() ** 2
         dist.all_reduce(square, group=self._shard_group)
-        return square.sqrt().to(gradients[0].dtype)
+        return square.sqrt().to(local.dtype)
 
     def _copied(self, tensor: Tensor) -> Tensor:
         """The whole tensor on the CPU; of a sharded one, which process 0 writes, the others return only the shape."""
