@@ -50,8 +50,6 @@ class DDPStrategy(ProcessGroupStrategy):
     - `bucket_cap_mb`: size of a bucket; smaller ones start earlier, larger ones need fewer collectives.
     - `broadcast_buffers`: process 0's buffers (BatchNorm's statistics) go to all once per window. If it is False, each
       process has its own. A checkpoint holds those of process 0, so a resumed run differs if forward reads them.
-    - `sync_batchnorm`: BatchNorm becomes `torch.nn.SyncBatchNorm` (CUDA only), which normalises over the P concurrent
-      micro-batches. It communicates in every forward, so all processes need equally many micro-batches in a window.
 
     `communication_hook` sends gradients in fewer bytes, as approximations:
 
@@ -79,7 +77,6 @@ class DDPStrategy(ProcessGroupStrategy):
         gradient_as_bucket_view: bool = False,
         bucket_cap_mb: float | None = None,
         broadcast_buffers: bool = True,
-        sync_batchnorm: bool = False,
         communication_hook: Literal["fp16", "bf16"] | None = None,
         shard_optimizer: bool = False,
         timeout_seconds: float = 300.0,
@@ -96,17 +93,11 @@ class DDPStrategy(ProcessGroupStrategy):
         self.gradient_as_bucket_view = gradient_as_bucket_view
         self.bucket_cap_mb = bucket_cap_mb
         self.broadcast_buffers = broadcast_buffers
-        self.sync_batchnorm = sync_batchnorm
         self.communication_hook = communication_hook
         if communication_hook is not None:
             self.exact_to = EXACT_TO[communication_hook]
         self.shard_optimizer = shard_optimizer
         self._keeps_buckets = gradient_as_bucket_view and not find_unused_parameters
-        if sync_batchnorm and self._device_type == "cpu":
-            raise UserError(
-                "sync_batchnorm=True: expected a GPU, since torch's SyncBatchNorm runs on GPUs only. Use GroupNorm or "
-                "LayerNorm, or BatchNorm over each micro-batch (sync_batchnorm=False)."
-            )
 
     @contextmanager
     def accumulation_context(self, is_last_microbatch: bool) -> Iterator[None]:
@@ -135,8 +126,6 @@ class DDPStrategy(ProcessGroupStrategy):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Wrap `model`, and fix the order in which its gradients are summed. Raises UserError for a refused option."""
-        if self.sync_batchnorm:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         super().prepare(model)
         self._has_buffers = any(True for _ in model.buffers())
         self._ddp = self._wrapped()
