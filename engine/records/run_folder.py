@@ -121,9 +121,8 @@ class RunFolder:
             self._unwritten += orjson.dumps(record) + b"\n"  # a number that is not finite becomes null
         except TypeError:
             self._unwritten += _line(record)
-        assert self._metrics is not None
         try:
-            self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
+            self.flush()
             self._is_full = False
         except OSError as error:
             if not self._is_full:

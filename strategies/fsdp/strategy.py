@@ -64,6 +64,7 @@ class FSDPStrategy(ProcessGroupStrategy):
     compiles_in_place = False
     holds_all = False
     _torch_parts = FSDP
+    _mesh: DeviceMesh
 
     def __init__(
         self,
@@ -97,7 +98,6 @@ class FSDPStrategy(ProcessGroupStrategy):
         self.wrap = wrap if wrap is None else list(wrap)
         self.find_unused_parameters = find_unused_parameters
         self.broadcast_buffers = broadcast_buffers
-        self._mesh: DeviceMesh | None = None
         self._root: Any = None
 
     def accumulation_context(self, is_last_microbatch: bool) -> AbstractContextManager[Any]:
@@ -139,12 +139,12 @@ class FSDPStrategy(ProcessGroupStrategy):
     def teardown(self) -> None:
         """Destroy the groups that `setup` made; in an existing group, those of the shards are left too."""
         if self._owns_group:
-            self._mesh = self._root = None
+            self._root = None
+            vars(self).pop("_mesh", None)
         super().teardown()
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Give all processes the parameters of process 0 and shard them. Raises UserError if FSDP cannot."""
-        assert self._mesh is not None, "prepare comes after setup"
         self._take_model()
         self._model = model
         module = self._user_module
@@ -243,7 +243,6 @@ class FSDPStrategy(ProcessGroupStrategy):
 
     def fingerprint(self) -> int:
         """Return a number that is equal on all replicas under hybrid sharding; 0 without replicas."""
-        assert self._mesh is not None
         if self._mesh.ndim == 1:
             return 0
         total = torch.tensor(super().fingerprint(), device=self.device)
@@ -252,7 +251,6 @@ class FSDPStrategy(ProcessGroupStrategy):
 
     def reductions(self) -> tuple[int, int]:
         """Return (collectives, bytes of gradients) of one window, or of one micro-batch with reduce="micro_batch"."""
-        assert self._mesh is not None
         groups = [g for g in self._order.groups.values() if any(p.sharded_param.requires_grad for p in g.fsdp_params)]
         size = sum(
             p.sharded_param.numel() * (p.reduce_dtype or p.param_dtype or p.orig_dtype).itemsize
@@ -310,7 +308,6 @@ class FSDPStrategy(ProcessGroupStrategy):
     @property
     def _shard_group(self) -> dist.ProcessGroup:
         """The processes that share one model."""
-        assert self._mesh is not None
         return self._mesh.get_group("shard")
 
     def _broadcast_buffers_once(self) -> None:
