@@ -6,7 +6,9 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from io import BufferedReader
+from itertools import chain, count
 from pathlib import Path
 
 LARGEST = 1 << 30
@@ -30,6 +32,18 @@ def lines_of(file: BufferedReader) -> Iterator[str]:
         if len(line) > LONGEST:
             raise OSError(errno.EFBIG, f"expected lines of at most {LONGEST} bytes. Move the file away", str(file.name))
         yield line.decode(errors="replace")
+
+
+def numbered(name: str) -> Iterator[Path]:
+    """Yield paths of that name until one is free: NAME, NAME-2, NAME-3, ..."""
+    return chain([Path(name)], (Path(f"{name}-{number}") for number in count(2)))
+
+
+def shown(path: Path) -> str:
+    """Return a path as people read it: from the working directory, if it is in there."""
+    with suppress(OSError, ValueError):  # the working directory is gone, or the path is not in it
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
 
 
 def force_to_disk(path: Path) -> None:

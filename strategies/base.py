@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,6 @@ from strategies.errors import UserError
 from strategies.gradient_norm import norm_of
 from strategies.optimizer_state import copy_of, load_named_state, named_state, user_module, user_name
 from strategies.to_device import move
-from strategies.two_passes import TwoPasses
 
 Compute = Callable[[nn.Module, Any], Mapping[str, Any]]
 PendingRows = Callable[[], list[list[float]]]
@@ -42,7 +41,7 @@ class MicroBatch:
     """Why `size` cannot weigh a mean over its samples; "" if it can."""
 
 
-class Strategy(TwoPasses, ABC):
+class Strategy(ABC):
     """Devices, processes and their collectives. Subclass it, or a built-in one, for a new backend.
 
     Only `accumulation_context`, `effective_batch` and `supports_variable_windows` must be given; every other method
@@ -70,6 +69,12 @@ class Strategy(TwoPasses, ABC):
     evaluates_alone: bool = True
     """Whether a process can stop validating while the others continue."""
 
+    supports_window_losses = True
+    """Whether it can run a window twice, for a loss over all outputs of the window."""
+
+    runs_twice = False
+    """Whether each window runs twice; the engine sets it before `prepare`."""
+
     message_length = 0
     """The numbers in each message of an engine by `exchange`; the engine sets it."""
 
@@ -88,6 +93,10 @@ class Strategy(TwoPasses, ABC):
     @abstractmethod
     def supports_variable_windows(self) -> bool:
         """Whether K may change during a run. If False, the engine refuses such a schedule before anything starts."""
+
+    @abstractmethod
+    def accumulation_context(self, is_last_microbatch: bool) -> AbstractContextManager[Any]:
+        """Return the context around FORWARD AND BACKWARD of one micro-batch; only the last one may communicate."""
 
     @abstractmethod
     def effective_batch(self, N: int, K: int) -> int:
@@ -201,17 +210,29 @@ class Strategy(TwoPasses, ABC):
     def join(self, window: Any) -> None:
         """Take part, with weight 0, in a window in which this process has no micro-batch."""
 
+    @contextmanager
+    def first_pass(self) -> Iterator[None]:
+        """The context of a forward that keeps no graph, because its micro-batch runs again."""
+        with self.accumulation_context(False), torch.no_grad():
+            yield
+
+    def end_first_pass(self, has_output: bool) -> None:
+        """Called on all processes after the forwards of the first pass; then they exchange their outputs.
+
+        The last forward keeps its graph. `has_output` is False on a process without data, or whose first pass failed.
+        """
+
     def clip(self, max_norm: float | None, factor: float = 1.0) -> Tensor:
         """Multiply the gradients by `factor`, clip them to `max_norm`, return their norm (0-dim) between the two.
 
         It is the 2-norm over all parameters, clipped as by `torch.nn.utils.clip_grad_norm_`, without host-device sync.
         """
         gradients = self._gradients()
-        if not gradients:
-            return torch.zeros((), device=self.device)
         norm = self._norm(gradients)
         if factor != 1.0:
             norm = norm * factor
+        if not gradients:
+            return norm
         if max_norm is not None:
             torch._foreach_mul_(gradients, factor * torch.clamp(max_norm / (norm + 1e-6), max=1.0))
         elif factor != 1.0:
@@ -341,7 +362,7 @@ class Strategy(TwoPasses, ABC):
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         """The 2-norm of the whole gradient; `gradients` are the parts that this process holds."""
-        return norm_of(gradients, self._is_on_cpu)
+        return norm_of(gradients, self._is_on_cpu) if gradients else torch.zeros((), device=self.device)
 
     def _copied(self, tensor: Tensor) -> Tensor:
         """The copy of a tensor that `state_dict` returns."""

@@ -42,10 +42,6 @@ class DPStrategy(SingleDeviceStrategy):
         super().__init__("cuda:0" if kind == "cuda" else "cpu")
         self.devices = devices or available
 
-    def effective_batch(self, N: int, K: int) -> int:
-        """Return N x K: the batch of N is split over the devices."""
-        return N * K
-
     def describe(self) -> str:
         return f"{self.name}: each micro-batch split over {self.devices} {self.device.type} devices"
 

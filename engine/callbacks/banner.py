@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from engine.disk import shown
 from engine.update.model_checks import count_batch_norms
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def banner(trainer: Trainer) -> str:
         "window": _windows(trainer),
         "lr rule": _lr_rule(trainer),
         "updates": _updates(trainer),
-        "run folder": trainer.run_folder.shown if trainer.run_folder is not None else "none (nothing is written)",
+        "run folder": shown(trainer.run_folder.path) if trainer.run_folder is not None else "none (nothing is written)",
     }
     if normalises := count_batch_norms(model):
         where = "of all processes at a time" if strategy.needs_equal_windows else "on one process"

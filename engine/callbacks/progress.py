@@ -21,6 +21,7 @@ from rich.text import Text
 from engine.callbacks.banner import banner
 from engine.callbacks.base import Callback
 from engine.callbacks.pace import Pace
+from engine.disk import shown
 from engine.output import Output
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Progress(Callback):
         if self._due < math.inf:
             self._close()
             skipped = f", {trainer.skipped} of them skipped" if trainer.skipped else ""
-            where = f": {trainer.run_folder.shown}" if trainer.run_folder is not None else ""
+            where = f": {shown(trainer.run_folder.path)}" if trainer.run_folder is not None else ""
             _say(f"done: {trainer.update:,} updates{skipped}, {trainer.samples:,} samples{where}")
             if trainer.sees_reduction:
                 unknown = "the cost of the reduction is unknown: measuring it takes full windows of K >= 2"

@@ -27,7 +27,7 @@ class Base:
         frozen = {
             name: p for name, p in _named(model) if not p.requires_grad and (left_out is None or name in left_out)
         }
-        self._digests = {name: _digest(saved.get(name, p)) for name, p in frozen.items()}
+        self._digests = {name: digest(saved.get(name, p)) for name, p in frozen.items()}
         self._marks: dict[str, tuple[int, int]] = {}
 
     def begin(self) -> None:
@@ -56,7 +56,7 @@ def with_base(
     """
     left_out = left_out or {}
     base = {name: p.detach() for name, p in _named(model) if name in left_out}
-    if differing := [name for name, digest in left_out.items() if name not in base or _digest(base[name]) != digest]:
+    if differing := [name for name, known in left_out.items() if name not in base or digest(base[name]) != known]:
         raise CheckpointError(
             f"{source} was trained on another base: {len(differing)} of its {len(left_out)} frozen parameters differ "
             f"({differing[0]}, ...). Load the same base in configure_model(), or by weights=FILE."
@@ -76,6 +76,8 @@ def _mark(parameter: Tensor) -> tuple[int, int]:
     return parameter._version, 0 if own.is_meta else int(sum_of_bits(own))
 
 
-def _digest(tensor: Tensor) -> str:
-    flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def digest(tensor: Tensor) -> str:
+    """Return a text that changes with the bits, dtype or shape of a dense tensor."""
+    whole = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    flat: Any = whole.reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + flat.tobytes()).hexdigest()

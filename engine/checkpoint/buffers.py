@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from engine.checkpoint.base import digest
 from engine.errors import CheckpointError
 from strategies import user_name
 
@@ -59,8 +59,7 @@ def _digest(buffer: Tensor | None) -> Any:
     """Return a value that changes with the bits of a dense buffer, and with each write to any other."""
     if buffer is None or buffer.layout != torch.strided or buffer.is_quantized:
         return buffer is None, id(buffer), -1 if buffer is None else buffer._version
-    flat = buffer.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return _kind(buffer), hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).digest()
+    return _kind(buffer), digest(buffer)
 
 
 def _kind(buffer: Tensor | None) -> Any:

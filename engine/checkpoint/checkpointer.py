@@ -6,7 +6,6 @@ import platform
 import time
 import uuid
 from collections.abc import Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +16,7 @@ from engine.checkpoint import files
 from engine.checkpoint.find import Checkpoint, find_checkpoint
 from engine.checkpoint.snapshot import RunParts, check_snapshot, snapshot
 from engine.checkpoint.writer import CheckpointWriter
+from engine.disk import shown
 from engine.errors import CheckpointError, RunDirLostError, RunDirTakenError, StorageError, UserError, describe, writing
 from engine.records.metric import MetricRule
 from engine.records.run_folder import RunFolder, read_mark
@@ -147,8 +147,8 @@ class Checkpointer:
         if self._writer is not None:
             self._writer.wait()
             if self._writer.newest is not None:
-                return _short(self._writer.newest)
-        return "none" if self._folder is None else f"in {_short(self._folder / 'checkpoints')}"
+                return shown(self._writer.newest)
+        return "none" if self._folder is None else f"in {shown(self._folder / 'checkpoints')}"
 
     def wants_save(self) -> bool:
         """Whether this process requests a save after the next update: by a signal, or by the clock of process 0."""
@@ -299,10 +299,3 @@ def _real(run_dir: str) -> Path:
         return Path(run_dir).resolve()
     except (OSError, RuntimeError) as error:
         raise UserError(f"run_dir={run_dir!r}: expected a folder, found a link to itself. Remove it.") from error
-
-
-def _short(path: Path) -> str:
-    """Return a path as seen from the current folder, if it is in it."""
-    with suppress(OSError, ValueError):  # the current folder is gone, or the path is not in it
-        return str(path.relative_to(Path.cwd()))
-    return str(path)

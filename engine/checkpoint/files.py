@@ -32,13 +32,8 @@ from engine.errors import CheckpointError
 FORMAT = 2
 """Version of this format; a reader refuses any other."""
 
-STATE, MODEL, TENSORS, MANIFEST, POINTER = (
-    "state.json",
-    "model.safetensors",
-    "state.safetensors",
-    "manifest.json",
-    "latest",
-)
+STATE, MANIFEST, POINTER = "state.json", "manifest.json", "latest"
+MODEL, TENSORS = "model.safetensors", "state.safetensors"
 FILES = (STATE, MODEL, TENSORS)
 NAME = re.compile(r"update-(\d{8,12})(?:-(\d{1,6}))?")
 
@@ -70,13 +65,10 @@ def write(
         save_file(weights, part / MODEL)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / TENSORS)
         files = {name: {"size": (part / name).stat().st_size, "sha256": _sha256(part / name)} for name in FILES}
-        for name in FILES:
-            force_to_disk(part / name)
-        (part / MANIFEST).write_text(
-            json.dumps({"format": FORMAT, "run": run, "update": update, "files": files}, indent=1)
-        )
-        force_to_disk(part / MANIFEST)
-        force_to_disk(part)
+        manifest = {"format": FORMAT, "run": run, "update": update, "files": files}
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for written in (*(part / name for name in (*FILES, MANIFEST)), part):
+            force_to_disk(written)
         part.rename(final)
         force_to_disk(folder)
     except BaseException:

@@ -20,15 +20,9 @@ from strategies import Strategy
 
 log = logging.getLogger("tally")
 
-STREAM_POSITION = {
-    "epoch": int,
-    "seed_index": int,
-    "length_before": int,
-    "taken": int,
-    "has_ended": bool,
-    "state": None,
-}
-"""The types in a stream's position; a dataset's position is (epoch, offset)."""
+DATASET_POSITION = {"epoch": int, "offset": int}
+STREAM_POSITION = {"epoch": int, "seed_index": int, "length_before": int, "taken": int, "has_ended": bool}
+"""The types in a position, but for a stream's `state`; that of a dataset is a pair."""
 LARGEST_COUNT = 1 << 53
 """More updates, samples or seconds than any run has."""
 
@@ -71,10 +65,9 @@ class Checkpoint:
         positions = state["positions"]
         _expect(positions is None or (isinstance(positions, list) and len(positions) > 0), "positions")
         for position in positions or ():
-            is_offset = isinstance(position, tuple) and [type(part) for part in position] == [int, int]
-            kinds = {name: type(part) for name, part in position.items()} if isinstance(position, dict) else {}
-            _expect(is_offset or {**kinds, "state": None} == STREAM_POSITION, "positions")
-            place = dict(zip(("epoch", "offset"), position, strict=True)) if is_offset else position
+            place = dict(zip(DATASET_POSITION, position, strict=True)) if isinstance(position, tuple) else position
+            kinds = {name: type(part) for name, part in place.items() if name != "state"}
+            _expect(kinds in (DATASET_POSITION, STREAM_POSITION), "positions")
             counts = [value for value in place.values() if type(value) is int]
             _expect(all(0 <= count < LARGEST_COUNT for count in counts), "positions")
             _expect(place["epoch"] <= run["epoch"] and place.get("taken", 0) <= place.get("seed_index", 0), "positions")

@@ -20,7 +20,6 @@ from engine.checkpoint import tree
 from engine.checkpoint.base import Base, with_base
 from engine.checkpoint.buffers import UnsavedBuffers, take_shapes
 from engine.checkpoint.find import Checkpoint
-from engine.checkpoint.saveable import check_saveable
 from engine.errors import CheckpointError, UserError
 from engine.optimizers import evaluated
 from engine.plan.schedule import Schedule, differences, solve
@@ -129,7 +128,7 @@ def check_snapshot(state: RunState, parts: RunParts) -> None:
             raise UserError(
                 f"the optimizer's state has the key {other[0]!r}: expected parameters. Keep it in a parameter group."
             )
-        check_saveable(
+        tree.check_saveable(
             {
                 "model": parts.model.state_dict(),
                 "optimizer": parts.optimizer.state_dict(),

@@ -84,12 +84,8 @@ class CheckpointWriter:
         """Note and log that the checkpoint of `update` could not be saved."""
         self.error = error
         kept = f"The newest is {self.newest}" if self.newest else "There is no other yet"
-        log.error(
-            "the checkpoint of update %d could not be saved: %s. Training continues, and tries again later. %s.",
-            update,
-            error,
-            kept,
-        )
+        what = f"the checkpoint of update {update} could not be saved: {error}"
+        log.error("%s. Training continues, and tries again later. %s.", what, kept)
 
     def _prune(self) -> None:
         """Remove all but the newest and the best."""

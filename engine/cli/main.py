@@ -23,7 +23,7 @@ from engine.callbacks import Callback
 from engine.cli.help import print_help
 from engine.cli.modes import OneWindow, options, split
 from engine.cli.parser_errors import plain
-from engine.disk import replace_text
+from engine.disk import numbered, replace_text
 from engine.errors import STATUSES, ProcessFailureError, UserError, describe, writing
 from engine.preview.preview import preview
 from engine.preview.table import print_plan
@@ -165,18 +165,17 @@ def _fresh_folder() -> str:
     if _is_restarted() and link.is_symlink():
         return f"runs/{link.readlink()}"
     name = datetime.now().strftime("runs/%Y%m%d-%H%M%S")
-    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(name for name in names if not Path(name).exists())
+    return next(str(path) for path in numbered(name) if not path.exists())
 
 
 def _claim_fresh_folder(parser: ArgumentParser, config: Namespace) -> None:
     """Make the folder that the command line has named: another run may start in the same second."""
     name = parser.get_default("trainer.run_dir")
     if config.trainer.run_dir == name and started_rank() == 0 and not _is_restarted():
-        for free in itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2))):
+        for free in numbered(name):
             with suppress(FileExistsError):
-                Path(free).mkdir(parents=True)
-                config.trainer.run_dir = free
+                free.mkdir(parents=True)
+                config.trainer.run_dir = str(free)
                 return
 
 

@@ -58,11 +58,11 @@ def _columns(preview: Preview) -> dict[str, Cell]:
         "epochs": lambda s: _span(s.epochs),
         "K": lambda s: str(s.stage.accumulate_grad_batches),
         "effective\nbatch": lambda s: _batch(preview, s),
-        "updates": lambda s: _count(s.updates),
-        "micro-\nbatches": lambda s: _count(s.micro_batches),
-        "last\nwindow": lambda s: _count(s.last_window),
-        "first\nLR": lambda s: _rate(s.lr[0]),
-        "last\nLR": lambda s: _rate(s.lr[1]),
+        "updates": lambda s: _number(s.updates),
+        "micro-\nbatches": lambda s: _number(s.micro_batches),
+        "last\nwindow": lambda s: _number(s.last_window),
+        "first\nLR": lambda s: _number(s.lr[0], ".2g"),
+        "last\nLR": lambda s: _number(s.lr[1], ".2g"),
     }
     if sent:
         columns["reduced"] = lambda s: UNKNOWN if s.updates is None else size(s.updates * sent)
@@ -122,12 +122,8 @@ def _span(epochs: tuple[int, int] | None) -> str:
     return str(epochs[0]) if epochs[0] == epochs[1] else f"{epochs[0]}-{epochs[1]}"
 
 
-def _count(value: int | None) -> str:
-    return UNKNOWN if value is None else f"{value:,}"
-
-
-def _rate(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{value:.2g}"
+def _number(value: float | None, shape: str = ",") -> str:
+    return UNKNOWN if value is None else format(value, shape)
 
 
 def _saved(updates: int | None, turns: int | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import logging
 import math
@@ -12,7 +11,6 @@ import shutil
 import stat
 import uuid
 from collections.abc import Mapping
-from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,9 @@ from typing import Any
 import orjson
 from torch import Tensor
 
-from engine.disk import force_to_disk, lines_of, new_part, read_small, replace_text
+from engine.disk import force_to_disk, new_part, numbered, read_small, replace_text
 from engine.errors import RunDirTakenError
-from engine.records.history import History, start_of_end
+from engine.records import history
 from engine.records.lock import locked
 
 log = logging.getLogger("tally")
@@ -66,39 +64,30 @@ class RunFolder:
         Returns the number of updates that were cut. Logs a warning if others are missing or stand twice near its
         end; the history begins after `branched_at` (None: unknown). Raises OSError.
         """
-        path, history = self.path / "metrics.jsonl", History(update, validated_update, branched_at)
+        path = self.path / "metrics.jsonl"
         path.touch()
         with path.open("rb") as file:
-            start = file.seek(start_of_end(file, history))
-            history.begin_at(start)
-            kept = "".join(line for line in lines_of(file) if history.take(line)).encode()
-            file.seek(start)
-            is_cut_at_end = file.read(len(kept)) == kept and path.stat().st_nlink == 1
+            end = history.cut(file, update, validated_update)
+            file.seek(end.start)
+            is_cut_at_end = file.read(len(end.kept)) == end.kept and path.stat().st_nlink == 1
         part = path if is_cut_at_end else Path(shutil.copyfile(path, new_part(path)))
         with part.open("r+b") as file:
-            file.seek(start)
-            file.write(kept)
+            file.seek(end.start)
+            file.write(end.kept)
             file.truncate()
         force_to_disk(part)
         part.replace(path)
         force_to_disk(self.path)
-        if faults := history.faults():
+        if faults := history.faults(end.updates, None if end.start else branched_at, update):
             log.warning("%s is not whole: %s. Training resumes, and its curves stay so.", path, faults)
         self._metrics = path.open("a+b", buffering=0)  # a killed run keeps every line
         self._events = (self.path / EVENTS).open("a+b", buffering=0)
-        return history.undone
+        return end.undone
 
     @property
     def run(self) -> str:
         """The id of the run, the same after each resume."""
         return str(self._config[MARK]["run"])
-
-    @property
-    def shown(self) -> str:
-        """The folder as people read it: from the working directory, if it is in there."""
-        with suppress(ValueError, OSError):
-            return str(self.path.relative_to(Path.cwd()))
-        return str(self.path)
 
     @property
     def pinned(self) -> Path:
@@ -117,9 +106,7 @@ class RunFolder:
 
     def rescue(self) -> RunFolder:
         """Return a new folder beside a lost one, with configuration and records. Raises OSError."""
-        ends = itertools.chain(["lost"], (f"lost-{number}" for number in itertools.count(2)))
-        paths = (self.path.with_name(f"{self.path.name}-{end}") for end in ends)
-        rescued = RunFolder(next(path for path in paths if not os.path.lexists(path)))
+        rescued = RunFolder(next(path for path in numbered(f"{self.path}-lost") if not os.path.lexists(path)))
         rescued.write("config.json", self._config)
         for name, file in (("metrics.jsonl", self._metrics), (EVENTS, self._events)):
             assert file is not None
@@ -134,9 +121,8 @@ class RunFolder:
             self._unwritten += orjson.dumps(record) + b"\n"  # a number that is not finite becomes null
         except TypeError:
             self._unwritten += _line(record)
-        assert self._metrics is not None
         try:
-            self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
+            self.flush()
             self._is_full = False
         except OSError as error:
             if not self._is_full:

@@ -45,8 +45,9 @@ def facts(run: Run) -> Facts:
     versions = run.summary.get("versions")
     versions = versions if isinstance(versions, dict) else {}
     updates, skipped = run.length, int(_last(run.updates.get("skipped"), 0.0))
-    seconds = sum(time_split(run).values())
-    last = {name: _short(_last(column)) for name, column in {**run.validations, **run.updates}.items()}
+    seconds, size = sum(time_split(run).values()), run.summary.get("bytes_reduced_per_update")
+    ends = {name: _last(column) for name, column in {**run.validations, **run.updates}.items()}
+    last = {name: f"{value:.4g}" if np.isfinite(value) else None for name, value in ends.items()}
     constant = [name for name, column in run.updates.items() if name not in TOLD and is_constant(column)]
     told: dict[str, Any] = {
         "Status": status(run),
@@ -64,7 +65,7 @@ def facts(run: Run) -> Facts:
         "Running time": duration(seconds) if seconds else None,
         "Resumed": len(run.happened("resume")) or None,
         "All-reduces per update": run.summary.get("all_reduces_per_update"),
-        "Bytes per update": _thousands(run.summary.get("bytes_reduced_per_update")),
+        "Bytes per update": f"{size:,}" if isinstance(size, int) else size,
         "torch": begin.get("torch", versions.get("torch")),
         "Python": begin.get("python", versions.get("python")),
     }
@@ -115,13 +116,10 @@ def history(run: Run) -> list[tuple[str, str, str]]:
     """Return (when, where, what) of each start, interruption, failure and end."""
     rows = []
     for event in run.happened("start", "resume", "interrupt", "fail", "end"):
-        kind, reason, undone = event["event"], event.get("reason", ""), _whole(event.get("undone"))
+        kind, reason, undone = event["event"], event.get("reason", ""), number(event.get("undone"))
         processes = f"on {event.get('processes', '?')} processes: {event.get('strategy', '?')}"
-        lost = (
-            f"; repeats {undone} update{'s' * (undone != '1')} made after the checkpoint"
-            if undone not in ("0", "?")
-            else ""
-        )
+        repeats = f"; repeats {undone:,.0f} update{'s' * (undone != 1)} made after the checkpoint"
+        lost = repeats if undone > 0 else ""
         what = {
             "start": f"started {processes}{lost}",
             "resume": f"resumed {processes}{lost}",
@@ -132,12 +130,6 @@ def history(run: Run) -> list[tuple[str, str, str]]:
         when = str(event.get("time", "?")).replace("T", " ").replace("+00:00", " UTC")
         rows.append((when, f"update {_whole(event.get('update'))}", what))
     return rows
-
-
-def differing(tables: list[Facts]) -> list[str]:
-    """Return the names whose values differ between tables."""
-    names = dict.fromkeys(name for table in tables for name in table)
-    return [name for name in names if len({table.get(name) for table in tables}) > 1]
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> Facts:
@@ -185,13 +177,5 @@ def _seconds(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and 0 <= value < 1e12 else 0.0
 
 
-def _short(value: float) -> str | None:
-    return f"{value:.4g}" if np.isfinite(value) else None
-
-
 def _whole(value: Any) -> str:
     return f"{plotted:,.0f}" if np.isfinite(plotted := number(value)) else "?"
-
-
-def _thousands(value: Any) -> Any:
-    return f"{value:,}" if isinstance(value, int) else value

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.report.facts import TITLES, differing, duration, facts, flat, history, is_constant, time_split
+from engine.report.facts import TITLES, duration, facts, flat, history, is_constant, time_split
 from engine.report.reading import VALIDATION, Column, Run, number
 from engine.report.thinning import BINS, medians, thin
 
@@ -114,7 +114,7 @@ def _facts(runs: Sequence[Run]) -> str:
     if len(runs) == 1:
         tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(v)}</dd></div>" for name, v in tables[0].items())
         return f"<dl>{tiles}</dl>"
-    return _compared(runs, tables, list(dict.fromkeys(name for table in tables for name in table)))
+    return _compared(runs, tables, _names(tables))
 
 
 def _plots(runs: Sequence[Run]) -> str:
@@ -152,10 +152,14 @@ def _history(run: Run) -> str:
 
 def _configurations(runs: Sequence[Run]) -> str:
     tables = [flat(run.config) for run in runs]
-    names = list(dict.fromkeys(name for table in tables for name in table))
-    others = differing(tables)
+    names = _names(tables)
+    others = [name for name in names if len({table.get(name) for table in tables}) > 1]
     shown = f"<h2>Settings that differ</h2>{_compared(runs, tables, others)}" if others else ""
     return f"{shown}<details><summary>All settings</summary>{_compared(runs, tables, names)}</details>"
+
+
+def _names(tables: Sequence[dict[str, str]]) -> list[str]:
+    return list(dict.fromkeys(name for table in tables for name in table))
 
 
 def _compared(runs: Sequence[Run], tables: Sequence[dict[str, str]], names: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from types import CodeType, FrameType, TracebackType
+from types import CodeType, FrameType
 
 from engine.callbacks.base import call
 from engine.checkpoint.checkpointer import Checkpointer
@@ -58,9 +58,7 @@ class Heartbeat:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._ends.set()
         if self._thread.is_alive():
             self._thread.join(4.0)  # longer than it waits for a host that is gone

@@ -16,36 +16,20 @@ EXACT_TO = {"fp16": 1e-2, "bf16": 1e-1}
 """Largest relative difference of an update from that of one big batch, by the hook's name."""
 
 
-class CastHook:
-    """Reduces each bucket in a narrow dtype, and counts what it gives to collectives.
+def cast_and_reduce(dtype: torch.dtype, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """Start the reduction of a bucket, in `dtype`, to the mean over the processes. DDP calls it once per bucket.
 
-    It forms the mean before the cast, in full precision. torch's own hooks cast first and then divide, which overflows
+    The mean is formed before the cast, in full precision. torch's own hooks cast first and then divide, which overflows
     at a P-th of the value and rounds twice.
     """
+    buffer = bucket.buffer()
+    narrow = buffer.div_(dist.get_world_size()).to(dtype)
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._bytes: dict[int, int] = {}
+    def receive(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+        return buffer.copy_(future.value()[0])
 
-    def reduce(self, state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        """Start the reduction of a bucket to the mean over the processes. DDP calls it once per bucket."""
-        if bucket.index() == 0:
-            self._bytes.clear()
-        buffer = bucket.buffer()
-        narrow = buffer.div_(dist.get_world_size()).to(self._dtype)
-        self._bytes[bucket.index()] = narrow.nbytes
-
-        def receive(future: torch.futures.Future[list[Tensor]]) -> Tensor:
-            mean: Tensor = future.value()[0]
-            return buffer.copy_(mean)
-
-        reduction: torch.futures.Future[Any] = dist.all_reduce(narrow, async_op=True).get_future()
-        return reduction.then(receive)
-
-    @property
-    def reductions(self) -> tuple[int, int]:
-        """(collectives, bytes) of the last window, on this process."""
-        return len(self._bytes), sum(self._bytes.values())
+    reduction: torch.futures.Future[Any] = dist.all_reduce(narrow, async_op=True).get_future()
+    return reduction.then(receive)
 
 
 def check_hook(name: str | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from strategies.ddp.compression import DTYPES, EXACT_TO, CastHook, check_hook
+from strategies.ddp.compression import DTYPES, EXACT_TO, cast_and_reduce, check_hook
 from strategies.ddp.empty_forward import EmptyForward
 from strategies.ddp.wrapper import Wrapper, depends_on
 from strategies.errors import MODEL_NOT_CALLED, UserError
@@ -50,8 +50,6 @@ class DDPStrategy(ProcessGroupStrategy):
     - `bucket_cap_mb`: size of a bucket; smaller ones start earlier, larger ones need fewer collectives.
     - `broadcast_buffers`: process 0's buffers (BatchNorm's statistics) go to all once per window. If it is False, each
       process has its own. A checkpoint holds those of process 0, so a resumed run differs if forward reads them.
-    - `sync_batchnorm`: BatchNorm becomes `torch.nn.SyncBatchNorm` (CUDA only), which normalises over the P concurrent
-      micro-batches. It communicates in every forward, so all processes need equally many micro-batches in a window.
 
     `communication_hook` sends gradients in fewer bytes, as approximations:
 
@@ -79,7 +77,6 @@ class DDPStrategy(ProcessGroupStrategy):
         gradient_as_bucket_view: bool = False,
         bucket_cap_mb: float | None = None,
         broadcast_buffers: bool = True,
-        sync_batchnorm: bool = False,
         communication_hook: Literal["fp16", "bf16"] | None = None,
         shard_optimizer: bool = False,
         timeout_seconds: float = 300.0,
@@ -96,18 +93,11 @@ class DDPStrategy(ProcessGroupStrategy):
         self.gradient_as_bucket_view = gradient_as_bucket_view
         self.bucket_cap_mb = bucket_cap_mb
         self.broadcast_buffers = broadcast_buffers
-        self.sync_batchnorm = sync_batchnorm
         self.communication_hook = communication_hook
         if communication_hook is not None:
             self.exact_to = EXACT_TO[communication_hook]
         self.shard_optimizer = shard_optimizer
-        self._hook: CastHook | None = None
         self._keeps_buckets = gradient_as_bucket_view and not find_unused_parameters
-        if sync_batchnorm and self._device_type == "cpu":
-            raise UserError(
-                "sync_batchnorm=True: expected a GPU, since torch's SyncBatchNorm runs on GPUs only. Use GroupNorm or "
-                "LayerNorm, or BatchNorm over each micro-batch (sync_batchnorm=False)."
-            )
 
     @contextmanager
     def accumulation_context(self, is_last_microbatch: bool) -> Iterator[None]:
@@ -129,7 +119,6 @@ class DDPStrategy(ProcessGroupStrategy):
 
     def teardown(self) -> None:
         """Destroy the groups that `setup` made."""
-        self._hook = None
         if hasattr(self, "_ddp"):
             self._remove_reducer()
             del self._ddp
@@ -137,8 +126,6 @@ class DDPStrategy(ProcessGroupStrategy):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Wrap `model`, and fix the order in which its gradients are summed. Raises UserError for a refused option."""
-        if self.sync_batchnorm:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         super().prepare(model)
         self._has_buffers = any(True for _ in model.buffers())
         self._ddp = self._wrapped()
@@ -180,8 +167,7 @@ class DDPStrategy(ProcessGroupStrategy):
         if ddp._delay_all_reduce_params:
             raise _refusal("delay_all_reduce_named_params")
         if self.communication_hook is not None:
-            self._hook = CastHook(DTYPES[self.communication_hook])
-            ddp.register_comm_hook(None, self._hook.reduce)
+            ddp.register_comm_hook(DTYPES[self.communication_hook], cast_and_reduce)
         return ddp
 
     def wrap(self, model: nn.Module) -> DistributedDataParallel:
@@ -253,12 +239,13 @@ class DDPStrategy(ProcessGroupStrategy):
         return self._shards is None
 
     def reductions(self) -> tuple[int, int]:
-        """Return (collectives, bytes) of one window's gradients, as counted by DDP's reducer or by the hook."""
-        if self._hook is not None:
-            return self._hook.reductions
+        """Return (collectives, bytes) of one window's gradients: DDP's buckets, in the dtype of the hook."""
         data = self._ddp._get_ddp_logging_data()  # type: ignore[no-untyped-call]
         sizes = data.get("rebuilt_bucket_sizes") or data["bucket_sizes"]
         buckets = [int(size) for size in str(sizes).split(",")]
+        if self.communication_hook is not None:
+            narrow = DTYPES[self.communication_hook].itemsize
+            return len(buckets), sum(narrow * p.numel() for p in self._parameters if p.requires_grad)
         return len(buckets), sum(buckets)
 
     def bytes_to_reduce(self, model: nn.Module) -> int:

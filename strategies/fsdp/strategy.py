@@ -20,13 +20,12 @@ from strategies.environment import new_store
 from strategies.errors import UserError, check_count
 from strategies.fsdp.collective_order import CollectiveOrder
 from strategies.fsdp.gathered_steps import GatheredSteps, need_whole
-from strategies.fsdp.limits import check_double_backward
 from strategies.fsdp.passes import Passes
 from strategies.fsdp.units import check_units, in_lists, of_classes
 from strategies.optimizer_state import user_module, user_name
 from strategies.process_group import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
-from strategies.torch_internals import FSDP
+from strategies.torch_internals import FSDP, is_freed_storage
 
 _BROADCAST_BYTES = 1 << 28  # bytes of one broadcast of buffers
 
@@ -65,6 +64,7 @@ class FSDPStrategy(ProcessGroupStrategy):
     compiles_in_place = False
     holds_all = False
     _torch_parts = FSDP
+    _mesh: DeviceMesh
 
     def __init__(
         self,
@@ -98,7 +98,6 @@ class FSDPStrategy(ProcessGroupStrategy):
         self.wrap = wrap if wrap is None else list(wrap)
         self.find_unused_parameters = find_unused_parameters
         self.broadcast_buffers = broadcast_buffers
-        self._mesh: DeviceMesh | None = None
         self._root: Any = None
 
     def accumulation_context(self, is_last_microbatch: bool) -> AbstractContextManager[Any]:
@@ -140,12 +139,12 @@ class FSDPStrategy(ProcessGroupStrategy):
     def teardown(self) -> None:
         """Destroy the groups that `setup` made; in an existing group, those of the shards are left too."""
         if self._owns_group:
-            self._mesh = self._root = None
+            self._root = None
+            vars(self).pop("_mesh", None)
         super().teardown()
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Give all processes the parameters of process 0 and shard them. Raises UserError if FSDP cannot."""
-        assert self._mesh is not None, "prepare comes after setup"
         self._take_model()
         self._model = model
         module = self._user_module
@@ -212,7 +211,11 @@ class FSDPStrategy(ProcessGroupStrategy):
         except Exception as error:
             if self._passes.is_last and not self.has_lost_contact(error):
                 self._passes.finish()  # the others read of the failure after their passes
-            check_double_backward(error)
+            if is_freed_storage(error):
+                raise UserError(
+                    "the loss has a gradient of a gradient (create_graph=True), which FSDP cannot compute: it frees "
+                    "parameters after the first backward. Use strategy 'ddp'."
+                ) from error
             raise
         if self._passes.is_last:
             self._passes.finish()
@@ -240,7 +243,6 @@ class FSDPStrategy(ProcessGroupStrategy):
 
     def fingerprint(self) -> int:
         """Return a number that is equal on all replicas under hybrid sharding; 0 without replicas."""
-        assert self._mesh is not None
         if self._mesh.ndim == 1:
             return 0
         total = torch.tensor(super().fingerprint(), device=self.device)
@@ -249,7 +251,6 @@ class FSDPStrategy(ProcessGroupStrategy):
 
     def reductions(self) -> tuple[int, int]:
         """Return (collectives, bytes of gradients) of one window, or of one micro-batch with reduce="micro_batch"."""
-        assert self._mesh is not None
         groups = [g for g in self._order.groups.values() if any(p.sharded_param.requires_grad for p in g.fsdp_params)]
         size = sum(
             p.sharded_param.numel() * (p.reduce_dtype or p.param_dtype or p.orig_dtype).itemsize
@@ -274,9 +275,10 @@ class FSDPStrategy(ProcessGroupStrategy):
         return [self._local(gradient) for gradient in super()._gradients()]
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        square = super()._norm(gradients).double() ** 2
+        local = super()._norm(gradients)
+        square = local.double() ** 2
         dist.all_reduce(square, group=self._shard_group)
-        return square.sqrt().to(gradients[0].dtype)
+        return square.sqrt().to(local.dtype)
 
     def _copied(self, tensor: Tensor) -> Tensor:
         """The whole tensor on the CPU; of a sharded one, which process 0 writes, the others return only the shape."""
@@ -306,7 +308,6 @@ class FSDPStrategy(ProcessGroupStrategy):
     @property
     def _shard_group(self) -> dist.ProcessGroup:
         """The processes that share one model."""
-        assert self._mesh is not None
         return self._mesh.get_group("shard")
 
     def _broadcast_buffers_once(self) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
+from functools import cache
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from strategies.errors import MODEL_NOT_CALLED, UserError
-from strategies.pipeline.partition import balanced
 
 Child = tuple[str, nn.Module]
 T = TypeVar("T")
@@ -67,6 +67,26 @@ def cut(model: nn.Module, count: int, boundaries: Sequence[int] | None) -> list[
                         "Set boundaries so that both are in one part, or untie them."
                     )
     return parts
+
+
+def balanced(sizes: Sequence[int], parts: int) -> list[int]:
+    """Return the index of the first layer of each part but the first, so that the largest part is as small as possible.
+
+    `sizes` are those of the layers in order. Raises UserError for fewer layers than parts.
+    """
+    if not 1 <= parts <= len(sizes):
+        raise UserError(f"stages={parts}: expected at most as many stages as layers, {len(sizes)}.")
+    before = list(accumulate(sizes, initial=0))
+
+    @cache
+    def best(stop: int, count: int) -> tuple[int, tuple[int, ...]]:
+        """Return the largest size of `count` parts of the layers before `stop`, and the starts of all but the first."""
+        if count == 1:
+            return before[stop], ()
+        options = ((best(start, count - 1), start) for start in range(count - 1, stop))
+        return min((max(size, before[stop] - before[start]), (*starts, start)) for (size, starts), start in options)
+
+    return list(best(len(sizes), parts)[1])
 
 
 class ModelCalled(BaseException):  # not an Exception: a task that catches those must not catch it

@@ -73,7 +73,6 @@ class PipelineStrategy(ProcessGroupStrategy):
             least = f"expected at least {stages} for {schedule} over {stages} stages"
             raise UserError(f"micro_batches={micro_batches}: {least}. Use more, or schedule='GPipe'.")
         self._groups: list[dist.ProcessGroup] = []
-        self._chain: Chain | None = None
 
     def accumulation_context(self, is_last_microbatch: bool) -> AbstractContextManager[Any]:
         """Return a context that does nothing: the schedule owns the window, and gradients are reduced after it."""
@@ -110,8 +109,8 @@ class PipelineStrategy(ProcessGroupStrategy):
         self._ranks = pipelines[self.data_parallel_rank]
 
     def teardown(self) -> None:
-        self._chain = None
-        vars(self).pop("_schedules", None)
+        for part in ("_chain", "_schedules"):
+            vars(self).pop(part, None)
         gc.collect()  # the users of the groups must be gone before them
         if not self._owns_group and dist.is_initialized():
             for group in self._groups:
@@ -165,14 +164,14 @@ class PipelineStrategy(ProcessGroupStrategy):
         def read() -> tuple[int, list[Call]]:
             micros.extend(window)
             calls = []
-            for micro in micros if self._this_chain.is_first else ():
+            for micro in micros if self._chain.is_first else ():
                 called = self._pipelined.input_of(partial(forward, micro))
                 inputs.append(called.input)
                 spec = TensorSpec(tuple(called.input.shape), called.input.dtype)
                 calls.append(Call(spec, called.autocast, self._seed))
             return len(micros), calls
 
-        rows = self._this_chain.together(read)
+        rows = self._chain.together(read)
         counts = [count for count, _ in rows]
         if len(set(counts)) > 1:
             raise UserError(f"the processes of a pipeline got {counts} micro-batches: they must read the same data.")
@@ -189,12 +188,6 @@ class PipelineStrategy(ProcessGroupStrategy):
         return super().exchange(values)
 
     @property
-    def _this_chain(self) -> Chain:
-        if self._chain is None:
-            raise RuntimeError("the pipeline is not set up. Call setup() and prepare(model) first.")
-        return self._chain
-
-    @property
     def _copies(self) -> dist.ProcessGroup:
         """The processes with the same part in all pipelines."""
         return self._groups[2]
@@ -202,8 +195,8 @@ class PipelineStrategy(ProcessGroupStrategy):
     def _share_buffers(self) -> None:
         """Send the buffers of the first pipeline (BatchNorm's statistics) to all."""
         if self.data_parallel_size > 1:
-            for buffer in self._this_chain.part.buffers():
-                dist.broadcast(buffer, src=self._this_chain.stage, group=self._copies)
+            for buffer in self._chain.part.buffers():
+                dist.broadcast(buffer, src=self._chain.stage, group=self._copies)
 
     def _reduce(self) -> None:
         """Sum the gradients over the pipelines. A parameter that no pipeline used keeps the gradient None."""
@@ -219,21 +212,14 @@ class PipelineStrategy(ProcessGroupStrategy):
                 if count:
                     parameter.grad = total.view_as(parameter)
 
-    def clip(self, max_norm: float | None, factor: float = 1.0) -> Tensor:
-        """Multiply by `factor`, clip and return the norm, also if this process has no gradient."""
-        if any(p.grad is not None for p in self._parameters):
-            return super().clip(max_norm, factor)
-        return self._norm([]) * factor
-
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        local = super()._norm(gradients) if gradients else torch.zeros((), device=self.device)
-        squared = local.double() ** 2
-        dist.all_reduce(squared, group=self._this_chain.group)
+        squared = super()._norm(gradients).double() ** 2
+        dist.all_reduce(squared, group=self._chain.group)
         return squared.sqrt()
 
     def fingerprint(self) -> int:
         total = torch.tensor(super().fingerprint())
-        dist.all_reduce(total, group=self._this_chain.host_group)
+        dist.all_reduce(total, group=self._chain.host_group)
         return int(total)
 
     # Evaluation
@@ -245,10 +231,10 @@ class PipelineStrategy(ProcessGroupStrategy):
         if not self._is_prepared(model):
             self.prepare(model)
         on_batch, x, autocast = partial(compute, self._pipelined, batch), None, None
-        if self._this_chain.is_first:
+        if self._chain.is_first:
             called = self._pipelined.input_of(on_batch)
             x, autocast = called.input, called.autocast
-        output, _ = self._this_chain.through(x, autocast)
+        output, _ = self._chain.through(x, autocast)
         return {} if output is None else self._pipelined.with_output(output, on_batch)
 
     def synchronize_buffers(self, model: nn.Module) -> None:
@@ -256,7 +242,7 @@ class PipelineStrategy(ProcessGroupStrategy):
             self._share_buffers()
 
     def _is_prepared(self, model: nn.Module) -> bool:
-        return self._chain is not None and self._model is model
+        return self._has_model and self._model is model
 
     # Checkpoints and costs
 
@@ -276,7 +262,7 @@ class PipelineStrategy(ProcessGroupStrategy):
             local["optimizer"] = named_state(self._model, optimizer)
         with torch.no_grad():
             local = copy_of(local, self._copied)
-        parts = self._this_chain.gather(local)
+        parts = self._chain.gather(local)
         model = {name: value for part in parts for name, value in part["model"].items()}
         names = [name for name in dict.fromkeys([*self._names(), *model]) if name in model]  # forward may register some
         state: dict[str, Any] = {"model": {name: model[name] for name in names}}

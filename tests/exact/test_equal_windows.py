@@ -122,8 +122,3 @@ def needs() -> bool:
 def test_a_sync_batch_norm_is_noticed() -> None:
     assert run(2, needs) == [True, True]
     assert run(1, needs) == [False]
-
-
-def test_sync_batch_norm_on_the_cpu_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="SyncBatchNorm runs on GPUs only"):
-        DDPStrategy(device="cpu", sync_batchnorm=True)

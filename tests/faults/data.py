@@ -104,7 +104,7 @@ FAULTS = [
     ),
     Fault(
         "refuse equal micro-batches that hold nothing",
-        "digest",
+        "engine.data.counting:digest",
         ">= INFORMATION",
         ">= 0",
         "tests/data/test_sample_counts.py::test_micro_batches_that_may_be_equal_by_chance_are_not_refused",

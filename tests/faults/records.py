@@ -6,14 +6,14 @@ from tests.faults.selections import FOREIGN, IDENTITY, KILLED, LOSES
 FAULTS = [
     Fault(
         "write updates twice into the history",
-        "RunFolder.rewind",
-        " if history.take(line))",
-        " if history.take(line) or True)",
+        "engine.records.history:cut",
+        "        if stays:\n",
+        "        if True:\n",
         KILLED,
     ),
     Fault(
         "read all records at a resume",
-        "start_of_end",
+        "engine.records.history:_start_of_end",
         "return offset",
         "pass",
         "tests/resume/test_lean_resume.py::test_records_are_read_from_their_end",
@@ -34,11 +34,11 @@ FAULTS = [
         LOSES,
     ),
     Fault(
-        "reopen tables by the folder's name",
+        "reopen events by the folder's name",
         "RunFolder.pinned",
         "return path if path.exists() else self.path",
         "return self.path",
-        f"{IDENTITY}::test_tables_follow_a_folder_that_is_moved",
+        f"{IDENTITY}::test_events_follow_a_folder_that_is_moved",
     ),
     Fault(
         "decide before the lock that a folder is empty",
@@ -56,15 +56,15 @@ FAULTS = [
     ),
     Fault(
         "miss a hole in the history",
-        "History._see",
-        "            self._note_missing(update - 1)\n",
-        "",
+        "engine.records.history:faults",
+        "if update > due:",
+        "if False:",
         f"{IDENTITY}::test_a_resume_tells_of_updates_that_are_missing_or_stand_twice",
     ),
     Fault(
         "miss an update that stands twice",
-        "History._see",
-        "if update <= self._last:",
+        "engine.records.history:faults",
+        "if update < due:",
         "if False:",
         f"{IDENTITY}::test_a_resume_tells_of_updates_that_are_missing_or_stand_twice",
     ),

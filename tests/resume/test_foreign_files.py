@@ -31,7 +31,6 @@ NAMES = [
     "events.jsonl",
     "model.safetensors",
     "config.yaml",
-    "metrics.csv",
     "tensorboard",
     "anything",
     "checkpoints/latest",

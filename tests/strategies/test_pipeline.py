@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from engine import Accumulator, Callback, GradientAccumulationScheduler, Loss, Trainer
 from strategies import PipelineStrategy
-from strategies.pipeline.partition import balanced
+from strategies.pipeline.parts import balanced
 from tests.kit.killed import Full, same
 from tests.kit.processes import ChildError, run
 from tests.kit.recorders import Count
