@@ -95,7 +95,7 @@ class Schedules:
                 output: Tensor = chain.call(x, call.autocast)  # any type in the last part
                 if chain.is_last:
                     loss, scale = self._model.with_output(output, run.forwards[index])
-                    return loss * scale
+                    return (loss * scale).float()  # the dtype of `specs`, which torch 2.12 checks; nobody reads the value
                 if TensorSpec(tuple(output.shape), output.dtype) != spec:
                     raise UserError(
                         f"part {chain.stage} of the pipeline returned {output.dtype} {tuple(output.shape)}: expected "
