@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Sequence
 from pkgutil import resolve_name
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from strategies.errors import UserError
 
 TESTED = "2.13 and 2.15"  # the tested versions of torch
 
@@ -74,6 +77,26 @@ def end_fsdp_backward(root: Any) -> None:
     if hasattr(state._state_ctx, "manual_backward_finalization_active"):  # torch 2.15: set when a backward starts
         state._state_ctx.manual_backward_finalization_active = False
     state._root_post_backward_final_callback()
+
+
+IS_BEFORE_2_13 = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+"""Whether a stage of a pipeline passes on floating-point numbers only, and fails if they have no gradient."""
+
+
+def check_activations(dtypes: Sequence[torch.dtype]) -> None:
+    """Raise UserError if a pipeline cannot pass on tensors of these dtypes."""
+    for part, dtype in enumerate(dtypes):
+        if IS_BEFORE_2_13 and not dtype.is_floating_point:
+            raise UserError(
+                f"part {part} of the pipeline returned {dtype}: expected floating-point numbers with torch "
+                f"{torch.__version__}. Set other boundaries, or use torch 2.13."
+            )
+
+
+def expect_gradient(activation: torch.Tensor) -> None:
+    """Give the input of a stage the gradient that it has if the loss does not depend on it."""
+    if IS_BEFORE_2_13:
+        activation.grad = torch.zeros_like(activation)
 
 
 def is_lost_contact(error: Exception) -> bool:

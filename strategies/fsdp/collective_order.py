@@ -114,8 +114,7 @@ class CollectiveOrder:
                 self._note(f"reduce {name}")
             if group.reduce_grads:
                 self.used.update(p for p in group.fsdp_params if _has_gradient(p))
-                for parameter in group.fsdp_params:
-                    _fill(parameter)
+                _complete(group.fsdp_params)
             post_backward(*unused)
 
         group.unshard, group.post_backward = noted_unshard, noted_post_backward
@@ -167,9 +166,13 @@ def _has_gradient(parameter: Any) -> bool:
     return parameter.unsharded_accumulated_grad is not None or (unsharded is not None and unsharded.grad is not None)
 
 
-def _fill(parameter: Any) -> None:
-    """Give one of FSDP's parameters that has no gradient zeros, so that all processes reduce the same parameters."""
-    if hasattr(parameter, "_unsharded_param") and not _has_gradient(parameter):
-        unsharded = parameter._unsharded_param
-        if unsharded.requires_grad:
-            unsharded.grad = torch.zeros_like(unsharded)
+def _complete(parameters: Any) -> None:
+    """Give each of a unit's parameters a gradient, of one dtype, since all processes reduce the same parameters."""
+    parts = [p for p in parameters if hasattr(p, "_unsharded_param") and p._unsharded_param.requires_grad]
+    for part in parts:
+        if not _has_gradient(part):
+            part._unsharded_param.grad = torch.zeros_like(part._unsharded_param)
+    waiting = [part for part in parts if part.unsharded_accumulated_grad is None]
+    if len(waiting) < len(parts):
+        for part in waiting:
+            part.to_accumulated_grad_if_needed()
