@@ -99,9 +99,7 @@ class Schedules:
                 output: Tensor = chain.call(x, call.autocast)  # any type in the last part
                 if chain.is_last:
                     loss, scale = self._model.with_output(output, run.forwards[index])
-                    return (
-                        loss * scale
-                    ).float()  # the dtype of `specs`, which torch 2.12 checks; nobody reads the value
+                    return (loss * scale).float()  # as in `specs`, which torch 2.11 checks; nobody reads the value
                 if TensorSpec(tuple(output.shape), output.dtype) != spec:
                     raise UserError(
                         f"part {chain.stage} of the pipeline returned {output.dtype} {tuple(output.shape)}: expected "

@@ -164,7 +164,7 @@ def fit_whole_numbers(strategy: Any, K: int) -> Any:
 def test_stages_pass_on_whole_numbers_where_torch_can() -> None:
     strategy = PipelineStrategy(micro_batches=2, boundaries=[1])
     if IS_BEFORE_2_13:
-        with pytest.raises(ChildError, match="part 0 of the pipeline returned torch.int64: expected floating-point"):
+        with pytest.raises(ChildError, match=r"part 0 of the pipeline returned torch.int64: expected floating-point"):
             run(2, fit_whole_numbers, strategy, 2, seconds=20)
     else:
         for found in run(2, fit_whole_numbers, strategy, 2):
