@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-
-from safetensors import SafetensorError
 
 from strategies.errors import UserError as UserError
 from strategies.errors import check_count as check_count
@@ -51,7 +50,7 @@ def writing(what: object) -> Iterator[None]:
     """Raise StorageError, naming `what`, for an OSError or what safetensors raises for one."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, getattr(sys.modules.get("safetensors"), "SafetensorError", OSError)) as error:  # once imported
         if isinstance(error, (StorageError, UserError)):
             raise
         raise StorageError(

@@ -1,12 +1,17 @@
-"""Private or new parts of torch, and error texts of torch that are read, with the versions they are tested with."""
+"""Private or new parts of torch, error texts of torch that are read, and what differs between its versions."""
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Sequence
 from pkgutil import resolve_name
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from strategies.errors import UserError
 
 TESTED = "2.13 and 2.15"  # the tested versions of torch
 
@@ -19,17 +24,11 @@ DDP = (
     "torch.nn.parallel:DistributedDataParallel._sync_buffers",
 )
 
-# Present since stages take the dtype of their outputs, which `strategies.pipeline.schedules` needs
-PIPELINE = ("torch.distributed.pipelining._utils:InferenceMode",)
-
 # Used by `strategies.fsdp.strategy` and `strategies.fsdp.collective_order`
 FSDP = (
     "torch.distributed:_broadcast_coalesced",
     "torch.distributed.fsdp:FSDPModule._get_fsdp_state",
-    "torch.distributed.fsdp:FSDPModule.reset_iter_state",
     "torch.distributed.fsdp:FSDPModule.set_force_sum_reduction_for_comms",
-    "torch.distributed.fsdp:FSDPModule.set_reduce_scatter_unused_params",
-    "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._fsdp_param_group",
     "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._lazy_init",
     "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._root_post_backward_final_callback",
     "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup.is_unsharded",
@@ -45,6 +44,59 @@ def check_torch(name: str, parts: tuple[str, ...]) -> None:
             f"strategy {name!r} needs {', '.join(missing)}, which torch {torch.__version__} does not have. It is "
             f"tested with torch {TESTED}. Install one of them, or use another strategy."
         )
+
+
+def ddp_options() -> dict[str, Any]:
+    """Return `broadcast_buffers=False` of DDP, by the name that this torch has."""
+    parameters = inspect.signature(torch.nn.parallel.DistributedDataParallel.__init__).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers": False}
+
+
+def reset_fsdp(root: Any) -> None:
+    """Forget what forwards of the root FSDP module have left for a backward, and free what they have gathered."""
+    if hasattr(root, "reset_iter_state"):  # torch 2.13
+        root.reset_iter_state()
+        return
+    root_state = root._get_fsdp_state()
+    for state in root_state._state_ctx.all_states:
+        idle = type(state._training_state).IDLE
+        state._modules_to_run_forward.clear()
+        state._training_state = idle
+        if (group := state._fsdp_param_group) is not None:
+            group.finalize_backward()  # waits, and drops a gather that nobody used
+            group._partial_reduce_output, group._training_state = None, idle
+            group._to_sharded()
+    root_state._comm_ctx.post_forward_order.clear()
+    root_state._state_ctx.iter_forward_root = None
+    root_state._state_ctx.post_backward_final_callback_queued = False
+
+
+def end_fsdp_backward(root: Any) -> None:
+    """End a backward of the root FSDP module that had no data."""
+    state = root._get_fsdp_state()
+    if hasattr(state._state_ctx, "manual_backward_finalization_active"):  # torch 2.15: set when a backward starts
+        state._state_ctx.manual_backward_finalization_active = False
+    state._root_post_backward_final_callback()
+
+
+IS_BEFORE_2_13 = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+"""Whether a stage of a pipeline passes on floating-point numbers only, and fails if they have no gradient."""
+
+
+def check_activations(dtypes: Sequence[torch.dtype]) -> None:
+    """Raise UserError if a pipeline cannot pass on tensors of these dtypes."""
+    for part, dtype in enumerate(dtypes):
+        if IS_BEFORE_2_13 and not dtype.is_floating_point:
+            raise UserError(
+                f"part {part} of the pipeline returned {dtype}: expected floating-point numbers with torch "
+                f"{torch.__version__}. Set other boundaries, or use torch 2.13."
+            )
+
+
+def expect_gradient(activation: torch.Tensor) -> None:
+    """Give the input of a stage the gradient that it has if the loss does not depend on it."""
+    if IS_BEFORE_2_13:
+        activation.grad = torch.zeros_like(activation)
 
 
 def is_lost_contact(error: Exception) -> bool:

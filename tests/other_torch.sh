@@ -9,9 +9,9 @@ other=".venv-torch-$version"
 if [ ! -e "$other/.done" ]; then
     echo "making $other (once) ..." >&2
     "${PYTHON:-python3}" -m venv "$other"
-    grep -v '^torch==' constraints.txt > "$other/constraints.txt"
+    grep -vE '^(torch|setuptools)==' constraints.txt > "$other/constraints.txt"
     "$other/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$other/constraints.txt" \
-        "torch==$version" --editable '.[recipes]' hypothesis pytest pytest-timeout pytest-xdist transformers
+        "torch==$version" --editable '.[recipes,metrics]' hypothesis pytest pytest-timeout pytest-xdist transformers
     touch "$other/.done"
 fi
 export OMP_NUM_THREADS=1

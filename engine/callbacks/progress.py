@@ -12,11 +12,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO, cast
 
 import torch
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Column, Table
-from rich.text import Text
 
 from engine.callbacks.banner import banner
 from engine.callbacks.base import Callback
@@ -25,6 +20,9 @@ from engine.disk import shown
 from engine.output import Output
 
 if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.live import Live
+
     from engine.trainer import Trainer
 
 
@@ -42,6 +40,9 @@ class Progress(Callback):
         self._live: Live | None = None
 
     def on_fit_start(self, trainer: Trainer) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
         self._due, self._live = math.inf, None
         if trainer.strategy.rank != 0:
             return
@@ -119,6 +120,11 @@ def _say(text: str) -> None:
 
 def _picture(trainer: Trainer, pace: Pace, metrics: Sequence[str], width: int) -> Group:
     """Return a line with epoch, bar and time left; below it the training and the machine, on one line if they fit."""
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Column, Table
+    from rich.text import Text
+
     left, total = pace.left(trainer), trainer.total_updates
     columns = Column(no_wrap=True, style="bold"), Column(ratio=1), Column(no_wrap=True)
     head = Table.grid(*columns, padding=(0, 1), expand=True)

@@ -8,7 +8,6 @@ import sys
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 
 from engine.conformance.backend import Backend, started
 from engine.conformance.processes import ProcessesFailedError
@@ -56,6 +55,10 @@ def main(arguments: list[str]) -> int:
 
 
 def _options(strategy_class: type[Strategy], arguments: list[str]) -> dict[str, Any]:
+    if not arguments:
+        return {}
+    from jsonargparse import ArgumentParser
+
     parser = ArgumentParser(prog=PROGRAM, exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(strategy_class)
     try:

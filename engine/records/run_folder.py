@@ -15,13 +15,20 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import orjson
 from torch import Tensor
 
 from engine.disk import force_to_disk, new_part, numbered, read_small, replace_text
 from engine.errors import RunDirTakenError
 from engine.records import history
 from engine.records.lock import locked
+
+try:
+    from orjson import dumps as _dumps
+except ImportError:  # no wheel of it for this machine: the same lines, in ten times as many instructions
+
+    def _dumps(value: Any, /) -> bytes:
+        return json.dumps(_plain(value), ensure_ascii=False, separators=(",", ":")).encode()
+
 
 log = logging.getLogger("tally")
 
@@ -118,7 +125,7 @@ class RunFolder:
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; if the disk is full, keep it for the next time."""
         try:
-            self._unwritten += orjson.dumps(record) + b"\n"  # a number that is not finite becomes null
+            self._unwritten += _dumps(record) + b"\n"  # a number that is not finite becomes null
         except TypeError:
             self._unwritten += _line(record)
         try:
@@ -223,7 +230,7 @@ def _check_is_free(path: Path, takes_over: bool) -> None:
 
 def _line(record: Mapping[str, Any]) -> bytes:
     """Return a line of JSON; orjson refuses text that is no UTF-8, numbers of more than 64 bits, and objects."""
-    return orjson.dumps(_plain(record)) + b"\n"
+    return _dumps(_plain(record)) + b"\n"
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from strategies.errors import MODEL_NOT_CALLED, UserError
 from strategies.optimizer_shards import OptimizerShards
 from strategies.optimizer_state import user_name
 from strategies.process_group import ProcessGroupStrategy
-from strategies.torch_internals import DDP, unused_parameters
+from strategies.torch_internals import DDP, ddp_options, unused_parameters
 
 REFUSED = {
     "static_graph": "it records the first backward, and fails with an internal assert if that one is not "
@@ -178,7 +177,7 @@ class DDPStrategy(ProcessGroupStrategy):
             find_unused_parameters=self.find_unused_parameters,
             gradient_as_bucket_view=self.gradient_as_bucket_view,
             bucket_cap_mb=self.bucket_cap_mb,
-            **_buffers_are_ours(),
+            **ddp_options(),
         )
 
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
@@ -315,9 +314,3 @@ class DDPStrategy(ProcessGroupStrategy):
 
 def _refusal(option: str) -> UserError:
     return UserError(f"DDPStrategy does not take {option}: {REFUSED[option]}")
-
-
-def _buffers_are_ours() -> dict[str, Any]:
-    """Return `broadcast_buffers=False` under the name that this torch has (renamed in 2.13)."""
-    parameters = inspect.signature(DistributedDataParallel.__init__).parameters
-    return {"forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers": False}

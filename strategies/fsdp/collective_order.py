@@ -10,8 +10,11 @@ import time
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
+
+from strategies.torch_internals import end_fsdp_backward, reset_fsdp
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "both"
 END = "end"
@@ -70,7 +73,7 @@ class CollectiveOrder:
         """Take part in the rest of a pass without data; return False if no process has data to lead it."""
         self.is_open = False
         if self._position or self._kind.startswith(BACKWARD):  # its forward or backward failed, or is left out
-            self._root.reset_iter_state()
+            reset_fsdp(self._root)
         while (event := self._next()) != END:
             if event is None:
                 return False
@@ -82,12 +85,8 @@ class CollectiveOrder:
                 self.groups[name].post_backward()
             self._position += 1
         self._known.add(self._kind)
-        if self._kind.startswith(FORWARD):
-            return True
-        state = self._root._get_fsdp_state()
-        if hasattr(state._state_ctx, "manual_backward_finalization_active"):  # torch 2.15: set when a backward starts
-            state._state_ctx.manual_backward_finalization_active = False
-        state._root_post_backward_final_callback()
+        if not self._kind.startswith(FORWARD):
+            end_fsdp_backward(self._root)
         return True
 
     def _derived(self, kind: str) -> list[str] | None:
@@ -115,6 +114,7 @@ class CollectiveOrder:
                 self._note(f"reduce {name}")
             if group.reduce_grads:
                 self.used.update(p for p in group.fsdp_params if _has_gradient(p))
+                _complete(group.fsdp_params)
             post_backward(*unused)
 
         group.unshard, group.post_backward = noted_unshard, noted_post_backward
@@ -164,3 +164,15 @@ def _has_gradient(parameter: Any) -> bool:
     """Whether one of FSDP's parameters has a gradient that is not reduced yet."""
     unsharded = getattr(parameter, "_unsharded_param", None)
     return parameter.unsharded_accumulated_grad is not None or (unsharded is not None and unsharded.grad is not None)
+
+
+def _complete(parameters: Any) -> None:
+    """Give each of a unit's parameters a gradient, of one dtype, since all processes reduce the same parameters."""
+    parts = [p for p in parameters if hasattr(p, "_unsharded_param") and p._unsharded_param.requires_grad]
+    for part in parts:
+        if not _has_gradient(part):
+            part._unsharded_param.grad = torch.zeros_like(part._unsharded_param)
+    waiting = [part for part in parts if part.unsharded_accumulated_grad is None]
+    if len(waiting) < len(parts):
+        for part in waiting:
+            part.to_accumulated_grad_if_needed()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from strategies.fsdp.collective_order import BACKWARD, BOTH, FORWARD, CollectiveOrder
+from strategies.torch_internals import reset_fsdp
 
 
 class Passes:
@@ -59,7 +60,7 @@ class Passes:
     def end_forward(self) -> None:
         """Free what a forward whose graph is not kept has gathered."""
         self._made += 1
-        self._root.reset_iter_state()
+        reset_fsdp(self._root)
 
     def finish_forwards(self, but: int = 0) -> None:
         """Make the rest of the forwards of a window that runs twice, `but` for the last, without data."""

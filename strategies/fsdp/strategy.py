@@ -25,7 +25,7 @@ from strategies.fsdp.units import check_units, in_lists, of_classes
 from strategies.optimizer_state import user_module, user_name
 from strategies.process_group import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
-from strategies.torch_internals import FSDP, is_freed_storage
+from strategies.torch_internals import FSDP, is_freed_storage, reset_fsdp
 
 _BROADCAST_BYTES = 1 << 28  # bytes of one broadcast of buffers
 
@@ -162,7 +162,6 @@ class FSDPStrategy(ProcessGroupStrategy):
         for part in named.values():
             part.set_gradient_divide_factor(1.0)  # a sum, not a mean
             part.set_force_sum_reduction_for_comms(True)
-        self._root.set_reduce_scatter_unused_params(True)
         named = {name: part for name, part in named.items() if part._get_fsdp_state()._fsdp_param_group is not None}
         self._order = CollectiveOrder(
             self._root, named, new_store(), self.data_parallel_size, self.timeout, frees is False
@@ -341,4 +340,4 @@ class FSDPStrategy(ProcessGroupStrategy):
         finally:
             self._root.set_reshard_after_forward(self.reshard_after_forward is not False)
             self._root.set_reshard_after_forward(bool(self.reshard_after_forward), recurse=False)
-            self._root.reset_iter_state()  # FSDP keeps a list of forwards for the next backward
+            reset_fsdp(self._root)  # FSDP keeps a list of forwards for the next backward

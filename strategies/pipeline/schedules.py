@@ -12,6 +12,7 @@ from torch import Tensor
 from strategies.errors import UserError
 from strategies.pipeline.chain import Chain
 from strategies.pipeline.parts import Call, Part, PipelinedModel, TensorSpec, already_computed, zeros
+from strategies.torch_internals import check_activations, expect_gradient
 
 ScheduleName = Literal["GPipe", "1F1B"]
 
@@ -69,6 +70,7 @@ class Schedules:
             if kind not in self._specs:
                 x = inputs[indices[0]] if inputs else None
                 self._specs[kind] = self._chain.specs(x, calls[indices[0]].autocast)
+                check_activations([spec.dtype for spec in self._specs[kind]])
             schedule = self._schedule(kind, len(indices))
             group = slice(indices[0], indices[-1] + 1)
             self._run = Run(calls[group], inputs[group], forwards[group], self._specs[kind])
@@ -88,6 +90,8 @@ class Schedules:
         """Return the output of this part for a micro-batch, or the loss; zeros after an error."""
         run, chain = self._run, self._chain
         spec = run.specs[chain.stage]
+        if activation is not None:
+            expect_gradient(activation)
         if self._error is None:
             try:
                 x, call = run.inputs[index] if activation is None else activation, run.calls[index]
@@ -95,7 +99,7 @@ class Schedules:
                 output: Tensor = chain.call(x, call.autocast)  # any type in the last part
                 if chain.is_last:
                     loss, scale = self._model.with_output(output, run.forwards[index])
-                    return loss * scale
+                    return (loss * scale).float()  # as in `specs`, which torch 2.11 checks; nobody reads the value
                 if TensorSpec(tuple(output.shape), output.dtype) != spec:
                     raise UserError(
                         f"part {chain.stage} of the pipeline returned {output.dtype} {tuple(output.shape)}: expected "

@@ -22,7 +22,6 @@ from strategies.pipeline.parts import Call, PeerFailedError, PipelinedModel, Ten
 from strategies.pipeline.schedules import ScheduleName, Schedules, takes
 from strategies.process_group import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
-from strategies.torch_internals import PIPELINE
 
 BUCKET_BYTES = 25 << 20  # size of a bucket of gradients, which are reduced over the pipelines as in DDP
 
@@ -49,7 +48,6 @@ class PipelineStrategy(ProcessGroupStrategy):
     compiles_in_place = False
     evaluates_alone = False
     holds_all = False
-    _torch_parts = PIPELINE
 
     def __init__(
         self,

@@ -41,6 +41,20 @@ FAULTS = [
         "'tests/strategies/test_sharded.py::test_processes_that_never_had_a_micro_batch_learn_the_order_from_the_others[2-1]'",
     ),
     Fault(
+        "sharded: reduce what this process has used only",
+        "strategies.fsdp.collective_order:_complete",
+        "            part._unsharded_param.grad = torch.zeros_like(part._unsharded_param)\n",
+        "            pass\n",
+        "tests/strategies/test_sharded.py::test_parameters_that_are_not_always_used",
+    ),
+    Fault(
+        "sharded: leave a gradient in the dtype of its one micro-batch",
+        "strategies.fsdp.collective_order:_complete",
+        "if len(waiting) < len(parts):",
+        "if False:",
+        "tests/strategies/test_sharded.py::test_parameters_that_are_not_always_used_in_low_precision",
+    ),
+    Fault(
         "sharded: continue from the middle of a forward that failed",
         "CollectiveOrder.finish",
         "if self._position or ",
@@ -50,7 +64,7 @@ FAULTS = [
     Fault(
         "sharded: validate with the list of the forwards before",
         "FSDPStrategy._gathered",
-        "            self._root.reset_iter_state()  # FSDP",
+        "            reset_fsdp(self._root)  # FSDP",
         "            pass  # FSDP",
         "tests/strategies/test_sharded.py::test_uneven_validation_between_updates",
     ),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from engine import Accumulator, Callback, GradientAccumulationScheduler, Loss, Trainer
 from strategies import PipelineStrategy
 from strategies.pipeline.parts import balanced
+from strategies.torch_internals import IS_BEFORE_2_13
 from tests.kit.killed import Full, same
 from tests.kit.processes import ChildError, run
 from tests.kit.recorders import Count
@@ -144,6 +145,31 @@ def test_autocast_holds_on_all_stages() -> None:
     for found, found_losses in run(2, fit_cast, PipelineStrategy(micro_batches=2), "bf16"):
         torch.testing.assert_close(found, cast, rtol=0, atol=1e-6)
         torch.testing.assert_close(found_losses, losses, rtol=1e-5, atol=0)
+
+
+class Rounds(nn.Module):
+    """Looks up which of four fifths of the line each number is in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bucketize(x, torch.tensor([-0.8, -0.3, 0.3, 0.8], dtype=x.dtype))
+
+
+def whole_numbers() -> nn.Module:
+    return nn.Sequential(Rounds(), nn.Embedding(5, 3), nn.Flatten(), nn.Linear(15, 1)).double()
+
+
+def fit_whole_numbers(strategy: Any, K: int) -> Any:
+    return fit(Regression(20, model=whole_numbers), strategy, K)[0].parameters
+
+
+def test_stages_pass_on_whole_numbers_where_torch_can() -> None:
+    strategy = PipelineStrategy(micro_batches=2, boundaries=[1])
+    if IS_BEFORE_2_13:
+        with pytest.raises(ChildError, match=r"part 0 of the pipeline returned torch.int64: expected floating-point"):
+            run(2, fit_whole_numbers, strategy, 2, seconds=20)
+    else:
+        for found in run(2, fit_whole_numbers, strategy, 2):
+            torch.testing.assert_close(found, fit_whole_numbers("single", 2), rtol=0, atol=1e-12)
 
 
 def odd() -> nn.Module:

@@ -471,6 +471,18 @@ def test_parameters_that_are_not_always_used() -> None:
         run(2, train_conditional, False, False)
 
 
+def train_conditional_in_bf16() -> Any:
+    task = Regression(23, model=lambda: Conditional(False).float())
+    task.x, task.y = task.x.float(), task.y.float()
+    return train({"find_unused_parameters": True, "param_dtype": "bfloat16"}, task, 2)[0]
+
+
+def test_parameters_that_are_not_always_used_in_low_precision() -> None:
+    single = train({}, Regression(23, model=lambda: Conditional(False)), 4, resolve("single"))[0]
+    found = run(2, train_conditional_in_bf16)[0]
+    torch.testing.assert_close(found.double(), single, rtol=0, atol=0.02)
+
+
 def test_units_that_are_not_always_called_are_an_error() -> None:
     with pytest.raises(ChildError) as raised:
         run(2, train_conditional, True, True, seconds=15)
