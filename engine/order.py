@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, overload
 
 import numpy
+from numpy.typing import NDArray
 
 from engine.errors import UserError
 
@@ -18,10 +20,23 @@ def sequential(samples: int) -> Order:
     return lambda epoch: range(samples)
 
 
+LARGEST_PERMUTATION = 1 << 24
+"""The most samples whose permutation is kept in memory, at 8 bytes a sample. That of more is computed as it is read."""
+SLICE = 4096
+"""Places of a `KeyedPermutation` that are computed together: few enough for a processor's cache."""
+_ROUNDS = 6
+_U = numpy.uint64
+
+
 def shuffled(samples: int, seed: int) -> Order:
-    """Return a fresh permutation for each epoch, a pure function of (seed, epoch): 8 bytes a sample."""
+    """Return a fresh permutation for each epoch, a pure function of (seed, epoch).
+
+    Up to `LARGEST_PERMUTATION` samples it takes 8 bytes a sample; above, it is a `KeyedPermutation` and takes none.
+    """
 
     def order(epoch: int) -> Sequence[int]:
+        if samples > LARGEST_PERMUTATION:
+            return KeyedPermutation(samples, seed, epoch)
         permutation = _generator(seed, epoch).permutation(samples)
         return permutation.data  # indexes and slices like a list, without one Python int a sample
 
@@ -61,6 +76,79 @@ def within_budget(lengths: Sequence[int], budget: int, seed: int) -> Order:
         return [groups[group] for group in _generator(seed, epoch).permutation(len(groups))]
 
     return order
+
+
+class KeyedPermutation(Sequence[int]):
+    """A permutation of `samples` indices, keyed by (seed, epoch), that is computed where it is read.
+
+    A balanced Feistel network permutes the numbers of an even number of bits. A number that is not an index is permuted
+    again until it is one (cycle-walking): Black and Rogaway, "Ciphers with arbitrary finite domains", 2002. Its round
+    function is the finaliser of SplitMix64: a product and a sum modulo 2^b would keep the parity of indices.
+    """
+
+    def __init__(self, samples: int, seed: int, epoch: int) -> None:
+        self._samples = int(samples)
+        self._half = max((self._samples - 1).bit_length() + 1, 2) // 2
+        self._keys = _generator(seed, epoch).integers(0, 1 << 64, _ROUNDS, numpy.uint64)
+
+    def __len__(self) -> int:
+        return self._samples
+
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> memoryview[int]: ...
+    def __getitem__(self, place: int | slice) -> int | memoryview[int]:
+        if isinstance(place, slice):
+            return self._at(numpy.arange(*place.indices(self._samples))).data
+        return int(self._at(numpy.array([range(self._samples)[place]]))[0])  # range checks it
+
+    def __iter__(self) -> Iterator[int]:
+        for start in range(0, self._samples, SLICE):
+            yield from self[start : start + SLICE]
+
+    def read(self, pieces: Iterable[tuple[int, int, Any]]) -> Iterator[tuple[int, list[int]]]:
+        """Yield (start, indices) of each piece (start, stop, ...). Small ones are computed together."""
+        waiting: list[range] = []
+        places = 0
+        for start, stop, _ in pieces:
+            waiting.append(range(start, stop))
+            places += stop - start
+            if places >= SLICE:
+                yield from self._read(waiting)
+                waiting, places = [], 0
+        if waiting:
+            yield from self._read(waiting)
+
+    def _read(self, pieces: list[range]) -> Iterator[tuple[int, list[int]]]:
+        indices = self._at(numpy.concatenate([numpy.arange(p.start, p.stop) for p in pieces])).tolist()
+        stop = 0
+        for piece in pieces:
+            start, stop = stop, stop + len(piece)
+            yield piece.start, indices[start:stop]
+
+    def _at(self, places: NDArray[numpy.int64]) -> NDArray[numpy.int64]:
+        """Return the indices at `places`."""
+        found = numpy.empty_like(places)
+        for start in range(0, len(places), SLICE):
+            numbers = self._permuted(places[start : start + SLICE].astype(numpy.uint64))
+            while (outside := numpy.flatnonzero(numbers >= self._samples)).size:
+                numbers[outside] = self._permuted(numbers[outside])
+            found[start : start + SLICE] = numbers
+        return found
+
+    def _permuted(self, numbers: NDArray[numpy.uint64]) -> NDArray[numpy.uint64]:
+        half, low = numpy.uint64(self._half), numpy.uint64((1 << self._half) - 1)
+        left, right = numbers >> half, numbers & low
+        for key in self._keys:
+            left, right = right, left ^ (_splitmix(right ^ key) & low)
+        return (left << half) | right
+
+
+def _splitmix(state: NDArray[numpy.uint64]) -> NDArray[numpy.uint64]:
+    state = (state ^ (state >> _U(30))) * _U(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> _U(27))) * _U(0x94D049BB133111EB)
+    return state ^ (state >> _U(31))
 
 
 def _generator(seed: int, epoch: int) -> numpy.random.Generator:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import UserError
-from engine.plan.windows import Plan
+from engine.plan.windows import Plan, PlannedWindow
 from engine.task import Task
 from engine.window_task import WindowTask
 from strategies import Strategy
@@ -61,13 +61,14 @@ def check_equal_windows(strategy: Strategy, plan: Plan | None, N: int, spread: b
             f"{reason}, and ready micro-batches may run out on one process before another. Use a norm that does not "
             "communicate (GroupNorm, LayerNorm, BatchNorm), or map-style data."
         )
-    for epoch, window in plan.all_windows():
-        if (pieces := window.count(N, P, spread)) % P:
-            raise UserError(
-                f"{reason}, but in epoch {epoch} an update of {window.samples} samples is {pieces} micro-batches on "
-                f"{P} processes. Use spread_windows=True (with at least as many samples as processes), a number of "
-                "samples that divides, or a norm that does not communicate."
-            )
+    for stretch in plan.stretches():
+        for _, samples in stretch.sizes():
+            if (pieces := PlannedWindow(0, samples, stretch.stage).count(N, P, spread)) % P:
+                raise UserError(
+                    f"{reason}, but in epoch {stretch.epoch} an update of {samples} samples is {pieces} "
+                    f"micro-batches on {P} processes. Use spread_windows=True (with at least as many samples as "
+                    "processes), a number of samples that divides, or a norm that does not communicate."
+                )
 
 
 def check_order(order: Any) -> Any:

@@ -16,7 +16,7 @@ from engine.data.fetch import Fetch, Piece, TensorFetch
 from engine.data.prefetch import Prefetch
 from engine.data.window import Closing, Window
 from engine.errors import UserError
-from engine.order import Order
+from engine.order import KeyedPermutation, Order
 from engine.plan.schedule import Stage
 from engine.plan.windows import Plan, PlannedWindow
 from engine.signals import shielded
@@ -131,6 +131,10 @@ def _fetches(
     before: Sequence[int],
 ) -> Iterator[Piece]:
     """Yield the pieces that one process fetches in an epoch."""
+    if isinstance(order, KeyedPermutation):
+        for start, indices in order.read(piece for window in windows for piece in window.micro_batches(*cut)):
+            yield Piece(epoch, start, indices)
+        return
     is_grouped = not isinstance(before, range)
     for window in windows:
         for start, stop, _ in window.micro_batches(*cut):

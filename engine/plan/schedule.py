@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import sqrt
 from typing import Any, Literal, get_args
 
@@ -54,24 +55,21 @@ class Schedule:
         """Return the stage at this position of the run; `sample` counts those since the start."""
         if len(self.stages) == 1:
             return self.stages[0]
-        return self.stages[self._after(self._place(epoch, update, sample)) - 1]
+        return self.stages[self.index(epoch, update, sample)]
 
-    def left(self, epoch: int, update: int, sample: int) -> int | None:
-        """Return the length of the rest of the stage at this position, in the schedule's unit; None for the last."""
-        place = self._place(epoch, update, sample)
-        following = self._after(place)
-        return self.stages[following].first - place if following < len(self.stages) else None
+    def index(self, epoch: int, update: int, sample: int) -> int:
+        """Return the index of that stage."""
+        place = {"epoch": epoch, "update": update, "sample": sample}[self.unit]
+        return bisect_right(self.firsts, place) - 1
+
+    @cached_property
+    def firsts(self) -> list[int]:
+        """Where each stage begins."""
+        return [stage.first for stage in self.stages]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what decides the samples of each update, whatever P and K are."""
         return {"unit": self.unit, "effective_batches": {stage.first: stage.effective_batch for stage in self.stages}}
-
-    def _place(self, epoch: int, update: int, sample: int) -> int:
-        return {"epoch": epoch, "update": update, "sample": sample}[self.unit]
-
-    def _after(self, place: int) -> int:
-        """Return the index of the first stage after `place`."""
-        return bisect_right(self.stages, place, key=lambda stage: stage.first)
 
 
 def make_schedule(

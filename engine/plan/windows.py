@@ -7,7 +7,9 @@ N from the update's first sample, and piece j goes to process j mod P. So the mi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 from engine.errors import UserError
 from engine.plan.schedule import Schedule, Stage
@@ -46,6 +48,37 @@ class PlannedWindow:
             yield self.start + start, self.start + stop, piece + P >= pieces
 
 
+ENDLESS = 1 << 62
+"""More epochs, updates or samples than any run has."""
+
+
+class Stretch(NamedTuple):
+    """Windows of one stage in a row: the same ones, from `start` to `stop`, in each of `epochs` epochs."""
+
+    epoch: int
+    """Its first."""
+    update: int
+    """The updates before it."""
+    start: int
+    stop: int
+    windows: int
+    """In each epoch."""
+    epochs: int
+    stage: Stage
+
+    @property
+    def updates(self) -> int:
+        """All of its windows."""
+        return self.windows * self.epochs
+
+    def sizes(self) -> Iterator[tuple[int, int]]:
+        """Yield the number of full windows and their samples, and the same of the last windows of the epochs."""
+        B, epochs = self.stage.effective_batch, self.epochs
+        if self.windows > 1:
+            yield (self.windows - 1) * epochs, B
+        yield epochs, self.stop - self.start - (self.windows - 1) * B
+
+
 @dataclass(frozen=True)
 class Plan:
     """All windows of a run over `samples` samples an epoch; it ends with `max_epochs` or `max_updates`, if given."""
@@ -75,37 +108,41 @@ class Plan:
                 return
             epoch += 1
 
+    def stretches(self, epoch: int = 0, update: int = 0) -> Iterator[Stretch]:
+        """Yield the run from the start of `epoch` on, in closed form.
+
+        A stage has a stretch for its whole epochs, and one for each part of an epoch: two at most.
+        """
+        samples, unit, stages, offset = self.samples, self.schedule.unit, self.schedule.stages, 0
+        last_epoch, last_update = self.max_epochs or ENDLESS, self.max_updates or ENDLESS
+        ends, at = [*self.schedule.firsts[1:], ENDLESS], self.schedule.index(epoch, update, epoch * samples)
+        while epoch < last_epoch and update < last_update:
+            place = epoch if unit == "epoch" else update if unit == "update" else epoch * samples + offset
+            while ends[at] <= place:
+                at += 1
+            left, B, epochs = ends[at] - place, stages[at].effective_batch, 0
+            windows = -(-(samples - offset) // B)
+            if offset == 0:  # the whole epochs in which no window starts in another stage
+                by_sample = -(-(left - (windows - 1) * B) // samples)
+                whole = left if unit == "epoch" else left // windows if unit == "update" else by_sample
+                epochs = min(whole, last_epoch - epoch, (last_update - update) // windows)
+            if epochs < 1:  # a part of one
+                in_stage = windows if unit == "epoch" else left if unit == "update" else -(-left // B)
+                epochs, windows = 1, min(windows, in_stage, last_update - update)
+            stop = min(offset + windows * B, samples)
+            yield Stretch(epoch, update, offset, stop, windows, epochs, stages[at])
+            update += windows * epochs
+            epoch, offset = (epoch + epochs, 0) if stop == samples else (epoch, stop)
+
     def updates_in_epoch(self, epoch: int, update: int = 0) -> int:
         """Return the number of updates in `epoch` when `update` came before it, in closed form for each stage."""
-        offset, count = 0, 0
-        while offset < self.samples:
-            place = (epoch, update + count, epoch * self.samples + offset)
-            stage, left = self.schedule.at(*place), self.schedule.left(*place)
-            windows = -(-(self.samples - offset) // stage.effective_batch)
-            if left is not None and self.schedule.unit == "update":
-                windows = min(windows, left)
-            elif left is not None and self.schedule.unit == "sample":
-                windows = min(windows, -(-left // stage.effective_batch))
-            offset, count = offset + windows * stage.effective_batch, count + windows
-        return count if self.max_updates is None else max(0, min(count, self.max_updates - update))
+        return sum(s.updates for s in replace(self, max_epochs=epoch + 1).stretches(epoch, update))
 
-    @property
+    @cached_property
     def updates(self) -> int:
         """The exact number of updates in the whole run. Raises UserError if it has no end."""
         if self.max_epochs is None:
             if self.max_updates is None:
                 raise UserError("max_epochs=None, max_updates=None: expected an end. Give one, such as max_epochs=10.")
             return self.max_updates
-        total = 0
-        if self.schedule.unit == "epoch":
-            for stage in self.schedule.stages:
-                left = self.schedule.left(stage.first, 0, 0)
-                end = self.max_epochs if left is None else min(stage.first + left, self.max_epochs)
-                total += max(0, end - stage.first) * -(-self.samples // stage.effective_batch)
-            return total if self.max_updates is None else min(total, self.max_updates)
-        for epoch in range(self.max_epochs):
-            in_epoch = self.updates_in_epoch(epoch, total)
-            total += in_epoch
-            if in_epoch == 0:
-                break
-        return total
+        return sum(stretch.updates for stretch in self.stretches())

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from functools import cache
+from itertools import chain, groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 from engine.plan.schedule import Schedule, Stage
-from engine.plan.windows import Plan
+from engine.plan.windows import Plan, PlannedWindow
+
+LearningRates = Sequence[float | None]
+"""The learning rate of each update; None if it is unknown."""
 
 
 class PlannedUpdate(NamedTuple):
@@ -18,7 +23,7 @@ class PlannedUpdate(NamedTuple):
     epoch: int
     samples: int  # over all processes since the start, this update included
     effective_batch: int
-    lr: float
+    lr: float | None  # None: unknown, of too many updates
     stage: Stage
     micro_batches: int  # of all processes together
     turns: int  # micro-batches of the process that has most of them
@@ -39,7 +44,7 @@ class StageForecast:
 
 
 def planned_updates(
-    plan: Plan, N: int, P: int, spread: bool, lrs: Sequence[float], samples_before: Callable[[int], Sequence[int]]
+    plan: Plan, N: int, P: int, spread: bool, lrs: LearningRates, samples_before: Callable[[int], Sequence[int]]
 ) -> Iterator[PlannedUpdate]:
     """Yield every update of a run; `samples_before(epoch)` counts the samples before each position of its order."""
     samples, current, before = 0, -1, samples_before(0)
@@ -48,8 +53,28 @@ def planned_updates(
             current, before = epoch, samples_before(epoch)
         effective_batch, pieces = before[window.stop] - before[window.start], window.count(N, P, spread)
         samples += effective_batch
-        lr, stage = lrs[number] * window.stage.lr_factor, window.stage
+        lr, stage = _scaled(lrs[number], window.stage.lr_factor), window.stage
         yield PlannedUpdate(number + 1, epoch, samples, effective_batch, lr, stage, pieces, -(-pieces // P))
+
+
+def forecasts(plan: Plan, N: int, P: int, spread: bool, lrs: LearningRates) -> Iterator[StageForecast]:
+    """Yield what each stage comes to, in closed form."""
+    pieces = cache(lambda samples: PlannedWindow(0, samples, plan.schedule.stages[0]).count(N, P, spread))
+    for stage, group in groupby(plan.stretches(), key=itemgetter(-1)):
+        stretches = [*group]
+        first, last = stretches[0], stretches[-1]
+        samples = micro_batches = turns = size = 0
+        for count, size in chain.from_iterable(stretch.sizes() for stretch in stretches):
+            samples += count * size
+            micro_batches += count * pieces(size)
+            turns += count * -(-pieces(size) // P)
+        epochs, end = (first.epoch, last.epoch + last.epochs - 1), last.update + last.updates
+        lr = _scaled(lrs[first.update], stage.lr_factor), _scaled(lrs[end - 1], stage.lr_factor)
+        yield StageForecast(stage, epochs, end - first.update, samples, micro_batches, turns, size, lr)
+
+
+def _scaled(lr: float | None, factor: float) -> float | None:
+    return None if lr is None else lr * factor
 
 
 def stage_forecasts(updates: Iterator[PlannedUpdate]) -> Iterator[StageForecast]:
@@ -70,7 +95,7 @@ def _sum(stage: Stage, updates: Iterator[PlannedUpdate]) -> StageForecast:
 
 
 def stream_stages(
-    schedule: Schedule, epochs: int | None, total: int | None, lrs: Sequence[float]
+    schedule: Schedule, epochs: int | None, total: int | None, lrs: LearningRates
 ) -> Iterator[StageForecast]:
     """Yield what is known of each stage of a stream, which ends after `epochs` or `total` updates, if known."""
     for stage, following in zip(schedule.stages, [*schedule.stages[1:], None], strict=True):
@@ -87,5 +112,5 @@ def stream_stages(
                 return
             span = stage.first, min(epochs, epochs if following is None else following.first) - 1
         at = (start, None if stop is None else stop - 1)
-        lr = tuple(lrs[u] * stage.lr_factor if u is not None and u < len(lrs) else None for u in at)
+        lr = tuple(_scaled(lrs[u], stage.lr_factor) if u is not None and u < len(lrs) else None for u in at)
         yield StageForecast(stage, span, updates, lr=(lr[0], lr[1]))

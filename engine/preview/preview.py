@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import warnings
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from engine.checkpoint import files
 from engine.data.map_style import samples_before
-from engine.preview.forecast import PlannedUpdate, StageForecast, planned_updates, stage_forecasts, stream_stages
+from engine.preview.forecast import (
+    LearningRates,
+    PlannedUpdate,
+    StageForecast,
+    forecasts,
+    planned_updates,
+    stage_forecasts,
+    stream_stages,
+)
 from engine.settings import Settings, class_path
 from engine.task import Task
 from engine.trainer import Trainer
@@ -44,15 +53,39 @@ def preview(trainer: Trainer, task: Task) -> Preview:
     return Preview(settings, trainer.strategy, task, layout, model, rates)
 
 
-def learning_rates(optimizer: Optimizer, lr_scheduler: LRScheduler | None, updates: int) -> Sequence[float]:
+MOST_STEPS = 1_000_000
+"""The most steps that an LR scheduler makes for a plan. The rates of more updates are unknown without a formula."""
+
+
+class FormulaRates(Sequence[float | None]):
+    """The learning rates of `updates` updates from a formula of the update, computed where they are read."""
+
+    def __init__(self, formula: Callable[[int], float | None], updates: int) -> None:
+        self._formula, self._updates = formula, range(updates)
+
+    def __len__(self) -> int:
+        return len(self._updates)
+
+    def __getitem__(self, update: Any) -> Any:
+        return self._formula(self._updates[update])
+
+
+def learning_rates(optimizer: Optimizer, lr_scheduler: LRScheduler | None, updates: int) -> LearningRates:
     """Return the learning rate of each update (of the first parameter group); the optimizer makes no step."""
     rates, group = array("d"), optimizer.param_groups[0]
+    if lr_scheduler is None:
+        constant = float(group["lr"])
+        return FormulaRates(lambda update: constant, updates)
+    if type(lr_scheduler) is LambdaLR:
+        base, factor = lr_scheduler.base_lrs[0], lr_scheduler.lr_lambdas[0]
+        return FormulaRates(lambda update: float(base * factor(update)), updates)
+    if updates > MOST_STEPS:
+        return FormulaRates(lambda update: None, updates)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that the optimizer made no step
         for _ in range(updates):
             rates.append(float(group["lr"]))
-            if lr_scheduler is not None:
-                lr_scheduler.step()
+            lr_scheduler.step()
     return rates
 
 
@@ -65,7 +98,7 @@ class Preview:
     task: Task
     layout: Layout
     model: nn.Module
-    lrs: Sequence[float]
+    lrs: LearningRates
 
     @property
     def is_stream(self) -> bool:
@@ -97,7 +130,10 @@ class Preview:
         if self.is_stream:
             epochs = self.settings.max_epochs if self.settings.max_updates is None else None
             return list(stream_stages(self.layout.schedule, epochs, self.layout.total_updates, self.lrs))
-        return list(stage_forecasts(self.updates()))
+        plan, settings, P = self.layout.plan, self.settings, self.strategy.data_parallel_size
+        if plan is None or self.is_grouped:
+            return list(stage_forecasts(self.updates()))
+        return list(forecasts(plan, settings.micro_batch_size, P, settings.spread_windows, self.lrs))
 
     def warnings(self) -> list[str]:
         """Return warnings about the schedule, the model and the end of the run, a sentence each."""
@@ -132,9 +168,11 @@ class Preview:
             yield f"{norms} BatchNorm layers normalise over a micro-batch of {N}, not over the window: use GroupNorm."
 
     def _of_the_end(self) -> Iterator[str]:
-        lrs = self.lrs
-        if len(lrs) > 1 and lrs[-1] > lrs[-2] and lrs[-1] == max(lrs):
-            end = f"the last of {len(lrs):,} updates ({lrs[-1]:.3g})"
+        lrs, count = self.lrs, len(self.lrs)
+        before, last = (lrs[count - 2], lrs[count - 1]) if count > 1 else (None, None)
+        some = [lrs[update] for update in range(0, count, max(1, count // 1000))]
+        if before is not None and last is not None and last > before and last >= max(lr or 0.0 for lr in some):
+            end = f"the last of {count:,} updates ({last:.3g})"
             yield f"the learning rate still rises at {end}: is its warm-up longer than the run?"
         if self.settings.max_time is not None:
             yield f"max_time={self.settings.max_time} may end the run before."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +13,9 @@ from engine.preview.forecast import StageForecast
 from engine.preview.preview import Preview
 
 UNKNOWN = "?"
+SHOWN = 20
+"""Stages, and warnings, that are shown from the start and from the end."""
+T = TypeVar("T")
 Cell = Callable[[StageForecast], str]  # returns the cell of a column for a stage
 
 
@@ -22,7 +26,8 @@ def print_plan(preview: Preview, console: Console | None = None) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for name in columns:
         table.add_column(name, justify="right", vertical="bottom", no_wrap=True)
-    for forecast in preview.stages:
+    shown, between = _ends(preview.stages)
+    for forecast in shown:
         table.add_row(*(cell(forecast) for cell in columns.values()))
 
     console.print(Text(preview.describe(), style="bold"))
@@ -31,15 +36,23 @@ def print_plan(preview: Preview, console: Console | None = None) -> None:
         console.print(table)
         console.print()
     else:
-        for forecast in preview.stages:
+        for forecast in shown:
             lines = Table.grid(padding=(0, 2))
             for name, cell in columns.items():
                 lines.add_row(name.replace("-\n", "-").replace("\n", " "), cell(forecast))
             console.print(lines)
             console.print()
     console.print(Text(" ".join([*_updates(preview), *_bytes(preview)])))
-    for warning in preview.warnings():
+    warnings, others = _ends(preview.warnings())
+    for warning in warnings:
         console.print(Text(f"! {warning}", style="yellow"))
+    if between or others:
+        console.print(Text(f"Left out: {between:,} stages and {others:,} warnings, between the first and the last."))
+
+
+def _ends(items: Sequence[T]) -> tuple[Sequence[T], int]:
+    """Return what is shown of many items, the first and the last, and the number of the others."""
+    return (items, 0) if len(items) <= 2 * SHOWN else ([*items[:SHOWN], *items[-SHOWN:]], len(items) - 2 * SHOWN)
 
 
 def size(count: int) -> str:

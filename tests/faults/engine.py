@@ -3,6 +3,8 @@
 from tests.faults.fault import Fault
 from tests.faults.selections import DRAWS, FOREIGN, IDENTITY, LAYOUT, TWO_MODELS
 
+ORDER = "tests/plan/test_order.py"
+
 FAULTS = [
     Fault(
         "take a gradient of another loss",
@@ -31,6 +33,20 @@ FAULTS = [
         "elif not Path(path).read_text()",
         "else",
         "tests/errors/test_exit.py::test_a_status_that_another_process_has_left_stays",
+    ),
+    Fault(
+        "keep the parity of indices",
+        "_splitmix",
+        "state = (state ^ (state >> _U(30))) * _U(0xBF58476D1CE4E5B9)",
+        "return state * _U(0x9E3779B1) + _U(1)",
+        f"{ORDER}::test_it_is_as_random_as_a_permutation",
+    ),
+    Fault(
+        "let a slice of the order overlap its neighbour",
+        "KeyedPermutation._read",
+        "stop, stop + len(piece)",
+        "max(stop - 1, 0), stop + len(piece)",
+        f"{ORDER}::test_small_pieces_are_those_of_the_order",
     ),
     Fault("the same order in every epoch", "_generator", "PCG64([seed, epoch])", "PCG64([seed])", LAYOUT),
     Fault("seed the model without the epoch", "forward_seed", "MODEL_STREAM, epoch)", "MODEL_STREAM)", DRAWS),

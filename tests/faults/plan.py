@@ -42,16 +42,16 @@ FAULTS = [
     ),
     Fault(
         "count one update too few",
-        "Plan.updates",
-        "end - stage.first) * -(-self.samples",
-        "end - stage.first - 1) * -(-self.samples",
+        "Plan.stretches",
+        "windows = -(-(samples - offset) // B)",
+        "windows = max((samples - offset) // B, 1)",
         "tests/plan/test_plan.py::test_all_windows_are_those_of_each_epoch",
     ),
     Fault(
         "change K one epoch late",
-        "Schedule._after",
-        "return bisect_right(self.stages, place,",
-        "return bisect_right(self.stages, place - 1,",
+        "Schedule.index",
+        "bisect_right(self.firsts, place)",
+        "bisect_right(self.firsts, place - 1)",
         "tests/plan/test_plan.py::test_K_is_that_of_the_last_key_that_was_reached",
     ),
     Fault(
@@ -67,5 +67,12 @@ FAULTS = [
         'here["schedule"] != saved["schedule"]',
         "False",
         "tests/resume/test_resume.py -k window_of",
+    ),
+    Fault(
+        "count an epoch that ends in another stage as whole",
+        "Plan.stretches",
+        "-(-(left - (windows - 1) * B) // samples)",
+        "-(-left // samples)",
+        "tests/plan/test_plan.py::test_stretches_and_forecasts_are_sums_of_all_windows",
     ),
 ]

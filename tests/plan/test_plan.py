@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from engine.order import bucketed, sequential, shuffled, within_budget
 from engine.plan.schedule import check_accumulation, check_scheduling
 from engine.plan.windows import Plan
+from engine.preview.forecast import forecasts, planned_updates, stage_forecasts
 from engine.seeds import mix
 from tests.kit.schedules import UNITS, schedule_of, schedules
 
@@ -51,6 +53,52 @@ def test_all_windows_are_those_of_each_epoch(
         windows = [window for e, window in found if e == epoch]
         assert windows == list(plan.windows(epoch, update))
         update += len(windows)
+
+
+@given(
+    samples=st.integers(1, 50),
+    N=st.integers(1, 5),
+    P=st.integers(1, 4),
+    scheduling=schedules,
+    unit=st.sampled_from(UNITS),
+    max_updates=st.none() | st.integers(1, 60),
+    spread=st.booleans(),
+)
+def test_stretches_and_forecasts_are_sums_of_all_windows(
+    samples: int, N: int, P: int, scheduling: dict[int, int], unit: str, max_updates: int | None, spread: bool
+) -> None:
+    plan = Plan(samples, schedule_of(scheduling, unit, P, N), max_epochs=6, max_updates=max_updates)
+    windows, stretches = list(plan.all_windows()), list(plan.stretches())
+    sizes = [(window.stage, window.samples) for _, window in windows]
+    assert Counter(sizes) == sum(
+        (Counter({(s.stage, size): count}) for s in stretches for count, size in s.sizes()), Counter()
+    )
+    for s in stretches:
+        epoch, first = windows[s.update]
+        assert (epoch, first.start, first.stage) == (s.epoch, s.start, s.stage)
+        assert windows[s.update + s.updates - 1][0] == s.epoch + s.epochs - 1
+        assert windows[s.update + s.updates - 1][1].stop == s.stop
+    lrs = [1.0 / (1 + update) for update in range(len(windows))]
+    updates = planned_updates(plan, N, P, spread, lrs, lambda epoch: range(samples + 1))
+    assert list(forecasts(plan, N, P, spread, lrs)) == list(stage_forecasts(updates))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_plan_of_many_samples_and_stages_is_read_in_few_steps(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    span = {"epoch": 1000, "update": 10**6, "sample": 10**11}[unit]
+    schedule = schedule_of({stage * span: 1 + stage % 3 for stage in range(200)}, unit, P=10, N=100)
+    plan = Plan(10**10, schedule, max_epochs=10**6)
+    found = list(plan.stretches())
+    assert len(found) <= 3 * 200
+    monkeypatch.setattr(Plan, "stretches", lambda plan: found)
+    assert plan.updates == sum(stretch.updates for stretch in found) > 10**9
+    monkeypatch.setattr(Plan, "stretches", None)
+    assert plan.updates  # counted once
+
+
+def test_a_plan_without_an_end_is_read_to_its_last_stage() -> None:
+    *_, last = Plan(10, schedule_of({0: 2, 4: 3}, "epoch")).stretches()
+    assert (last.epoch, last.windows) == (4, 4)
 
 
 @given(

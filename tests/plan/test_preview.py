@@ -113,6 +113,38 @@ def test_a_plan_of_the_user_s_example_for_64_processes() -> None:
     assert [s.turns for s in plan.stages] == [4 * (8 + 4), 4 * (4 + 4 + 4), 4 * 12]
 
 
+def test_a_plan_of_a_billion_updates() -> None:
+    task = WithLR(SAMPLES)
+    task.warmup = 10**8
+    options = by({0: 1, 10**9 - 10: 2}, "update", max_epochs=None, max_updates=10**9)
+    plan = preview(Trainer("single", micro_batch_size=N, **options), task)
+    assert [s.updates for s in plan.stages] == [10**9 - 10, 10]
+    assert plan.stages[0].lr[0] == 0.01 / 10**8
+    assert plan.lrs[5 * 10**8] == pytest.approx(0.01)  # half of the cosine
+    assert "1,000,000,000 updates in all" in " ".join(printed(plan, 120).split())
+
+
+def test_a_learning_rate_that_would_take_too_many_steps_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Steps(Regression):
+        def configure_optimizer(self, model: nn.Module) -> Any:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 3)
+
+    trainer = Trainer("single", micro_batch_size=N, max_epochs=1)
+    assert preview(trainer, Steps(SAMPLES)).stages[0].lr == (0.01, pytest.approx(1e-5))
+    monkeypatch.setattr("engine.preview.preview.MOST_STEPS", 11)
+    plan = preview(trainer, Steps(SAMPLES))
+    assert plan.stages[0].lr == (None, None)
+    assert "?" in printed(plan, 120)
+
+
+def test_a_plan_of_many_stages_shows_the_first_and_the_last() -> None:
+    options = by({update: 1 + update % 3 for update in range(0, 900, 2)}, "update", max_epochs=None, max_updates=900)
+    text = printed(preview(Trainer("single", micro_batch_size=N, **options), Regression(SAMPLES)), 120)
+    assert len(text.splitlines()) < 150
+    assert "Left out: 410 stages" in text
+
+
 def test_a_plan_changes_nothing_of_the_trainer() -> None:
     trainer = Trainer("single", micro_batch_size=N, max_epochs=1)
     trainer.fit(WithLR(SAMPLES))
