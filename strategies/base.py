@@ -209,14 +209,16 @@ class Strategy(TwoPasses, ABC):
         gradients = self._gradients()
         if not gradients:
             return torch.zeros((), device=self.device)
-        norm = self._norm(gradients)
-        if factor != 1.0:
-            norm = norm * factor
+        norm = self._norm(gradients) if factor == 1.0 else self._norm(gradients) * factor
         if max_norm is not None:
             torch._foreach_mul_(gradients, factor * torch.clamp(max_norm / (norm + 1e-6), max=1.0))
         elif factor != 1.0:
             torch._foreach_mul_(gradients, factor)
         return norm
+
+    def own_norm(self) -> Tensor | None:
+        """Return the norm of this process's gradients before its last micro-batch; None if others' may be in them."""
+        return None
 
     def clear_gradients(self) -> None:
         """Set the gradient of every parameter of the model to None, those that no optimizer holds included."""
