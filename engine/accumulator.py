@@ -33,6 +33,7 @@ class Accumulator:
     `accumulate_grad_batches`, a number or a schedule such as `{0: 8, 4: 4}`, whose keys count epochs, or what `unit`
     says: "epoch", "update" or "sample". `batching` says how samples become micro-batches. The other arguments are those
     of `Trainer`. The epochs are your loop's; `max_epochs` is for `total_updates`, and windows end with `max_updates`.
+    `noise_scale_every_n_updates` asks for `noise_scale` in the outcomes' `metrics`: see `engine.callbacks.NoiseScale`.
     Raises UserError for an invalid argument.
     """
 
@@ -53,10 +54,12 @@ class Accumulator:
         max_epochs: int | None = None,
         max_updates: int | None = None,
         unit: Unit = "epoch",
+        noise_scale_every_n_updates: int | None = None,
     ) -> None:
         N, K, B = micro_batch_size, accumulate_grad_batches, effective_batch_size
         check_count("micro_batch_size", N)
-        for name, count in (("effective_batch_size", B), ("max_epochs", max_epochs), ("max_updates", max_updates)):
+        optional = {"effective_batch_size": B, "max_epochs": max_epochs, "max_updates": max_updates}
+        for name, count in {**optional, "noise_scale_every_n_updates": noise_scale_every_n_updates}.items():
             check_count(name, 1 if count is None else count)
         scheduling = check_scheduling(K if isinstance(K, dict) else {0: K}, unit)
         if B is not None and K != 1:
@@ -78,7 +81,8 @@ class Accumulator:
         self._identity = {name: str(value) for name, value in stated.items()}
         self._positions: Any = None
         """The positions of all processes in what was loaded, until an epoch resumes from them."""
-        self._updater = Updater(strategy, model, optimizer, lr_scheduler, UpdateOptions(gradient_clip_norm, seed=seed))
+        options = UpdateOptions(gradient_clip_norm, seed=seed, noise_scale_every_n_updates=noise_scale_every_n_updates)
+        self._updater = Updater(strategy, model, optimizer, lr_scheduler, options)
         self._state = RunState()
 
     def _lay_out(self, schedule: Schedule) -> None:

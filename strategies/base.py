@@ -239,6 +239,10 @@ class Strategy(ABC):
             torch._foreach_mul_(gradients, factor)
         return norm
 
+    def own_norm(self) -> Tensor | None:
+        """Return the norm of this process's gradients before its last micro-batch; None if others' may be in them."""
+        return None
+
     def clear_gradients(self) -> None:
         """Set the gradient of every parameter of the model to None, those that no optimizer holds included."""
         for parameter in self._parameters:

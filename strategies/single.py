@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from strategies.base import Strategy
 from strategies.environment import started_processes
@@ -30,6 +31,10 @@ class SingleDeviceStrategy(Strategy):
     def accumulation_context(self, is_last_microbatch: bool) -> AbstractContextManager[Any]:
         """Return a context that does nothing: there is no communication to defer."""
         return NOTHING_TO_DEFER
+
+    def own_norm(self) -> Tensor:
+        """Return the norm of the gradients so far."""
+        return self.clip(None)
 
     @property
     def device(self) -> torch.device:

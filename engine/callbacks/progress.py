@@ -17,7 +17,7 @@ from engine.callbacks.banner import banner
 from engine.callbacks.base import Callback
 from engine.callbacks.pace import Pace
 from engine.disk import shown
-from engine.output import Output
+from engine.output import Output, say
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -46,7 +46,7 @@ class Progress(Callback):
         self._due, self._live = math.inf, None
         if trainer.strategy.rank != 0:
             return
-        _say(banner(trainer))
+        say(banner(trainer))
         self._console = Console(file=cast(TextIO, Output(sys.stdout)), highlight=False, markup=False)
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
@@ -65,7 +65,7 @@ class Progress(Callback):
         else:
             left = self._pace.left(trainer)
             details = [*_here(trainer), *_training(trainer, self._metrics), *_machine(trainer, self._pace)]
-            _say("  ".join([*details, *([f"{left} left"] if left is not None else [])]))
+            say("  ".join([*details, *([f"{left} left"] if left is not None else [])]))
 
     @contextmanager
     def around_validation(self, trainer: Trainer) -> Iterator[None]:
@@ -83,7 +83,7 @@ class Progress(Callback):
         if self._live is not None:
             self._console.print("\n".join(_wrap(details, self._console.width, " " * 2)))
         else:
-            _say("  ".join(details))
+            say("  ".join(details))
         self._restart(trainer)
 
     def on_fit_end(self, trainer: Trainer) -> None:
@@ -91,10 +91,10 @@ class Progress(Callback):
             self._close()
             skipped = f", {trainer.skipped} of them skipped" if trainer.skipped else ""
             where = f": {shown(trainer.run_folder.path)}" if trainer.run_folder is not None else ""
-            _say(f"done: {trainer.update:,} updates{skipped}, {trainer.samples:,} samples{where}")
+            say(f"done: {trainer.update:,} updates{skipped}, {trainer.samples:,} samples{where}")
             if trainer.sees_reduction:
                 unknown = "the cost of the reduction is unknown: measuring it takes full windows of K >= 2"
-                _say(str(trainer.reduction_cost or unknown))
+                say(str(trainer.reduction_cost or unknown))
 
     def on_interruption(self, trainer: Trainer) -> None:
         self._close()
@@ -112,10 +112,6 @@ class Progress(Callback):
         if self._live is not None:
             self._live.stop()
             self._live = None
-
-
-def _say(text: str) -> None:
-    print(text, file=Output(sys.stdout), flush=True)
 
 
 def _picture(trainer: Trainer, pace: Pace, metrics: Sequence[str], width: int) -> Group:

@@ -24,7 +24,11 @@ function traces(plot, x) {
       marker: {color: colour("--alarm"), size: 8, symbol: mark.kind === "stop" ? "triangle-down" : "x"},
     }));
     const middle = median ? [{x: median[x], y: median.y, mode: "lines", line: {color: ink, width: 2}, hoverinfo: "skip"}] : [];
-    return [line, ...middle, ...marks];
+    const beside = (plot.beside || []).filter(name => run.series[name]).map(name => ({
+      x: run.series[name][x], y: run.series[name].y, mode: "lines", opacity: 0.6, hovertemplate: `%{y:.5~g} ${name}<extra></extra>`,
+      line: {color: ink, width: 1, dash: name === "weight" ? "dot" : "solid"},
+    }));
+    return [line, ...middle, ...beside, ...marks];
   });
 }
 

@@ -20,6 +20,7 @@ from engine.report.thinning import BINS, medians, thin
 
 PLACES = ("update", "samples", "epoch")
 MEASURED = "Within updates, by process 0's clock; the wait for data is measured at one micro-batch of each window."
+BESIDE = ("noise_scale_low", "noise_scale_high", "weight")  # what the plot of the noise scale shows too
 STEPS = ("accumulate_grad_batches", "effective_batch", "skipped")  # values that change in steps, and are drawn as steps
 LEAST = 0.0005  # the smallest share of the time that has a row
 
@@ -57,19 +58,24 @@ def _data(runs: Sequence[Run]) -> dict[str, Any]:
         values = np.concatenate([own[name] for own in columns if name in own])
         return name == "loss" or name in validations or not is_constant(values)
 
-    order = [
-        name for name in dict.fromkeys(["loss", *validations, *TITLES, *names]) if name in names and is_drawn(name)
-    ]
+    candidates = [name for name in dict.fromkeys(["loss", *validations, *TITLES, *names]) if name in names]
+    order = [name for name in candidates if name not in BESIDE[:2] and is_drawn(name)]
+    beside = BESIDE if "noise_scale" in order else ()
     if all(np.array_equal(run.updates.get("weight", []), run.updates.get("effective_batch", [])) for run in runs):
         order = [name for name in order if name != "weight"]
     ends = {x: max([1.0, *(float(np.nanmax(run.updates[x], initial=1.0)) for run in runs)]) for x in PLACES[:2]}
     return {
         "end": ends,
         "plots": [
-            {"name": name, "title": TITLES.get(name, name.replace(VALIDATION, "Validation ")), "steps": name in STEPS}
+            {
+                "name": name,
+                "title": TITLES.get(name, name.replace(VALIDATION, "Validation ")),
+                "steps": name in STEPS,
+                "beside": beside if name == "noise_scale" else (),
+            }
             for name in order
         ],
-        "runs": [{"name": run.name, "series": _series(run, order), "marks": _marks(run)} for run in runs],
+        "runs": [{"name": run.name, "series": _series(run, [*order, *beside]), "marks": _marks(run)} for run in runs],
     }
 
 

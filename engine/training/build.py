@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from engine.callbacks.accumulation import Scheduling
 from engine.callbacks.base import Callback
+from engine.callbacks.noise_scale import NoiseScale
 from engine.checkpoint.base import Base
 from engine.checkpoint.buffers import UnsavedBuffers
 from engine.checkpoint.checkpointer import Checkpointer
@@ -107,7 +108,8 @@ def build(
     optimizer, lr_scheduler = make_optimizer(task, model)
     strategy.prepare_optimizer(optimizer)
     clip_norm, skips, seed = settings.gradient_clip_norm, settings.skip_nonfinite_updates, settings.seed
-    options = UpdateOptions(clip_norm, skips, settings.precision, seed, is_recorded, layout.total_updates)
+    noise = next((c.every_n_updates for c in callbacks if isinstance(c, NoiseScale)), None)
+    options = UpdateOptions(clip_norm, skips, settings.precision, seed, is_recorded, layout.total_updates, noise)
     heeded = signals if settings.run_dir is not None else None
     timer = UpdateTimer(strategy) if is_recorded else NO_TIMER
     updater: Updater

@@ -66,6 +66,11 @@ class LossSum:
         if self.is_recorded and samples:
             self._losses, self._share = [loss], samples
 
+    @property
+    def weight(self) -> float | Tensor:
+        """The sum of the weights so far, on the device if one of them is."""
+        return self._weight if self._device_weight is None else self._weight + self._device_weight
+
     def read(self) -> tuple[float, float]:
         """Return (weight, loss), the only host-device sync of a window.
 

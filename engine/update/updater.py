@@ -24,6 +24,7 @@ from engine.update.host_rng import HostRng
 from engine.update.loss_sum import LossSum
 from engine.update.message import NO_REQUESTS, Outcome, Requests
 from engine.update.model_checks import check_gradients, check_parameters
+from engine.update.noise_scale import NORMS, WEIGHTS, NoiseMeter
 from engine.update.rollback import Rollback
 from engine.update.scale import Scale
 from engine.update.timing import NO_TIMER, NoTimer
@@ -45,6 +46,7 @@ class UpdateOptions:
     """Whether anybody wants the loss, the gradient norm and what is logged."""
     updates: int | None = None
     """The updates of the run: the first and the last are recorded in any case; None if their number is unknown."""
+    noise_scale_every_n_updates: int | None = None
 
 
 class Updater:
@@ -73,6 +75,10 @@ class Updater:
         self.scale = Scale(options.precision)
         self.signals = signals or Signals()
         self.exchange = Exchange(strategy, self.signals)
+        self.noise: NoiseMeter | None = None
+        if (every := options.noise_scale_every_n_updates) is not None:
+            self.noise = NoiseMeter(every, speaks=strategy.rank == 0)
+            self.exchange.agree_on((NORMS, WEIGHTS))
         self.host_rng = None if signals is None else HostRng(options.seed, strategy.data_parallel_rank)
         buffers = Buffers(model)
         self.rollback = Rollback(buffers, self.host_rng) if self.host_rng or buffers.exist else None
@@ -83,7 +89,8 @@ class Updater:
         self.on_gradients: Callable[[], None] | None = None
         """Called when the gradients are reduced, corrected and clipped, before the step."""
         self._skips_nonfinite = options.skip_nonfinite_updates or options.precision == "fp16"
-        self._needs_norm = bool(self._skips_nonfinite or options.gradient_clip_norm or options.is_recorded)
+        wants_norm = options.gradient_clip_norm or options.is_recorded or self.noise is not None
+        self._needs_norm = bool(self._skips_nonfinite or wants_norm)
         self._epoch, self._epoch_seed = -1, 0
         self._last_group: dict[str, Any] | None = None
         self._group_count = 0
@@ -109,6 +116,8 @@ class Updater:
         self.losses = LossSum(self.scale.begin(window), is_recorded)
         if self.rollback is not None:
             self.rollback.begin(state.update)
+        if self.noise is not None:
+            self.noise.is_due = state.update % self.noise.every == 0
         groups = self.optimizer.param_groups
         if state.epoch != self._epoch or groups[-1] is not self._last_group or len(groups) != self._group_count:
             self._start_epoch(state.epoch)
@@ -137,7 +146,16 @@ class Updater:
             self.logged.clear()
         if micro.is_last:
             self.timer.last_micro_batch()
+            if self.noise is not None and self.noise.is_due:
+                self._note_own_gradient()
         self.strategy.seed(self._epoch_seed + micro.seed_index * ODD & SEED_BITS)
+
+    def _note_own_gradient(self) -> None:
+        """Put this process's part of Q, V and V2 into the message: see `noise_scale.moments`. No host-device sync."""
+        norm = self.strategy.own_norm() if self.losses.micro_batches else None
+        square, weight = (0.0, 0.0) if norm is None else ((norm.double() / self.losses.scale) ** 2, self.losses.weight)
+        self.exchange.means.add(NORMS, square, weight)
+        self.exchange.means.add(WEIGHTS, weight * weight, weight)
 
     def after_forward(self, loss: Loss | Tensor, micro: MicroBatch) -> tuple[Tensor, float]:
         """Add a micro-batch's loss to the window's; return the tensor and the scale that backward needs."""
@@ -188,6 +206,8 @@ class Updater:
         self.timer.end(window, self.losses.micro_batches)
         mean = agreed.loss / agreed.weight if self.losses.is_recorded and agreed.weight else math.nan
         stop, save, metrics = agreed.stop > 0, agreed.save > 0, self.exchange.metrics
+        if self.noise is not None:
+            metrics = self.noise.see(metrics, norm, agreed.weight, window.stage.accumulate_grad_batches)
         return Outcome(agreed.weight, mean, samples, norm, skipped, overflowed, stop, save, metrics=metrics)
 
     def _note_lr_of_groups(self, lr_factor: float) -> None:
@@ -203,13 +223,17 @@ class Updater:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next update needs of those before."""
-        return {**self.scale.state_dict(), "grad_norm": self.exchange.grad_norm, "logged": self.exchange.names}
+        names = [name for name in self.exchange.names if name not in (NORMS, WEIGHTS)]
+        noise = {} if self.noise is None else {"noise_scale": self.noise.state_dict()}
+        return {**self.scale.state_dict(), "grad_norm": self.exchange.grad_norm, "logged": names, **noise}
 
     def load_state_dict(self, state: Mapping[str, Any], has_same_precision: bool = True) -> None:
         """Load what `state_dict` returned."""
         self.scale.load_state_dict(dict(state), has_same_precision)
         self.exchange.grad_norm = float(state["grad_norm"])
-        self.exchange.agree_on(state.get("logged", ()))
+        self.exchange.agree_on(([] if self.noise is None else [NORMS, WEIGHTS]) + [*state.get("logged", ())])
+        if self.noise is not None:
+            self.noise.load_state_dict(state.get("noise_scale", ()))
 
 
 @contextmanager

@@ -208,6 +208,10 @@ class DDPStrategy(ProcessGroupStrategy):
         except RuntimeError as error:
             raise RuntimeError(self._unused_message(error)) from None
 
+    def own_norm(self) -> Tensor:
+        """Return the norm of this process's gradients so far, without the P of `backward`."""
+        return self.clip(None) / self.data_parallel_size
+
     def join(self, window: Any) -> None:
         """Reduce zeros: run the wrapper's forward, and so its collectives, around a module that reads no data."""
         self._broadcast_buffers_once()
