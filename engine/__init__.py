@@ -7,7 +7,7 @@ from engine.optimizers import parameter_groups
 from engine.task import Batching, Task
 from engine.trainer import Trainer
 from engine.version import __version__ as __version__
-from engine.window_task import Added, Rows, Shared, WindowTask
+from engine.window_task import Added, Rows, Shared, TermTask, WindowTask
 from strategies import Optimizers
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Rows",
     "Shared",
     "Task",
+    "TermTask",
     "Trainer",
     "WindowTask",
     "parameter_groups",

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, default_collate
 
 from engine.errors import UserError
-from engine.loss import Loss
+from engine.loss import Loss, Terms
 
 Configured = Optimizer | tuple[Optimizer, LRScheduler]
 """An optimizer, or it and an LR scheduler that moves once per update."""
@@ -108,12 +108,23 @@ class Task(Batching, ABC):
         """
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Any) -> Loss | Tensor:
+    def loss(self, model: nn.Module, batch: Any) -> Loss | Tensor | Terms:
         """Return the loss of one micro-batch; `model` is the prepared module: call it.
 
         A 0-dim tensor means the mean over the micro-batch's samples. Anything weighted otherwise is a `Loss`, as
-        `engine.losses` return it.
+        `engine.losses` return it. A dict of several `Loss` by name needs `weights` too, or a `TermTask`.
         """
+
+    def weights(self, batch: Any) -> Mapping[str, float]:
+        """Return the weight of each term that `loss` returns for a micro-batch, which is still on the host.
+
+        Override it only for a loss of several terms, each divided by its own weight: an update's gradient is the sum of
+        d(sums of a term) / (weights of a term), over the window and all processes. A term whose weights sum to 0 is
+        left out. The window's micro-batches wait on the host until all are counted, and processes exchange one more
+        message. Raises UserError, on all processes, if names differ, a weight is negative or not finite, or `loss`
+        gives other weights. Records have each term by name, and the weight of the first one that is not 0.
+        """
+        return {}
 
     def validation_data(self) -> Dataset[Any] | Iterable[Any] | None:
         """Return data of the same kinds to evaluate on, or None."""
@@ -128,7 +139,8 @@ class Task(Batching, ABC):
 
         What it logs counts with them.
         """
-        return {"loss": self.loss(model, batch)}
+        loss = self.loss(model, batch)
+        return loss if isinstance(loss, Mapping) else {"loss": loss}
 
     def log(self, name: str, value: float | Tensor, weight: float | Tensor | None = None) -> None:
         """Record the mean of `value`, weighted by `weight`, over an update's window (or a validation) and processes.

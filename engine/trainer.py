@@ -94,7 +94,7 @@ class Trainer:
         if the run's own files could not be written.
         """
         with self._alone("fit", task), ExitStack() as exits:
-            check_window_losses(task, self.strategy)
+            check_window_losses(task, self.strategy, self.settings.prefetch_to_device)
             self.state, self._control, self._signals, self._trained = RunState(), Control(), Signals(), None
             try:
                 self.strategy.setup()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engine.errors import UserError
+from engine.loss import Terms, check_terms
+from engine.signals import Interrupted
 from engine.task import Task
 
 
@@ -68,6 +72,39 @@ class WindowTask(Task):
         tensors = {name: widened(output.tensor) for name, output in self.outputs(model, batch).items()}
         with torch.autocast(next(iter(tensors.values())).device.type, enabled=False):
             return self.window_loss(tensors)
+
+
+class TermTask(WindowTask):
+    """A task whose `loss` returns several terms, with weights that only the forward knows.
+
+    An update's gradient is the sum of d(sums of a term) / (weights of a term), over the window and all processes. A
+    term whose weights sum to 0 is left out; if all do, the update is skipped. Each window runs twice: see `WindowTask`.
+    Weights that the batch alone decides cost less as `Task.weights`.
+    """
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> Terms:  # type: ignore[override]
+        """Return the terms of one micro-batch by name, the same names each time; weight 0 for what is missing."""
+
+    def outputs(self, model: nn.Module, batch: Any) -> Mapping[str, Output]:
+        found: dict[str, Output] = {}
+        for name, (total, weight) in check_terms(self.loss(model, batch)).items():
+            counted = torch.as_tensor(weight, device=total.device).detach().double()
+            found[name] = Added(total)
+            found[f"{name} weight"] = Added(torch.where(counted >= 0, counted, math.nan))  # no sum hides it
+        return found
+
+    def window_loss(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        parts = []
+        for name in (name for name in outputs if f"{name} weight" in outputs):
+            if not math.isfinite(weight := outputs[f"{name} weight"].item()):
+                raise UserError(f"term {name!r} has a weight that is negative or not finite. Use 0 to leave one out.")
+            if weight:
+                parts.append(outputs[name] / weight)
+                self.log(name, parts[-1], weight)
+        if not parts:
+            raise Interrupted  # on all processes: this window has weight 0
+        return sum(parts[1:], parts[0])
 
 
 def widened(tensor: Tensor) -> Tensor:

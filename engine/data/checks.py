@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from engine.data.counting import counts_terms
 from engine.errors import UserError
 from engine.plan.windows import Plan, PlannedWindow
 from engine.task import Task
@@ -28,9 +29,14 @@ def check_windows(scheduling: Mapping[int, int], strategy: Strategy) -> None:
         )
 
 
-def check_window_losses(task: Task, strategy: Strategy) -> None:
-    """Raise UserError if the task has a loss over windows, and the strategy cannot run a window twice."""
+def check_window_losses(task: Task, strategy: Strategy, prefetches: bool) -> None:
+    """Raise UserError if the task has a loss over windows or terms, and the strategy cannot run or count them."""
     runs_twice = strategy.supports_window_losses and strategy.micro_batches is None
+    if counts_terms(task) and (prefetches or strategy.micro_batches is not None or isinstance(task, WindowTask)):
+        raise UserError(
+            f"{type(task).__name__} has weights(): expected a Task whose batches wait on the host and run one by one. "
+            "Use 'single', 'dp', DDPStrategy or FSDPStrategy, without prefetch_to_device. A TermTask has no weights()."
+        )
     if isinstance(task, WindowTask) and not runs_twice:
         raise UserError(
             f"strategy {strategy.name!r} does not support losses over a window: expected one that can run a window "

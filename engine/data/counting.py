@@ -11,7 +11,7 @@ import torch
 
 from engine.data.prefetch import Moving
 from engine.errors import UserError
-from engine.task import Batching, tensors
+from engine.task import Batching, Task, tensors
 
 INFORMATION = 32
 """Compressed bytes from which on two equal micro-batches are no coincidence."""
@@ -22,6 +22,11 @@ SAMPLED = 1 << 16
 def overrides(batching: Batching, method: str) -> bool:
     """Whether a task has a method of its own, by its class or set on the object."""
     return getattr(getattr(batching, method), "__func__", None) is not getattr(Batching, method)
+
+
+def counts_terms(task: Task) -> bool:
+    """Whether a task counts the weights of several terms before each window."""
+    return getattr(task.weights, "__func__", None) is not Task.weights
 
 
 def size_problem(batching: Batching, batch: Any, planned: int | None = None) -> str:

@@ -73,3 +73,22 @@ class Prefetch:
     def _computing(self) -> Any:
         """The stream on which the model computes."""
         return self._backend.current_stream(self._strategy.device)
+
+
+class OnHost(Prefetch):
+    """Moves nothing: the batches of a window are counted on the host first."""
+
+    def __init__(self, batching: Batching) -> None:
+        self._batching = batching
+
+    def start(self, batch: Any) -> Any:
+        return batch
+
+    def to_device(self, moving: Any) -> Any:
+        return moving
+
+    def batch_size(self, moving: Any) -> int:
+        return self._batching.batch_size(moving)
+
+    def one_ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
+        return batches

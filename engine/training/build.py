@@ -29,8 +29,9 @@ from engine.checkpoint.snapshot import (
     window_identity,
 )
 from engine.data.checks import check_equal_windows, check_windows
+from engine.data.counting import counts_terms
 from engine.data.map_style import LoaderOptions
-from engine.data.prefetch import Prefetch
+from engine.data.prefetch import OnHost, Prefetch
 from engine.data.sources import make_plan, make_source
 from engine.data.window import Source
 from engine.errors import UserError
@@ -45,6 +46,7 @@ from engine.training.validation import Validation
 from engine.update.model_checks import check_model, check_optimizer
 from engine.update.precision import autocast
 from engine.update.replay import ReplayUpdater
+from engine.update.terms import CountedSource, JoinedTerms
 from engine.update.timing import NO_TIMER, UpdateTimer
 from engine.update.updater import LossOf, UpdateOptions, Updater
 from engine.window_task import WindowTask
@@ -119,6 +121,9 @@ def build(
         forward, updater = task.outputs, ReplayUpdater(task.window_loss, task.keeps_batches_on_host, *updating)
     else:
         updater = Updater(*updating)
+    if counts_terms(task):
+        updater.terms = JoinedTerms(updater.exchange)
+        source = CountedSource(source, task.weights, updater.terms, strategy)
     task._log_entries = updater.logged
     identity = run_identity(settings, scheduling, layout.plan, optimizer, lr_scheduler)
     state = strategy, model, UnsavedBuffers(model), optimizer, lr_scheduler, layout.schedule, updater
@@ -168,6 +173,7 @@ def _has_same_windows(checkpoint: Checkpoint, windows: Mapping[str, str]) -> boo
 
 
 def _source(task: Task, settings: Settings, strategy: Strategy, layout: Layout) -> Source:
+    prefetch = Prefetch(strategy, task) if settings.prefetch_to_device else None
     return make_source(
         layout.data,
         task,
@@ -179,7 +185,7 @@ def _source(task: Task, settings: Settings, strategy: Strategy, layout: Layout) 
         settings.shuffle,
         LoaderOptions(settings.num_workers, settings.pin_memory, settings.persistent_workers),
         settings.spread_windows,
-        Prefetch(strategy, task) if settings.prefetch_to_device else None,
+        OnHost(task) if counts_terms(task) else prefetch,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NoReturn
 
 from engine.data.window import Window
 from engine.errors import ProcessFailureError, ReplicaError, UserError, describe
@@ -41,8 +42,11 @@ class Exchange:
         """The gradient norm of the last update: replicas compare it in the next message."""
         self.sends_at_start = True
         """Whether a process without a micro-batch sends its message at the window's start."""
+        self._counted: dict[str, float] = {}
+        """The weights of terms in the current window, over all processes."""
         self._rows: list[list[float]] = []
         self._pairs: dict[str, Pair] = {}
+        self._sums: dict[str, Pair] = {}
         self._pending: PendingRows | None = None
         self._seconds = 0.0
 
@@ -50,6 +54,7 @@ class Exchange:
         """Begin a window; a process without a micro-batch sends its message at once."""
         self._window, self._losses, self._requests = window, losses, requests
         self.means.by_name, self._pairs, self.metrics = {}, {}, {}
+        self._sums, self._counted = {}, {}
         if self.is_alone:
             return
         self._pending, self._began = None, time.perf_counter()
@@ -61,8 +66,25 @@ class Exchange:
         if not self.is_alone:
             self._pending = self._strategy.exchange(self._message())
 
-    def receive(self, update: int) -> Agreed:
-        """Wait for all messages and return their sums.
+    def count(self, weights: Mapping[str, float], micro_batches: int, update: int) -> dict[str, float]:
+        """Return the sums over all processes of the `weights` that terms have in this window, before its first forward.
+
+        A process without data gives none. The window's own message must then have the same sums. Raises as `receive`,
+        Interrupted after a signal, and UserError if the names of terms differ between processes.
+        """
+        self.means.by_name = {name: (1.0, weight) for name, weight in weights.items()}  # what is logged has (0, 0) here
+        self._losses.micro_batches = micro_batches
+        self.send()
+        agreed = self.receive(update, is_start=True)
+        self._counted = {name: weight for name, (terms, weight) in self._sums.items() if terms}
+        self.means.by_name, self._pairs, self.metrics, self._losses.micro_batches = {}, {}, {}, 0
+        self._pending, self._began = None, time.perf_counter()
+        if agreed.abort:
+            raise Interrupted
+        return self._counted
+
+    def receive(self, update: int, is_start: bool = False) -> Agreed:
+        """Wait for all messages and return their sums; `is_start` says that the reduction is still to come.
 
         Raises ProcessFailureError if a process has failed, ReplicaError if gradient norms differ.
         """
@@ -71,7 +93,8 @@ class Exchange:
             requests, aborts = self._requests, self._signals.stop_requested
             if self.means.by_name:
                 self._pairs = self.means.read()
-                self._add_up([] if self._pairs.keys() - {*self.names} else [_flat(self.names, self._pairs)], update)
+                rows = [] if self._pairs.keys() - {*self.names} else [_flat(self.names, self._pairs)]
+                self._add_up(rows, update, is_start)
             samples, has_more = self._losses.samples, self._window.has_more
             return Agreed(weight, loss, samples, has_more, requests.stop, requests.save, aborts)
         if self._pending is None:  # another process computes the losses
@@ -80,13 +103,15 @@ class Exchange:
         self._rows = self._pending()
         agreed = agree(self._rows)
         if agreed.failed:
+            if is_start:
+                self._strategy.join(self._window)
             failures = [(rank, text) for rank, text in enumerate(self._strategy.gather(None)) if text]
             raise ProcessFailureError(
                 "; ".join(f"process {rank} failed in update {update}: {text}" for rank, text in failures)
             )
         check_norms([row[HEADER - 1] for row in self._rows], update)
         if (self.names or agreed.has_new_names) and not agreed.abort:
-            self._add_up([] if agreed.has_new_names else [row[HEADER:] for row in self._rows], update)
+            self._add_up([] if agreed.has_new_names else [row[HEADER:] for row in self._rows], update, is_start)
         return agreed
 
     def agree_on(self, names: Iterable[str]) -> None:
@@ -94,16 +119,24 @@ class Exchange:
         self.names = [*names]
         self._strategy.message_length = HEADER + 2 * len(self.names)
 
-    def _add_up(self, rows: list[list[float]], update: int) -> None:
+    def _add_up(self, rows: list[list[float]], update: int, is_start: bool) -> None:
         """Make the means of all processes' sums; without `rows`, agree on the names first, in a slow exchange."""
         if not rows:
             everyone = self._strategy.gather((self._losses.micro_batches, self._pairs))
             names = dict.fromkeys([*self.names, *(name for _, pairs in everyone for name in pairs)])
-            _check_names(names, [] if update else [[*pairs] for micro_batches, pairs in everyone if micro_batches])
+            given = [[*pairs] for micro_batches, pairs in everyone if micro_batches and (is_start or not update)]
+            _check_names(names, given, "terms with" if is_start else "logged")
             self.agree_on(names)
             rows = [_flat(names, pairs) for _, pairs in everyone]
         sums = [total(column) for column in zip(*rows, strict=True)]
-        self.metrics = {name: s / w for name, s, w in zip(self.names, sums[::2], sums[1::2], strict=True) if w}
+        self._sums = dict(zip(self.names, zip(sums[::2], sums[1::2], strict=True), strict=True))
+        self.metrics = {name: s / w for name, (s, w) in self._sums.items() if w}
+        for name, counted in self._counted.items():
+            if not math.isclose(found := self._sums[name][1], counted, rel_tol=1e-6):
+                raise UserError(
+                    f"term {name!r}: weights() counted {counted} in update {update}, but its losses have weight "
+                    f"{found}. Count the same in both."
+                )
 
     @property
     def local_seconds(self) -> list[float]:
@@ -142,6 +175,16 @@ class Exchange:
             self._strategy.gather(describe(error))
         raise error
 
+    def fail(self, error: Exception, update: int) -> NoReturn:
+        """Let the other processes know of `error` and raise it, or ProcessFailureError if another one is gone."""
+        strategy = self._strategy
+        if strategy.has_lost_contact(error):
+            raise lost_contact(strategy, f"in update {update}", error) from error
+        if not isinstance(error, ProcessFailureError):
+            strategy.post(FAILURE_TOPIC, describe(error))
+            self.stop(error)
+        raise error
+
     def _message(self) -> Sequence[float]:
         """Read the sums on the device: the one host-device sync of a window."""
         weight, loss = self._losses.read()
@@ -159,14 +202,15 @@ def _flat(names: Iterable[str], pairs: Mapping[str, Pair]) -> list[float]:
     return [number for name in names for number in pairs.get(name, (0.0, 0.0))]
 
 
-def _check_names(names: Iterable[str], everyone: list[list[str]]) -> None:
-    """Raise UserError for names that records have already, and if `everyone` has logged other names than the first."""
+def _check_names(names: Iterable[str], everyone: list[list[str]], have: str) -> None:
+    """Raise UserError for names that records have already, and if `everyone` has given other names than the first."""
     if taken := [name for name in names if name in RESERVED or name.startswith(("validation/", "lr/"))]:
-        raise UserError(f"self.log({taken[0]!r}, ...): every record has a field of that name. Use another name.")
+        what = f"self.log({taken[0]!r}, ...)" if have == "logged" else f"term {taken[0]!r}"
+        raise UserError(f"{what}: every record has a field of that name. Use another name.")
     if any({*logged} != {*everyone[0]} for logged in everyone):
         listed = "; ".join(", ".join(map(repr, logged)) or "nothing" for logged in everyone)
         raise UserError(
-            f"the processes have logged different names in their first window: {listed}. Log the same on all, with "
+            f"the processes have {have} different names in their first window: {listed}. Give the same on all, with "
             "weight=0 if nothing is to be counted."
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from numbers import Real
 
 import numpy
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.loss import Loss
+from engine.loss import Loss, Terms
 from strategies import MicroBatch
 
 TOO_NARROW = {torch.float16, torch.bfloat16}
@@ -33,7 +34,7 @@ class LossSum:
         self._losses: list[Tensor] = []
         self._share = 1
 
-    def add(self, loss: Loss | Tensor, micro: MicroBatch) -> tuple[Tensor, float]:
+    def add(self, loss: Loss | Tensor | Terms, micro: MicroBatch) -> tuple[Tensor, float]:
         """Add a micro-batch's loss and return what backward needs: the tensor, and its scale.
 
         Raises UserError for an invalid loss or weight.
@@ -51,7 +52,9 @@ class LossSum:
                 )
             self._add_weight(loss.weight)
         else:
-            raise UserError(f"loss() returned {type(loss).__name__}: expected a 0-dim tensor, or Loss(sum, weight).")
+            more = " For several terms count weights() too, or use a TermTask." if isinstance(loss, Mapping) else ""
+            what = f"loss() returned {type(loss).__name__}"
+            raise UserError(f"{what}: expected a 0-dim tensor, or Loss(sum, weight).{more}")
         if value.dtype in TOO_NARROW or value.ndim or not value.requires_grad:
             raise UserError(_loss_message(value))
         self.samples += micro.size

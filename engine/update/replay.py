@@ -139,8 +139,8 @@ class ReplayUpdater(Updater):
         seed = self._epoch_seed ^ update  # the same draws on all processes
         self.strategy.seed(seed)
         seed_host(seed)
+        self.losses.samples = samples = sum(micro.size for micro in first.micros)
         loss, gradients = self._joined.gradients(self._window_loss, self._parameters)
-        samples = sum(micro.size for micro in first.micros)
         if self.logged and samples and self.losses.is_recorded:  # the same on all processes
             self.exchange.means.log(self.logged, MicroBatch(None, samples, 0, is_last=True))
         self.logged.clear()

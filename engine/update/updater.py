@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from engine.data.window import Window
-from engine.loss import Loss
+from engine.loss import Loss, Terms
 from engine.optimizers import group_names
 from engine.seeds import ODD, SEED_BITS, forward_seed
 from engine.signals import Interrupted, Signals
@@ -27,10 +27,11 @@ from engine.update.model_checks import check_gradients, check_parameters
 from engine.update.noise_scale import NORMS, WEIGHTS, NoiseMeter
 from engine.update.rollback import Rollback
 from engine.update.scale import Scale
+from engine.update.terms import JoinedTerms
 from engine.update.timing import NO_TIMER, NoTimer
 from strategies import Buffers, MicroBatch, Strategy, with_modes
 
-LossOf = Callable[[nn.Module, Any], Loss | Tensor]
+LossOf = Callable[[nn.Module, Any], Loss | Tensor | Terms]
 """From the prepared model and a batch to the loss, as `Task.loss`."""
 
 
@@ -79,6 +80,8 @@ class Updater:
         if (every := options.noise_scale_every_n_updates) is not None:
             self.noise = NoiseMeter(every, speaks=strategy.rank == 0)
             self.exchange.agree_on((NORMS, WEIGHTS))
+        self.terms: JoinedTerms | None = None
+        """Makes one loss of several terms, if `loss_of` returns them."""
         self.host_rng = None if signals is None else HostRng(options.seed, strategy.data_parallel_rank)
         buffers = Buffers(model)
         self.rollback = Rollback(buffers, self.host_rng) if self.host_rng or buffers.exist else None
@@ -157,8 +160,10 @@ class Updater:
         self.exchange.means.add(NORMS, square, weight)
         self.exchange.means.add(WEIGHTS, weight * weight, weight)
 
-    def after_forward(self, loss: Loss | Tensor, micro: MicroBatch) -> tuple[Tensor, float]:
+    def after_forward(self, loss: Loss | Tensor | Terms, micro: MicroBatch) -> tuple[Tensor, float]:
         """Add a micro-batch's loss to the window's; return the tensor and the scale that backward needs."""
+        if self.terms is not None:
+            loss = self.terms.joined(loss)
         scaled = self.losses.add(loss, micro)
         if self.logged:
             if self.losses.is_recorded:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.memory import free_memory
+from engine.update.terms import LeftOut
 from engine.window_task import Added, Output, Rows, Shared, widened
 from strategies import MicroBatch, Strategy
 
@@ -174,6 +175,8 @@ def surrogate(outputs: Outputs, gradients: Mapping[str, Tensor], scale: float) -
     ]
     if not terms:
         raise UserError("window_loss() depends on no output that requires grad. Compute it from one that does.")
+    unused = [tensor for name, (tensor,) in outputs.items() if tensor.requires_grad and name not in gradients]
+    terms += [LeftOut.apply(tensor) for tensor in unused]  # type: ignore[no-untyped-call]
     return torch.stack(terms).sum() if len({term.dtype for term in terms}) == 1 else sum(terms[1:], terms[0])
 
 
