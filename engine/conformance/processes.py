@@ -37,13 +37,15 @@ class ProcessesFailedError(Exception):
         self.errors = errors
 
 
-def run(P: int, function: Callable[..., Any], *args: Any, seconds: float) -> list[Any]:
+def run(P: int, function: Callable[..., Any], *args: Any, seconds: float, own_store: bool = False) -> list[Any]:
     """Call `function(*args)` in P forked processes without a group; return what each returned, in rank order.
 
-    Raises ProcessesFailedError, after `seconds` at the latest.
+    They meet in a store of their own if `own_store`, as code that knows no restarts must. Raises ProcessesFailedError,
+    after `seconds` at the latest.
     """
     context = multiprocessing.get_context("fork")
-    port, attempt = _port(), next(_attempts)
+    port, alive = _start_store() if own_store else (_port(), None)
+    attempt = next(_attempts)
     children: dict[Any, Any] = {}
     for rank in range(P):
         ours, theirs = context.Pipe(duplex=False)
@@ -74,6 +76,8 @@ def run(P: int, function: Callable[..., Any], *args: Any, seconds: float) -> lis
                 child.join()
             pipe.close()
             places.close()
+        if alive is not None:
+            os.close(alive)
     if errors:
         raise ProcessesFailedError(errors)
     return results
@@ -93,7 +97,12 @@ def _place(child: Any, places: IO[str]) -> str:
 
 @cache
 def _port() -> int:
-    """Return the port of the store of all runs, which is in a process of its own.
+    """Return the port of the store of all runs."""
+    return _start_store()[0]
+
+
+def _start_store() -> tuple[int, int]:
+    """Start a store in a process of its own; return its port, and the descriptor that keeps it while it is open.
 
     A store's thread looks up addresses under a lock of glibc. A process forked meanwhile inherits the locked lock, and
     waits forever when it looks up an address.
@@ -104,7 +113,7 @@ def _port() -> int:
     context.Process(target=_serve, args=(theirs, life, alive), daemon=True).start()
     theirs.close()
     os.close(life)
-    return int(ours.recv())
+    return int(ours.recv()), alive
 
 
 def _serve(pipe: Connection, life: int, alive: int) -> NoReturn:

@@ -52,7 +52,7 @@ class Window(NamedTuple):
 
 
 class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts reductions of floating-point tensors over processes, and reads of a number from the device."""
+    """Counts collectives, reductions of floating-point tensors and their bytes, and reads of a number from the device."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -61,9 +61,11 @@ class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, _, name = func._schema.name.partition("::")
         self.counts["syncs"] += name == SYNC
+        self.counts["collectives"] += namespace in GROUPS and not name.startswith("wait")
         if namespace in GROUPS and "reduce" in name:
-            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-            self.counts["reductions"] += any(tensor.is_floating_point() for tensor in tensors)
+            sizes = [leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+            self.counts["reductions"] += bool(sizes)
+            self.counts["reduced_bytes"] += max(sizes, default=0) if "scatter" in name else sum(sizes)
         return func(*args, **(kwargs or {}))
 
 
