@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import sys
 import textwrap
 import time
@@ -11,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO, cast
 
-import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -21,6 +19,7 @@ from rich.text import Text
 from engine.callbacks.banner import banner
 from engine.callbacks.base import Callback
 from engine.callbacks.pace import Pace
+from engine.memory import peak_memory
 from engine.output import Output
 
 if TYPE_CHECKING:
@@ -152,10 +151,11 @@ def _training(trainer: Trainer, metrics: Sequence[str]) -> list[str]:
 
 def _machine(trainer: Trainer, pace: Pace) -> list[str]:
     (samples, weight), skipped, slow = pace.rates(), trainer.record["skipped"], pace.slow_process()
+    peak = peak_memory(trainer.strategy.device) / 2**20
     return [
         f"{samples:,.0f} samples/s",
         *([] if math.isclose(samples, weight) else [f"{weight:,.0f} weight/s"]),
-        f"peak memory {_peak_memory(trainer) / 2**20:,.0f} MiB",
+        f"peak memory {peak:,.0f} MiB",
         *([f"{skipped} skipped"] if skipped else []),
         *([slow] if slow else []),
     ]
@@ -167,12 +167,3 @@ def _here(trainer: Trainer) -> list[str]:
     last = "" if epochs is None else str(epochs - 1)
     update = str(trainer.update) if total is None else f"{trainer.update:>{len(str(total))}}/{total}"
     return [f"epoch {trainer.epoch:>{len(last)}}", f"update {update}"]
-
-
-def _peak_memory(trainer: Trainer) -> int:
-    """Return the most bytes that this process has held so far: on its GPU if it has one, else on the host."""
-    device = trainer.strategy.device
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
