@@ -230,13 +230,16 @@ class Trainer:
         the one trained, and for a `run_dir` without a checkpoint.
         """
         with self._evaluating("validate", task):
-            self.state.metrics = means(task, "validation_data", self.model, self.settings, self.strategy, self.micro_batch_size)
+            self.state.metrics = self._means("validation_data", task)
         return self.metrics
 
     def test(self, task: Task) -> dict[str, float]:
         """Return the means of `task.evaluate` over all of its `test_data`: otherwise as `validate`."""
         with self._evaluating("test", task):
-            return means(task, "test_data", self.model, self.settings, self.strategy, self.micro_batch_size)
+            return self._means("test_data", task)
+
+    def _means(self, source: str, task: Task) -> dict[str, float]:
+        return means(task, source, self.model, self.settings, self.strategy, self.micro_batch_size)
 
     def predict(self, task: Task, data: Any, folder: str | None = None) -> Any:
         """Return what `task.predict` returns for `data`, put together, on process 0; None on the others.

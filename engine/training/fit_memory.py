@@ -70,10 +70,8 @@ def try_sizes(make: Callable[[int], Run], settings: Settings) -> list[Trial]:
             raise did_not_fit(run.parts.updater, 0)
         else:
             fails = N
-        if fails > most:
-            N = min(2 * fits, most)
-        else:
-            N = fits + (fails - fits) // 2 if fails - fits > fits // 8 else fits
+        gap = fails - fits if fails <= most else fits * 2  # before anything fails, twice the last
+        N = min(fits + gap // 2, most) if gap > fits // 8 else fits
     device = strategy.device
     strategy.release_model()
     del run

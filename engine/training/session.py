@@ -23,7 +23,6 @@ from engine.training.build import Run
 from engine.training.fit_memory import did_not_fit
 from engine.update.message import NO_REQUESTS, Outcome, Requests
 
-
 log = logging.getLogger("tally")
 
 REDO = "update %d did not fit into memory with N=%d: it runs again with N=%d, as does the rest of the run."

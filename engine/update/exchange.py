@@ -181,7 +181,7 @@ class Exchange:
         requests, stop_requested, has_more = self._requests, self._signals.stop_requested, self._window.has_more
         counts, wishes = (weight, loss, self._losses.samples, has_more), (requests.stop, requests.save, stop_requested)
         has_new_names = bool(self._pairs) and not self._pairs.keys() <= {*self.names}
-        header = Message(*counts, *wishes, 0.0, has_new_names, self._seconds, self.grad_norm)
+        header = Message(*counts, *wishes, 0.0, has_new_names, 0.0, self._seconds, self.grad_norm)
         return [*header, *_flat(self.names, self._pairs)] if self.names else header
 
 
