@@ -270,6 +270,10 @@ class Settings:
             check(setting.name, getattr(self, setting.name))
         if self.max_epochs is None and self.max_updates is None:
             raise UserError("max_epochs=None, max_updates=None: expected an end. Give one, such as max_epochs=10.")
+        if self.micro_batch_size == AUTO and self.effective_batch_size is None:
+            raise UserError(
+                "micro_batch_size='auto': expected an effective_batch_size, from which K follows. Give one."
+            )
         check_lr_rule(self.lr_rule, self.lr_reference_batch)
         if self.run_dir is None and (self.save_every_n_updates is not None or self.keep_best):
             raise UserError("run_dir=None: save_every_n_updates and keep_best need a folder to save into. Give one.")

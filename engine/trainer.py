@@ -26,23 +26,13 @@ from engine.plan.windows import Plan
 from engine.records.recorder import Recorder
 from engine.records.run_folder import RunFolder
 from engine.records.summary import summarize
-from engine.settings import AUTO, Settings, class_path, takes
+from engine.settings import Settings, class_path, takes
 from engine.signals import Signals
 from engine.state import Control, RunState
 from engine.task import Task
-from engine.training.build import (
-    Layout,
-    Run,
-    build,
-    check_class,
-    first_model,
-    hyperparameters,
-    known_micro_batch_size,
-    means,
-    prepare_data,
-)
+from engine.training.build import Layout, Run, build, check_class, first_model, hyperparameters, means, prepare_data
 from engine.training.compile import check_compiles
-from engine.training.fit_memory import Trial, fastest, try_sizes
+from engine.training.fit_memory import Trial, build_to_fit
 from engine.training.heartbeat import Heartbeat
 from engine.training.prediction import Prediction
 from engine.training.session import Session
@@ -69,12 +59,9 @@ class Trainer:
         self.callbacks = as_callbacks(settings.callbacks) + ([Progress()] if settings.progress else [])
         self.loggers = make_loggers(settings.loggers, settings.run_dir)
         """The loggers that get records, beside the `run_dir`."""
-        self.scheduling = find_scheduler(
-            self.callbacks, settings.accumulate_grad_batches, settings.effective_batch_size
-        )
-        B, scheduling = settings.effective_batch_size, self.scheduling
-        if settings.micro_batch_size == AUTO:
-            check_auto(self.strategy, B)
+        B = settings.effective_batch_size
+        self.scheduling = scheduling = find_scheduler(self.callbacks, settings.accumulate_grad_batches, B)
+        check_auto(settings.micro_batch_size, self.strategy)
         schedule = make_schedule(settings.N, self.strategy.effective_batch, scheduling.by_start, scheduling.unit, B)
         check_windows({stage.first: stage.accumulate_grad_batches for stage in schedule.stages}, self.strategy)
         self.state = RunState()
@@ -86,7 +73,6 @@ class Trainer:
         self._updater: Updater | None = None
         self._layout: Layout | None = None
         self._is_running = False
-        self._files = f"run_dir={settings.run_dir!r}"
         self._trained: type[Task] | None = None
         """The class of the task whose model was trained."""
         self.tried: list[Trial] = []
@@ -141,11 +127,7 @@ class Trainer:
         signals, configuration = self._signals, self.configuration
         prepare_data(task, strategy)
         parts = task, settings, self.scheduling, strategy, self.callbacks, signals, checkpoint, configuration
-        N = known_micro_batch_size(settings, self.scheduling, checkpoint)
-        if not N:
-            self.tried = try_sizes(partial(build, *parts), settings)
-            N = fastest(self.tried)
-        run = build(*parts, N or 1)
+        run, N, self.tried = build_to_fit(partial(build, *parts), settings, self.scheduling, checkpoint)
         self._take(run)
         if checkpoint is not None:
             self.state = restore(checkpoint, run.parts, settings.resume_with_changes)
@@ -155,18 +137,9 @@ class Trainer:
         self.run_folder = checkpointer.run_folder
         facts = {**hyperparameters(task, self.model, self.plan), **configuration}
         self._recorder = Recorder(self._open_loggers(facts), self.state.samples)
-        return Session(
-            run,
-            settings,
-            self.state,
-            self._control,
-            self._signals,
-            checkpointer,
-            self._recorder,
-            partial(call, self),
-            partial(around_validation, self),
-            None if checkpoint is None else checkpoint["positions"],
-        )
+        positions = None if checkpoint is None else checkpoint["positions"]
+        kept = run, settings, self.state, self._control, self._signals, checkpointer, self._recorder
+        return Session(*kept, partial(call, self), partial(around_validation, self), positions)
 
     def _take(self, run: Run) -> None:
         """Show the parts of a run to callbacks."""
@@ -230,16 +203,14 @@ class Trainer:
         the one trained, and for a `run_dir` without a checkpoint.
         """
         with self._evaluating("validate", task):
-            self.state.metrics = self._means("validation_data", task)
+            N = self.micro_batch_size
+            self.state.metrics = means(task, "validation_data", self.model, self.settings, self.strategy, N)
         return self.metrics
 
     def test(self, task: Task) -> dict[str, float]:
         """Return the means of `task.evaluate` over all of its `test_data`: otherwise as `validate`."""
         with self._evaluating("test", task):
-            return self._means("test_data", task)
-
-    def _means(self, source: str, task: Task) -> dict[str, float]:
-        return means(task, source, self.model, self.settings, self.strategy, self.micro_batch_size)
+            return means(task, "test_data", self.model, self.settings, self.strategy, self.micro_batch_size)
 
     def predict(self, task: Task, data: Any, folder: str | None = None) -> Any:
         """Return what `task.predict` returns for `data`, put together, on process 0; None on the others.

@@ -25,6 +25,7 @@ def banner(trainer: Trainer) -> str:
         "strategy": strategy.describe(),
         "precision": dtypes + (f", autocast to {settings.precision}" if settings.precision else ""),
         "window": _windows(trainer),
+        "tried": ("\n" + " " * INDENT).join(map(str, trainer.tried)),
         "lr rule": _lr_rule(trainer),
         "updates": _updates(trainer),
         "run folder": trainer.run_folder.shown if trainer.run_folder is not None else "none (nothing is written)",

@@ -37,11 +37,9 @@ def can_redo(strategy: Strategy, plan: Plan | None) -> bool:
     return strategy.supports_redo and can_vary and plan is not None and not strategy.needs_equal_windows
 
 
-def check_auto(strategy: Strategy, effective_batch_size: int | None) -> None:
-    """Raise UserError for `micro_batch_size="auto"` without an effective batch, or if the strategy cannot search."""
-    if effective_batch_size is None:
-        raise UserError("micro_batch_size='auto': expected an effective_batch_size, from which K follows. Give one.")
-    if not (strategy.supports_redo and strategy.supports_variable_windows):
+def check_auto(N: object, strategy: Strategy) -> None:
+    """Raise UserError for `micro_batch_size="auto"` if the strategy cannot find out what fits."""
+    if N == "auto" and not (strategy.supports_redo and strategy.supports_variable_windows):
         raise UserError(
             f"micro_batch_size='auto': strategy {strategy.name!r} cannot run a window again after memory ran out. Use "
             "single, dp or ddp, or give a number."

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import chain, count, islice
 from typing import NamedTuple
 
 import torch
 
+from engine.callbacks.accumulation import Scheduling
+from engine.checkpoint.find import Checkpoint
 from engine.data.map_style import MapSource
 from engine.errors import UserError, describe
 from engine.memory import is_out_of_memory, peak_memory, release
@@ -16,7 +18,7 @@ from engine.plan.schedule import solve
 from engine.plan.windows import Plan
 from engine.settings import Settings
 from engine.state import RunState
-from engine.training.build import Run
+from engine.training.build import Run, known_micro_batch_size
 from engine.update.updater import Updater
 
 WINDOWS = 3
@@ -37,12 +39,20 @@ class Trial(NamedTuple):
         return f"N {self.N:<6} {self.memory / 2**20:>8,.0f} MiB  {rate}"
 
 
-def fastest(trials: Sequence[Trial]) -> int:
-    """Return the N with the most samples a second; 0 if there are no trials."""
-    return max(trials, key=lambda trial: trial.samples_per_second).N if trials else 0
+def build_to_fit(
+    make: Callable[[int], Run], settings: Settings, scheduling: Scheduling, checkpoint: Checkpoint | None
+) -> tuple[Run, int, list[Trial]]:
+    """Build a run by `make(N)` and return it with its N and what was tried to find that.
+
+    N is that of the checkpoint or of the settings. It is 0, and the run of no use, if a process was interrupted.
+    """
+    N, trials = known_micro_batch_size(settings, scheduling, checkpoint), list[Trial]()
+    if not N and (trials := _try_sizes(make, settings)):
+        N = max(trials, key=lambda trial: trial.samples_per_second).N
+    return make(N or 1), N, trials
 
 
-def try_sizes(make: Callable[[int], Run], settings: Settings) -> list[Trial]:
+def _try_sizes(make: Callable[[int], Run], settings: Settings) -> list[Trial]:
     """Try N = 1, 2, 4, ..., and then halves between the largest that fits and the smallest that does not.
 
     Return the trials, the same on all processes; none if a process was interrupted. What `make(N)` returned leaves no
