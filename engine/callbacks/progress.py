@@ -139,12 +139,13 @@ def _wrap(details: list[str], width: int, indent: str = "") -> list[str]:
 
 def _training(trainer: Trainer, metrics: Sequence[str]) -> list[str]:
     record = trainer.record
+    N = f"N {record['micro_batch_size']} x " if "micro_batch_size" in record else ""
     return [
         f"loss {record['loss']:.4f}",
         *(f"{name} {record[name]:.4g}" for name in metrics if name in record),
         f"grad norm {record['grad_norm']:.3g}",
         f"lr {record['lr']:.3g}",
-        f"K {record['accumulate_grad_batches']}",
+        f"{N}K {record['accumulate_grad_batches']}",
         f"effective batch {record['effective_batch']:,}",
     ]
 

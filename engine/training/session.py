@@ -162,8 +162,9 @@ class Session:
             "epoch": state.epoch,
             "samples": state.samples,
             "skipped": state.skipped,
-            "micro_batch_size": self._run.layout.N,
         }
+        if self._run.layout.plan is not None:
+            counts["micro_batch_size"] = self._run.layout.N
         if self._settings.lr_rule != "none":
             counts["lr_factor"] = window.stage.lr_factor
         K = window.stage.accumulate_grad_batches
