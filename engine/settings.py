@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any, Concatenate, NamedTuple, ParamSpec
+from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec
 
 from engine.callbacks.base import Callback
 from engine.errors import UserError, check_count
@@ -29,6 +29,9 @@ LOADING = "Loading data"
 OUTPUT = "Output"
 SECTIONS = (WINDOWS, END, PLACE, UPDATES, LEARNING_RATE, KEEPING, VALIDATION, LOADING, OUTPUT)
 """The sections of `--help` and the docs, in their order."""
+
+AUTO = "auto"
+"""The micro-batch size of a run that finds it by itself."""
 
 Check = Callable[[str, Any], None]
 """Takes a setting's name and value, and raises UserError for an invalid value."""
@@ -105,6 +108,11 @@ def _accumulation(name: str, value: object) -> None:
     check_accumulation(value, name)
 
 
+def _micro_batch_size(name: str, value: object) -> None:
+    if value != AUTO:
+        check_count(name, value, why='Use "auto" to let the run find one.')
+
+
 def _metric_rule(name: str, value: Any) -> None:
     MetricRule(value, name)
 
@@ -135,8 +143,12 @@ class Settings:
     strategy: Strategy | str = option(
         "auto", 'The strategy: "auto", "single", "dp", "ddp", "fsdp", "pipeline", or a `Strategy`.', PLACE
     )
-    micro_batch_size: int = option(
-        32, "N, samples per micro-batch; ready micro-batches keep their own sizes.", WINDOWS, sets_windows=True
+    micro_batch_size: int | Literal["auto"] = option(
+        32,
+        'N, samples per micro-batch; "auto" finds the fastest that fits; ready micro-batches keep their own sizes.',
+        WINDOWS,
+        check=_micro_batch_size,
+        sets_windows=True,
     )
     accumulate_grad_batches: int = option(
         1, "K, micro-batches per process and window.", WINDOWS, check=_accumulation, sets_windows=True
@@ -258,9 +270,18 @@ class Settings:
             check(setting.name, getattr(self, setting.name))
         if self.max_epochs is None and self.max_updates is None:
             raise UserError("max_epochs=None, max_updates=None: expected an end. Give one, such as max_epochs=10.")
+        if self.micro_batch_size == AUTO and self.effective_batch_size is None:
+            raise UserError(
+                "micro_batch_size='auto': expected an effective_batch_size, from which K follows. Give one."
+            )
         check_lr_rule(self.lr_rule, self.lr_reference_batch)
         if self.run_dir is None and (self.save_every_n_updates is not None or self.keep_best):
             raise UserError("run_dir=None: save_every_n_updates and keep_best need a folder to save into. Give one.")
+
+    @property
+    def N(self) -> int:  # noqa: N802
+        """The number that `micro_batch_size` is, or its default while "auto" has found none."""
+        return self.micro_batch_size if isinstance(self.micro_batch_size, int) else 32
 
     def as_json(self, strategy: Strategy, callbacks: Sequence[Callback]) -> dict[str, Any]:
         """Return the recorded settings as JSON values, with strategy and callbacks by class."""

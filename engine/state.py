@@ -20,6 +20,8 @@ class RunState:
     """Samples trained on since the start, over all processes."""
     weight: float = 0.0
     """The weight of those samples: samples, or valid tokens."""
+    micro_batch_size: int = 0
+    """N: smaller than it was set if memory ran out; 0 until it is known."""
     skipped: int = 0
     """Updates skipped since the start."""
     skipped_in_a_row: int = 0

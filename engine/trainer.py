@@ -17,7 +17,7 @@ from engine.callbacks.base import around_validation, as_callbacks, call
 from engine.callbacks.progress import Progress
 from engine.checkpoint.checkpointer import Checkpointer
 from engine.checkpoint.snapshot import restore
-from engine.data.checks import check_window_losses, check_windows
+from engine.data.checks import check_auto, check_window_losses, check_windows
 from engine.errors import ProcessFailureError, UserError, describe, writing
 from engine.loggers.base import Start, opened
 from engine.loggers.names import make_loggers
@@ -32,6 +32,7 @@ from engine.state import Control, RunState
 from engine.task import Task
 from engine.training.build import Layout, Run, build, check_class, first_model, hyperparameters, means, prepare_data
 from engine.training.compile import check_compiles
+from engine.training.fit_memory import Trial, build_to_fit
 from engine.training.heartbeat import Heartbeat
 from engine.training.prediction import Prediction
 from engine.training.session import Session
@@ -58,11 +59,10 @@ class Trainer:
         self.callbacks = as_callbacks(settings.callbacks) + ([Progress()] if settings.progress else [])
         self.loggers = make_loggers(settings.loggers, settings.run_dir)
         """The loggers that get records, beside the `run_dir`."""
-        self.scheduling = find_scheduler(
-            self.callbacks, settings.accumulate_grad_batches, settings.effective_batch_size
-        )
-        N, B, scheduling = settings.micro_batch_size, settings.effective_batch_size, self.scheduling
-        schedule = make_schedule(N, self.strategy.effective_batch, scheduling.by_start, scheduling.unit, B)
+        B = settings.effective_batch_size
+        self.scheduling = scheduling = find_scheduler(self.callbacks, settings.accumulate_grad_batches, B)
+        check_auto(settings.micro_batch_size, self.strategy)
+        schedule = make_schedule(settings.N, self.strategy.effective_batch, scheduling.by_start, scheduling.unit, B)
         check_windows({stage.first: stage.accumulate_grad_batches for stage in schedule.stages}, self.strategy)
         self.state = RunState()
         """The epoch, the update and the other counters of the run."""
@@ -73,9 +73,10 @@ class Trainer:
         self._updater: Updater | None = None
         self._layout: Layout | None = None
         self._is_running = False
-        self._files = f"run_dir={settings.run_dir!r}"
         self._trained: type[Task] | None = None
         """The class of the task whose model was trained."""
+        self.tried: list[Trial] = []
+        """The micro-batch sizes that `micro_batch_size="auto"` has tried."""
         self.task: Task | None = None
         self.model: nn.Module
         self.optimizer: Optimizer
@@ -124,27 +125,21 @@ class Trainer:
         self._checkpointer = checkpointer = Checkpointer(settings, strategy, self._signals)
         checkpoint = checkpointer.find()
         signals, configuration = self._signals, self.configuration
-        run = build(task, settings, self.scheduling, strategy, self.callbacks, signals, checkpoint, configuration)
+        prepare_data(task, strategy)
+        parts = task, settings, self.scheduling, strategy, self.callbacks, signals, checkpoint, configuration
+        run, N, self.tried = build_to_fit(partial(build, *parts), settings, self.scheduling, checkpoint)
         self._take(run)
         if checkpoint is not None:
             self.state = restore(checkpoint, run.parts, settings.resume_with_changes)
+        self.state.micro_batch_size = N
         self.state.start_clock()
         checkpointer.open({"task": class_path(task), **configuration}, checkpoint, self.state, run.parts)
         self.run_folder = checkpointer.run_folder
         facts = {**hyperparameters(task, self.model, self.plan), **configuration}
         self._recorder = Recorder(self._open_loggers(facts), self.state.samples)
-        return Session(
-            run,
-            settings,
-            self.state,
-            self._control,
-            self._signals,
-            checkpointer,
-            self._recorder,
-            partial(call, self),
-            partial(around_validation, self),
-            None if checkpoint is None else checkpoint["positions"],
-        )
+        positions = None if checkpoint is None else checkpoint["positions"]
+        kept = run, settings, self.state, self._control, self._signals, checkpointer, self._recorder
+        return Session(*kept, partial(call, self), partial(around_validation, self), positions)
 
     def _take(self, run: Run) -> None:
         """Show the parts of a run to callbacks."""
@@ -208,13 +203,14 @@ class Trainer:
         the one trained, and for a `run_dir` without a checkpoint.
         """
         with self._evaluating("validate", task):
-            self.state.metrics = means(task, "validation_data", self.model, self.settings, self.strategy)
+            N = self.micro_batch_size
+            self.state.metrics = means(task, "validation_data", self.model, self.settings, self.strategy, N)
         return self.metrics
 
     def test(self, task: Task) -> dict[str, float]:
         """Return the means of `task.evaluate` over all of its `test_data`: otherwise as `validate`."""
         with self._evaluating("test", task):
-            return means(task, "test_data", self.model, self.settings, self.strategy)
+            return means(task, "test_data", self.model, self.settings, self.strategy, self.micro_batch_size)
 
     def predict(self, task: Task, data: Any, folder: str | None = None) -> Any:
         """Return what `task.predict` returns for `data`, put together, on process 0; None on the others.
@@ -306,8 +302,8 @@ class Trainer:
 
     @property
     def micro_batch_size(self) -> int:
-        """N, samples per micro-batch."""
-        return self.settings.micro_batch_size
+        """N, samples per micro-batch: smaller than it was set if memory ran out."""
+        return self.state.micro_batch_size or self.settings.N
 
     @property
     def schedule(self) -> Schedule:

@@ -75,6 +75,9 @@ class Strategy(ABC):
     runs_twice = False
     """Whether each window runs twice; the engine sets it before `prepare`."""
 
+    supports_redo: bool = False
+    """Whether a window that ran out of memory on a process can run again, on all, in smaller micro-batches."""
+
     message_length = 0
     """The numbers in each message of an engine by `exchange`; the engine sets it."""
 
@@ -143,6 +146,10 @@ class Strategy(ABC):
 
     def teardown(self) -> None:
         """Undo `setup`: destroy the groups that it made, leave those that existed before, and let go of the model."""
+        self.release_model()
+
+    def release_model(self) -> None:
+        """Undo `prepare` and `prepare_optimizer`: another model can be prepared."""
         self._has_model, self.left_out, self.runs_twice = False, (), False
 
     # The model
@@ -221,6 +228,16 @@ class Strategy(ABC):
 
         The last forward keeps its graph. `has_output` is False on a process without data, or whose first pass failed.
         """
+
+    def finish_reduction(self) -> bool:
+        """Let the others finish a window whose last backward failed here, with a gradient norm that is not finite.
+
+        Return False if that cannot be done: they then wait in vain. Needed by several processes with `supports_redo`.
+        """
+        return False
+
+    def restart_reduction(self) -> None:
+        """Called on all processes after a window that ran out of memory: it may have left a reduction unfinished."""
 
     def clip(self, max_norm: float | None, factor: float = 1.0) -> Tensor:
         """Multiply the gradients by `factor`, clip them to `max_norm`, return their norm (0-dim) between the two.

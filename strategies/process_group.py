@@ -95,14 +95,18 @@ class ProcessGroupStrategy(Strategy):
         self._board = StatusBoard(new_store(), self.rank, self.processes)
 
     def teardown(self) -> None:
-        if self._shards is not None:
-            self._shards.remove()
+        self.release_model()
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
         elif self._host_group is not None and dist.is_initialized():
             dist.destroy_process_group(self._host_group)
-        self._owns_group, self._host_group, self._board, self._shards = False, None, None, None
-        super().teardown()
+        self._owns_group, self._host_group, self._board = False, None, None
+
+    def release_model(self) -> None:
+        if self._shards is not None:
+            self._shards.remove()
+        self._shards = None
+        super().release_model()
 
     @property
     def needs_equal_windows(self) -> bool:

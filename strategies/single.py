@@ -20,6 +20,7 @@ class SingleDeviceStrategy(Strategy):
 
     name = "single"
     supports_variable_windows = True
+    supports_redo = True
 
     def __init__(self, device: str | None = None) -> None:
         self._device = None if device is None else torch.device(device)

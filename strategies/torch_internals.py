@@ -17,7 +17,11 @@ TESTED = "2.13 and 2.15"  # the tested versions of torch
 
 # Used by `strategies.ddp.strategy`
 DDP = (
+    "torch._C._distributed_c10d:ProcessGroup._get_sequence_number_for_group",
+    "torch._C._distributed_c10d:Reducer._get_local_used_map",
+    "torch._C._distributed_c10d:Reducer._get_zeros_like_grad_buckets",
     "torch._C._distributed_c10d:Reducer._rebuild_buckets",
+    "torch._C._distributed_c10d:Reducer._run_comm_hook",
     "torch._C._distributed_c10d:Reducer.prepare_for_backward",
     "torch.nn.parallel:DistributedDataParallel._check_reducer_finalized",
     "torch.nn.parallel:DistributedDataParallel._get_ddp_logging_data",

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from engine.audit import CASES, audit
-from engine.errors import UserError
 
 PROGRAM = "python -m engine.audit"
 

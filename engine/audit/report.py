@@ -71,7 +71,10 @@ class Report:
         """Return a dictionary for each case. What is not known, or not finite, is None."""
         rows = [{"case": row.case, **asdict(row.found), "seconds": row.seconds} for row in self.rows]
         return [
-            {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+            {
+                key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in row.items()
+            }
             for row in rows
         ]
 

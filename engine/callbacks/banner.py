@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from engine.data.checks import can_redo
 from engine.disk import shown
-from engine.update.model_checks import count_batch_norms
+from engine.update.model_checks import count_batch_norms, draws
 
 if TYPE_CHECKING:
     from engine.trainer import Trainer
@@ -26,6 +27,7 @@ def banner(trainer: Trainer) -> str:
         "strategy": strategy.describe(),
         "precision": dtypes + (f", autocast to {settings.precision}" if settings.precision else ""),
         "window": _windows(trainer),
+        "tried": ("\n" + " " * INDENT).join(map(str, trainer.tried)),
         "lr rule": _lr_rule(trainer),
         "updates": _updates(trainer),
         "run folder": shown(trainer.run_folder.path) if trainer.run_folder is not None else "none (nothing is written)",
@@ -33,6 +35,9 @@ def banner(trainer: Trainer) -> str:
     if normalises := count_batch_norms(model):
         where = "of all processes at a time" if strategy.needs_equal_windows else "on one process"
         lines["batch norm"] = f"{normalises} layers normalise over a micro-batch {where}, not over the window"
+    changing = [*(["BatchNorm"] if normalises else []), *(["dropout"] if draws(model) else [])]
+    if changing and can_redo(strategy, trainer.plan):
+        lines["memory"] = f"if it runs out, N is halved, and {' and '.join(changing)} change with N"
     if not model.training:
         lines["mode"] = "eval, as configure_model() left it: dropout is off (call model.train() there)"
     return "\n".join(f"{name + ':':<{INDENT}}{text}" for name, text in lines.items() if text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import sys
 import textwrap
 import time
@@ -11,12 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO, cast
 
-import torch
-
 from engine.callbacks.banner import banner
 from engine.callbacks.base import Callback
 from engine.callbacks.pace import Pace
 from engine.disk import shown
+from engine.memory import peak_memory
 from engine.output import Output, say
 
 if TYPE_CHECKING:
@@ -143,22 +141,24 @@ def _wrap(details: list[str], width: int, indent: str = "") -> list[str]:
 
 def _training(trainer: Trainer, metrics: Sequence[str]) -> list[str]:
     record = trainer.record
+    N = f"N {record['micro_batch_size']} x " if "micro_batch_size" in record else ""
     return [
         f"loss {record['loss']:.4f}",
         *(f"{name} {record[name]:.4g}" for name in metrics if name in record),
         f"grad norm {record['grad_norm']:.3g}",
         f"lr {record['lr']:.3g}",
-        f"K {record['accumulate_grad_batches']}",
+        f"{N}K {record['accumulate_grad_batches']}",
         f"effective batch {record['effective_batch']:,}",
     ]
 
 
 def _machine(trainer: Trainer, pace: Pace) -> list[str]:
     (samples, weight), skipped, slow = pace.rates(), trainer.record["skipped"], pace.slow_process()
+    peak = peak_memory(trainer.strategy.device) / 2**20
     return [
         f"{samples:,.0f} samples/s",
         *([] if math.isclose(samples, weight) else [f"{weight:,.0f} weight/s"]),
-        f"peak memory {_peak_memory(trainer) / 2**20:,.0f} MiB",
+        f"peak memory {peak:,.0f} MiB",
         *([f"{skipped} skipped"] if skipped else []),
         *([slow] if slow else []),
     ]
@@ -170,12 +170,3 @@ def _here(trainer: Trainer) -> list[str]:
     last = "" if epochs is None else str(epochs - 1)
     update = str(trainer.update) if total is None else f"{trainer.update:>{len(str(total))}}/{total}"
     return [f"epoch {trainer.epoch:>{len(last)}}", f"update {update}"]
-
-
-def _peak_memory(trainer: Trainer) -> int:
-    """Return the most bytes that this process has held so far: on its GPU if it has one, else on the host."""
-    device = trainer.strategy.device
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

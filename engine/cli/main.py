@@ -27,7 +27,7 @@ from engine.disk import numbered, replace_text
 from engine.errors import STATUSES, ProcessFailureError, UserError, describe, writing
 from engine.preview.preview import preview
 from engine.preview.table import print_plan
-from engine.settings import OPTIONS, Settings
+from engine.settings import AUTO, OPTIONS, Settings
 from engine.signals import COMMAND, EXIT_STATUS, leave_status
 from engine.task import Task
 from engine.trainer import Trainer
@@ -152,7 +152,8 @@ def _check(parser: ArgumentParser, config: Namespace) -> None:
     for name in ("run_dir", "loggers", "save_every_n_updates", "keep_best"):
         settings[name] = None
     settings.progress = False
-    few = settings.micro_batch_size * started_processes()
+    N = settings.micro_batch_size
+    few = (32 if N == AUTO else N) * started_processes()
     settings.max_validation_samples = min(few, settings.max_validation_samples or few)
     trainer, task = _make(parser, config)
     trainer.callbacks.append(OneWindow())

@@ -29,6 +29,24 @@ def check_windows(scheduling: Mapping[int, int], strategy: Strategy) -> None:
         )
 
 
+def can_redo(strategy: Strategy, plan: Plan | None) -> bool:
+    """Whether a window that ran out of memory can run again with another N and K, once the model is prepared.
+
+    The micro-batches of a stream come in sizes of their own, and are not kept.
+    """
+    can_vary = strategy.supports_variable_windows and strategy.micro_batches is None
+    return strategy.supports_redo and can_vary and plan is not None and not strategy.needs_equal_windows
+
+
+def check_auto(N: object, strategy: Strategy) -> None:
+    """Raise UserError for `micro_batch_size="auto"` if the strategy cannot find out what fits."""
+    if N == "auto" and not (strategy.supports_redo and strategy.supports_variable_windows):
+        raise UserError(
+            f"micro_batch_size='auto': strategy {strategy.name!r} cannot run a window again after memory ran out. Use "
+            "single, dp or ddp, or give a number."
+        )
+
+
 def check_window_losses(task: Task, strategy: Strategy, prefetches: bool) -> None:
     """Raise UserError if the task has a loss over windows or terms, and the strategy cannot run or count them."""
     runs_twice = strategy.supports_window_losses and strategy.micro_batches is None

@@ -70,7 +70,7 @@ class MapSource:
     ) -> None:
         self._order = order
         self._plan = plan
-        self._cut = (N, strategy.data_parallel_rank, strategy.data_parallel_size, spread)
+        self._cut: tuple[int, int, int, bool] = (N, strategy.data_parallel_rank, strategy.data_parallel_size, spread)
         self._prefetch = prefetch
         self._to_device = (prefetch or strategy).to_device
         self._pieces = _PieceSampler()
@@ -83,6 +83,11 @@ class MapSource:
         own = getattr(batching, collate)
         fetch = TensorFetch(data) if in_memory else Fetch(data, seed, own, seeds_samples=spread)
         self._loader = options.build(fetch, self._pieces, pin=strategy.device.type == "cuda")
+
+    def cut(self, N: int, plan: Plan | None = None) -> None:
+        """Make micro-batches of N from the next call of `windows` on, in the windows of `plan` if it is given."""
+        self._cut = N, *self._cut[1:]
+        self._plan = plan or self._plan
 
     def windows(
         self, epoch: int, update: int, samples: int, positions: Sequence[Any] | None = None

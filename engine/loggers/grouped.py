@@ -15,6 +15,7 @@ GROUPED = {
     "lr": "optim/lr",
     "lr_factor": "optim/lr_factor",
     "skipped": "optim/skipped",
+    "micro_batch_size": "window/micro_batch_size",
     "accumulate_grad_batches": "window/accumulate_grad_batches",
     "effective_batch": "window/effective_batch",
     "weight": "window/weight",

@@ -67,6 +67,14 @@ class Schedule:
         """Where each stage begins."""
         return [stage.first for stage in self.stages]
 
+    def cut(self, N: int, effective_batch: Callable[[int, int], int]) -> Schedule:
+        """Return the same effective batches in micro-batches of N: K is that of the busiest process."""
+        share = effective_batch(N, 1)
+        Ks = [-(-stage.effective_batch // share) for stage in self.stages]
+        return replace(
+            self, stages=tuple(replace(s, accumulate_grad_batches=K) for s, K in zip(self.stages, Ks, strict=True))
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Return what decides the samples of each update, whatever P and K are."""
         return {"unit": self.unit, "effective_batches": {stage.first: stage.effective_batch for stage in self.stages}}
@@ -88,9 +96,8 @@ def make_schedule(
 def solve(
     effective_batches: Mapping[int, int], N: int, effective_batch: Callable[[int, int], int], unit: Unit = "epoch"
 ) -> Schedule:
-    """Return the stages of `{first: samples of a full window}`: K is that of the busiest process."""
-    share = effective_batch(N, 1)
-    return Schedule(tuple(Stage(first, -(-B // share), B) for first, B in effective_batches.items()), unit)
+    """Return the stages of `{first: samples of a full window}`: K follows."""
+    return Schedule(tuple(Stage(first, 1, B) for first, B in effective_batches.items()), unit).cut(N, effective_batch)
 
 
 def differences(here: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from engine.checkpoint import files
 from engine.data.map_style import samples_before
+from engine.errors import UserError
 from engine.preview.forecast import (
     LearningRates,
     PlannedUpdate,
@@ -26,7 +27,7 @@ from engine.preview.forecast import (
     stage_forecasts,
     stream_stages,
 )
-from engine.settings import Settings, class_path
+from engine.settings import AUTO, Settings, class_path
 from engine.task import Task
 from engine.trainer import Trainer
 from engine.training.build import Layout, lay_out, make_model, make_optimizer
@@ -44,8 +45,10 @@ def preview(trainer: Trainer, task: Task) -> Preview:
     Raises UserError if the task cannot be trained.
     """
     settings = trainer.settings
+    if settings.micro_batch_size == AUTO:
+        raise UserError("micro_batch_size='auto': a plan needs a number, which a run finds. Give one, or use --check.")
     task.prepare_data()
-    layout = lay_out(task, settings, trainer.scheduling, trainer.strategy)
+    layout = lay_out(task, settings, trainer.scheduling, trainer.strategy, settings.N)
     model = make_model(task, settings.seed)
     optimizer, lr_scheduler = make_optimizer(task, model)
     updates = 1 if layout.total_updates is None else layout.total_updates
@@ -122,7 +125,7 @@ class Preview:
             return range(plan.samples + 1) if order is None else samples_before(order)
 
         P = self.strategy.data_parallel_size
-        return planned_updates(plan, settings.micro_batch_size, P, settings.spread_windows, self.lrs, before)
+        return planned_updates(plan, settings.N, P, settings.spread_windows, self.lrs, before)
 
     @cached_property
     def stages(self) -> list[StageForecast]:
@@ -161,7 +164,7 @@ class Preview:
                 )
 
     def _of_the_model(self) -> Iterator[str]:
-        strategy, N, norms = self.strategy, self.settings.micro_batch_size, count_batch_norms(self.model)
+        strategy, N, norms = self.strategy, self.settings.N, count_batch_norms(self.model)
         if strategy.data_parallel_size == 1 < started_processes():
             yield f"strategy {strategy.name!r} shares samples with none of the {started_processes()} processes."
         if norms and any(stage.accumulate_grad_batches > 1 for stage in self.layout.schedule.stages):

@@ -91,7 +91,7 @@ def _header(preview: Preview) -> str:
     if plan is None:
         return f"{strategy.name}: {processes}, streams of ready micro-batches{epochs}"
     what = "samples" if not preview.is_grouped else "groups of samples"
-    return f"{strategy.name}: {processes}, N {settings.micro_batch_size}, {plan.samples:,} {what} per epoch{epochs}"
+    return f"{strategy.name}: {processes}, N {settings.N}, {plan.samples:,} {what} per epoch{epochs}"
 
 
 def _updates(preview: Preview) -> Iterator[str]:

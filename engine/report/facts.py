@@ -14,6 +14,7 @@ TITLES = {
     "loss": "Training loss",
     "lr": "Learning rate",
     "grad_norm": "Gradient norm before clipping",
+    "micro_batch_size": "N: samples per micro-batch",
     "accumulate_grad_batches": "K: micro-batches per process and update",
     "effective_batch": "Effective batch: samples per update",
     "noise_scale": "Noise scale, its 95 % interval, and the weight of an update (dotted)",
@@ -21,7 +22,8 @@ TITLES = {
     "weight": "Weight per update",
     "skipped": "Updates skipped so far",
 }
-TOLD = ("update", "epoch", "samples", "loss", "accumulate_grad_batches", "effective_batch", "weight", "skipped")
+WINDOW = ("micro_batch_size", "accumulate_grad_batches", "effective_batch", "weight")
+TOLD = ("update", "epoch", "samples", "loss", *WINDOW, "skipped")
 Facts = dict[str, str]  # a table's rows: a name, and an amount
 
 
@@ -55,7 +57,7 @@ def facts(run: Run) -> Facts:
         "Task": str(run.config["task"]).rpartition(".")[2] if "task" in run.config else None,
         "Strategy": begin.get("strategy", run.summary.get("strategy")),
         "Processes, P": _stages(processes) or begin.get("processes", run.summary.get("processes")),
-        "Micro-batch size, N": run.config.get("micro_batch_size"),
+        "Micro-batch size, N": _stages(run.updates.get("micro_batch_size")) or run.config.get("micro_batch_size"),
         "Micro-batches, K": _stages(run.updates.get("accumulate_grad_batches")),
         "Effective batch": _stages(run.updates.get("effective_batch"), is_ragged=True),
         "Which batch": (run.happened("advice") or [{}])[-1].get("text"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ from engine.checkpoint.snapshot import (
     saved_schedule,
     window_identity,
 )
-from engine.data.checks import check_equal_windows, check_windows
+from engine.data.checks import can_redo, check_equal_windows, check_windows
 from engine.data.counting import counts_terms
-from engine.data.map_style import LoaderOptions
+from engine.data.map_style import LoaderOptions, MapSource
 from engine.data.prefetch import OnHost, Prefetch
 from engine.data.sources import make_plan, make_source
 from engine.data.window import Source
@@ -38,7 +38,7 @@ from engine.errors import UserError
 from engine.plan.schedule import Schedule, make_schedule, with_lr_rule
 from engine.plan.windows import Plan
 from engine.seeds import seed_everything
-from engine.settings import Settings, class_path
+from engine.settings import AUTO, Settings, class_path
 from engine.signals import Signals
 from engine.task import Task
 from engine.training.compile import compile_in_place
@@ -55,10 +55,11 @@ from strategies import Strategy
 log = logging.getLogger("tally")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Layout:
     """The run as arithmetic: its stages and windows on the current processes, and its training data."""
 
+    N: int
     schedule: Schedule
     plan: Plan | None
     """Every window of the run, for map-style data."""
@@ -77,6 +78,16 @@ class Run:
     loss_of: LossOf
     validation: Validation | None
 
+    def cut(self, N: int) -> None:
+        """Make micro-batches of N from now on; the samples of each window stay, and K follows."""
+        layout = self.layout
+        layout.N, layout.schedule = N, layout.schedule.cut(N, self.parts.strategy.effective_batch)
+        if layout.plan is not None and isinstance(self.source, MapSource):
+            layout.plan = replace(layout.plan, schedule=layout.schedule)
+            self.source.cut(N, layout.plan)
+        if self.validation is not None:
+            self.validation.cut(N)
+
 
 def build(
     task: Task,
@@ -87,12 +98,12 @@ def build(
     signals: Signals,
     checkpoint: Checkpoint | None,
     configuration: Mapping[str, Any],
+    N: int,
 ) -> Run:
     """Build data, model, optimizer and updater of `task`. Raises UserError for what cannot be trained."""
-    prepare_data(task, strategy)
-    layout = lay_out(task, settings, scheduling, strategy, checkpoint)
+    layout = lay_out(task, settings, scheduling, strategy, N, checkpoint)
     source = _source(task, settings, strategy, layout)
-    validation = make_validation(task, settings, strategy)
+    validation = make_validation(task, settings, strategy, N=N)
     model = make_model(task, settings.seed)
     _load_weights(model, settings, checkpoint)
     if checkpoint is not None:
@@ -106,7 +117,7 @@ def build(
     _check_agreement(strategy, configuration, layout, model, is_recorded)
     strategy.runs_twice = isinstance(task, WindowTask)
     prepared = strategy.prepare(model)
-    check_equal_windows(strategy, layout.plan, settings.micro_batch_size, settings.spread_windows)
+    check_equal_windows(strategy, layout.plan, N, settings.spread_windows)
     optimizer, lr_scheduler = make_optimizer(task, model)
     strategy.prepare_optimizer(optimizer)
     clip_norm, skips, seed = settings.gradient_clip_norm, settings.skip_nonfinite_updates, settings.seed
@@ -124,6 +135,8 @@ def build(
     if counts_terms(task):
         updater.terms = JoinedTerms(updater.exchange)
         source = CountedSource(source, task.weights, updater.terms, strategy)
+    if can_redo(strategy, layout.plan):
+        updater.allow_redo()
     task._log_entries = updater.logged
     identity = run_identity(settings, scheduling, layout.plan, optimizer, lr_scheduler)
     state = strategy, model, UnsavedBuffers(model), optimizer, lr_scheduler, layout.schedule, updater
@@ -146,13 +159,27 @@ def prepare_data(task: Task, strategy: Strategy) -> None:
     strategy.barrier()
 
 
+def known_micro_batch_size(settings: Settings, scheduling: Scheduling, checkpoint: Checkpoint | None) -> int:
+    """Return the N that a run resumes with: it may have become smaller; else that of the settings, 0 for "auto"."""
+    is_same = checkpoint is not None and _has_same_windows(checkpoint, window_identity(settings, scheduling))
+    if checkpoint is not None and is_same and (N := int(checkpoint["run"]["micro_batch_size"])):
+        return N
+    return 0 if settings.micro_batch_size == AUTO else settings.N
+
+
 def lay_out(
-    task: Task, settings: Settings, scheduling: Scheduling, strategy: Strategy, checkpoint: Checkpoint | None = None
+    task: Task,
+    settings: Settings,
+    scheduling: Scheduling,
+    strategy: Strategy,
+    N: int,
+    checkpoint: Checkpoint | None = None,
 ) -> Layout:
     """Cut the run of `task` into stages and windows. Raises UserError for data that they do not fit."""
     seed_everything(settings.seed)
-    N, B = settings.micro_batch_size, settings.effective_batch_size
-    schedule = make_schedule(N, strategy.effective_batch, scheduling.by_start, scheduling.unit, B)
+    B = settings.effective_batch_size
+    schedule = make_schedule(settings.N, strategy.effective_batch, scheduling.by_start, scheduling.unit, B)
+    schedule = schedule.cut(N, strategy.effective_batch)
     if checkpoint is not None and _has_same_windows(checkpoint, window_identity(settings, scheduling)):
         asked, schedule = schedule, saved_schedule(checkpoint, N, strategy)
         if strategy.rank == 0 and schedule != asked:
@@ -164,7 +191,7 @@ def lay_out(
     plan = make_plan(data, task, schedule, N, settings.max_epochs, settings.max_updates, B)
     total = settings.max_updates if settings.max_epochs is None else None
     task.total_updates = plan.updates if plan is not None else total
-    return Layout(schedule, plan, data, task.total_updates)
+    return Layout(N, schedule, plan, data, task.total_updates)
 
 
 def _has_same_windows(checkpoint: Checkpoint, windows: Mapping[str, str]) -> bool:
@@ -180,7 +207,7 @@ def _source(task: Task, settings: Settings, strategy: Strategy, layout: Layout) 
         strategy,
         layout.schedule,
         layout.plan,
-        settings.micro_batch_size,
+        layout.N,
         settings.seed,
         settings.shuffle,
         LoaderOptions(settings.num_workers, settings.pin_memory, settings.persistent_workers),
@@ -190,17 +217,19 @@ def _source(task: Task, settings: Settings, strategy: Strategy, layout: Layout) 
 
 
 def make_validation(
-    task: Task, settings: Settings, strategy: Strategy, source: str = "validation_data"
+    task: Task, settings: Settings, strategy: Strategy, source: str = "validation_data", N: int = 0
 ) -> Validation | None:
     """Return the validation of `task` on what its method `source` returns; None for None."""
     data = getattr(task, source)()
     limit = settings.max_validation_samples if source == "validation_data" else None
-    return None if data is None else Validation(data, task, strategy, settings, limit)
+    return None if data is None else Validation(data, task, strategy, settings, limit, N)
 
 
-def means(task: Task, source: str, model: nn.Module, settings: Settings, strategy: Strategy) -> dict[str, float]:
+def means(
+    task: Task, source: str, model: nn.Module, settings: Settings, strategy: Strategy, N: int
+) -> dict[str, float]:
     """Return the means of `task.evaluate` over what its method `source` returns. Raises UserError for None."""
-    validation = make_validation(task, settings, strategy, source)
+    validation = make_validation(task, settings, strategy, source, N)
     if validation is None:
         raise UserError(f"{type(task).__name__}.{source}() returned None. Return data to evaluate on.")
     return validation.run(model) or {}

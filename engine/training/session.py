@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -19,7 +20,12 @@ from engine.settings import Settings
 from engine.signals import Signals
 from engine.state import Control, RunState
 from engine.training.build import Run
+from engine.training.fit_memory import did_not_fit
 from engine.update.message import NO_REQUESTS, Outcome, Requests
+
+log = logging.getLogger("tally")
+
+REDO = "update %d did not fit into memory with N=%d: it runs again with N=%d, as does the rest of the run."
 
 
 class Session:
@@ -48,6 +54,8 @@ class Session:
         """The last update, if nobody listens to records."""
         if any(type(callback).on_gradients is not Callback.on_gradients for callback in run.parts.callbacks):
             self._updater.on_gradients = partial(call, "on_gradients")
+        self._redoes = False
+        """Whether the last window ran out of memory, and runs again."""
         self._has_ended = False
         """Whether all processes agreed to stop."""
 
@@ -73,9 +81,14 @@ class Session:
             state.started_epoch = state.epoch
             self._call("on_epoch_start")
         is_over = False
-        for window in self._run.source.windows(state.epoch, state.update, state.samples, positions):
-            if is_over := self._run_window(window):
+        while True:
+            self._redoes = False
+            for window in self._run.source.windows(state.epoch, state.update, state.samples, positions):
+                if is_over := self._run_window(window):
+                    break
+            if not self._redoes:
                 break
+            positions = None if state.position is None else [state.position]
         if control.interrupted_by:
             return
         self._updater.exchange.check_replicas(state.update)
@@ -98,6 +111,10 @@ class Session:
         stop, save = self._control.stop_requested or is_late, self._checkpointer.wants_save()
         requests = Requests(stop, save) if stop or save else NO_REQUESTS
         outcome = self._updater.run(self._run.loss_of, window, state, requests)
+        if outcome.out_of_memory:
+            self._redoes = True
+            self._halve(window.samples or 0)
+            return True
         if outcome.aborted:
             self._note_interruption()
             return True
@@ -121,6 +138,17 @@ class Session:
             self._recorder.restart_clock()
         return is_over
 
+    def _halve(self, samples: int) -> None:
+        """Halve N: the window, of `samples` samples, did not fit. Raises UserError on all processes if N is 1."""
+        run, state, N = self._run, self._state, min(self._run.layout.N, samples)
+        if N == 1:
+            raise did_not_fit(self._updater, state.update)
+        run.cut(-(-N // 2))
+        state.micro_batch_size = run.layout.N
+        self._checkpointer.log_event("redo", micro_batch_size=state.micro_batch_size)
+        if run.parts.strategy.rank == 0:
+            log.warning(REDO, state.update, N, state.micro_batch_size)
+
     def _record_unheard(self) -> None:
         """Let `Trainer.record` have the last update, if nobody listens."""
         if self._unheard is not None:
@@ -135,6 +163,8 @@ class Session:
             "samples": state.samples,
             "skipped": state.skipped,
         }
+        if self._run.layout.plan is not None:
+            counts["micro_batch_size"] = self._run.layout.N
         if self._settings.lr_rule != "none":
             counts["lr_factor"] = window.stage.lr_factor
         K = window.stage.accumulate_grad_batches

@@ -30,9 +30,14 @@ from strategies import MicroBatch, Strategy
 
 
 class Validation:
-    """Evaluates a task on data, on the first `limit` samples of it if it is map-style."""
+    """Evaluates a task on data, on the first `limit` samples of it if it is map-style.
 
-    def __init__(self, data: Any, task: Task, strategy: Strategy, settings: Settings, limit: int | None = None) -> None:
+    `N` is that of the settings if it is 0.
+    """
+
+    def __init__(
+        self, data: Any, task: Task, strategy: Strategy, settings: Settings, limit: int | None = None, N: int = 0
+    ) -> None:
         self._task, self._strategy = task, strategy
         self._metrics = MergedMetrics(task.validation_metrics, strategy)
         self._logged: list[Logged] = []
@@ -47,8 +52,13 @@ class Validation:
         self.samples = samples = len(data) if limit is None else min(len(data), limit)
         plan = Plan(samples, Schedule((Stage(0, 1, max(samples, 1)),)))
         options = LoaderOptions(settings.num_workers, settings.pin_memory, settings.persistent_workers)
-        N, order = settings.micro_batch_size, sequential(samples)
+        N, order = N or settings.N, sequential(samples)
         self._source = MapSource(data, order, plan, N, task, strategy, 0, options, collate="collate_validation")
+
+    def cut(self, N: int) -> None:
+        """Make micro-batches of N from now on."""
+        if self._stream is None:
+            self._source.cut(N)
 
     def run(self, model: nn.Module, signals: Signals | None = None) -> dict[str, float] | None:
         """Return each metric over all processes; `model` is the unwrapped one: its forward has no collective.

@@ -10,6 +10,7 @@ from typing import NoReturn
 from engine.data.window import Window
 from engine.errors import ProcessFailureError, ReplicaError, UserError, describe
 from engine.loggers.grouped import GROUPED
+from engine.memory import is_out_of_memory, release
 from engine.signals import Interrupted, Signals
 from engine.update.loss_sum import LossSum
 from engine.update.means import MeanSums, Pair
@@ -19,6 +20,10 @@ from strategies import PendingRows, Strategy
 ACTIVITY_TOPIC, FAILURE_TOPIC = "activity", "failure"
 RESERVED = {"update", *GROUPED}
 """Names that every record has."""
+NO_REDO = (
+    "Use smaller micro-batches. Trainer makes them by itself for map-style data, with one device, DP or DDP, and "
+    "without SyncBatchNorm."
+)
 
 
 class Exchange:
@@ -44,6 +49,12 @@ class Exchange:
         """Whether a process without a micro-batch sends its message at the window's start."""
         self._counted: dict[str, float] = {}
         """The weights of terms in the current window, over all processes."""
+        self.can_redo = False
+        """Whether a window that ran out of memory can run again; otherwise that ends the run."""
+        self.out_of_memory = ""
+        """What did not fit on this process in the current window, if something did not."""
+        self.is_late = False
+        """Whether memory ran out when the message had left, so that the others do not know of it."""
         self._rows: list[list[float]] = []
         self._pairs: dict[str, Pair] = {}
         self._sums: dict[str, Pair] = {}
@@ -53,6 +64,7 @@ class Exchange:
     def begin(self, window: Window, losses: LossSum, requests: Requests) -> None:
         """Begin a window; a process without a micro-batch sends its message at once."""
         self._window, self._losses, self._requests = window, losses, requests
+        self.out_of_memory, self.is_late = "", False
         self.means.by_name, self._pairs, self.metrics = {}, {}, {}
         self._sums, self._counted = {}, {}
         if self.is_alone:
@@ -88,6 +100,8 @@ class Exchange:
 
         Raises ProcessFailureError if a process has failed, ReplicaError if gradient norms differ.
         """
+        if self.is_alone and self.out_of_memory:
+            return agree([Message(out_of_memory=1.0)])
         if self.is_alone:
             weight, loss = self._losses.read()
             requests, aborts = self._requests, self._signals.stop_requested
@@ -110,7 +124,7 @@ class Exchange:
                 "; ".join(f"process {rank} failed in update {update}: {text}" for rank, text in failures)
             )
         check_norms([row[HEADER - 1] for row in self._rows], update)
-        if (self.names or agreed.has_new_names) and not agreed.abort:
+        if (self.names or agreed.has_new_names) and not (agreed.abort or agreed.out_of_memory):
             self._add_up([] if agreed.has_new_names else [row[HEADER:] for row in self._rows], update, is_start)
         return agreed
 
@@ -160,18 +174,28 @@ class Exchange:
             )
 
     def stop(self, error: Exception) -> None:
-        """Finish with weight 0 a window that `error` has ended on this process; raise it unless it is a signal's.
+        """Finish with weight 0 a window that `error` has ended on this process; raise it if the run ends with it.
 
-        After this process's message it is too late: the last backward failed, and the others lose contact.
+        After this process's message the last backward failed. If memory ran out, the others may learn of it by a
+        gradient that is not finite; otherwise they lose contact.
         """
         if isinstance(error, Interrupted):
             self.send()
             self._strategy.join(self._window)
             return
-        if not (self.is_alone or self._pending is not None or self._strategy.has_lost_contact(error)):
-            message = Message(failed=1.0, local_seconds=self._seconds, grad_norm_before=self.grad_norm)
-            self._pending = self._strategy.exchange([*message, *_flat(self.names, {})])
-            self._strategy.join(self._window)
+        is_late = self._pending is not None
+        if self.can_redo and is_out_of_memory(error):
+            self.out_of_memory = describe(error)
+            release(self._strategy.device, error)
+            if not (self.is_alone or is_late):
+                self._send_without_data(out_of_memory=1.0)
+            self.is_late = is_late and self._strategy.finish_reduction()
+            if self.is_late == is_late:
+                return
+        elif is_out_of_memory(error):
+            error.add_note(NO_REDO)
+        if not (self.is_alone or is_late or self._strategy.has_lost_contact(error)):
+            self._send_without_data(failed=1.0)
             self._strategy.gather(describe(error))
         raise error
 
@@ -185,6 +209,12 @@ class Exchange:
             self.stop(error)
         raise error
 
+    def _send_without_data(self, **told: float) -> None:
+        """Send a message of weight 0, and take part in the window."""
+        message = Message(local_seconds=self._seconds, grad_norm_before=self.grad_norm, **told)
+        self._pending = self._strategy.exchange([*message, *_flat(self.names, {})])
+        self._strategy.join(self._window)
+
     def _message(self) -> Sequence[float]:
         """Read the sums on the device: the one host-device sync of a window."""
         weight, loss = self._losses.read()
@@ -194,7 +224,7 @@ class Exchange:
         requests, stop_requested, has_more = self._requests, self._signals.stop_requested, self._window.has_more
         counts, wishes = (weight, loss, self._losses.samples, has_more), (requests.stop, requests.save, stop_requested)
         has_new_names = bool(self._pairs) and not self._pairs.keys() <= {*self.names}
-        header = Message(*counts, *wishes, 0.0, has_new_names, self._seconds, self.grad_norm)
+        header = Message(*counts, *wishes, 0.0, has_new_names, 0.0, self._seconds, self.grad_norm)
         return [*header, *_flat(self.names, self._pairs)] if self.names else header
 
 

@@ -20,7 +20,7 @@ CAUSES = (
 
 
 class Message(NamedTuple):
-    """One process's part in a window: the header of its message, eleven doubles per update."""
+    """One process's part in a window: the header of its message, twelve doubles per update."""
 
     weight: float = 0.0
     loss: float = 0.0
@@ -37,6 +37,8 @@ class Message(NamedTuple):
     failed: float = 0.0
     has_new_names: float = 0.0
     """Whether it has logged a name that the processes have not agreed on."""
+    out_of_memory: float = 0.0
+    """Whether its memory ran out: the window runs again, in smaller micro-batches."""
     local_seconds: float = 0.0
     """Seconds spent in windows so far, up to this message: nothing in them waits for another process."""
     grad_norm_before: float = math.nan
@@ -58,6 +60,7 @@ class Agreed(NamedTuple):
     abort: float
     failed: float = 0.0
     has_new_names: float = 0.0
+    out_of_memory: float = 0.0
 
 
 class Outcome(NamedTuple):
@@ -73,6 +76,8 @@ class Outcome(NamedTuple):
     save: bool
     aborted: bool = False
     """A process was interrupted, and all stay at the boundary before: nothing has changed."""
+    out_of_memory: bool = False
+    """It is aborted because memory ran out on a process: the window can run again, in smaller micro-batches."""
     metrics: Mapping[str, float] = MappingProxyType({})
     """The means of what was logged."""
 

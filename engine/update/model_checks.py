@@ -39,6 +39,11 @@ def count_batch_norms(model: nn.Module) -> int:
     return sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
+def draws(model: nn.Module) -> bool:
+    """Whether the model has dropout; what else draws cannot be told."""
+    return any(isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules())
+
+
 def check_optimizer(configured: Any, model: nn.Module) -> tuple[Optimizer, LRScheduler | None]:
     """Return the optimizer and the LR scheduler, if any, that a task configured; several are put together as one.
 

@@ -94,10 +94,17 @@ class Updater:
         self._skips_nonfinite = options.skip_nonfinite_updates or options.precision == "fp16"
         wants_norm = options.gradient_clip_norm or options.is_recorded or self.noise is not None
         self._needs_norm = bool(self._skips_nonfinite or wants_norm)
+        self._may_be_late = False
+        """Whether a process may learn by the gradient norm alone that another one ran out of memory."""
         self._epoch, self._epoch_seed = -1, 0
         self._last_group: dict[str, Any] | None = None
         self._group_count = 0
         self._parameters = [*model.parameters()]
+
+    def allow_redo(self) -> None:
+        """End a window that does not fit into memory as `out_of_memory`, on all processes, instead of by an error."""
+        self.exchange.can_redo, self._may_be_late = True, not self.exchange.is_alone
+        self._needs_norm |= self._may_be_late
 
     def run(self, loss_of: LossOf, window: Window, state: RunState, requests: Requests = NO_REQUESTS) -> Outcome:
         """Run one window and make its update, the same on all processes.
@@ -177,9 +184,9 @@ class Updater:
         """Correct, clip, step: once per window, the same on all processes."""
         agreed = self.exchange.receive(state.update)
         self.timer.reduced()
-        if agreed.abort:
-            return self._undo()
-        if state.update == 0:
+        if agreed.abort or agreed.out_of_memory:
+            return self._undo(out_of_memory=not agreed.abort)
+        if state.update == 0 and not self.exchange.is_late:
             check_gradients(self.model.named_parameters())
         samples = int(agreed.samples)
         window.close(agreed.has_more > 0, samples)
@@ -188,6 +195,9 @@ class Updater:
             norm = self.strategy.clip(self.options.gradient_clip_norm, factor).item()
         elif factor != 1.0:
             self.strategy.clip(None, factor)
+        is_late, may_be_late = self.exchange.is_late, self._may_be_late
+        if may_be_late and (is_late or not math.isfinite(norm)) and any(self.strategy.gather(is_late)):
+            return self._undo(out_of_memory=True)
         self.exchange.grad_norm = norm
         if self.on_gradients is not None:
             self.on_gradients()
@@ -219,12 +229,15 @@ class Updater:
         rates = [lr_factor * float(group["lr"]) for group in self.optimizer.param_groups]
         self.lr_of_groups = {f"lr/{name}": rate for name, rate in zip(self._group_names, rates, strict=True)}
 
-    def _undo(self) -> Outcome:
+    def _undo(self, out_of_memory: bool) -> Outcome:
         """Return to the boundary before the window: drop its gradients, restore what forward has changed."""
+        if out_of_memory:
+            self.strategy.restart_reduction()
         self.strategy.clear_gradients()
         if self.rollback is not None:
             self.rollback.undo()
-        return Outcome(0.0, math.nan, 0, math.nan, False, False, stop=True, save=False, aborted=True)
+        dropped = Outcome(0.0, math.nan, 0, math.nan, False, False, stop=True, save=False, aborted=True)
+        return dropped._replace(out_of_memory=out_of_memory)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next update needs of those before."""

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from strategies.ddp.compression import DTYPES, EXACT_TO, cast_and_reduce, check_hook
 from strategies.ddp.empty_forward import EmptyForward
+from strategies.ddp.unfinished import SentBuckets
 from strategies.ddp.wrapper import Wrapper, depends_on
 from strategies.errors import MODEL_NOT_CALLED, UserError
 from strategies.optimizer_shards import OptimizerShards
@@ -68,6 +69,7 @@ class DDPStrategy(ProcessGroupStrategy):
 
     name = "ddp"
     supports_variable_windows = True
+    supports_redo = True
     _torch_parts = DDP
 
     def __init__(
@@ -116,12 +118,13 @@ class DDPStrategy(ProcessGroupStrategy):
         hook = f", gradients sent in {self.communication_hook}" if self.communication_hook else ""
         return super().describe() + hook + (", optimizer sharded" if self.shard_optimizer else "")
 
-    def teardown(self) -> None:
-        """Destroy the groups that `setup` made."""
+    def release_model(self) -> None:
+        """Remove the wrapper."""
+        self._hook = None
         if hasattr(self, "_ddp"):
             self._remove_reducer()
             del self._ddp
-        super().teardown()
+        super().release_model()
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Wrap `model`, and fix the order in which its gradients are summed. Raises UserError for a refused option."""
@@ -139,6 +142,10 @@ class DDPStrategy(ProcessGroupStrategy):
         if [p.requires_grad for p in self._parameters] == self._requires_grad:
             return
         self._agree_on_frozen()
+        self.restart_reduction()
+
+    def restart_reduction(self) -> None:
+        """Wrap the model again: after a reduction that is unfinished, DDP refuses the next one."""
         super().clear_gradients()
         self._remove_reducer()
         wrapped = vars(self._wrapped())
@@ -159,6 +166,7 @@ class DDPStrategy(ProcessGroupStrategy):
         finally:
             self._model._parameters.pop(ANCHOR, None)
         self._buffers_are_sent = self._was_called = False
+        self._sent = SentBuckets(is_exact=type(self).wrap is DDPStrategy.wrap)  # hooks of other wrappers are unknown
         ddp.register_forward_pre_hook(self._note_call)
         ddp.require_backward_grad_sync = False
         if ddp.static_graph:
@@ -192,6 +200,8 @@ class DDPStrategy(ProcessGroupStrategy):
         gradient was not reduced.
         """
         is_last = self._ddp.require_backward_grad_sync
+        if is_last:
+            self._sent.begin()
         if is_last and not depends_on(loss, self._parameters):
             raise UserError(MODEL_NOT_CALLED)
         if is_last and (self.find_unused_parameters or not self._was_called):
@@ -215,6 +225,7 @@ class DDPStrategy(ProcessGroupStrategy):
     def join(self, window: Any) -> None:
         """Reduce zeros: run the wrapper's forward, and so its collectives, around a module that reads no data."""
         self._broadcast_buffers_once()
+        self._sent.begin()
         trainable = [p for p in self._parameters if p.requires_grad]
         if self.find_unused_parameters:  # parameters unused on all processes must keep the gradient None
             trainable = [self._anchor]
@@ -225,6 +236,9 @@ class DDPStrategy(ProcessGroupStrategy):
         finally:
             modules["module"], self._ddp.require_backward_grad_sync = self._model, False
         self._buffers_are_sent = self._was_called = False
+
+    def finish_reduction(self) -> bool:
+        return self._sent.send_rest(self._ddp)
 
     def end_first_pass(self, has_output: bool) -> None:
         self._broadcast_buffers_once()  # a process without a micro-batch takes part

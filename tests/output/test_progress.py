@@ -94,7 +94,7 @@ def test_a_terminal_of_any_width(columns: int) -> None:
         "loss ",
         "grad norm ",
         "lr 0.1",
-        "K 1",
+        "N 1 x K 1",
         "effective batch 1",
         "1 skipped",
     ):
@@ -166,7 +166,7 @@ def test_a_pipe_gets_a_plain_line_with_what_the_record_has() -> None:
     for line, record in zip(lines, records, strict=True):
         expected = [
             f"epoch {record['epoch']}  update {record['update']}/6",
-            f"loss {record['loss']:.4f}  grad norm {record['grad_norm']:.3g}  lr 0.1  K 1  effective batch 4",
+            f"loss {record['loss']:.4f}  grad norm {record['grad_norm']:.3g}  lr 0.1  N 2 x K 1  effective batch 4",
             " samples/s",
             " weight/s",
             " MiB",
