@@ -92,7 +92,7 @@ MINE = (
 )
 
 
-@pytest.mark.parametrize("P", [1, 2])
+@pytest.mark.parametrize("P", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_as_a_module_with_a_user_s_strategy_and_a_schedule(tmp_path: Path, P: int) -> None:
     (tmp_path / "mine.py").write_text(
         "from strategies import DDPStrategy\nclass Mine(DDPStrategy):\n    '''Mine.'''\n    name = 'mine'\n"

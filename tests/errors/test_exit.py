@@ -239,7 +239,15 @@ except KeyError as error:
 """
 
 
-@pytest.mark.parametrize(("how", "status"), [("error", 1), ("stream", 1), ("exit", 3), ("kept", 0)])
+@pytest.mark.parametrize(
+    ("how", "status"),
+    [
+        ("error", 1),
+        pytest.param("stream", 1, marks=pytest.mark.slow),
+        pytest.param("exit", 3, marks=pytest.mark.slow),
+        ("kept", 0),
+    ],
+)
 def test_a_process_ends_whatever_keeps_its_loader_s_workers(how: str, status: int, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LEFT_ALIVE, how],

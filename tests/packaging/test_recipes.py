@@ -28,7 +28,11 @@ def fit(K: int, batches: Any) -> Any:
 
 @pytest.mark.parametrize(
     "batches",
-    [pytest.param("shuffled", marks=LONG), "bucketed", pytest.param("budget", marks=LONG)],
+    [
+        pytest.param("shuffled", marks=LONG),
+        pytest.param("bucketed", marks=pytest.mark.slow),
+        pytest.param("budget", marks=LONG),
+    ],
 )
 def test_stdlib_lm_trains_alike_on_one_and_two_processes(batches: str) -> None:
     train_and_held_out()  # read once: the processes inherit it
@@ -45,6 +49,7 @@ def test_held_out_functions_are_not_trained_on() -> None:
     assert not set(train) & set(held_out)
 
 
+@pytest.mark.slow
 def test_counting_gets_better_with_context() -> None:
     splits = train_and_held_out(1500)
     found = [nats_per_byte(order, *splits) for order in (0, 1)]

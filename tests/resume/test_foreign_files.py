@@ -244,7 +244,7 @@ print(len(ports), [key for key in keys if "rendezvous" in key], os.environ.get("
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("module", ["launch.start", "torch.distributed.run"])
+@pytest.mark.parametrize("module", ["launch.start", pytest.param("torch.distributed.run", marks=pytest.mark.slow)])
 def test_alone_on_a_host_no_store_holds_what_an_agent_unpickles(module: str, tmp_path: Path) -> None:
     (tmp_path / "peers.py").write_text(PEERS)
     done = python("-m", module, "--standalone", "--nproc_per_node=1", "peers.py", folder=tmp_path)
