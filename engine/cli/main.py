@@ -1,7 +1,5 @@
 """The command line: options to objects, one run, one message if something is wrong."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import os

@@ -1,7 +1,5 @@
 """The lines of metrics.jsonl that a resumed run keeps, and what is wrong with them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from io import BufferedReader
