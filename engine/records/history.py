@@ -16,7 +16,7 @@ class End(NamedTuple):
 
     start: int
     kept: bytes
-    """What stays from there on."""
+    """The lines from there on that stay."""
     updates: list[int]
     """The updates in it."""
     undone: int
