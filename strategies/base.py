@@ -1,7 +1,5 @@
 """The interface of a strategy: devices, processes and collectives. It knows no epoch, callback or file."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Data parallelism in one process: each micro-batch is split over several devices in forward."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal

@@ -5,8 +5,6 @@ its groups leave out the parameters of other processes. `torch.distributed.optim
 optimizer from class and defaults, which fails for AdamW (torch 2.13) and for parameters of several dtypes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

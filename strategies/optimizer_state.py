@@ -3,8 +3,6 @@
 `torch.distributed.checkpoint.state_dict` makes a trial step if an optimizer has no state: saving would change the run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Several optimizers that step together, as one optimizer of torch."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The run as a module written for Lightning sees it: its `trainer`, its hooks and its LR schedulers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy

@@ -1,7 +1,5 @@
 """Accumulation schedules: K, the micro-batches per window, as a function of the position in the run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 

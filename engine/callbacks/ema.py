@@ -38,9 +38,6 @@ class EMA(Callback):
         self._skipped = 0
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        self._begin(trainer)
-
-    def _begin(self, trainer: Trainer) -> None:
         """Begin with the trained parameters, or with what a checkpoint had."""
         if not trainer.strategy.holds_all:
             raise UserError(f"EMA needs whole parameters on each process, which {trainer.strategy.name} does not have.")
@@ -66,7 +63,7 @@ class EMA(Callback):
     @contextmanager
     def around_validation(self, trainer: Trainer) -> Iterator[None]:
         if self._model is not trainer.model:  # without a fit
-            self._begin(trainer)
+            self.on_fit_start(trainer)
         self._swap()
         try:
             yield

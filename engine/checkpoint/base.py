@@ -1,7 +1,5 @@
 """The frozen base of a model, as under LoRA: left out of what is saved, and recognised by its digests."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Buffers that a model's state_dict leaves out, or whose shape a run has changed, saved and restored to the bit."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

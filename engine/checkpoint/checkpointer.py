@@ -1,7 +1,5 @@
 """Finds, resumes and saves checkpoints in `run_dir`. Without a `run_dir` it does nothing."""
 
-from __future__ import annotations
-
 import platform
 import time
 import uuid

@@ -12,8 +12,6 @@ writer, and at whatever moment, every folder that bears a checkpoint's name is w
 damaged later is noticed when it is read.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Finds the checkpoint to resume from, the same on all processes, and checks what it holds."""
 
-from __future__ import annotations
-
 import logging
 import math
 import platform

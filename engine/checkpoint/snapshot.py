@@ -1,7 +1,5 @@
 """Takes a snapshot of a run at a boundary, and restores a run from one."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Nested state as JSON and tensors, and back: nothing that is read is imported, called or executed."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

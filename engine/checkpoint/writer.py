@@ -1,7 +1,5 @@
 """Writes checkpoints in the background, on process 0; keeps the newest few and the best."""
 
-from __future__ import annotations
-
 import logging
 import os
 import threading

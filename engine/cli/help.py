@@ -1,7 +1,5 @@
 """Help: the options by section, with their defaults."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import textwrap

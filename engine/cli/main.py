@@ -1,7 +1,5 @@
 """The command line: options to objects, one run, one message if something is wrong."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import os
@@ -36,6 +34,8 @@ from strategies.environment import as_if_started, started_processes, started_ran
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 10.0
 """Seconds that a process leaves to another one whose error says more, or the same."""
+FRESH = "runs/%Y%m%d-%H%M%S"
+"""The `run_dir` of a run that names none: a new folder, called after the time of its start."""
 DEFAULT = ROOT / "launch" / "recipes" / "digits" / "digits.toml"
 
 
@@ -80,8 +80,7 @@ def _run(arguments: Sequence[str]) -> int:
     if modes.check:
         _check(parser, config)
         return 0
-    _forget_earlier_start()
-    _claim_fresh_folder(parser, config)
+    _claim_fresh_folder(config)
     trainer, task = _make(parser, config)
     trainer.callbacks.append(_KeepCommand(parser.dump(config)))
     if trainer.settings.run_dir is None:
@@ -130,7 +129,7 @@ def make_parser() -> ArgumentParser:
     for action in parser._actions:
         if (option := OPTIONS.get(action.dest.removeprefix("trainer."))) is not None:
             action.help = option.text
-    parser.set_defaults({"trainer.progress": True, "trainer.run_dir": _fresh_folder()})
+    parser.set_defaults({"trainer.progress": True, "trainer.run_dir": FRESH})
     return parser
 
 
@@ -160,30 +159,20 @@ def _check(parser: ArgumentParser, config: Namespace) -> None:
     trainer.fit(task)
 
 
-def _fresh_folder() -> str:
-    """Name a new folder, or that of the attempt before where torchrun has restarted this process."""
+def _claim_fresh_folder(config: Namespace) -> None:
+    """Make the folder of a run that names none, or take that of the attempt before if torchrun has restarted it."""
+    if config.trainer.run_dir != FRESH or started_rank() != 0:
+        return
     link = _link_of_this_start()
     if _is_restarted() and link.is_symlink():
-        return f"runs/{link.readlink()}"
-    name = datetime.now().strftime("runs/%Y%m%d-%H%M%S")
-    return next(str(path) for path in numbered(name) if not path.exists())
-
-
-def _claim_fresh_folder(parser: ArgumentParser, config: Namespace) -> None:
-    """Make the folder that the command line has named: another run may start in the same second."""
-    name = parser.get_default("trainer.run_dir")
-    if config.trainer.run_dir == name and started_rank() == 0 and not _is_restarted():
-        for free in numbered(name):
-            with suppress(FileExistsError):
-                free.mkdir(parents=True)
-                config.trainer.run_dir = str(free)
-                return
-
-
-def _forget_earlier_start() -> None:
-    """Remove the link of an earlier start by the same name, before a restart of this one could follow it."""
-    if started_rank() == 0 and not _is_restarted():
-        _link_of_this_start().unlink(missing_ok=True)
+        config.trainer.run_dir = f"runs/{link.readlink()}"
+        return
+    link.unlink(missing_ok=True)  # of an earlier start by the same name
+    for free in numbered(datetime.now().strftime(FRESH)):
+        with suppress(FileExistsError):  # another run may start in the same second
+            free.mkdir(parents=True)
+            config.trainer.run_dir = str(free)
+            return
 
 
 def _is_restarted() -> bool:

@@ -1,7 +1,5 @@
 """Modes instead of training: `--plan` prints what the run would do, `--check` tries one window."""
 
-from __future__ import annotations
-
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The option parser's errors, each in one line that says what to do."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches

@@ -1,7 +1,5 @@
 """Loggers: their interface, and the guard that lets none of them end a run."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Records under grouped names, as tables and dashboards show them: `train/loss`, `optim/lr`, `data/samples`."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any

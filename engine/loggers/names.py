@@ -1,7 +1,5 @@
 """Loggers by name."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 

@@ -1,7 +1,5 @@
 """The TensorBoard logger: `tensorboard --logdir runs` compares all runs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any

@@ -1,7 +1,5 @@
 """Experiment trackers with wandb's interface: `init(...)` gives a run with `log(values, step=...)` and `finish()`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec

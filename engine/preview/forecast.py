@@ -1,7 +1,5 @@
 """Forecasts of a run from its plan: update by update, and stage by stage."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache

@@ -1,7 +1,5 @@
 """A preview as text: a table, or a few lines for each stage if the table is too wide."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 

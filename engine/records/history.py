@@ -1,7 +1,5 @@
 """The lines of metrics.jsonl that a resumed run keeps, and what is wrong with them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from io import BufferedReader
@@ -18,7 +16,7 @@ class End(NamedTuple):
 
     start: int
     kept: bytes
-    """What stays from there on."""
+    """The lines from there on that stay."""
     updates: list[int]
     """The updates in it."""
     undone: int

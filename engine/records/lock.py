@@ -1,7 +1,5 @@
 """The lock of a run's folder: one run at a time, in this process and in others."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """The rule that decides which of two validations is better."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

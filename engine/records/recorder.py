@@ -1,7 +1,5 @@
 """Records: one per update and one per validation, for the loggers."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any

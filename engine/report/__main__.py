@@ -1,7 +1,5 @@
 """The command line: `python -m engine.report RUN [RUN ...] [--output FILE]`."""
 
-from __future__ import annotations
-
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Facts of a run, in words and figures, without torch."""
 
-from __future__ import annotations
-
 from itertools import chain
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Runs as one HTML page that needs nothing else: style, data, plots and the library that draws them."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence

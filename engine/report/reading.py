@@ -1,7 +1,5 @@
 """Reads a run's folder, whole or damaged. Imports no torch."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Fewer points, the same extremes. Imports no torch."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import numpy as np

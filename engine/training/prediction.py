@@ -1,7 +1,5 @@
 """Predictions: a task's outputs for each sample of some data once, in order, in memory or in files."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path

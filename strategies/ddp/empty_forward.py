@@ -1,7 +1,5 @@
 """The forward of a process without a micro-batch: it reads no data, and its gradients are zero."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 

@@ -1,7 +1,5 @@
 """Distributed data parallelism: each process holds the whole model, and gradients are reduced once per window."""
 
-from __future__ import annotations
-
 import gc
 import math
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """DistributedDataParallel with the model's own methods and attributes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor, nn

@@ -4,8 +4,6 @@ The order of the units is known only from a forward and backward with data. So t
 where processes without data read it. Later passes are compared with it.
 """
 
-from __future__ import annotations
-
 import time
 from datetime import timedelta
 from typing import Any

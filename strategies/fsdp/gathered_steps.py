@@ -1,7 +1,5 @@
 """Steps of optimizers that need whole parameters, where each process holds a shard of each."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The passes of a window under FSDP: equally many on all processes, with or without data."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

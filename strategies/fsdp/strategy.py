@@ -1,7 +1,5 @@
 """Fully sharded data parallelism: each process holds a part of the model, by FSDP2's `fully_shard`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The units of FSDP: submodules that are gathered and reduced as a whole."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

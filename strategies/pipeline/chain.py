@@ -1,7 +1,5 @@
 """The processes of one pipeline: each holds one part of the model, and a tensor passes through them in order."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """The parts of a model: the cut, the model that `loss()` calls, and the specs of the tensors between parts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from itertools import accumulate, pairwise

@@ -1,7 +1,5 @@
 """Schedules of torch.distributed.pipelining: built for a number of micro-batches of one shape, and kept for later."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, Literal, NamedTuple

@@ -1,7 +1,5 @@
 """Pipeline parallelism: processes share one model layer by layer, and torch's schedules run each window."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress

@@ -238,11 +238,11 @@ def test_a_run_may_change_its_working_folder(tmp_path: Path, monkeypatch: pytest
 
 def test_two_commands_of_one_second_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "_fresh_folder", lambda: "runs/now")
-    starts = [command.parse([]) for _ in range(3)]
-    for start in starts:
-        command._claim_fresh_folder(*start)
-    assert [config.trainer.run_dir for _, config in starts] == ["runs/now", "runs/now-2", "runs/now-3"]
+    monkeypatch.setattr(command, "FRESH", "runs/now")
+    configs = [command.parse([])[1] for _ in range(3)]
+    for config in configs:
+        command._claim_fresh_folder(config)
+    assert [config.trainer.run_dir for config in configs] == ["runs/now", "runs/now-2", "runs/now-3"]
 
 
 def test_a_checkpoint_of_another_run_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
