@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,13 +17,12 @@ from torch.optim import Optimizer
 from strategies.bits import sum_of_bits
 from strategies.errors import UserError
 from strategies.gradient_norm import norm_of
+from strategies.host_messages import HostMessages
 from strategies.optimizer_state import copy_of, load_named_state, named_state, user_module, user_name
 from strategies.to_device import move
 from strategies.two_passes import TwoPasses
 
 Compute = Callable[[nn.Module, Any], Mapping[str, Any]]
-PendingRows = Callable[[], list[list[float]]]
-"""A started exchange: call it to wait for it and to get each process's values, in rank order."""
 
 
 @dataclass(slots=True)  # its fields are read at each micro-batch: slots cost the least
@@ -42,7 +41,7 @@ class MicroBatch:
     """Why `size` cannot weigh a mean over its samples; "" if it can."""
 
 
-class Strategy(TwoPasses, ABC):
+class Strategy(HostMessages, TwoPasses, ABC):
     """Devices, processes and their collectives. Subclass it, or a built-in one, for a new backend.
 
     Only `accumulation_context`, `effective_batch` and `supports_variable_windows` must be given; every other method
@@ -232,33 +231,6 @@ class Strategy(TwoPasses, ABC):
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         """Reduce `tensor` in place over the processes by "sum", "min" or "max", on the device's group; return it."""
         return tensor
-
-    def exchange(self, values: Sequence[float]) -> PendingRows:
-        """Start sending a few host numbers to all processes; call the returned function to wait for all rows."""
-        row = list(values)
-        return lambda: [row]
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return each process's `value` (any picklable object) in rank order. Slow: use it outside the loop."""
-        return [value]
-
-    def gather_bytes(self, data: Tensor, most: int) -> list[Tensor]:
-        """Return each process's bytes in rank order, on the device. At most `most`; may be padded to it."""
-        return [row.to(self.device) for row in self.gather(data.cpu())]
-
-    def post(self, topic: str, text: str) -> None:
-        """Publish a text that the others can read even if this process hangs; it replaces the one before."""
-
-    def posted(self, topic: str) -> dict[int, str]:
-        """Return the texts posted under `topic`, by rank, as far as they can still be read."""
-        return {}
-
-    def has_lost_contact(self, error: Exception) -> bool:
-        """Whether `error` means that another process is gone or has not answered in time."""
-        return False
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
 
     def synchronize_buffers(self, model: nn.Module) -> None:
         """Give all processes the same buffers in `model` (BatchNorm's statistics), those of process 0."""

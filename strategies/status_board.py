@@ -30,9 +30,34 @@ class StatusBoard:
         texts: dict[int, str] = {}
 
         def read() -> None:
-            for rank in range(self._size):
-                if self._store.check([key := f"{topic}/{rank}"]):
+            keys = [f"{topic}/{rank}" for rank in range(self._size)]
+            if self._store.check(keys):  # two requests, if all have posted
+                texts.update(enumerate(text.decode() for text in self._store.multi_get(keys)))
+                return
+            for rank, key in enumerate(keys):
+                if self._store.check([key]):
                     texts[rank] = self._store.get(key).decode()
+
+        self._patiently(read)
+        return dict(texts)
+
+    def report(self, failure: str) -> None:
+        """Put `failure` into the store, if this process is the first to fail."""
+
+        def write() -> None:
+            if self._store.add("failures", 1) == 1:
+                self._store.set("first failure", f"{self._rank} {failure}")
+
+        self._patiently(write)
+
+    def reported(self) -> dict[int, str]:
+        """Return the first failure by its rank: one key, however many processes there are."""
+        texts: dict[int, str] = {}
+
+        def read() -> None:
+            if self._store.check(["first failure"]):
+                rank, _, text = self._store.get("first failure").decode().partition(" ")
+                texts[int(rank)] = text
 
         self._patiently(read)
         return dict(texts)

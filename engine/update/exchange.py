@@ -15,7 +15,7 @@ from engine.update.means import MeanSums, Pair
 from engine.update.message import CAUSES, HEADER, Agreed, Message, Requests, agree, check_norms, total
 from strategies import PendingRows, Strategy
 
-ACTIVITY_TOPIC, FAILURE_TOPIC = "activity", "failure"
+ACTIVITY_TOPIC = "activity"
 RESERVED = {"update", *GROUPED}
 """Names that every record has."""
 
@@ -118,9 +118,10 @@ class Exchange:
         """
         if self.is_alone:
             return
-        check_norms(self._strategy.gather(self.grad_norm), update)
-        if len(set(fingerprints := self._strategy.gather(self._strategy.fingerprint()))) > 1:
-            listed = ", ".join(f"{value} on process {rank}" for rank, value in enumerate(fingerprints))
+        rows = self._strategy.compare((self.grad_norm, self._strategy.fingerprint()))
+        check_norms([norm for norm, _ in rows], update)
+        if len({fingerprint for _, fingerprint in rows}) > 1:
+            listed = ", ".join(f"{value} on process {rank}" for rank, (_, value) in enumerate(rows))
             raise ReplicaError(
                 f"the processes' models have diverged: after update {update} their parameters' bits sum to {listed}. "
                 f"{CAUSES}"
@@ -173,7 +174,7 @@ def _check_names(names: Iterable[str], everyone: list[list[str]]) -> None:
 
 def lost_contact(strategy: Strategy, where: str, error: BaseException) -> ProcessFailureError:
     """Return the error of a process that waits in vain for another: who failed, or what each was doing last."""
-    reports = [f"process {rank} failed: {text}" for rank, text in strategy.posted(FAILURE_TOPIC).items()]
+    reports = [f"process {rank} failed: {text}" for rank, text in strategy.reported().items()]
     if not reports:
         for rank, text in strategy.posted(ACTIVITY_TOPIC).items():
             at, _, activity = text.partition(" ")
