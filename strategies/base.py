@@ -232,6 +232,10 @@ class Strategy(HostMessages, TwoPasses, ABC):
         """Reduce `tensor` in place over the processes by "sum", "min" or "max", on the device's group; return it."""
         return tensor
 
+    def gather_bytes(self, data: Tensor, most: int) -> list[Tensor]:
+        """Return each process's bytes in rank order, on the device. At most `most`; may be padded to it."""
+        return [row.to(self.device) for row in self.gather(data.cpu())]
+
     def synchronize_buffers(self, model: nn.Module) -> None:
         """Give all processes the same buffers in `model` (BatchNorm's statistics), those of process 0."""
 

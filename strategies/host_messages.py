@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
-
-import torch
-from torch import Tensor
 
 PendingRows = Callable[[], list[list[float]]]
 """A started exchange: call it to wait for it and to get each process's values, in rank order."""
 
 
-class HostMessages(ABC):
+class HostMessages:
     """The messages of a strategy. Every method has a default for one process; all others need `gather` at least."""
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """The device of this process's model and batches."""
 
     def exchange(self, values: Sequence[float]) -> PendingRows:
         """Start sending a few host numbers to all processes; call the returned function to wait for all rows."""
@@ -42,10 +33,6 @@ class HostMessages(ABC):
         """Return each process's `value` in rank order if their texts (`repr`) differ, else [value]."""
         return self.gather(value)
 
-    def gather_bytes(self, data: Tensor, most: int) -> list[Tensor]:
-        """Return each process's bytes in rank order, on the device. At most `most`; may be padded to it."""
-        return [row.to(self.device) for row in self.gather(data.cpu())]
-
     def post(self, topic: str, text: str) -> None:
         """Publish a text that the others can read even if this process hangs; it replaces the one before."""
 
@@ -54,12 +41,11 @@ class HostMessages(ABC):
         return {}
 
     def report(self, failure: str) -> None:
-        """Publish that this process has failed, for those that wait for it. The first one that reports is enough."""
-        self.post("failure", failure)
+        """Publish that this process has failed, unless another has before it."""
 
-    def reported(self) -> dict[int, str]:
-        """Return the failures that were reported, by rank, as far as they can still be read."""
-        return self.posted("failure")
+    def reported(self) -> str:
+        """Return which process was the first to fail, and how, as far as it can still be read; else ""."""
+        return ""
 
     def has_lost_contact(self, error: Exception) -> bool:
         """Whether `error` means that another process is gone or has not answered in time."""

@@ -200,9 +200,8 @@ class ProcessGroupStrategy(Strategy):
         if self._board is not None:
             self._board.report(failure)
 
-    def reported(self) -> dict[int, str]:
-        """Return the first failure; {} if there is none, or if the store is gone."""
-        return {} if self._board is None else self._board.reported()
+    def reported(self) -> str:
+        return "" if self._board is None else self._board.reported()
 
     def has_lost_contact(self, error: Exception) -> bool:
         return is_lost_contact(error)

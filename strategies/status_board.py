@@ -42,25 +42,15 @@ class StatusBoard:
         return dict(texts)
 
     def report(self, failure: str) -> None:
-        """Put `failure` into the store, if this process is the first to fail."""
+        """Put `failure` into the store, unless another process has failed before: one key for all."""
+        text = f"process {self._rank} failed: {failure}"
+        self._patiently(lambda: self._store.compare_set("failure", "", text))
 
-        def write() -> None:
-            if self._store.add("failures", 1) == 1:
-                self._store.set("first failure", f"{self._rank} {failure}")
-
-        self._patiently(write)
-
-    def reported(self) -> dict[int, str]:
-        """Return the first failure by its rank: one key, however many processes there are."""
-        texts: dict[int, str] = {}
-
-        def read() -> None:
-            if self._store.check(["first failure"]):
-                rank, _, text = self._store.get("first failure").decode().partition(" ")
-                texts[int(rank)] = text
-
-        self._patiently(read)
-        return dict(texts)
+    def reported(self) -> str:
+        """Return the first failure; "" if there is none."""
+        texts: list[bytes] = []
+        self._patiently(lambda: texts.extend(self._store.multi_get(["failure"] * self._store.check(["failure"]))))
+        return texts[0].decode() if texts else ""
 
     def _patiently(self, use_store: Callable[[], object], seconds: float = PATIENCE) -> None:
         """Use the store for at most `seconds`: a host that is gone does not answer, and TCP would wait for minutes.

@@ -174,10 +174,12 @@ def _check_names(names: Iterable[str], everyone: list[list[str]]) -> None:
 
 def lost_contact(strategy: Strategy, where: str, error: BaseException) -> ProcessFailureError:
     """Return the error of a process that waits in vain for another: who failed, or what each was doing last."""
-    reports = [f"process {rank} failed: {text}" for rank, text in strategy.reported().items()]
-    if not reports:
+    reports = [strategy.reported()]
+    if not reports[0]:
         for rank, text in strategy.posted(ACTIVITY_TOPIC).items():
             at, _, activity = text.partition(" ")
             if rank != strategy.rank:
                 reports.append(f"process {rank} last reported {time.time() - float(at):.0f} s ago: {activity}")
-    return ProcessFailureError(f"lost contact with another process {where}. {'; '.join(reports)} ({error})".strip())
+    return ProcessFailureError(
+        f"lost contact with another process {where}. {'; '.join(filter(None, reports))} ({error})".strip()
+    )

@@ -282,7 +282,7 @@ class DDPStrategy(ProcessGroupStrategy):
                 parameter.requires_grad_(required)
             self.join(None)
         what = f"requires_grad of {', '.join(changed[:3])} changed: expected the same on all processes. Change all."
-        if len(set(self.compare(what + " ".join(changed[3:])))) > 1:
+        if len(set(self.gather(what + " ".join(changed[3:])))) > 1:
             raise UserError(f"process {self.rank}: {what}")
 
     def _remove_reducer(self) -> None:

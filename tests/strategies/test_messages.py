@@ -104,11 +104,11 @@ def test_the_first_failure_is_one_key() -> None:
 
     store = Counting()
     boards = [StatusBoard(store, rank, 100) for rank in range(100)]
-    assert boards[3].reported() == {}
+    assert boards[3].reported() == ""
     boards[7].report("KeyError: 'a b'")
     boards[2].report("ValueError: later")
     store.requests = 0
-    assert boards[99].reported() == {7: "KeyError: 'a b'"}
+    assert boards[99].reported() == "process 7 failed: KeyError: 'a b'"
     assert store.requests == 2
     for board in boards:
         board.post("activity", f"at {board._rank}")
