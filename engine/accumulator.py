@@ -19,7 +19,7 @@ from engine.loss import Loss
 from engine.plan.schedule import Schedule, Unit, check_scheduling, differences, make_schedule, solve
 from engine.state import RunState
 from engine.task import Batching
-from engine.update.exchange import FAILURE_TOPIC, lost_contact
+from engine.update.exchange import lost_contact
 from engine.update.message import Outcome
 from engine.update.model_checks import check_no_gradients, check_optimizer
 from engine.update.updater import UpdateOptions, Updater
@@ -261,6 +261,6 @@ class OwnWindow:
         if strategy.has_lost_contact(error):
             raise lost_contact(strategy, f"in update {self._state.update}", error) from error
         if not isinstance(error, ProcessFailureError):
-            strategy.post(FAILURE_TOPIC, describe(error))
+            strategy.report(describe(error))
             self._updater.exchange.stop(error)
         raise error

@@ -293,7 +293,7 @@ def _check_agreement(
         **{f"the shape of {name}": tuple(p.shape) for name, p in model.named_parameters()},
         "whether anything listens": is_recorded,
     }
-    everyone = strategy.gather({name: str(value) for name, value in facts.items()})
+    everyone = strategy.compare({name: str(value) for name, value in facts.items()})
     differences = [
         f"{name} is " + ", ".join(f"{row.get(name)} on process {rank}" for rank, row in enumerate(everyone))
         for name in dict.fromkeys(name for row in everyone for name in row)

@@ -17,7 +17,7 @@ from engine.update.means import MeanSums, Pair
 from engine.update.message import CAUSES, HEADER, Agreed, Message, Requests, agree, check_norms, total
 from strategies import PendingRows, Strategy
 
-ACTIVITY_TOPIC, FAILURE_TOPIC = "activity", "failure"
+ACTIVITY_TOPIC = "activity"
 RESERVED = {"update", *GROUPED}
 """Names that every record has."""
 NO_REDO = (
@@ -165,9 +165,10 @@ class Exchange:
         """
         if self.is_alone:
             return
-        check_norms(self._strategy.gather(self.grad_norm), update)
-        if len(set(fingerprints := self._strategy.gather(self._strategy.fingerprint()))) > 1:
-            listed = ", ".join(f"{value} on process {rank}" for rank, value in enumerate(fingerprints))
+        rows = self._strategy.compare((self.grad_norm, self._strategy.fingerprint()))
+        check_norms([norm for norm, _ in rows], update)
+        if len({fingerprint for _, fingerprint in rows}) > 1:
+            listed = ", ".join(f"{value} on process {rank}" for rank, (_, value) in enumerate(rows))
             raise ReplicaError(
                 f"the processes' models have diverged: after update {update} their parameters' bits sum to {listed}. "
                 f"{CAUSES}"
@@ -247,10 +248,12 @@ def _check_names(names: Iterable[str], everyone: list[list[str]], have: str) -> 
 
 def lost_contact(strategy: Strategy, where: str, error: BaseException) -> ProcessFailureError:
     """Return the error of a process that waits in vain for another: who failed, or what each was doing last."""
-    reports = [f"process {rank} failed: {text}" for rank, text in strategy.posted(FAILURE_TOPIC).items()]
-    if not reports:
+    reports = [strategy.reported()]
+    if not reports[0]:
         for rank, text in strategy.posted(ACTIVITY_TOPIC).items():
             at, _, activity = text.partition(" ")
             if rank != strategy.rank:
                 reports.append(f"process {rank} last reported {time.time() - float(at):.0f} s ago: {activity}")
-    return ProcessFailureError(f"lost contact with another process {where}. {'; '.join(reports)} ({error})".strip())
+    return ProcessFailureError(
+        f"lost contact with another process {where}. {'; '.join(filter(None, reports))} ({error})".strip()
+    )

@@ -35,7 +35,7 @@ FAULTS = [
     ),
     Fault(
         "count padded validation samples twice",
-        "Validation.run",
+        "Validation._merged",
         "means[name] = total / weight if",
         "means[name] = sum(p[name][0] / p[name][1] for _, p, _ in everyone if name in p) / len(everyone) if",
         "tests/exact/test_loop.py::test_a_validation_mean_is_that_over_all_samples_once",
