@@ -124,11 +124,18 @@ def jackknife(pairs: list[tuple[float, float]]) -> list[float]:
     return [value, scale * tangent(angle - margin), scale * tangent(angle + margin)]
 
 
+class Approximate(DDPStrategy):
+    """As with PowerSGD, what a window gives is not the sum of its gradients."""
+
+    exact_to = None
+
+
 def strategy_of(name: str, K: int) -> Any:
     made: dict[str, Callable[[], Any]] = {
         "dp": lambda: DPStrategy(2, "cpu"),
         "buckets": lambda: DDPStrategy(gradient_as_bucket_view=True),
         "unused": lambda: DDPStrategy(find_unused_parameters=True),
+        "approximate": Approximate,
         "pipeline": lambda: PipelineStrategy(micro_batches=K),
     }
     return made[name]() if name in made else name
@@ -258,6 +265,7 @@ class Contrast(Clip):
     [
         ("single", 1, 1, Still),
         ("ddp", 2, 1, Still),
+        ("approximate", 2, 3, Still),
         ("fsdp", 2, 3, Still),
         ("pipeline", 2, 3, Still),
         ("ddp", 2, 2, Contrast),

@@ -322,8 +322,8 @@ FAULTS = [
     Fault(
         "leave P in the local norm",
         "DDPStrategy.own_norm",
-        " / self.data_parallel_size",
-        "",
+        "/ self.data_parallel_size if",
+        "if",
         f"{NOISE} -k equations",
     ),
 ]
