@@ -45,7 +45,7 @@ from engine.training.validation import Validation
 from engine.update.model_checks import check_model, check_optimizer
 from engine.update.precision import autocast
 from engine.update.replay import ReplayUpdater
-from engine.update.terms import CountedSource, JoinedTerms
+from engine.update.terms import JoinedTerms
 from engine.update.timing import NO_TIMER, UpdateTimer
 from engine.update.updater import LossOf, UpdateOptions, Updater
 from engine.window_task import WindowTask
@@ -120,8 +120,7 @@ def build(
     else:
         updater = Updater(*updating)
     if counts_terms(task):
-        updater.terms = JoinedTerms(updater.exchange)
-        source = CountedSource(source, task.weights, updater.terms, strategy)
+        updater.terms = JoinedTerms(updater.exchange, strategy, task.weights)
     task._log_entries = updater.logged
     identity = run_identity(settings, scheduling, layout.plan, optimizer, lr_scheduler)
     state = strategy, model, UnsavedBuffers(model), optimizer, lr_scheduler, layout.schedule, updater

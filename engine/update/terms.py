@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.data.window import Source, Window
 from engine.errors import UserError
-from engine.loss import Loss, check_terms
+from engine.loss import TOO_NARROW, Loss, check_terms
 from engine.update.exchange import Exchange
 from strategies import MicroBatch, Strategy
 
@@ -27,12 +26,23 @@ class JoinedTerms:
     sum of S_i / W_i. A term with W_i = 0 is left out.
     """
 
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
+    def __init__(self, exchange: Exchange, strategy: Strategy, weights_of: WeightsOf | None = None) -> None:
+        self._exchange, self._strategy, self._weights_of = exchange, strategy, weights_of
         exchange.sends_at_start = False  # another message comes first
         self._names: set[str] = set()
         self._factors: dict[str, float] = {}
         self._first = ""
+
+    def counted(self, micros: Iterable[MicroBatch], update: int) -> Iterator[MicroBatch]:
+        """Yield the micro-batches of a window, which wait on the host until the weights of all are known."""
+        assert self._weights_of is not None
+        held = [*micros]
+        self.count([self._weights_of(micro.batch) for micro in held], update)
+        held.reverse()
+        while held:
+            micro = held.pop()  # nothing else keeps its batch on the device
+            micro.batch = self._strategy.to_device(micro.batch)
+            yield micro
 
     def count(self, weights: Sequence[Mapping[str, Any]], update: int) -> None:
         """Exchange the weights of this process's micro-batches. Raises UserError for invalid ones, on all processes."""
@@ -55,8 +65,10 @@ class JoinedTerms:
         """Return the terms of a micro-batch as one loss, and record each of them. Raises UserError for invalid ones."""
         parts = []
         for name, (value, weight) in check_terms(terms, {*self._factors}).items():
-            if not value.requires_grad and (isinstance(weight, Tensor) or weight):
-                raise UserError(f"term {name!r} does not require grad. Compute it from the model, or use self.log().")
+            may_lack_grad = not isinstance(weight, Tensor) and weight == 0
+            if value.dtype in TOO_NARROW or not (value.requires_grad or may_lack_grad):
+                what = f"term {name!r} is {value.dtype}, requires_grad={value.requires_grad}"
+                raise UserError(f"{what}: expected float32 or wider, computed from the model. Or use self.log().")
             self._exchange.means.add(name, value.detach(), weight)
             factor = self._factors[name]
             parts.append(value * factor if factor else LeftOut.apply(value))  # type: ignore[no-untyped-call]
@@ -73,37 +85,3 @@ class LeftOut(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> None:
         return None
-
-
-class CountedSource:
-    """A source whose windows are counted before their first micro-batch; it leaves batches on the host."""
-
-    def __init__(self, source: Source, weights_of: WeightsOf, terms: JoinedTerms, strategy: Strategy) -> None:
-        self._source, self._parts = source, (weights_of, terms, strategy)
-
-    def windows(
-        self, epoch: int, update: int, samples: int, positions: Sequence[Any] | None = None
-    ) -> Iterator[Window]:
-        """Yield the windows of `epoch`, as the source does."""
-        for number, window in enumerate(self._source.windows(epoch, update, samples, positions), update):
-            yield CountedWindow(window, number, *self._parts)
-
-
-class CountedWindow:
-    """A window whose micro-batches wait on the host until the weights of all processes are known."""
-
-    def __init__(self, window: Window, update: int, *parts: Any) -> None:
-        self._window, self._update, self._parts = window, update, parts
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._window, name)
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        weights_of, terms, strategy = self._parts
-        micros = [*self._window]
-        terms.count([weights_of(micro.batch) for micro in micros], self._update)
-        micros.reverse()
-        while micros:
-            micro = micros.pop()  # nothing else keeps its batch on the device
-            micro.batch = strategy.to_device(micro.batch)
-            yield micro

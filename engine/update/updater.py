@@ -101,7 +101,10 @@ class Updater:
         self._loss_of = loss_of
         self.begin(window, state, requests)
         try:
-            self.strategy.run_window(self.timer.watch(window, state.update), self._forward)
+            micros = self.timer.watch(window, state.update)
+            if self.terms is not None:
+                micros = self.terms.counted(micros, state.update)
+            self.strategy.run_window(micros, self._forward)
         except Exception as error:
             self.exchange.stop(error)  # the other processes learn of it; raises it unless it is a signal's
         return self.finish(window, state)

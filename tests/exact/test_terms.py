@@ -6,11 +6,9 @@ from functools import partial
 from typing import Any
 
 import pytest
-import torch
 
-from engine import Loss, Trainer
 from strategies import DDPStrategy, FSDPStrategy
-from tests.kit.processes import ChildError, run
+from tests.kit.processes import run
 from tests.kit.terms import TERMS, Groups, GroupsTwice, N, check, cut, fit, reference
 
 UNUSED = partial(DDPStrategy, find_unused_parameters=True)
