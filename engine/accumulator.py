@@ -23,7 +23,7 @@ from engine.task import Batching
 from engine.update.message import Outcome
 from engine.update.model_checks import check_no_gradients, check_optimizer
 from engine.update.open_window import CallWindow, OpenWindow
-from engine.update.terms import JoinedTerms, WeightsOf
+from engine.update.terms import JoinedTerms, Weights, WeightsOf
 from engine.update.updater import LossOf, UpdateOptions, Updater
 from strategies import MicroBatch, Strategy
 
@@ -85,7 +85,6 @@ class Accumulator:
         self._positions: Any = None
         """The positions of all processes in what was loaded, until an epoch resumes from them."""
         self._updater = Updater(strategy, model, optimizer, lr_scheduler, UpdateOptions(gradient_clip_norm, seed=seed))
-        self._terms = None if weights is None else JoinedTerms(self._updater.exchange, strategy, weights)
         self._state = RunState()
 
     def _lay_out(self, schedule: Schedule) -> None:
@@ -146,22 +145,23 @@ class Accumulator:
         state.epoch = epoch
         if limit is not None and state.update >= limit:
             return
+        terms = self._weights and JoinedTerms(self._updater.exchange, self._strategy, self._weights)
         for window in self._source.windows(epoch, state.update, state.samples, positions):
             self._check_done()
             self._updater.begin(window, state)
-            self._updater.terms = self._terms
+            self._updater.terms = terms
             self._current = own = OwnWindow(self._updater, window, state)
             yield own
-            own.end()
+            self._check_done()
             if state.update == limit:
                 return
 
-    def open(self, loss: LossOf | None = None, weights: Mapping[str, float] | None = None) -> OpenWindow:
+    def open(self, loss: LossOf | None = None, weights: Weights | None = None) -> OpenWindow:
         """Open a window that calls drive, on all processes, without the accumulator's data.
 
-        `loss(model, batch)` is for `backward(batch)`. `weights` are the weights of several terms in all calls that this
-        process will make in the window, {} if it makes none; the processes then exchange a message at once. Raises
-        UserError if a window is open already, or if the strategy's forward communicates, as FSDP's does.
+        With `loss(model, batch)`, calls get batches. `weights` are those of several terms in all calls of this process,
+        {} if it makes none; processes then exchange a message at once. Raises UserError if a window is open already, or
+        if the strategy's forward communicates, as FSDP's does.
         """
         strategy, state = self._strategy, self._state
         if strategy.needs_equal_windows or not strategy.supports_open_windows:
@@ -171,13 +171,12 @@ class Accumulator:
             )
         self._check_done()
         stage = self._schedule.at(state.epoch, state.update, state.samples)
-        self._current = window = OpenWindow(self._updater, state, stage, self._cut[0], loss)
-        window.count(weights)
+        self._current = window = OpenWindow(self._updater, state, stage, loss, weights)
         return window
 
     def _check_done(self) -> None:
         if self._current is not None and not self._current.is_done:
-            self._current.fail(UserError("a window is open already: expected its update() or drop() first."))
+            self._current.fail(UserError("a window ended without window.update(). Call it after the last backward."))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed loop needs beside `strategy.state_dict(optimizer)` and the LR scheduler's state.
@@ -284,8 +283,3 @@ class OwnWindow(CallWindow):
             self.fail(error)
         self._state.position = self._window.position
         return outcome
-
-    def end(self) -> None:
-        """Raise UserError for a window without an update."""
-        if not self.is_done:
-            self.fail(UserError("a window ended without window.update(). Call it after the last backward."))

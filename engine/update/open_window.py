@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import atexit
 import logging
-from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from torch import Tensor
 
-from engine.data.counting import size_problem
 from engine.data.map_style import MapWindow
 from engine.data.window import Window
 from engine.errors import UserError
-from engine.loss import Loss
 from engine.plan.schedule import Stage
 from engine.state import RunState
-from engine.task import Batching
 from engine.update.exchange import FAILURE_TOPIC
 from engine.update.message import Outcome
 from engine.update.model_checks import check_no_gradients
@@ -59,37 +55,35 @@ class OpenWindow(CallWindow):
     pass without data, once and not overlapped.
     """
 
-    def __init__(self, updater: Updater, state: RunState, stage: Stage, batching: Batching, loss_of: LossOf | None):
+    def __init__(
+        self,
+        updater: Updater,
+        state: RunState,
+        stage: Stage,
+        loss_of: LossOf | None,
+        weights: Mapping[str, float] | None,
+    ) -> None:
         super().__init__(updater, MapWindow(stage, None, 0, False, iter(()), (0, 0)), state)
-        self._batching, self._loss_of, updater.terms = batching, loss_of, None
+        self._loss_of, updater.terms = loss_of, None
         atexit.register(self._report)
         updater.begin(self._window, state)
-
-    def count(self, weights: Mapping[str, float] | None) -> None:
-        """Exchange the weights of several terms, and check that no gradient is left of before."""
         try:
-            check_no_gradients(self._updater.model)
+            check_no_gradients(updater.model)
             if weights is not None:
-                self._updater.terms = terms = JoinedTerms(self._updater.exchange, self._updater.strategy)
-                terms.count([weights] if weights else [], self._state.update)
+                updater.terms = JoinedTerms(updater.exchange, updater.strategy)
+                updater.terms.count([weights] if weights else [], state.update)
         except Exception as error:
             self.fail(error)
 
-    def backward(self, batch_or_loss: Any, samples: int | None = None) -> None:
+    def backward(self, loss: Any, samples: int | None = None) -> None:
         """Add a gradient: of a `Loss`, of a mean over `samples` (0-dim tensor), or of terms if `open` got weights.
 
-        Anything else is a batch, on any device, for the loss function that `open` got. Draws are not seeded.
+        If `open` got a loss function, give it a batch instead, on any device. Draws are not seeded.
         """
-        updater, loss = self._updater, batch_or_loss
+        updater = self._updater
         try:
             self._check("backward")
-            values = loss.values() if isinstance(loss, Mapping) else [loss]
-            if not all(isinstance(v, Loss) or (isinstance(v, Tensor) and not v.ndim) for v in values):
-                if self._loss_of is None:
-                    what = f"backward() was given {type(loss).__name__}"
-                    raise UserError(f"{what}: expected a loss. For a batch use open(loss=...).")
-                if samples is None and not size_problem(self._batching, loss):
-                    samples = self._batching.batch_size(loss)
+            if self._loss_of is not None:
                 with updater.strategy.accumulation_context(False):
                     loss = self._loss_of(updater.model, updater.strategy.to_device(loss))
             micro = MicroBatch(None, 1 if samples is None else samples, 0, False, UNSIZED if samples is None else "")

@@ -74,8 +74,7 @@ class Updater:
         self.scale = Scale(options.precision)
         self.signals = signals or Signals()
         self.exchange = Exchange(strategy, self.signals)
-        self.terms: JoinedTerms | None = None
-        """Makes one loss of several terms, if `loss_of` returns them."""
+        self.terms: JoinedTerms | None = None  # if `loss_of` returns several
         self.host_rng = None if signals is None else HostRng(options.seed, strategy.data_parallel_rank)
         buffers = Buffers(model)
         self.rollback = Rollback(buffers, self.host_rng) if self.host_rng or buffers.exist else None

@@ -75,9 +75,9 @@ class Wrong(Groups):
 TERMS = {
     "other names at once": "terms with different names in their first window",
     "a name of records": "'lr'.*: every record has a field of that name",
-    "other names later": r"weights\(\) returned the terms .*'policys'.*: expected .*'policy'",
-    "negative": r"weights\(\) gave 'policy' -1: expected a finite number of at least 0",
-    "NaN": r"weights\(\) gave 'policy' nan: expected a finite number of at least 0",
+    "other names later": r"weights\(\) returned .*'policys'.*: expected finite numbers .*terms \['policy'",
+    "negative": r"weights\(\) returned {'policy': -1.*: expected finite numbers of at least 0",
+    "NaN": r"weights\(\) returned {'policy': tensor\(nan\).*: expected finite numbers of at least 0",
     "data": "the disk is gone",
     "another count": r"term 'policy': weights\(\) counted .* in update 1, but its losses have weight",
     "a count where none was": r"term 'value': weights\(\) counted .* in update 1, but its losses have weight",
@@ -124,16 +124,16 @@ def test_terms_that_cannot_run() -> None:
 
 
 WINDOWS = {
-    "open twice": "a window is open already",
-    "open in a loop": "a window is open already",
-    "state": "a window is open already",
+    "open twice": "a window ended without window.update()",
+    "open in a loop": "a window ended without window.update()",
+    "state": "a window ended without window.update()",
     "no backward": "update() was called without a backward(), on any process",
     "update twice": "window.update() was called after update() or drop()",
     "drop after update": "window.drop() was called after update() or drop()",
     "backward after update": "window.backward() was called after update() or drop()",
     "a mean": "the samples of this call are unknown",
-    "a batch": "backward() was given tuple: expected a loss. For a batch use open(loss=...)",
-    "rows": "backward() was given Tensor: expected a loss",
+    "a batch": "loss() returned tuple: expected a 0-dim tensor, or Loss(sum, weight)",
+    "rows": "the loss has shape (8, 1): expected a 0-dim tensor",
     "no grad": "the loss does not require grad",
     "terms": "For several terms count weights() too",
     "terms of other weights": "term 'a': weights() counted",
@@ -177,7 +177,7 @@ def drive(name: str, mistake: str, rank: int | None) -> int:
     if mistake == "terms of other weights":
         window.backward({"a": loss() if errs else Loss(loss().sum, 4)})
     elif mistake != "no backward":
-        window.backward(given.get(wrong, loss)())
+        window.backward(given.get(wrong, loss)(), samples=8 if wrong == "rows" else None)
     window.update()
     if wrong == "update twice":
         window.update()

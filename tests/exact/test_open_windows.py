@@ -24,6 +24,10 @@ def weights() -> torch.Tensor:
     return 1 + torch.arange(SAMPLES, dtype=torch.float64) % 3
 
 
+def mean(model: Any, batch: Any) -> torch.Tensor:
+    return (model(batch[0]) - batch[1]).square().mean()
+
+
 def loop(kind: Any, windows: Any, form: str, clip: float | None = None, model: Any = mlp, **options: Any) -> Any:
     """Make an update of each window; `windows[w][rank]` are the calls of a process, each the indices of its samples."""
     strategy = find(kind)(**options)
@@ -34,11 +38,11 @@ def loop(kind: Any, windows: Any, form: str, clip: float | None = None, model: A
     accumulator = Accumulator(strategy, net, optimizer, gradient_clip_norm=clip)
     outcomes = []
     for calls in windows:
-        window = accumulator.open(lambda model, batch: (model(batch[0]) - batch[1]).square().mean())
+        window = accumulator.open(mean if form == "batch" else None)
         for rows in calls[strategy.rank]:
             rows = list(rows)
             if form == "batch":
-                window.backward((X[rows], Y[rows]))
+                window.backward((X[rows], Y[rows]), len(rows))
             elif form == "mean":
                 window.backward((net(X[rows]) - Y[rows]).square().mean(), samples=len(rows))
             else:
