@@ -14,6 +14,9 @@ class Reruns(ABC):
     supports_window_losses = True
     """Whether it can run a window twice, for a loss over all outputs of the window."""
 
+    supports_open_windows = True
+    """Whether processes can call forward and backward differently often, before a pass without data reduces."""
+
     runs_twice = False
     """Whether each window runs twice; the engine sets it before `prepare`."""
 

@@ -46,7 +46,7 @@ from engine.training.validation import Validation
 from engine.update.model_checks import check_model, check_optimizer
 from engine.update.precision import autocast
 from engine.update.replay import ReplayUpdater
-from engine.update.terms import CountedSource, JoinedTerms
+from engine.update.terms import JoinedTerms
 from engine.update.timing import NO_TIMER, UpdateTimer
 from engine.update.updater import LossOf, UpdateOptions, Updater
 from engine.window_task import WindowTask
@@ -133,8 +133,7 @@ def build(
     else:
         updater = Updater(*updating)
     if counts_terms(task):
-        updater.terms = JoinedTerms(updater.exchange)
-        source = CountedSource(source, task.weights, updater.terms, strategy)
+        updater.terms = JoinedTerms(updater.exchange, strategy, task.weights)
     if can_redo(strategy, layout.plan):
         updater.allow_redo()
     task._log_entries = updater.logged

@@ -79,10 +79,9 @@ class Exchange:
             self._pending = self._strategy.exchange(self._message())
 
     def count(self, weights: Mapping[str, float], micro_batches: int, update: int) -> dict[str, float]:
-        """Return the sums over all processes of the `weights` that terms have in this window, before its first forward.
+        """Return the sums of all processes' `weights` of terms, before a window's first forward; its losses must agree.
 
-        A process without data gives none. The window's own message must then have the same sums. Raises as `receive`,
-        Interrupted after a signal, and UserError if the names of terms differ between processes.
+        Raises as `receive`, Interrupted after a signal, and UserError if names differ between processes.
         """
         self.means.by_name = {name: (1.0, weight) for name, weight in weights.items()}  # what is logged has (0, 0) here
         self._losses.micro_batches = micro_batches
@@ -147,10 +146,8 @@ class Exchange:
         self.metrics = {name: s / w for name, (s, w) in self._sums.items() if w}
         for name, counted in self._counted.items():
             if not math.isclose(found := self._sums[name][1], counted, rel_tol=1e-6):
-                raise UserError(
-                    f"term {name!r}: weights() counted {counted} in update {update}, but its losses have weight "
-                    f"{found}. Count the same in both."
-                )
+                what = f"term {name!r}: weights() counted {counted} in update {update}, but its losses have weight"
+                raise UserError(f"{what} {found}. Count the same in both.")
 
     @property
     def local_seconds(self) -> list[float]:
@@ -206,7 +203,7 @@ class Exchange:
         if strategy.has_lost_contact(error):
             raise lost_contact(strategy, f"in update {update}", error) from error
         if not isinstance(error, ProcessFailureError):
-            strategy.post(FAILURE_TOPIC, describe(error))
+            strategy.report(describe(error))
             self.stop(error)
         raise error
 

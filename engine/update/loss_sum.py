@@ -11,11 +11,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.loss import Loss, Terms
+from engine.loss import TOO_NARROW, Loss, Terms
 from strategies import MicroBatch
-
-TOO_NARROW = {torch.float16, torch.bfloat16}
-"""Dtypes in which a sum of losses would lose digits."""
 
 
 class LossSum:
