@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from engine.audit import CASES, audit
-from engine.errors import UserError
 
 PROGRAM = "python -m engine.audit"
 
@@ -21,7 +20,7 @@ def main(arguments: list[str]) -> int:
     """Audit one adapter; return 0 if each case is exact, 1 if one is not, 2 if nothing can be audited."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Compare the gradient at each optimizer.step with that of one big batch. Exits with 1 if one differs.",
+        description="Compare each optimizer.step's gradient with that of one big batch. Exits with 1 if they differ.",
         allow_abbrev=False,
     )
     parser.add_argument("adapter", help="a function train(job), or an Adapter, as in my_loop:train")

@@ -62,8 +62,8 @@ class Case:
     pieces: list[list[Rows]]
     samples: int
     task: Regression
-    second_K: int
-    second_P: int | None = None
+    second_K: int  # noqa: N815 - a word of this field
+    second_P: int | None = None  # noqa: N815
 
     @property
     def stop_after(self) -> int | None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.audit.cases import ANOTHER_P, EPOCHS, Case, Planned, Rows
+from engine.audit.cases import EPOCHS, Case, Planned, Rows
 from engine.audit.recorder import Log, Step
 from engine.conformance.reference import Regression, difference
 
@@ -49,6 +49,7 @@ class Found:
     difference: float = float("nan")
     collectives: int = 0
     reduced_bytes: int = 0
+    gradient_bytes: int = 0
     detail: str = ""
 
 
@@ -73,10 +74,10 @@ class _Judge:
     ) -> None:
         self.steps, self.dtype, self.K = steps, dtype, case.K
         self.planned, self.rows = case.planned(from_dataset), case.rows(from_dataset)
-        self.has_one_P = case.name != ANOTHER_P
         model = make().double()
         self.windows = [[_sums(case.task, model, step) for step in update] for update in steps]
         self.exact = [_one_batch(window) for window in self.windows]
+        self.size = self.exact[0].numel() * dtype.itemsize
 
     def found(self) -> Found:
         pairs = [(step, update[0]) for update in self.steps for step in update]
@@ -88,6 +89,7 @@ class _Judge:
             difference=max(parted, apart),
             collectives=last.collectives,
             reduced_bytes=last.reduced_bytes,
+            gradient_bytes=self.size,
         )
         if not all(bool(step.gradient.isfinite().all()) for update in self.steps for step in update):
             found.error, found.detail = float("inf"), "a gradient is not finite"
@@ -99,11 +101,11 @@ class _Judge:
             found.detail = "updates are not made of the samples they should be"
             names = [self._misplaced()]
         verdict = names[0] if len(names) == 1 else UNNAMED
-        if parted > NAMED and verdict != "not reduced":
-            verdict = "replicas differ" if verdict == EXACT else UNNAMED
-        elif verdict == UNNAMED and self._some_processes_are_exact():
-            verdict = "replicas differ"
+        if found.difference > NAMED and verdict != "not reduced":
+            alone = verdict == EXACT or self._some_processes_are_exact()
+            verdict = "replicas differ" if alone else UNNAMED
         if self._reduces_each_micro_batch():
+            found.detail = "" if verdict in (EXACT, UNNAMED) else f"{verdict}, and reduced at each micro-batch"
             verdict = "reduced at each micro-batch" if verdict == EXACT else UNNAMED
         found.verdict = verdict
         return found
@@ -180,9 +182,8 @@ class _Judge:
 
     def _reduces_each_micro_batch(self) -> bool:
         """Whether each update of several micro-batches has reduced the gradient as often."""
-        size = self.exact[0].numel() * self.dtype.itemsize
         several = [update[0] for update in self.steps if len(update) > 1 and len(update[0].micro_batches) > 1]
-        return bool(several) and all(step.reduced_bytes >= size * len(step.micro_batches) for step in several)
+        return bool(several) and all(step.reduced_bytes >= self.size * len(step.micro_batches) for step in several)
 
 
 def _sums(task: Regression, model: nn.Module, step: Step) -> list[Sum]:

@@ -70,10 +70,8 @@ class Report:
     def as_json(self) -> list[dict[str, Any]]:
         """Return a dictionary for each case. What is not known, or not finite, is None."""
         rows = [{"case": row.case, **asdict(row.found), "seconds": row.seconds} for row in self.rows]
-        return [
-            {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-            for row in rows
-        ]
+        known = lambda value: not isinstance(value, float) or math.isfinite(value)  # noqa: E731
+        return [{key: value if known(value) else None for key, value in row.items()} for row in rows]
 
 
 def audit(
@@ -114,7 +112,7 @@ def _row(adapter: Adapter, case: Case, dtype: torch.dtype, seconds: float) -> Ro
 def _run(
     adapter: Adapter, case: Case, P: int, dtype: torch.dtype, seconds: float, folder: str, resumes: bool
 ) -> list[Log]:
-    """Train on P processes and return their logs. Each waits for the others, so that one that is waited for is there."""
+    """Train on P processes and return their logs. Each waits for all to end, as in a real run."""
     met = multiprocessing.get_context("fork").Barrier(P)
     pieces = case.on(P)
     x, y, weight = (values.to(dtype) for values in (case.task.x, case.task.y, case.task.weight))
