@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from importlib import import_module
 from pathlib import Path
 
+import orjson
 import torch
 
 from engine.audit import CASES, audit
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     if given.markdown:
         given.markdown.write_text(report.markdown())
     if given.json:
-        given.json.write_text(json.dumps(report.as_json(), indent=1))
+        given.json.write_bytes(orjson.dumps(report.rows, option=orjson.OPT_INDENT_2))
     return int(not report.exact)
 
 

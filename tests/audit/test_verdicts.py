@@ -67,7 +67,7 @@ def test_two_faults_at_once_have_no_name(faults: tuple[str, ...], case: str) -> 
 
 
 def test_rounding_has_no_name() -> None:
-    found = audit(broken("float32 rounding"), 2, [EVEN]).rows[0].found
+    found = audit(broken("float32 rounding"), 2, [EVEN]).rows[0]
     assert found.verdict == "not exact, not named"
     assert 1e-9 < found.error < 1e-7
     assert verdict(broken("float32 rounding"), EVEN, dtype=torch.float32) == "exact"
@@ -106,6 +106,6 @@ def test_a_trainer_that_fails_everywhere_has_no_name_and_says_why() -> None:
     def refuses(job: Any) -> None:
         raise NotImplementedError("no such case")
 
-    found = audit(refuses, 2, [EVEN]).rows[0].found
+    found = audit(refuses, 2, [EVEN]).rows[0]
     assert found.verdict == "not exact, not named"
     assert "NotImplementedError: no such case" in found.detail

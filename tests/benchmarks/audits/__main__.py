@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import orjson
 import torch
 
 from engine.audit import CASES, Adapter, audit
@@ -36,28 +37,55 @@ class Engine(NamedTuple):
 
 
 ENGINES = [
-    Engine("textbook loop, `no_sync`", "textbook.train", "torch", "accumulated gradients are synchronised once"),
-    Engine("Accelerate", "accelerate_loop.train", "accelerate", "large batches, as if they fitted"),
+    Engine(
+        "textbook loop, `no_sync`",
+        "textbook.train",
+        "torch",
+        "gradients will be accumulated [and] later be synchronized",
+    ),
+    Engine(
+        "Accelerate",
+        "accelerate_loop.train",
+        "accelerate",
+        "number of steps that should pass before gradients are accumulated",
+    ),
     Engine(
         "Accelerate, tokens counted",
         "accelerate_tokens.train",
         "accelerate",
-        "right for samples of variable size",
+        "training samples of variable size",
         "loss = loss_sum * K * P / tokens; even_batches=False",
     ),
-    Engine("transformers.Trainer", "hf_trainer.train", "transformers", "effective batch = N x devices x K"),
+    Engine(
+        "transformers.Trainer",
+        "hf_trainer.train",
+        "transformers",
+        "simulates larger batch sizes without additional memory",
+    ),
     Engine(
         "transformers.Trainer, `num_items_in_batch`",
         "hf_trainer.train_tokens",
         "transformers",
-        "averages tokens across devices",
+        "for precise loss calculation",
         "loss = loss_sum / num_items_in_batch; even_batches=False",
     ),
-    Engine("Lightning", "lightning_trainer.train", "lightning", "accumulates gradients over k batches"),
-    Engine("Fabric", "fabric_loop.train", "lightning", "skips synchronisation while it accumulates"),
-    Engine("Ignite", "ignite_trainer.train", "pytorch-ignite", "gradients are accumulated across K steps"),
-    Engine("TorchTNT", "torchtnt_unit.train", "torchtnt", "accumulates gradients over K batches"),
-    Engine("DeepSpeed", "deepspeed_engine.train", "deepspeed", "averages gradients over K before the update"),
+    Engine(
+        "Lightning",
+        "lightning_trainer.train",
+        "lightning",
+        "accumulates gradients over k batches before stepping the optimizer",
+    ),
+    Engine("Fabric", "fabric_loop.train", "lightning", "skip gradient synchronization during backward"),
+    Engine(
+        "Ignite", "ignite_trainer.train", "pytorch-ignite", "number of steps the gradients should be accumulated across"
+    ),
+    Engine("TorchTNT", "torchtnt_unit.train", "torchtnt", "how many batches to accumulate gradients over"),
+    Engine(
+        "DeepSpeed",
+        "deepspeed_engine.train",
+        "deepspeed",
+        "number of training steps to accumulate gradients before averaging and applying them",
+    ),
     Engine("Tally, dataset", "tally_ways.dataset", "tally-engine", "the update of one big batch"),
     Engine("Tally, stream", "tally_ways.stream", "tally-engine", "the update of one big batch"),
     Engine("Tally, own loop", "tally_ways.own_loop", "tally-engine", "the update of one big batch"),
@@ -71,19 +99,19 @@ def measure(engine: Engine) -> dict[str, Any]:
     train = getattr(import_module(f"tests.benchmarks.audits.{file}"), function)
     report = audit(Adapter(train), processes=2, seconds=SECONDS)
     print(f"{engine.name}\n{report.text()}\n", file=sys.stderr, flush=True)
-    return {"version": version(engine.package), "cases": report.as_json()}
+    return {"version": version(engine.package), "cases": json.loads(orjson.dumps(report.rows))}
 
 
-def cell(row: dict[str, Any]) -> str:
-    """Return a verdict, and the relative error if it is no plain exactness."""
+def cell(row: dict[str, Any], details: bool) -> str:
+    """Return a verdict, and the relative error if it is known."""
     if row["detail"] == "a gradient is not finite":
         return "NaN"
-    return str(row["verdict"])
+    return f"{row['verdict']} ({row['error']:.0e})" if details and row["error"] is not None else str(row["verdict"])
 
 
 def table(figures: dict[str, Any], cases: tuple[str, ...], details: bool) -> str:
     """Return a row for each engine that has figures, and a column for each case."""
-    head = ["engine", *cases, *(["bytes reduced, of one gradient", "it says"] if details else [])]
+    head = ["engine", *cases, *(["bytes reduced, of one gradient", "it says of accumulation"] if details else [])]
     lines = [head, ["---"] * len(head)]
     for engine in ENGINES:
         if not (found := figures.get(engine.name)):
@@ -91,7 +119,9 @@ def table(figures: dict[str, Any], cases: tuple[str, ...], details: bool) -> str
         rows = {row["case"]: row for row in found["cases"]}
         name = f"{engine.name} ({found['version']})" if details else engine.name
         traffic = f"{rows['even']['reduced_bytes'] / rows['even']['gradient_bytes']:.1f}"
-        lines.append([name, *(cell(rows[case]) for case in cases), *([traffic, engine.says] if details else [])])
+        lines.append(
+            [name, *(cell(rows[case], details) for case in cases), *([traffic, engine.says] if details else [])]
+        )
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
