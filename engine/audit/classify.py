@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.audit.cases import EPOCHS, Case, Rows
+from engine.audit.cases import EPOCHS, Case
 from engine.audit.recorder import Step
 from engine.conformance.reference import Regression, difference
 
@@ -193,13 +193,12 @@ def _predictions(window: Window, K: int) -> Iterator[tuple[str, Tensor | list[Te
 
 def _sums(task: Regression, model: nn.Module, step: Step) -> list[Sum]:
     nn.utils.vector_to_parameters(step.parameters, model.parameters())
-    return [_sum(task, model, rows) for rows in step.micro_batches]
-
-
-def _sum(task: Regression, model: nn.Module, rows: Rows) -> Sum:
-    weight = float(task.weight[list(rows)].sum())
-    mean = torch.cat([g.flatten() for g in task.gradient(model, rows)])
-    return Sum(mean * weight if weight else torch.zeros_like(mean), weight)
+    sums = []
+    for rows in step.micro_batches:
+        weight = float(task.weight[list(rows)].sum())
+        mean = torch.cat([g.flatten() for g in task.gradient(model, rows)])
+        sums.append(Sum(mean * weight if weight else torch.zeros_like(mean), weight))
+    return sums
 
 
 def _pooled(sums: Sequence[Sum]) -> Sum:

@@ -1,4 +1,4 @@
-"""What a process records while a trainer trains: the samples, gradient and traffic of each `optimizer.step`."""
+"""The recorder of a process in which a trainer trains: the samples, gradient and traffic of each `optimizer.step`."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ HEAD = ("case", "verdict", "relative error", "ranks' difference", "collectives",
 
 
 class Report(NamedTuple):
-    """What was found in each case. Collectives and bytes are those of the last update on process 0."""
+    """The findings of an audit, case by case. Collectives and bytes are those of the last update on process 0."""
 
     rows: list[Found]
 
