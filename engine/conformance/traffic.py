@@ -52,7 +52,7 @@ class Window(NamedTuple):
 
 
 class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts collectives, reductions of floating-point tensors and their bytes, and reads of a number from the device."""
+    """Counts collectives, reductions of floating-point tensors and their bytes, and reads from the device."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
