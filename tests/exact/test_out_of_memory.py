@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import resource
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,14 @@ def test_options_of_ddp(options: dict[str, Any]) -> None:
     check(results, big_batch_run(Regression(SAMPLES), [in_order(SAMPLES, B)] * 2), 2)
 
 
-@pytest.mark.parametrize(("P", "strategy"), WAYS[-2:])
+@pytest.mark.parametrize(("P", "strategy"), [WAYS[-1], pytest.param(2, DDP, marks=pytest.mark.slow)])
 def test_weights_of_tokens(P: int, strategy: Any) -> None:
     task = Sequences(SAMPLES, masked=range(3))
     expected, _ = big_batch(task, in_order(SAMPLES, B), 2, None)
     check(run(P, trained, HungrySequences, strategy, P, {}), expected, P)
 
 
-@pytest.mark.parametrize(("P", "strategy"), [WAYS[0], *WAYS[-2:]])
+@pytest.mark.parametrize(("P", "strategy"), [WAYS[0], WAYS[-2], pytest.param(3, DDP, marks=pytest.mark.slow)])
 def test_losses_over_windows(P: int, strategy: Any) -> None:
     expected, *_ = reference(Clip(SAMPLES), B)
     check(run(P, trained, HungryClip, strategy, P, {}), expected, P)
@@ -101,8 +102,8 @@ def test_a_run_that_resumes_after_it_is_the_run_that_did_not_end(tmp_path: Path)
 
 
 def test_a_dropped_window_leaves_no_trace(tmp_path: Path) -> None:
-    dropped = run(2, with_folder, str(tmp_path / "a"), {0: ("middle", 1)}, 2)
-    plain = run(2, smaller, str(tmp_path / "b"))
+    dropped = run(1, with_folder, str(tmp_path / "a"), {0: ("middle", 0)}, 2)
+    plain = run(1, smaller, str(tmp_path / "b"))
     for (a, _, buffers), (b, others) in zip(dropped, plain, strict=True):
         assert torch.equal(a, b)
         assert all(map(torch.equal, buffers, others))
@@ -145,6 +146,24 @@ def test_the_errors_of_other_allocators(error: Exception) -> None:
     found, records, _ = fit(task, Single(), 8, B, shuffle=False)
     assert [N for N, *_ in records] == [8, 4, 4, 4, 4, 4]
     assert (found - big_batch_run(Regression(SAMPLES), [in_order(SAMPLES, B)] * 2)).abs().max() < 1e-12
+
+
+class Freed(HungryRegression):
+    """Knows what a forward that failed held."""
+
+    held: Any = None
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        assert self.held is None or self.held() is None
+        hidden = model(batch[0]).exp()
+        if self.held is None:
+            self.held = weakref.ref(hidden)
+        self.eat(model)
+        return super().loss(model, batch)
+
+
+def test_what_did_not_fit_is_freed_before_it_runs_again() -> None:
+    fit(Freed(SAMPLES, {0: ("forward", 0)}), Single(), 8, B)
 
 
 def one_sample_is_too_much() -> str:

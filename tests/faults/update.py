@@ -1,7 +1,7 @@
 """Faults of engine/update."""
 
 from tests.faults.fault import Fault
-from tests.faults.selections import KILLED, LATE, LOGGED, STREAMS, TABLE, TOKENS, WEIGHTS
+from tests.faults.selections import KILLED, LATE, LOGGED, MEMORY, STREAMS, TABLE, TOKENS, WEIGHTS
 
 FAULTS = [
     Fault(
@@ -283,5 +283,26 @@ FAULTS = [
         "return float(value)",
         "return torch.tensor(float(value), device=self._device)",
         "tests/device/test_device.py -k once_in_a_validation",
+    ),
+    Fault(
+        "leave an unfinished reduction",
+        "Updater._undo",
+        "self.strategy.restart_reduction()",
+        "pass",
+        f"{MEMORY}::test_means_over_samples",
+    ),
+    Fault(
+        "step with what others had sent when memory ran out",
+        "Updater.finish",
+        "any(self.strategy.gather(is_late))",
+        "any([is_late, self.strategy.gather(is_late) is None])",
+        f"{MEMORY}::test_means_over_samples",
+    ),
+    Fault(
+        "keep what did not fit",
+        "release",
+        "traceback.clear_frames(error.__traceback__)",
+        "pass",
+        f"{MEMORY}::test_what_did_not_fit_is_freed_before_it_runs_again",
     ),
 ]
