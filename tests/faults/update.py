@@ -1,7 +1,7 @@
 """Faults of engine/update."""
 
 from tests.faults.fault import Fault
-from tests.faults.selections import KILLED, LATE, LOGGED, NOISE, STREAMS, TABLE, TOKENS, WEIGHTS
+from tests.faults.selections import KILLED, LATE, LOGGED, MEMORY, NOISE, STREAMS, TABLE, TOKENS, WEIGHTS
 
 FAULTS = [
     Fault(
@@ -325,5 +325,26 @@ FAULTS = [
         "/ self.data_parallel_size if",
         "if",
         f"{NOISE} -k equations",
+    ),
+    Fault(
+        "leave an unfinished reduction",
+        "Updater._undo",
+        "self.strategy.restart_reduction()",
+        "pass",
+        f"{MEMORY}::test_means_over_samples",
+    ),
+    Fault(
+        "step with what others had sent when memory ran out",
+        "Updater.finish",
+        "any(self.strategy.gather(is_late))",
+        "any([is_late, self.strategy.gather(is_late) is None])",
+        f"{MEMORY}::test_means_over_samples",
+    ),
+    Fault(
+        "keep what did not fit",
+        "release",
+        "traceback.clear_frames(error.__traceback__)",
+        "pass",
+        f"{MEMORY}::test_what_did_not_fit_is_freed_before_it_runs_again",
     ),
 ]
