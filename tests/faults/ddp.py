@@ -78,7 +78,7 @@ FAULTS = [
     Fault(
         "buffers in each forward",
         "DDPStrategy.wrap",
-        "            **_buffers_are_ours(),\n",
+        "            **ddp_options(),\n",
         "",
         "tests/errors/test_replicas.py -k batch_norm_called_twice",
     ),

@@ -100,8 +100,8 @@ FAULTS = [
     Fault(
         "test on validation data",
         "means",
-        "strategy, source)",
-        "strategy)",
+        "strategy, source, N)",
+        "strategy, 'validation_data', N)",
         "tests/exact/test_predict.py -k each_sample_once",
     ),
     Fault(

@@ -175,7 +175,7 @@ FAULTS = [
     Fault(
         "stop alone",
         "Updater.finish",
-        "if agreed.abort:",
+        "if agreed.abort or agreed.out_of_memory:",
         "if self.signals.stop_requested:",
         "tests/resume/test_interrupts.py::test_sigterm_at_random_moments",
     ),
