@@ -136,7 +136,7 @@ class Preview:
         plan, settings, P = self.layout.plan, self.settings, self.strategy.data_parallel_size
         if plan is None or self.is_grouped:
             return list(stage_forecasts(self.updates()))
-        return list(forecasts(plan, settings.micro_batch_size, P, settings.spread_windows, self.lrs))
+        return list(forecasts(plan, settings.N, P, settings.spread_windows, self.lrs))
 
     def warnings(self) -> list[str]:
         """Return warnings about the schedule, the model and the end of the run, a sentence each."""
