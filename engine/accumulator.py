@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -12,17 +12,19 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from engine.data.checks import check_equal_windows, check_windows
 from engine.data.map_style import LoaderOptions
+from engine.data.prefetch import OnHost
 from engine.data.sources import make_plan, make_source
 from engine.data.window import Window
-from engine.errors import ProcessFailureError, UserError, check_count, describe
-from engine.loss import Loss
+from engine.errors import UserError, check_count
+from engine.loss import Loss, Terms
 from engine.plan.schedule import Schedule, Unit, check_scheduling, differences, make_schedule, solve
 from engine.state import RunState
 from engine.task import Batching
-from engine.update.exchange import FAILURE_TOPIC, lost_contact
 from engine.update.message import Outcome
 from engine.update.model_checks import check_no_gradients, check_optimizer
-from engine.update.updater import UpdateOptions, Updater
+from engine.update.open_window import CallWindow, OpenWindow
+from engine.update.terms import JoinedTerms, Weights, WeightsOf
+from engine.update.updater import LossOf, UpdateOptions, Updater
 from strategies import MicroBatch, Strategy
 
 
@@ -33,6 +35,7 @@ class Accumulator:
     `accumulate_grad_batches`, a number or a schedule such as `{0: 8, 4: 4}`, whose keys count epochs, or what `unit`
     says: "epoch", "update" or "sample". `batching` says how samples become micro-batches. The other arguments are those
     of `Trainer`. The epochs are your loop's; `max_epochs` is for `total_updates`, and windows end with `max_updates`.
+    `weights` counts several terms in a batch, as `Task.weights`. Without `data` use `open`, and a loop without windows.
     `noise_scale_every_n_updates` asks for `noise_scale` in the outcomes' `metrics`: see `engine.callbacks.NoiseScale`.
     Raises UserError for an invalid argument.
     """
@@ -42,7 +45,7 @@ class Accumulator:
         strategy: Strategy,
         model: nn.Module,
         optimizer: Optimizer | Sequence[Any],
-        data: Any,
+        data: Any = None,
         micro_batch_size: int = 32,
         accumulate_grad_batches: int | dict[int, int] = 1,
         lr_scheduler: LRScheduler | None = None,
@@ -55,6 +58,7 @@ class Accumulator:
         max_updates: int | None = None,
         unit: Unit = "epoch",
         noise_scale_every_n_updates: int | None = None,
+        weights: WeightsOf | None = None,
     ) -> None:
         N, K, B = micro_batch_size, accumulate_grad_batches, effective_batch_size
         check_count("micro_batch_size", N)
@@ -73,7 +77,9 @@ class Accumulator:
         )
         strategy.prepare_optimizer(optimizer)
         self._strategy, self._max_epochs, self._max_updates = strategy, max_epochs, max_updates
-        self._data, self._cut = data, (batching or Batching(), N, seed, shuffle, B)
+        self._data, self._cut = iter(()) if data is None else data, (batching or Batching(), N, seed, shuffle, B)
+        self._weights = weights
+        self._current: OwnWindow | OpenWindow | None = None
         self._lay_out(make_schedule(N, strategy.effective_batch, scheduling, unit, B))
         samples = self._plan.samples if self._plan else None
         stated = {"effective_batch_size": B, "scheduling": scheduling, "scheduling_unit": unit, "micro_batch_size": N}
@@ -93,7 +99,9 @@ class Accumulator:
         self._plan = plan = make_plan(data, batching, schedule, N, self._max_epochs, self._max_updates, B)
         epochs = 1 + schedule.stages[-1].first // (plan.samples if plan and schedule.unit == "sample" else 1)
         check_equal_windows(strategy, plan and replace(plan, max_epochs=epochs), N, spread=False)
-        self._source = make_source(data, batching, strategy, schedule, plan, N, seed, shuffle, LoaderOptions())
+        held = None if self._weights is None else OnHost(batching)
+        cut = N, seed, shuffle, LoaderOptions(), False, held
+        self._source = make_source(data, batching, strategy, schedule, plan, *cut)
 
     @property
     def lr_scheduler(self) -> LRScheduler | None:
@@ -141,19 +149,45 @@ class Accumulator:
         state.epoch = epoch
         if limit is not None and state.update >= limit:
             return
+        terms = self._weights and JoinedTerms(self._updater.exchange, self._strategy, self._weights)
         for window in self._source.windows(epoch, state.update, state.samples, positions):
+            self._check_done()
             self._updater.begin(window, state)
-            own = OwnWindow(self._updater, window, state)
+            self._updater.terms = terms
+            self._current = own = OwnWindow(self._updater, window, state)
             yield own
-            own.end()
+            self._check_done()
             if state.update == limit:
                 return
+
+    def open(self, loss: LossOf | None = None, weights: Weights | None = None) -> OpenWindow:
+        """Open a window that calls drive, on all processes, without the accumulator's data.
+
+        With `loss(model, batch)`, calls get batches. `weights` are those of several terms in all calls of this process,
+        {} if it makes none; processes then exchange a message at once. Raises UserError if a window is open already, or
+        if the strategy's forward communicates, as FSDP's does.
+        """
+        strategy, state = self._strategy, self._state
+        if strategy.needs_equal_windows or not strategy.supports_open_windows:
+            raise UserError(
+                f"strategy {strategy.name!r} communicates in each forward: expected one in which processes can call "
+                "backward differently often. Use DDPStrategy without SyncBatchNorm, or accumulator.windows()."
+            )
+        self._check_done()
+        stage = self._schedule.at(state.epoch, state.update, state.samples)
+        self._current = window = OpenWindow(self._updater, state, stage, loss, weights)
+        return window
+
+    def _check_done(self) -> None:
+        if self._current is not None and not self._current.is_done:
+            self._current.fail(UserError("a window ended without window.update(). Call it after the last backward."))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed loop needs beside `strategy.state_dict(optimizer)` and the LR scheduler's state.
 
         Call it on all processes together, between `update` and the next window. It holds plain values.
         """
+        self._check_done()
         state = self._state
         return {
             "run": state.state_dict(),
@@ -176,31 +210,34 @@ class Accumulator:
         self._positions, self._state = state["positions"], RunState.of(state["run"], None)
 
 
-class OwnWindow:
+class OwnWindow(CallWindow):
     """One window: iterate over it for this process's batches, call `backward` for each, and `update` at the end.
 
     The loop's body is the context in which only the last micro-batch communicates: forward and backward belong in it.
     """
 
     def __init__(self, updater: Updater, window: Window, state: RunState) -> None:
-        self._updater, self._window, self._state = updater, window, state
+        super().__init__(updater, window, state)
         self._micro: MicroBatch | None = None
         """The micro-batch that waits for its backward."""
         self._batches = self._read()
-        self._was_read = self._was_updated = False
+        self._was_read = False
         self._is_complete = window.is_empty
         """Whether the last backward was called."""
 
     def __iter__(self) -> Iterator[Any]:
         if self._was_read:
-            self._stop(UserError("a window was iterated over twice. Iterate over each once."))
+            self.fail(UserError("a window was iterated over twice. Iterate over each once."))
         self._was_read = True
         return self._batches
 
     def _read(self) -> Generator[Any]:
         try:
             check_no_gradients(self._updater.model)
-            for micro in self._window:
+            micros: Iterable[MicroBatch] = self._window
+            if self._updater.terms is not None:
+                micros = self._updater.terms.counted(micros, self._state.update)
+            for micro in micros:
                 with self._updater.strategy.accumulation_context(micro.is_last):
                     self._micro = micro
                     self._updater.before_forward(micro)
@@ -210,10 +247,10 @@ class OwnWindow:
                         "backward was not called for a micro-batch. Call it for each; Loss(0 * loss, 0) leaves one out."
                     )
         except Exception as error:
-            self._stop(error)
+            self.fail(error)
 
-    def backward(self, loss: Loss | Tensor) -> None:
-        """Add the micro-batch's gradient: of a mean over its samples (0-dim tensor), or of a `Loss`."""
+    def backward(self, loss: Loss | Tensor | Terms) -> None:
+        """Add the micro-batch's gradient: of a mean over its samples (0-dim tensor), of a `Loss`, or of terms."""
         try:
             if self._micro is None:
                 raise UserError(
@@ -224,43 +261,29 @@ class OwnWindow:
             self._is_complete = micro.is_last
         except Exception as error:
             self._batches.close()  # so that the context, in which nothing is reduced, ends
-            self._stop(error)
+            self.fail(error)
 
     def log(self, name: str, value: float | Tensor, weight: float | Tensor | None = None) -> None:
         """Record a mean as `Task.log` does, in the outcome's `metrics`. Call it before `backward`."""
         if self._micro is None:
             self._batches.close()
-            self._stop(UserError(f"log({name!r}, ...) was called after backward. Call it before."))
-        self._updater.logged.append((name, value, weight))
+            self.fail(UserError(f"log({name!r}, ...) was called after backward. Call it before."))
+        super().log(name, value, weight)
 
     def update(self) -> Outcome:
         """Reduce, correct, clip, step and clear the gradients; return the update's outcome over all processes."""
         try:
+            if self._window.is_empty:
+                next(self._batches, None)  # a loop may skip it, and terms are counted there
             self._batches.close()  # the loop may have ended early
-            if self._was_updated:
+            if self.is_done:
                 raise UserError("window.update() was called twice. Call it once, after the last backward.")
             if not self._is_complete:
                 raise UserError("backward was not called for the window's last micro-batch. Call it for each.")
             if self._window.is_empty:
                 self._updater.strategy.join(self._window)
-            outcome = self._updater.finish(self._window, self._state)
+            outcome = self._finish()
         except Exception as error:
-            self._stop(error)
-        self._was_updated, self._state.position = True, self._window.position
-        self._state.count(outcome.samples, outcome.weight, outcome.skipped, outcome.overflowed)
+            self.fail(error)
+        self._state.position = self._window.position
         return outcome
-
-    def end(self) -> None:
-        """Raise UserError for a window without an update."""
-        if not self._was_updated:
-            self._stop(UserError("a window ended without window.update(). Call it after the last backward."))
-
-    def _stop(self, error: Exception) -> NoReturn:
-        """Let the other processes know of `error` and raise it, or ProcessFailureError if another one is gone."""
-        strategy = self._updater.strategy
-        if strategy.has_lost_contact(error):
-            raise lost_contact(strategy, f"in update {self._state.update}", error) from error
-        if not isinstance(error, ProcessFailureError):
-            strategy.post(FAILURE_TOPIC, describe(error))
-            self._updater.exchange.stop(error)
-        raise error

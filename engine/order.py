@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, overload
+from itertools import groupby, islice
+from typing import Any
 
 import numpy
 from numpy.typing import NDArray
@@ -94,11 +95,7 @@ class KeyedPermutation(Sequence[int]):
     def __len__(self) -> int:
         return self._samples
 
-    @overload
-    def __getitem__(self, place: int) -> int: ...
-    @overload
-    def __getitem__(self, place: slice) -> memoryview[int]: ...
-    def __getitem__(self, place: int | slice) -> int | memoryview[int]:
+    def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
             return self._at(numpy.arange(*place.indices(self._samples))).data
         return int(self._at(numpy.array([range(self._samples)[place]]))[0])  # range checks it
@@ -109,23 +106,17 @@ class KeyedPermutation(Sequence[int]):
 
     def read(self, pieces: Iterable[tuple[int, int, Any]]) -> Iterator[tuple[int, list[int]]]:
         """Yield (start, indices) of each piece (start, stop, ...). Small ones are computed together."""
-        waiting: list[range] = []
         places = 0
-        for start, stop, _ in pieces:
-            waiting.append(range(start, stop))
-            places += stop - start
-            if places >= SLICE:
-                yield from self._read(waiting)
-                waiting, places = [], 0
-        if waiting:
-            yield from self._read(waiting)
 
-    def _read(self, pieces: list[range]) -> Iterator[tuple[int, list[int]]]:
-        indices = self._at(numpy.concatenate([numpy.arange(p.start, p.stop) for p in pieces])).tolist()
-        stop = 0
-        for piece in pieces:
-            start, stop = stop, stop + len(piece)
-            yield piece.start, indices[start:stop]
+        def number(piece: tuple[int, int, Any]) -> int:
+            nonlocal places
+            places += piece[1] - piece[0]
+            return places // SLICE
+
+        for _, together in groupby(pieces, number):
+            waiting = [range(start, stop) for start, stop, _ in together]
+            indices = iter(self._at(numpy.concatenate([numpy.arange(p.start, p.stop) for p in waiting])).tolist())
+            yield from ((piece.start, [*islice(indices, len(piece))]) for piece in waiting)
 
     def _at(self, places: NDArray[numpy.int64]) -> NDArray[numpy.int64]:
         """Return the indices at `places`."""

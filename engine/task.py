@@ -1,7 +1,5 @@
 """The task: the class that a user writes."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -118,11 +116,10 @@ class Task(Batching, ABC):
     def weights(self, batch: Any) -> Mapping[str, float]:
         """Return the weight of each term that `loss` returns for a micro-batch, which is still on the host.
 
-        Override it only for a loss of several terms, each divided by its own weight: an update's gradient is the sum of
-        d(sums of a term) / (weights of a term), over the window and all processes. A term whose weights sum to 0 is
-        left out. The window's micro-batches wait on the host until all are counted, and processes exchange one more
-        message. Raises UserError, on all processes, if names differ, a weight is negative or not finite, or `loss`
-        gives other weights. Records have each term by name, and the weight of the first one that is not 0.
+        Override it only for several terms: an update's gradient is the sum of d(sums of a term) / (weights of a term)
+        over the window and all processes. A term whose weights sum to 0 is left out. The window's micro-batches wait on
+        the host until all are counted. All processes raise UserError if names differ, a weight is negative or not
+        finite, or `loss` gives other weights. Records have each term, and the weight of the first that is not 0.
         """
         return {}
 

@@ -34,7 +34,7 @@ from engine.training.fit_memory import Trial, build_to_fit
 from engine.training.heartbeat import Heartbeat
 from engine.training.prediction import Prediction
 from engine.training.session import Session
-from engine.update.exchange import FAILURE_TOPIC, lost_contact
+from engine.update.exchange import lost_contact
 from engine.update.precision import numerics
 from engine.update.timing import ReductionCost
 from engine.update.updater import Updater
@@ -191,7 +191,7 @@ class Trainer:
             return
         if isinstance(error, Exception) and self.strategy.has_lost_contact(error):
             raise lost_contact(self.strategy, f"in update {self.update}", error) from error
-        self.strategy.post(FAILURE_TOPIC, describe(error))
+        self.strategy.report(describe(error))
 
     def validate(self, task: Task) -> dict[str, float]:
         """Return the means of `task.evaluate` over its validation data, of the model that this trainer has trained.

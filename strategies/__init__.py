@@ -4,7 +4,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from strategies.base import MicroBatch as MicroBatch
-from strategies.base import PendingRows as PendingRows
 from strategies.base import Strategy as Strategy
 from strategies.bits import sum_of_bits as sum_of_bits
 from strategies.buffers import Buffers as Buffers
@@ -12,6 +11,7 @@ from strategies.ddp import DDPStrategy as DDPStrategy
 from strategies.dp import DPStrategy as DPStrategy
 from strategies.errors import UserError as UserError
 from strategies.errors import check_count as check_count
+from strategies.host_messages import PendingRows as PendingRows
 from strategies.optimizer_state import user_name as user_name
 from strategies.optimizers import Optimizers as Optimizers
 from strategies.optimizers import parts_of as parts_of

@@ -2,8 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 from strategies.bits import sum_of_bits
 from strategies.errors import UserError
 from strategies.gradient_norm import norm_of
+from strategies.host_messages import HostMessages
 from strategies.optimizer_state import copy_of, load_named_state, named_state, user_module, user_name
+from strategies.reruns import Reruns
 from strategies.to_device import move
 
 Compute = Callable[[nn.Module, Any], Mapping[str, Any]]
-PendingRows = Callable[[], list[list[float]]]
-"""A started exchange: call it to wait for it and to get each process's values, in rank order."""
 
 
 @dataclass(slots=True)  # its fields are read at each micro-batch: slots cost the least
@@ -39,7 +39,7 @@ class MicroBatch:
     """Why `size` cannot weigh a mean over its samples; "" if it can."""
 
 
-class Strategy(ABC):
+class Strategy(HostMessages, Reruns, ABC):
     """Devices, processes and their collectives. Subclass it, or a built-in one, for a new backend.
 
     Only `accumulation_context`, `effective_batch` and `supports_variable_windows` must be given; every other method
@@ -66,15 +66,6 @@ class Strategy(ABC):
 
     evaluates_alone: bool = True
     """Whether a process can stop validating while the others continue."""
-
-    supports_window_losses = True
-    """Whether it can run a window twice, for a loss over all outputs of the window."""
-
-    runs_twice = False
-    """Whether each window runs twice; the engine sets it before `prepare`."""
-
-    supports_redo: bool = False
-    """Whether a window that ran out of memory on a process can run again, on all, in smaller micro-batches."""
 
     message_length = 0
     """The numbers in each message of an engine by `exchange`; the engine sets it."""
@@ -215,28 +206,6 @@ class Strategy(ABC):
     def join(self, window: Any) -> None:
         """Take part, with weight 0, in a window in which this process has no micro-batch."""
 
-    @contextmanager
-    def first_pass(self) -> Iterator[None]:
-        """The context of a forward that keeps no graph, because its micro-batch runs again."""
-        with self.accumulation_context(False), torch.no_grad():
-            yield
-
-    def end_first_pass(self, has_output: bool) -> None:
-        """Called on all processes after the forwards of the first pass; then they exchange their outputs.
-
-        The last forward keeps its graph. `has_output` is False on a process without data, or whose first pass failed.
-        """
-
-    def finish_reduction(self) -> bool:
-        """Let the others finish a window whose last backward failed here, with a gradient norm that is not finite.
-
-        Return False if that cannot be done: they then wait in vain. Needed by several processes with `supports_redo`.
-        """
-        return False
-
-    def restart_reduction(self) -> None:
-        """Called on all processes after a window that ran out of memory: it may have left a reduction unfinished."""
-
     def clip(self, max_norm: float | None, factor: float = 1.0) -> Tensor:
         """Multiply the gradients by `factor`, clip them to `max_norm`, return their norm (0-dim) between the two.
 
@@ -273,32 +242,9 @@ class Strategy(ABC):
         """Reduce `tensor` in place over the processes by "sum", "min" or "max", on the device's group; return it."""
         return tensor
 
-    def exchange(self, values: Sequence[float]) -> PendingRows:
-        """Start sending a few host numbers to all processes; call the returned function to wait for all rows."""
-        row = list(values)
-        return lambda: [row]
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return each process's `value` (any picklable object) in rank order. Slow: use it outside the loop."""
-        return [value]
-
     def gather_bytes(self, data: Tensor, most: int) -> list[Tensor]:
         """Return each process's bytes in rank order, on the device. At most `most`; may be padded to it."""
         return [row.to(self.device) for row in self.gather(data.cpu())]
-
-    def post(self, topic: str, text: str) -> None:
-        """Publish a text that the others can read even if this process hangs; it replaces the one before."""
-
-    def posted(self, topic: str) -> dict[int, str]:
-        """Return the texts posted under `topic`, by rank, as far as they can still be read."""
-        return {}
-
-    def has_lost_contact(self, error: Exception) -> bool:
-        """Whether `error` means that another process is gone or has not answered in time."""
-        return False
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
 
     def synchronize_buffers(self, model: nn.Module) -> None:
         """Give all processes the same buffers in `model` (BatchNorm's statistics), those of process 0."""

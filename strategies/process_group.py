@@ -1,5 +1,6 @@
 """Strategies of several processes: their process group, and the messages between processes."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -10,13 +11,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from strategies.base import PendingRows, Strategy
-from strategies.environment import new_store, rendezvous, started_local_rank, started_processes, started_rank
+from strategies.base import Strategy
+from strategies.environment import (
+    check_open_files,
+    new_store,
+    rendezvous,
+    started_local_rank,
+    started_processes,
+    started_rank,
+)
 from strategies.errors import UserError
+from strategies.host_messages import PendingRows
 from strategies.optimizer_shards import OptimizerShards
 from strategies.optimizer_state import load_named_state, merged
 from strategies.status_board import StatusBoard
 from strategies.torch_internals import check_torch, is_lost_contact
+
+LARGEST_MESH = 64
+"""The most processes that connect each to each at the start. More connect to those that they send to, log2 of them."""
 
 
 class ProcessGroupStrategy(Strategy):
@@ -71,7 +83,8 @@ class ProcessGroupStrategy(Strategy):
     def setup(self) -> None:
         """Join the processes: a group for gradients, and one on the CPU for messages.
 
-        Raises UserError if the host has fewer GPUs than processes, RuntimeError if this torch lacks a part.
+        Raises UserError if the host has fewer GPUs than processes, or too few open files for their connections, and
+        RuntimeError if this torch lacks a part.
         """
         check_torch(self.name, self._torch_parts)
         if self._device_type == "cuda":
@@ -83,6 +96,10 @@ class ProcessGroupStrategy(Strategy):
             torch.cuda.set_device(self.device)
             os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder: which collective hung
             os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        lazily = self.processes > LARGEST_MESH
+        if lazily:
+            os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+        check_open_files(self.processes, self.rank, lazily)
         if not dist.is_initialized():
             self._owns_group = True
             store = rendezvous(self.timeout)
@@ -91,6 +108,9 @@ class ProcessGroupStrategy(Strategy):
             )
         self._host_group = dist.new_group(backend="gloo", timeout=self.timeout)
         self._board = StatusBoard(new_store(), self.rank, self.processes)
+        if lazily:  # connect while all are there: a lazy connection waits for the dead for ever
+            for group in (None, self._host_group):
+                dist.barrier(group=group)
 
     def teardown(self) -> None:
         self.release_model()
@@ -126,27 +146,49 @@ class ProcessGroupStrategy(Strategy):
         return wait
 
     def gather(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.processes
-        dist.all_gather_object(values, value, group=self._host_group)
-        return values
+        return self.first(self.collect(value))  # type: ignore[no-any-return]
+
+    def collect(self, value: Any) -> list[Any]:
+        """Send up a binary tree: each process receives from at most log2(processes) others."""
+        rows, distance = [value], 1
+        while distance < self.processes and not self.rank & distance:
+            if (source := self.rank + distance) < self.processes:
+                received: list[Any] = [None]
+                dist.recv_object_list(received, src=source, group=self._host_group)
+                rows += received[0]
+            distance *= 2
+        if self.rank:
+            dist.send_object_list([rows], dst=self.rank - distance, group=self._host_group)
+        return rows
+
+    def first(self, value: Any) -> Any:
+        values = [value if self.rank == 0 else None]
+        dist.broadcast_object_list(values, src=0, group=self._host_group)
+        return values[0]
+
+    def compare(self, value: Any) -> list[Any]:
+        """Compare digests first, and gather the values only if they differ."""
+        digest = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:6])
+        most, least = self._maxima([digest, -digest])
+        return [value] if most == -least else self.gather(value)
+
+    def _maxima(self, values: Sequence[float]) -> list[float]:
+        """Return the maxima over all processes in log2(processes) messages: what is counted twice does no harm."""
+        found, distance = torch.tensor(values, dtype=torch.float64), 1
+        while distance < self.processes:
+            received = torch.empty_like(found)
+            sent = dist.isend(found, (self.rank + distance) % self.processes, group=self._host_group)
+            dist.recv(received, (self.rank - distance) % self.processes, group=self._host_group)
+            assert sent is not None
+            sent.wait()
+            found, distance = torch.maximum(found, received), 2 * distance
+        return found.tolist()
 
     def gather_bytes(self, data: Tensor, most: int) -> list[Tensor]:
         padded = torch.nn.functional.pad(data, (0, most - data.numel()))
         rows = [torch.empty_like(padded) for _ in range(self.processes)]
         dist.all_gather(rows, padded)
         return rows
-
-    def collect(self, value: Any) -> list[Any]:
-        """Return each process's `value` in rank order on process 0, which receives one at a time; else only its own."""
-        values = [value]
-        if self.rank != 0:
-            dist.send_object_list(values, dst=0, group=self._host_group)
-            return values
-        for source in range(1, self.data_parallel_size):
-            received: list[Any] = [None]
-            dist.recv_object_list(received, src=source, group=self._host_group)
-            values += received
-        return values
 
     def post(self, topic: str, text: str) -> None:
         if self._board is not None:
@@ -155,6 +197,13 @@ class ProcessGroupStrategy(Strategy):
     def posted(self, topic: str) -> dict[int, str]:
         """Return the texts by rank; {} if the store is gone with the process or host that kept it."""
         return {} if self._board is None else self._board.posted(topic)
+
+    def report(self, failure: str) -> None:
+        if self._board is not None:
+            self._board.report(failure)
+
+    def reported(self) -> str:
+        return "" if self._board is None else self._board.reported()
 
     def has_lost_contact(self, error: Exception) -> bool:
         return is_lost_contact(error)
@@ -170,7 +219,7 @@ class ProcessGroupStrategy(Strategy):
         """Return the state of model and optimizer; if `holds_all` is False, it is whole on process 0 only."""
         state = super().state_dict(optimizer)
         if optimizer is not None and self._shards is not None:
-            state["optimizer"] = merged(self.collect(state["optimizer"])[::-1])  # of two, that of process 0
+            state["optimizer"] = merged(self._collect_one_by_one(state["optimizer"])[::-1])  # of two, that of process 0
         return state
 
     def load_state_dict(self, state: dict[str, Any], optimizer: Optimizer | None = None) -> None:
@@ -178,3 +227,15 @@ class ProcessGroupStrategy(Strategy):
         if optimizer is not None:
             elsewhere = () if self._shards is None else self._shards.elsewhere
             load_named_state(self._user_module, optimizer, state["optimizer"], elsewhere)
+
+    def _collect_one_by_one(self, value: Any) -> list[Any]:
+        """Return each process's `value` in rank order on process 0, which receives one at a time; else only its own."""
+        values = [value]
+        if self.rank != 0:
+            dist.send_object_list(values, dst=0, group=self._host_group)
+            return values
+        for source in range(1, self.data_parallel_size):
+            received: list[Any] = [None]
+            dist.recv_object_list(received, src=source, group=self._host_group)
+            values += received
+        return values

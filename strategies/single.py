@@ -33,7 +33,7 @@ class SingleDeviceStrategy(Strategy):
 
     def own_norm(self) -> Tensor:
         """Return the norm of the gradients so far."""
-        return self.clip(None)
+        return super().clip(None)
 
     @property
     def device(self) -> torch.device:

@@ -28,12 +28,27 @@ class StatusBoard:
         texts: dict[int, str] = {}
 
         def read() -> None:
-            for rank in range(self._size):
-                if self._store.check([key := f"{topic}/{rank}"]):
+            keys = [f"{topic}/{rank}" for rank in range(self._size)]
+            if self._store.check(keys):  # two requests, if all have posted
+                texts.update(enumerate(text.decode() for text in self._store.multi_get(keys)))
+                return
+            for rank, key in enumerate(keys):
+                if self._store.check([key]):
                     texts[rank] = self._store.get(key).decode()
 
         self._patiently(read)
         return dict(texts)
+
+    def report(self, failure: str) -> None:
+        """Put `failure` into the store, unless another process has failed before: one key for all."""
+        text = f"process {self._rank} failed: {failure}"
+        self._patiently(lambda: self._store.compare_set("failure", "", text))
+
+    def reported(self) -> str:
+        """Return the first failure; "" if there is none."""
+        texts: list[bytes] = []
+        self._patiently(lambda: texts.extend(self._store.multi_get(["failure"] * self._store.check(["failure"]))))
+        return texts[0].decode() if texts else ""
 
     def _patiently(self, use_store: Callable[[], object], seconds: float = PATIENCE) -> None:
         """Use the store for at most `seconds`: a host that is gone does not answer, and TCP would wait for minutes.

@@ -1,23 +1,26 @@
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several processes share two cores
 
 import pytest
 import torch
-from hypothesis import Phase, settings
 
 from tests.kit import costs, selection
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a script, and so by the engine
-settings.register_profile("tally", deadline=None)  # no test measures time
-settings.register_profile(
-    "fault", deadline=None, database=None, phases=(Phase.explicit, Phase.generate)
-)  # red is enough
-settings.load_profile("fault" if "TALLY_FAULT" in os.environ else "tally")
+with suppress(ImportError):  # the device tests run on machines without it
+    from hypothesis import Phase, settings
+
+    settings.register_profile("tally", deadline=None)  # no test measures time
+    settings.register_profile(
+        "fault", deadline=None, database=None, phases=(Phase.explicit, Phase.generate)
+    )  # red is enough
+    settings.load_profile("fault" if "TALLY_FAULT" in os.environ else "tally")
 
 if (device := os.environ.get("TALLY_TEST_DEVICE", "fake")) == "fake":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests' processes talk over gloo

@@ -1,7 +1,5 @@
 """Models of Hugging Face's `transformers` as tasks, weighted by the number of predictions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Any
@@ -15,7 +13,9 @@ from torch.utils.data import Dataset
 
 from engine.errors import UserError
 from engine.loss import Loss
+from engine.losses import load_balance
 from engine.task import Task
+from engine.window_task import Added, Output, WindowTask
 
 IGNORED = -100  # the label of what is not predicted, as everywhere in `transformers`
 TOKENS = ("input_ids", "decoder_input_ids")
@@ -53,7 +53,7 @@ class _Pretrained(Task):
     def check(self, config: Any) -> None:
         """Raise UserError for a model that needs another loss."""
         if getattr(config, "output_router_logits", False):
-            way_out = "Use False, or override loss() and add the router's loss times the weight."
+            way_out = "Use MoECausalLM, or False."
             raise UserError(f"output_router_logits=True: expected a model without a loss of its router. {way_out}")
 
     def split(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
@@ -118,9 +118,47 @@ class CausalLM(_Pretrained):
 
     def loss(self, model: nn.Module, batch: Any) -> Loss:
         """Return the sum of cross-entropies and the number of predicted tokens: all but each sample's first."""
+        return self._predict(model, batch)[1]
+
+    def _predict(self, model: nn.Module, batch: Any, **options: Any) -> tuple[Any, Loss]:
         inputs, labels = self.split(batch)
         labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)  # a slice of logits would be copied
-        return _cross_entropy(model(**inputs, use_cache=False).logits.flatten(0, 1), labels.flatten())
+        found = model(**inputs, use_cache=False, **options)
+        return found, _cross_entropy(found.logits.flatten(0, 1), labels.flatten())
+
+
+class MoECausalLM(CausalLM, WindowTask):  # type: ignore[misc]  # of the loss of one micro-batch
+    """CausalLM for a mixture of experts, with the balance loss of its routers, both over the window of all processes.
+
+    The balance loss is that of Switch Transformers (arXiv:2101.03961, equations 4 to 6) over all layers and attended
+    tokens, times the config's `router_aux_loss_coef`. It is no sum over micro-batches, so each window runs twice: see
+    `WindowTask`. Records have `cross_entropy` and `balance`; validation reports the cross-entropy as `loss`.
+    """
+
+    def check(self, config: Any) -> None:
+        """Raise UserError for a model without such routers."""
+        coefficient, experts = (getattr(config, name, None) for name in ("router_aux_loss_coef", "num_experts_per_tok"))
+        if coefficient is None or experts is None:
+            what = "expected router_aux_loss_coef and num_experts_per_tok in its config"
+            raise UserError(f"model={type(config).__name__}: {what}. Use CausalLM for one without routers.")
+        self._coefficient, self._experts_per_token = float(coefficient), int(experts)
+
+    def outputs(self, model: nn.Module, batch: Any) -> Mapping[str, Output]:
+        found, (total, predicted) = self._predict(model, batch, output_router_logits=True)
+        logits = torch.stack(found.router_logits)
+        chances = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).reshape(-1, 1)
+        chosen = torch.zeros_like(chances).scatter(-1, chances.topk(self._experts_per_token).indices, 1.0)
+        sums = {"chosen": (chosen * mask).sum((0, 1)), "chances": (chances * mask).sum((0, 1))}
+        counts = {"predicted": predicted, "routed": mask.sum() * len(logits)}
+        return {name: Added(tensor) for name, tensor in {"total": total, **sums, **counts}.items()}
+
+    def window_loss(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        balance = load_balance(outputs["chances"], outputs["chosen"], outputs["routed"])
+        cross_entropy = outputs["total"] / outputs["predicted"].clamp(min=1)
+        self.log("balance", balance)
+        self.log("cross_entropy", cross_entropy)
+        return cross_entropy + self._coefficient * balance
 
 
 class MaskedLM(_Pretrained):

@@ -1,14 +1,12 @@
 """The command: `python -m engine.audit module:adapter --processes 2`."""
 
-from __future__ import annotations
-
 import argparse
-import json
 import os
 import sys
 from importlib import import_module
 from pathlib import Path
 
+import orjson
 import torch
 
 from engine.audit import CASES, audit
@@ -20,7 +18,7 @@ def main(arguments: list[str]) -> int:
     """Audit one adapter; return 0 if each case is exact, 1 if one is not, 2 if nothing can be audited."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Compare the gradient at each optimizer.step with that of one big batch. Exits with 1 if one differs.",
+        description="Compare each optimizer.step's gradient with that of one big batch. Exits with 1 if they differ.",
         allow_abbrev=False,
     )
     parser.add_argument("adapter", help="a function train(job), or an Adapter, as in my_loop:train")
@@ -44,7 +42,7 @@ def main(arguments: list[str]) -> int:
     if given.markdown:
         given.markdown.write_text(report.markdown())
     if given.json:
-        given.json.write_text(json.dumps(report.as_json(), indent=1))
+        given.json.write_bytes(orjson.dumps(report.rows, option=orjson.OPT_INDENT_2))
     return int(not report.exact)
 
 

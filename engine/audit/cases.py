@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -12,35 +12,27 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from engine.conformance.reference import Regression, network
-from engine.errors import UserError
 
 N, EPOCHS = 4, 2
-EVEN, SHORT, RAGGED = "even", "short last window", "ragged last micro-batch"
-PADDED, ZERO, UNEVEN = "padded tokens", "weight 0", "uneven processes"
-SCHEDULE, RESUME, ANOTHER_P = "K by schedule", "resume", "another P"
-CASES = (EVEN, SHORT, RAGGED, PADDED, ZERO, UNEVEN, SCHEDULE, RESUME, ANOTHER_P)
+CASES = (
+    "even", "short last window", "ragged last micro-batch", "padded tokens", "weight 0", "uneven processes",
+    "K by schedule", "resume", "another P",
+)  # fmt: skip
 """The cases by name. An adapter declares the last three, since they ask more of it than K."""
-
+_, SHORT, RAGGED, PADDED, ZERO, UNEVEN, SCHEDULE, RESUME, ANOTHER_P = CASES
 Rows = tuple[int, ...]
-Batch = Sequence[Tensor]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A trainer under audit.
+    """A trainer under audit: `train(job)` trains `job.model` on one process, in the `cases` that it claims to support.
 
-    `train(job)` trains `job.model` on one process. `make()` returns the model, which maps (n, 5) to (n, 1), treats each
-    sample alone and draws nothing. `cases` are those that the trainer claims to support.
+    `make()` returns the model. It maps (n, 5) to (n, 1), treats each sample alone and draws nothing.
     """
 
     train: Callable[[Job], object]
     make: Callable[[], nn.Module] = network
     cases: Sequence[str] = CASES[:6]
-
-    def __post_init__(self) -> None:
-        for name in self.cases:
-            if name not in CASES:
-                raise UserError(f"cases={name!r}: expected some of {', '.join(CASES)}.")
 
 
 class Planned(NamedTuple):
@@ -52,8 +44,7 @@ class Planned(NamedTuple):
     is_full: bool
 
 
-@dataclass(frozen=True, eq=False)
-class Case:
+class Case(NamedTuple):
     """A case on P processes: the rows of each process's micro-batches, and the number of samples of the dataset."""
 
     name: str
@@ -62,13 +53,8 @@ class Case:
     pieces: list[list[Rows]]
     samples: int
     task: Regression
-    second_K: int
-    second_P: int | None = None
-
-    @property
-    def stop_after(self) -> int | None:
-        """The updates of the first run, if there are two runs."""
-        return self.second_P and 1
+    then_K: int  # noqa: N815 - of the second epoch, or of the second run
+    then_P: int | None  # noqa: N815 - of the second run, if there is one
 
     def rows(self, from_dataset: bool) -> list[int]:
         """Return the rows of an epoch."""
@@ -76,23 +62,15 @@ class Case:
 
     def planned(self, from_dataset: bool) -> list[Planned]:
         """Return the updates of the whole run."""
-        updates = []
+        updates: list[Planned] = []
         for epoch in range(EPOCHS):
-            K = self.second_K if epoch and self.name == SCHEDULE else self.K
+            K = self.then_K if epoch and self.name == SCHEDULE else self.K
             for start in range(0, len(self.pieces[0]), K):
-                B = self.P * N * K
-                taken = [len(rows) for own in self.pieces for rows in own[start : start + K]]
-                samples = min(B, self.samples - start * self.P * N) if from_dataset else sum(taken)
-                resumed = self.name == ANOTHER_P and len(updates) > 0
-                full = start + K <= len(self.pieces[0])
-                updates.append(Planned(epoch, self.second_K if resumed else K, samples, full))
+                given = sum(len(rows) for own in self.pieces for rows in own[start : start + K])
+                samples = min(self.P * N * K, self.samples - start * self.P * N) if from_dataset else given
+                own_K = self.then_K if updates and self.name == ANOTHER_P else K
+                updates.append(Planned(epoch, own_K, samples, start + K <= len(self.pieces[0])))
         return updates
-
-    def on(self, P: int) -> list[list[Rows]]:
-        """Return the micro-batches dealt to P processes."""
-        if P == self.P:
-            return self.pieces
-        return [[rows for pair in zip(*self.pieces, strict=True) for rows in pair][rank::P] for rank in range(P)]
 
 
 def make_case(name: str, P: int, dtype: torch.dtype) -> Case:
@@ -104,45 +82,35 @@ def make_case(name: str, P: int, dtype: torch.dtype) -> Case:
     micro_batches = [tuple(range(end - size, end)) for size, end in zip(sizes, accumulate(sizes), strict=True)]
     pieces, samples = [micro_batches[rank::P] for rank in range(P)], sum(sizes)
     task = Regression(samples, tokens=True)
-    task.x, task.y = task.x.to(dtype).double(), task.y.to(dtype).double()
-    task.weight = torch.ones(samples, dtype=torch.float64)
+    task.x, task.y, task.weight = task.x.to(dtype).double(), task.y.to(dtype).double(), torch.ones(samples).double()
     if name == PADDED:
         task.weight = torch.randint(0, 4, (samples,), generator=torch.Generator().manual_seed(1)).double()
     elif name == ZERO:
         task.weight[P * N : 2 * P * N] = 0  # the second micro-batch of each process
     elif name == UNEVEN:
         pieces[-1], samples = pieces[-1][:-2], samples - 1
-    second_P = {RESUME: P, ANOTHER_P: 1 if P > 1 else 3}.get(name)
-    second_K = P * K // second_P if second_P else 2
-    return Case(name, P, K, pieces, samples, task, second_K, second_P)
+    then_P = {RESUME: P, ANOTHER_P: 1 if P > 1 else 3}.get(name)
+    return Case(name, P, K, pieces, samples, task, P * K // then_P if then_P else 2, then_P)
 
 
-@dataclass
 class Job:
-    """One run on one process: a model, and data as ready micro-batches or as a dataset of all processes.
+    """One run on one process: a model, and data as ready micro-batches or as the dataset of all processes.
 
-    Ready micro-batches (`micro_batches`) are this process's, of one epoch. Or take `dataset`, and let the trainer share
-    it out in micro-batches of `N` samples. A batch or sample is (x, y, weight): (n, 5), (n, 1), and (n,) valid tokens.
+    A batch or sample is (x, y, weight): (n, 5), (n, 1), and (n,) valid tokens. `schedule` is K by epoch. `folder` is
+    for checkpoints: save there and return after `stop_after` updates, and resume from it if `resumes`.
     """
 
-    model: nn.Module
-    rank: int
-    P: int
-    K: int
-    schedule: dict[int, int]
-    """K by epoch, if the case changes it: {0: K, 1: another}."""
-    folder: str
-    """Of all runs of a case, for checkpoints."""
-    stop_after: int | None
-    """Save and return after so many updates."""
-    resumes: bool
-    """Continue what the first run saved."""
-    _tensors: tuple[Tensor, ...] = field(repr=False)
-    _pieces: list[Rows] = field(repr=False)
-    _samples: int = field(repr=False)
-    from_dataset: bool = False
-    N: int = N
-    epochs: int = EPOCHS
+    N, epochs, from_dataset = N, EPOCHS, False
+
+    def __init__(self, case: Case, model: nn.Module, rank: int, dtype: torch.dtype, folder: str, resumes: bool) -> None:
+        self.model, self.rank, self.folder, self.resumes = model, rank, folder, resumes
+        self.P, self.K = (case.then_P or case.P, case.then_K) if resumes else (case.P, case.K)
+        self.schedule = {0: self.K, 1: case.then_K} if case.name == SCHEDULE else {0: self.K}
+        self.stop_after = 1 if case.then_P and not resumes else None
+        self._tensors = [values.to(dtype) for values in (case.task.x, case.task.y, case.task.weight)]
+        in_order = [rows for same in zip(*case.pieces, strict=False) for rows in same]
+        self._pieces = case.pieces[rank] if self.P == case.P else in_order[rank :: self.P]
+        self._samples = case.samples
 
     @property
     def micro_batches(self) -> list[tuple[Tensor, ...]]:
@@ -151,16 +119,15 @@ class Job:
 
     @property
     def dataset(self) -> TensorDataset:
-        """The samples of all processes."""
+        """The samples of all processes, for a trainer that shares them out in micro-batches of N."""
         self.from_dataset = True
         return TensorDataset(*(values[: self._samples] for values in self._tensors))
 
-    def loss(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+    def loss(self, model: Callable[..., Any], batch: Sequence[Tensor]) -> Tensor:
         """Return the mean over the micro-batch's weight. It is NaN if the weight is 0, as torch's own losses are."""
         return self.loss_sum(model, batch) / batch[2].sum()
 
-    def loss_sum(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+    def loss_sum(self, model: Callable[..., Any], batch: Sequence[Tensor]) -> Tensor:
         """Return the sum over the micro-batch's weight."""
         x, y, weight = batch
-        errors: Tensor = (model(x) - y).square().squeeze(1)
-        return (weight * errors).sum()
+        return torch.as_tensor((weight * (model(x) - y).square().squeeze(1)).sum())

@@ -4,8 +4,6 @@ A name is given only if that fault alone predicts every gradient of every proces
 reduction. Everything else is "not exact, not named".
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,14 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.audit.cases import ANOTHER_P, EPOCHS, Case, Planned, Rows
-from engine.audit.recorder import Log, Step
+from engine.audit.cases import EPOCHS, Case
+from engine.audit.recorder import Step
 from engine.conformance.reference import Regression, difference
 
 EXACT, UNNAMED = "exact", "not exact, not named"
+DROPPED, CARRIED = "tail dropped", "tail carried into the next epoch"
 LIMITS = {torch.float64: 1e-10, torch.float32: 2e-5}
 NAMED = 2e-5  # a fault's gradient is met to rounding, in float32 as well
-TOLD_APART = 1e-3  # faults that predict the exact gradient say nothing
+TOLD_APART = 1e-3  # a fault that predicts the exact gradient says nothing
 
 
 class Sum(NamedTuple):
@@ -37,163 +36,167 @@ class Sum(NamedTuple):
 
 
 Window = list[list[Sum]]  # by process, by micro-batch
-Prediction = Tensor | list[Tensor]  # for all processes, or for each
 
 
 @dataclass
 class Found:
-    """A verdict, the largest relative error, the processes' largest difference, and the traffic of an update."""
+    """A verdict, the largest relative error and difference between processes, and the traffic of an update."""
 
     verdict: str
     error: float = float("nan")
     difference: float = float("nan")
     collectives: int = 0
     reduced_bytes: int = 0
+    gradient_bytes: int = 0
     detail: str = ""
+    case: str = ""
+    seconds: float = 0.0
 
 
-def judge(case: Case, runs: Sequence[Sequence[Log]], make: Callable[[], nn.Module], dtype: torch.dtype) -> Found:
-    """Return the verdict on a case, whose one or two runs have left these logs, by process."""
-    counts = [[len(log.steps) for log in logs] for logs in runs]
+def judge(case: Case, runs: Sequence[Sequence[Sequence[Step]]], from_dataset: bool, make: Callable[[], nn.Module],
+          dtype: torch.dtype) -> Found:  # fmt: skip
+    """Return the verdict on a case, whose one or two runs have left these steps, by process."""
+    counts = [[len(own) for own in run] for run in runs]
     if any(len(set(row)) > 1 for row in counts):
         return Found(UNNAMED, detail=f"processes made {counts} updates")
-    steps = [list(updates) for logs in runs for updates in zip(*(log.steps for log in logs), strict=True)]
-    seen = [{row for step in update for rows in step.micro_batches for row in rows} for update in steps]
+    steps = [list(update) for run in runs for update in zip(*run, strict=True)]
+    seen = [[row for step in update for rows in step.micro_batches for row in rows] for update in steps]
     if not steps or not all(seen):
-        return Found(UNNAMED, detail="no update was made" if not steps else "an update has no samples")
+        return Found(UNNAMED, detail="an update has no samples" if steps else "no update was made")
     if any(-1 in rows for rows in seen):
         return Found(UNNAMED, detail="the model was given samples that are not the job's")
-    from_dataset = runs[0][0].from_dataset
-    return _Judge(case, steps, from_dataset, make, dtype).found()
+    return _Judge(case, steps, seen, from_dataset, make().double()).found(dtype)
 
 
 class _Judge:
     def __init__(
-        self, case: Case, steps: list[list[Step]], from_dataset: bool, make: Callable[[], nn.Module], dtype: torch.dtype
+        self, case: Case, steps: list[list[Step]], seen: list[list[int]], from_dataset: bool, model: nn.Module
     ) -> None:
-        self.steps, self.dtype, self.K = steps, dtype, case.K
-        self.planned, self.rows = case.planned(from_dataset), case.rows(from_dataset)
-        self.has_one_P = case.name != ANOTHER_P
-        model = make().double()
+        self.steps, self.seen, self.K = steps, seen, case.K
+        self.planned, self.rows = case.planned(from_dataset), Counter(case.rows(from_dataset))
         self.windows = [[_sums(case.task, model, step) for step in update] for update in steps]
         self.exact = [_one_batch(window) for window in self.windows]
 
-    def found(self) -> Found:
+    def found(self, dtype: torch.dtype) -> Found:
         pairs = [(step, update[0]) for update in self.steps for step in update]
-        parted = max(_off(step.parameters, first.parameters) for step, first in pairs)
-        apart = max(_off(step.gradient, first.gradient) for step, first in pairs)
-        last = self.steps[-1][0]  # the first ones still build things
-        found = Found(
-            UNNAMED,
-            difference=max(parted, apart),
-            collectives=last.collectives,
-            reduced_bytes=last.reduced_bytes,
+        parted = max(
+            max(_off(step.parameters, first.parameters), _off(step.gradient, first.gradient)) for step, first in pairs
         )
-        if not all(bool(step.gradient.isfinite().all()) for update in self.steps for step in update):
+        last, size = self.steps[-1][0], self.exact[0].numel() * dtype.itemsize  # the first ones still build things
+        found = Found(UNNAMED, float("nan"), parted, last.collectives, last.reduced_bytes, size)
+        if not all(bool(step.gradient.isfinite().all()) for step, _ in pairs):
             found.error, found.detail = float("inf"), "a gradient is not finite"
             return found
-        if self._is_as_planned():
+        is_planned = self._is_as_planned()
+        if is_planned:
             found.error = self._off(self.exact)
-            names = [EXACT] if found.error <= LIMITS[self.dtype] else sorted(set(self._faults()))
+            names = {EXACT} if found.error <= LIMITS[dtype] else self._faults()
         else:
             found.detail = "updates are not made of the samples they should be"
-            names = [self._misplaced()]
-        verdict = names[0] if len(names) == 1 else UNNAMED
+            names = {self._misplaced()}
+        verdict = names.pop() if len(names) == 1 else UNNAMED
         if parted > NAMED and verdict != "not reduced":
-            verdict = "replicas differ" if verdict == EXACT else UNNAMED
-        elif verdict == UNNAMED and self._some_processes_are_exact():
-            verdict = "replicas differ"
-        if self._reduces_each_micro_batch():
+            alone = verdict == EXACT or (is_planned and self._some_processes_are_exact())
+            verdict = "replicas differ" if alone else UNNAMED
+        several = [update[0] for update in self.steps if len(update) > 1 and len(update[0].micro_batches) > 1]
+        if several and all(step.reduced_bytes >= size * len(step.micro_batches) for step in several):
+            found.detail = "" if verdict in (EXACT, UNNAMED) else f"{verdict}, and reduced at each micro-batch"
             verdict = "reduced at each micro-batch" if verdict == EXACT else UNNAMED
         found.verdict = verdict
         return found
 
     def _is_as_planned(self) -> bool:
         """Whether each update has as many samples as planned, and each epoch has each sample once."""
-        seen = [[row for step in update for rows in step.micro_batches for row in rows] for update in self.steps]
-        if [len(rows) for rows in seen] != [update.samples for update in self.planned]:
-            return False
         epochs = [Counter[int]() for _ in range(EPOCHS)]
-        for rows, update in zip(seen, self.planned, strict=True):
+        for rows, update in zip(self.seen, self.planned, strict=False):
             epochs[update.epoch].update(rows)
-        return all(epoch == Counter(self.rows) for epoch in epochs)
+        sizes = [update.samples for update in self.planned]
+        return [len(rows) for rows in self.seen] == sizes and all(epoch == self.rows for epoch in epochs)
 
-    def _off(self, predictions: Sequence[Prediction]) -> float:
-        """Return the largest relative distance of a recorded gradient from its prediction."""
+    def _off(self, predictions: Sequence[Tensor | list[Tensor]]) -> float:
+        """Return the largest relative distance of a recorded gradient from its prediction, for all or by process."""
         return max(
             _off(step.gradient, predicted[rank] if isinstance(predicted, list) else predicted)
             for update, predicted in zip(self.steps, predictions, strict=True)
             for rank, step in enumerate(update)
         )
 
-    def _fits(self, predictions: Sequence[Prediction], exact: Sequence[Tensor] | None = None) -> bool:
-        """Whether these are the recorded gradients, and not those of one big batch."""
+    def _faults(self) -> set[str]:
+        """Return the names of the faults that give these gradients from windows that are as planned."""
+        if not all(map(all, self.windows)):
+            return set()
+        pairs = zip(self.windows, self.planned, strict=True)
+        by_fault = zip(*(list(_predictions(window, update.K)) for window, update in pairs), strict=True)
+        return {rows[0][0] for rows in by_fault if self._fits([predicted for _, predicted in rows], self.exact)}
+
+    def _fits(self, predictions: Sequence[Tensor | list[Tensor]], exact: Sequence[Tensor]) -> bool:
+        """Whether these are the recorded gradients, and not the exact ones."""
         differs = any(
             _off(tensor, one) > TOLD_APART
-            for predicted, one in zip(predictions, self.exact if exact is None else exact, strict=True)
+            for predicted, one in zip(predictions, exact, strict=True)
             for tensor in (predicted if isinstance(predicted, list) else [predicted])
         )
         return differs and self._off(predictions) <= NAMED
 
-    def _faults(self) -> Iterator[str]:
-        """Yield the names of the faults that give these gradients from windows that are as planned."""
-        for name, predict in _FAULTS if all(map(all, self.windows)) else ():
-            if self._fits([predict(window, update) for window, update in zip(self.windows, self.planned, strict=True)]):
-                yield name
-
     def _some_processes_are_exact(self) -> bool:
-        if len({len(update) for update in self.steps}) > 1 or not self._is_as_planned():
-            return False
-        good = [
-            all(_off(update[rank].gradient, one) <= NAMED for update, one in zip(self.steps, self.exact, strict=True))
-            for rank in range(len(self.steps[0]))
-        ]
-        return any(good)
+        off = [[_off(step.gradient, one) for step in own] for own, one in zip(self.steps, self.exact, strict=True)]
+        return any(max(own) <= NAMED for own in zip(*off, strict=False))
 
     def _misplaced(self) -> str:
         """Return the name of the fault if samples are in other updates than planned, in none, or in several."""
-        full = [update for update in self.planned if update.is_full]
+        full = [update.samples for update in self.planned if update.is_full]
         has_tail = len(full) < len(self.planned)
-        own = [[sums[-self.K :] for sums in window] for window in self.windows]
-        proper = [_one_batch(window) for window in own]
-        used = Counter(row for update in self.steps for step in update for rows in step.micro_batches for row in rows)
         kept = Counter(
             row for update in self.steps for step in update for rows in step.micro_batches[-self.K :] for row in rows
         )
-        at_most_once = max(kept.values()) <= EPOCHS
-        if has_tail and at_most_once and len(full) == len(self.steps) and kept.total() == sum(u.samples for u in full):
-            if self._off(proper) <= NAMED:
-                return "tail dropped"
-            scaled = [_scaled(window, self.K) for window in self.windows]
-            if self._fits(self.exact, proper) or self._fits(scaled, proper):
-                return "tail carried into the next epoch"
+        if has_tail and len(full) == len(self.steps) and kept.total() == sum(full) and max(kept.values()) <= EPOCHS:
+            own = [_one_batch([sums[-self.K :] for sums in window]) for window in self.windows]
+            if self._off(own) <= NAMED:
+                return DROPPED
+            scaled = [_average([_average([s.mean for s in o]) * len(o) for o in w]) / self.K for w in self.windows]
+            if self._fits(self.exact, own) or self._fits(scaled, own):
+                return CARRIED
         if self._off(self.exact) > NAMED:
             return UNNAMED
-        micro_batches = [len(step.micro_batches) for update in self.steps for step in update]
-        if has_tail and max(used.values()) <= EPOCHS and set(micro_batches[: -len(self.steps[-1])]) == {self.K}:
-            return "tail carried into the next epoch"
-        twice = any(count > EPOCHS for count in used.values())
-        never = any(used[row] < EPOCHS for row in self.rows)
-        return {(True, False): "samples seen twice", (False, True): "samples never seen"}.get(
-            (twice, never), "samples seen twice or never" if twice else UNNAMED
-        )
+        used = Counter(row for rows in self.seen for row in rows)
+        whole = {len(step.micro_batches) for update in self.steps[:-1] for step in update}
+        if has_tail and max(used.values()) <= EPOCHS and whole == {self.K}:
+            return CARRIED
+        twice, never = max(used.values()) > EPOCHS, any(used[row] < EPOCHS for row in self.rows)
+        names = {(True, False): "samples seen twice", (False, True): "samples never seen"}
+        return names.get((twice, never), "samples seen twice or never" if twice else UNNAMED)
 
-    def _reduces_each_micro_batch(self) -> bool:
-        """Whether each update of several micro-batches has reduced the gradient as often."""
-        size = self.exact[0].numel() * self.dtype.itemsize
-        several = [update[0] for update in self.steps if len(update) > 1 and len(update[0].micro_batches) > 1]
-        return bool(several) and all(step.reduced_bytes >= size * len(step.micro_batches) for step in several)
+
+def _predictions(window: Window, K: int) -> Iterator[tuple[str, Tensor | list[Tensor]]]:
+    """Yield each fault's name with the gradient that it gives, on all processes or on each; several ways for some."""
+    whole, most = _pooled([part for own in window for part in own]), max(len(own) for own in window)
+    one, local = whole.mean, [_pooled(own) for own in window]
+    for number in (K, most):
+        yield "factor K", one * number
+        yield "factor 1/K", one / number
+    yield "factor P", one * len(window)
+    yield "factor 1/P", one / len(window)
+    yield "tail divided by K", one * (most / K)
+    for last in (_pooled([own[-1] for own in window]).mean, _average([own[-1].mean for own in window])):
+        yield "only the last micro-batch", last
+        yield "only the last micro-batch", last / K
+    yield "mean of means", _average([_average([part.mean for part in own]) for own in window])
+    yield "mean of means", _average([part.mean for own in window for part in own])
+    yield "mean of means", _average([part.mean for part in local])
+    at_once = [[own[j] for own in window if j < len(own)] for j in range(most)]
+    yield "mean of means", _average([_pooled(parts).mean for parts in at_once])
+    yield "not reduced", [part.mean for part in local]
+    yield "not reduced", [part.gradient / whole.weight for part in local]
 
 
 def _sums(task: Regression, model: nn.Module, step: Step) -> list[Sum]:
     nn.utils.vector_to_parameters(step.parameters, model.parameters())
-    return [_sum(task, model, rows) for rows in step.micro_batches]
-
-
-def _sum(task: Regression, model: nn.Module, rows: Rows) -> Sum:
-    weight = float(task.weight[list(rows)].sum())
-    mean = torch.cat([g.flatten() for g in task.gradient(model, rows)])
-    return Sum(mean * weight if weight else torch.zeros_like(mean), weight)
+    sums = []
+    for rows in step.micro_batches:
+        weight = float(task.weight[list(rows)].sum())
+        mean = torch.cat([g.flatten() for g in task.gradient(model, rows)])
+        sums.append(Sum(mean * weight if weight else torch.zeros_like(mean), weight))
+    return sums
 
 
 def _pooled(sums: Sequence[Sum]) -> Sum:
@@ -208,49 +211,5 @@ def _average(values: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(values)).mean(0)
 
 
-def _scaled(window: Window, K: int) -> Tensor:
-    """Return the processes' average of (sum of the micro-batches' means) / K, which is what the textbook loop makes."""
-    return _average([_average([one.mean for one in own]) * (len(own) / K) for own in window])
-
-
 def _off(found: Tensor, expected: Tensor) -> float:
     return difference({"": found}, {"": expected})
-
-
-def _most(window: Window) -> int:
-    return max(len(own) for own in window)
-
-
-def _local(window: Window, _: Planned) -> Prediction:
-    return [_pooled(own).mean for own in window]
-
-
-def _local_share(window: Window, _: Planned) -> Prediction:
-    whole = _pooled([one for own in window for one in own]).weight
-    return [_pooled(own).gradient / whole for own in window]
-
-
-def _by_number(window: Window, _: Planned) -> Prediction:
-    """Return the average over micro-batches, each pooled over the processes."""
-    return _average([_pooled([own[j] for own in window if j < len(own)]).mean for j in range(_most(window))])
-
-
-_FAULTS: list[tuple[str, Callable[[Window, Planned], Prediction]]] = [
-    ("factor K", lambda window, update: _one_batch(window) * update.K),
-    ("factor K", lambda window, _: _one_batch(window) * _most(window)),
-    ("factor P", lambda window, _: _one_batch(window) * len(window)),
-    ("factor 1/K", lambda window, update: _one_batch(window) / update.K),
-    ("factor 1/K", lambda window, _: _one_batch(window) / _most(window)),
-    ("factor 1/P", lambda window, _: _one_batch(window) / len(window)),
-    ("only the last micro-batch", lambda window, _: _pooled([own[-1] for own in window]).mean),
-    ("only the last micro-batch", lambda window, _: _average([own[-1].mean for own in window])),
-    ("only the last micro-batch", lambda window, update: _pooled([own[-1] for own in window]).mean / update.K),
-    ("only the last micro-batch", lambda window, update: _average([own[-1].mean for own in window]) / update.K),
-    ("mean of means", lambda window, _: _average([_average([one.mean for one in own]) for own in window])),
-    ("mean of means", lambda window, _: _average([one.mean for own in window for one in own])),
-    ("mean of means", lambda window, _: _average([_pooled(own).mean for own in window])),
-    ("mean of means", _by_number),
-    ("tail divided by K", lambda window, update: _one_batch(window) * (_most(window) / update.K)),
-    ("not reduced", _local),
-    ("not reduced", _local_share),
-]

@@ -1,11 +1,8 @@
-"""What a process records while a trainer trains: the samples, gradient and traffic of each `optimizer.step`."""
+"""The recorder of a process in which a trainer trains: the samples, gradient and traffic of each `optimizer.step`."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +13,7 @@ from engine.audit.cases import Rows
 from engine.conformance.traffic import Calls
 
 
-@dataclass
-class Step:
+class Step(NamedTuple):
     """One `optimizer.step`: parameters before it, gradient, micro-batches and traffic since the last one."""
 
     parameters: Tensor
@@ -27,22 +23,14 @@ class Step:
     reduced_bytes: int
 
 
-@dataclass
-class Log:
-    """The steps of one process, and whether its samples came from the dataset."""
-
-    steps: list[Step] = field(default_factory=list)
-    from_dataset: bool = False
-
-
 @contextmanager
-def recorded(model: nn.Module, x: Tensor) -> Iterator[Log]:
+def recorded(model: nn.Module, x: Tensor) -> Iterator[list[Step]]:
     """Record the steps of any optimizer in this process. `x` holds all samples, which are known by their first value.
 
     The gradient is taken when `step` uses it: after its closure, if it has one. A forward that no backward follows
     counts if it is the only one of its samples, since a loop may leave out a backward by mistake.
     """
-    log, seen, used = Log(), list[Rows](), set[int]()
+    steps, seen, used = list[Step](), list[Rows](), set[int]()
     known = {value: row for row, value in enumerate(x[:, 0].tolist())}
 
     def on_forward(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -52,20 +40,17 @@ def recorded(model: nn.Module, x: Tensor) -> Iterator[Log]:
             seen.append(tuple(known.get(value, -1) for value in args[0][:, 0].tolist()))
 
     def keep(optimizer: Optimizer) -> None:
-        counts = dict(calls.counts)
+        traffic = calls.counts["collectives"], calls.counts["reduced_bytes"]
         parameters = list(model.parameters())
         held = [p for group in optimizer.param_groups for p in group["params"]]
         if not any(p is held[0] for p in parameters):  # the trainer trains a copy
             parameters = held
-        with torch.no_grad():
-            values, gradients = _flat(parameters), _flat([_gradient(p) for p in parameters])
         trained = {seen[place] for place in used}
         micro_batches = [rows for place, rows in enumerate(seen) if place in used or rows not in trained]
-        traffic = counts.get("collectives", 0), counts.get("reduced_bytes", 0)
-        log.steps.append(Step(values, gradients, micro_batches, *traffic))
-        seen.clear()
-        used.clear()
-        calls.counts.clear()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        steps.append(Step(_flat(parameters), _flat(gradients), micro_batches, *traffic))
+        for counts in (seen, used, calls.counts):
+            counts.clear()
 
     def on_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -83,15 +68,12 @@ def recorded(model: nn.Module, x: Tensor) -> Iterator[Log]:
     handle = register_optimizer_step_pre_hook(on_step)
     try:
         with Calls() as calls:
-            yield log
+            yield steps
     finally:
         handle.remove()
 
 
-def _gradient(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
+@torch.no_grad()
 def _flat(tensors: list[Tensor]) -> Tensor:
-    whole: Callable[[Tensor], Tensor] = lambda t: t.full_tensor() if isinstance(t, DTensor) else t  # noqa: E731
-    return torch.cat([whole(t).detach().double().flatten() for t in tensors])
+    whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in tensors]
+    return torch.cat([t.double().flatten() for t in whole])

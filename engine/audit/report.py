@@ -1,82 +1,58 @@
 """Runs an audit, and writes what it found as a table, Markdown or JSON."""
 
-from __future__ import annotations
-
 import math
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from tempfile import TemporaryDirectory
 from threading import BrokenBarrierError
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from engine.audit.cases import SCHEDULE, Adapter, Case, Job, make_case
+from engine.audit.cases import CASES, UNEVEN, Adapter, Case, Job, make_case
 from engine.audit.classify import EXACT, UNNAMED, Found, judge
-from engine.audit.recorder import Log, recorded
-from engine.conformance import processes
+from engine.audit.recorder import Step, recorded
+from engine.conformance.processes import ProcessesFailedError, run
 from engine.errors import UserError
 from strategies.torch_internals import is_lost_contact
 
-ENDED = ("did not end", "_LostContact")  # of a process that waited for another
 HEAD = ("case", "verdict", "relative error", "ranks' difference", "collectives", "bytes reduced", "seconds")
 
 
-class Row(NamedTuple):
-    """A case, what was found, and how long it took."""
+class Report(NamedTuple):
+    """The findings of an audit, case by case. Collectives and bytes are those of the last update on process 0."""
 
-    case: str
-    found: Found
-    seconds: float
-
-    def cells(self) -> list[str]:
-        """Return the values of the columns, as in HEAD."""
-        error, apart = ("-" if math.isnan(v) else f"{v:.1e}" for v in (self.found.error, self.found.difference))
-        traffic = f"{self.found.collectives}", f"{self.found.reduced_bytes}"
-        return [self.case, self.found.verdict, error, apart, *traffic, f"{self.seconds:.1f}"]
-
-
-@dataclass
-class Report:
-    """The rows of an audit; `exact` if each case is. Collectives and bytes are those of an update on process 0."""
-
-    rows: list[Row]
+    rows: list[Found]
 
     @property
     def exact(self) -> bool:
         """Whether each case is exact."""
-        return all(row.found.verdict == EXACT for row in self.rows)
+        return all(row.verdict == EXACT for row in self.rows)
 
     @property
     def verdicts(self) -> dict[str, str]:
         """The verdict by case."""
-        return {row.case: row.found.verdict for row in self.rows}
+        return {row.case: row.verdict for row in self.rows}
 
     def text(self) -> str:
         """Return an aligned table, and what is known beside it."""
-        rows = [list(HEAD), *(row.cells() for row in self.rows)]
+        rows = [list(HEAD), *map(_cells, self.rows)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return "\n".join([*lines, *(f"{row.case}: {row.found.detail}" for row in self.rows if row.found.detail)])
+        return "\n".join([*lines, *(f"{row.case}: {row.detail}" for row in self.rows if row.detail)])
 
     def markdown(self) -> str:
         """Return the table in Markdown."""
-        rows = [list(HEAD), ["---"] * len(HEAD), *(row.cells() for row in self.rows)]
+        rows = [list(HEAD), ["---"] * len(HEAD), *map(_cells, self.rows)]
         return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
-    def as_json(self) -> list[dict[str, Any]]:
-        """Return a dictionary for each case. What is not known, or not finite, is None."""
-        rows = [{"case": row.case, **asdict(row.found), "seconds": row.seconds} for row in self.rows]
-        return [
-            {
-                key: None if isinstance(value, float) and not math.isfinite(value) else value
-                for key, value in row.items()
-            }
-            for row in rows
-        ]
+
+def _cells(row: Found) -> list[str]:
+    error, apart = ("-" if math.isnan(value) else f"{value:.1e}" for value in (row.error, row.difference))
+    return [row.case, row.verdict, error, apart, f"{row.collectives}", f"{row.reduced_bytes}", f"{row.seconds:.1f}"]
 
 
 def audit(
@@ -88,70 +64,60 @@ def audit(
 ) -> Report:
     """Run the cases on real processes, and compare the gradient of each `optimizer.step` with that of one big batch.
 
-    Each run of a case has `seconds`. `cases` are those of the adapter if None; of two processes uneven, on one, is left
-    out. Raises UserError for values that cannot be audited.
+    Each run of a case has `seconds`. `cases` are the adapter's if None; one process leaves out "uneven processes".
+    Raises UserError for other than 1 to 4 processes, an unknown case, or a dtype but float64 and float32.
     """
     adapter = adapter if isinstance(adapter, Adapter) else Adapter(adapter)
-    adapter = Adapter(adapter.train, adapter.make, adapter.cases if cases is None else cases)
+    names = adapter.cases if cases is None else cases
+    if unknown := [name for name in names if name not in CASES]:
+        raise UserError(f"cases={unknown[0]!r}: expected some of {', '.join(CASES)}.")
     if not 1 <= processes <= 4:
         raise UserError(f"processes={processes}: expected 1 to 4.")
     if dtype not in (torch.float64, torch.float32):
         raise UserError(f"dtype={dtype}: expected torch.float64 or torch.float32.")
-    names = [name for name in adapter.cases if processes > 1 or name != "uneven processes"]
-    return Report([_row(adapter, make_case(name, processes, dtype), dtype, seconds) for name in names])
+    chosen = [make_case(name, processes, dtype) for name in names if processes > 1 or name != UNEVEN]
+    return Report([_found(adapter, case, dtype, seconds) for case in chosen])
 
 
-def _row(adapter: Adapter, case: Case, dtype: torch.dtype, seconds: float) -> Row:
+def _found(adapter: Adapter, case: Case, dtype: torch.dtype, seconds: float) -> Found:
     start = time.monotonic()
     try:
         with TemporaryDirectory() as folder:
-            runs = [_run(adapter, case, case.P, dtype, seconds, folder, False)]
-            if case.second_P:
-                runs.append(_run(adapter, case, case.second_P, dtype, seconds, folder, True))
-        found = judge(case, runs, adapter.make, dtype)
-    except processes.ProcessesFailedError as error:
-        found = _failure(error)
-    return Row(case.name, found, time.monotonic() - start)
+            runs = [
+                _run(adapter, case, P, dtype, seconds, folder) for P in (None, case.then_P)[: 1 + bool(case.then_P)]
+            ]
+        found = judge(case, [[own for own, _ in one] for one in runs], runs[0][0][1], adapter.make, dtype)
+    except ProcessesFailedError as error:
+        own = {
+            rank: text for rank, text in error.errors.items() if not text.startswith(("did not end", "_LostContact"))
+        }
+        found = Found("hang" if not own else "crash on one process" if len(own) == 1 < case.P else UNNAMED)
+        found.detail = "; ".join(f"process {rank}: {text}" for rank, text in (own or error.errors).items())
+    found.case, found.seconds = case.name, time.monotonic() - start
+    return found
 
 
 def _run(
-    adapter: Adapter, case: Case, P: int, dtype: torch.dtype, seconds: float, folder: str, resumes: bool
-) -> list[Log]:
-    """Train on P processes and return their logs. Each waits for the others, so that one that is waited for is there."""
-    met = multiprocessing.get_context("fork").Barrier(P)
-    pieces = case.on(P)
-    x, y, weight = (values.to(dtype) for values in (case.task.x, case.task.y, case.task.weight))
+    adapter: Adapter, case: Case, then_P: int | None, dtype: torch.dtype, seconds: float, folder: str
+) -> list[tuple[list[Step], bool]]:
+    """Train; return each process's steps, and whether its samples came from the dataset."""
+    ended = multiprocessing.get_context("fork").Barrier(then_P or case.P)
 
-    def train(rank: int) -> Log:
+    def train() -> tuple[list[Step], bool]:
         torch.manual_seed(0)
-        K = case.second_K if resumes else case.K
-        schedule = {0: K, 1: case.second_K} if case.name == SCHEDULE else {0: K}
-        stop_after = None if resumes else case.stop_after
-        job = Job(
-            adapter.make().to(dtype), rank, P, K, schedule, folder, stop_after, resumes,
-            _tensors=(x, y, weight), _pieces=pieces[rank], _samples=case.samples,
-        )  # fmt: skip
+        job = Job(case, adapter.make().to(dtype), int(os.environ["RANK"]), dtype, folder, then_P is not None)
         try:
-            with recorded(job.model, x) as log:
+            with recorded(job.model, case.task.x.to(dtype)) as steps:
                 adapter.train(job)
         except Exception as error:
-            met.abort()
+            ended.abort()
             raise (_LostContactError(str(error)) if is_lost_contact(error) else error) from error
         with suppress(BrokenBarrierError):
-            met.wait()
-        log.from_dataset = job.from_dataset
-        return log
+            ended.wait()  # a process that others wait for would go on, in a real run
+        return steps, job.from_dataset
 
-    return processes.run(P, lambda: train(int(processes.os.environ["RANK"])), seconds=seconds, own_store=True)
+    return run(then_P or case.P, train, seconds=seconds)
 
 
 class _LostContactError(Exception):
     """Another process has gone while this one communicated with it."""
-
-
-def _failure(error: processes.ProcessesFailedError) -> Found:
-    own = {rank: text for rank, text in error.errors.items() if not text.startswith(ENDED)}
-    if not own:
-        return Found("hang", detail=str(error))
-    rank, text = next(iter(own.items()))
-    return Found("crash on one process" if len(own) == 1 else UNNAMED, detail=f"process {rank}: {text}")

@@ -39,7 +39,7 @@ class Base:
         """
         frozen = [(name, p) for name, p in _named(self._model) if name in self._digests]
         changed = [name for name, p in frozen if p.requires_grad or _mark(p) != self._marks[name]]
-        for names in self._strategy.gather(changed):
+        for names in self._strategy.compare(changed):
             for name in names:
                 self._digests.pop(name, None)  # for good: it may have learned
         return dict(self._digests)

@@ -29,7 +29,7 @@ class Checkpointer:
 
     def __init__(self, settings: Settings, strategy: Strategy, signals: Signals) -> None:
         self._settings, self._strategy, self._signals = settings, strategy, signals
-        run_dir = strategy.gather(settings.run_dir)[0]
+        run_dir = strategy.first(settings.run_dir)
         self._folder = None if run_dir is None else _real(run_dir)
         self._rule = MetricRule(settings.keep_best) if settings.keep_best else None
         self._writer: CheckpointWriter | None = None
@@ -109,7 +109,7 @@ class Checkpointer:
 
     def _check_shared(self) -> None:
         """Raise UserError if a process does not see the folder: it could not resume from it."""
-        sees = self._strategy.gather(self._folder is not None and (self._folder / "config.json").is_file())
+        sees = self._strategy.compare(self._folder is not None and (self._folder / "config.json").is_file())
         if not all(sees) and self._settings.resume != "never":
             blind = ", ".join(str(rank) for rank, does in enumerate(sees) if not does)
             raise UserError(
@@ -179,7 +179,7 @@ class Checkpointer:
         value = self._rule.value(self._state.metrics)
         if self._writer is not None:
             self._writer.wait()
-        best = self._strategy.gather(self._writer.best if self._writer else None)[0]
+        best = self._strategy.first(self._writer.best if self._writer else None)
         if self._rule.improves(value, best):
             self.save(best=value)
 
@@ -187,7 +187,7 @@ class Checkpointer:
         """Save in the background; no boundary twice, and no run of skipped updates before its end."""
         if self._folder is None or (self._state.skipped_in_a_row and not is_last):
             return
-        is_lost = self._strategy.gather(self.run_folder is not None and self.run_folder.is_lost)[0]
+        is_lost = self._strategy.first(self.run_folder is not None and self.run_folder.is_lost)
         if self._saved_boundary == self._boundary and best is None and not is_lost:
             return
         started = time.perf_counter()
@@ -230,7 +230,7 @@ class Checkpointer:
                 way_out = f"Use run_dir={str(self.run_folder.path)!r} to resume: the run is saved there."
             except Exception as error:  # as in CheckpointWriter
                 way_out = f"The run could not be saved beside it: {error}. Use the folder that was moved, if it was."
-        way_out = self._strategy.gather(way_out)[0]
+        way_out = self._strategy.first(way_out)
         raise RunDirLostError(
             f"run_dir={str(self._folder)!r}: expected the folder of this run, which was moved, deleted or replaced. "
             f"{way_out}"
@@ -268,7 +268,7 @@ class Checkpointer:
         if self._writer is not None:
             self._writer.wait()
         self._stalled_seconds += time.perf_counter() - started
-        return bool(self._strategy.gather(self._writer is not None and self._writer.error is not None)[0])
+        return bool(self._strategy.first(self._writer is not None and self._writer.error is not None))
 
     @property
     def costs(self) -> dict[str, Any]:
@@ -283,7 +283,7 @@ class Checkpointer:
 
     def _raise_together(self, problem: Exception | None) -> None:
         kind = CheckpointError if isinstance(problem, UserError) else StorageError
-        told = self._strategy.gather((kind, describe(problem)) if problem else None)[0]
+        told = self._strategy.first((kind, describe(problem)) if problem else None)
         if problem is not None:
             with writing(f"the last checkpoint in {self._folder}"):
                 raise problem

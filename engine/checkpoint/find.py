@@ -103,16 +103,16 @@ def find_checkpoint(resume: str, run_dir: Path | None, strategy: Strategy) -> Ch
             chosen = _choose(resume, run_dir)
         except (CheckpointError, OSError) as error:
             chosen = str(error)
-    chosen = strategy.gather(chosen)[0]
+    chosen = strategy.first(chosen)
     if isinstance(chosen, str):
         raise CheckpointError(chosen)
     if chosen is None:
         return None
     path, digest = chosen
-    hosts = strategy.gather(platform.node())
-    is_first_of_host = hosts.index(hosts[strategy.rank]) == strategy.rank
+    host = platform.node()
+    is_first_of_host = strategy.compare(host).index(host) == strategy.rank
     problem = "" if strategy.rank == 0 else _difference(Path(path), digest, is_first_of_host)
-    problems = [f"process {rank}: {text}" for rank, text in enumerate(strategy.gather(problem)) if text]
+    problems = [f"process {rank}: {text}" for rank, text in enumerate(strategy.compare(problem)) if text]
     if problems:
         raise CheckpointError(
             f"not all processes see the checkpoint {path} of process 0 ({'; '.join(problems)}). Use a run_dir on "

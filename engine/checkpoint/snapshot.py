@@ -94,11 +94,11 @@ def snapshot(state: RunState, parts: RunParts) -> tuple[Mapping[str, Any], dict[
         with evaluated(parts.optimizer):
             whole["model"] = strategy.state_dict()["model"]
     if not strategy.holds_all:
-        buffers = {name: value for local in strategy.gather(buffers)[::-1] for name, value in local.items()}
+        buffers = {name: value for local in strategy.collect(buffers)[::-1] for name, value in local.items()}
     rest = {
         **_local_state(state, parts),
-        "positions": None if state.position is None else strategy.gather(state.position),
-        "host_rng": strategy.gather(None if host_rng is None else host_rng.state()),
+        "positions": None if state.position is None else strategy.collect(state.position),
+        "host_rng": strategy.collect(None if host_rng is None else host_rng.state()),
         "buffers": buffers,
         "left_out": left_out,
     }
@@ -137,7 +137,7 @@ def check_snapshot(state: RunState, parts: RunParts) -> None:
         )
     except UserError as error:
         problem = str(error)
-    if problems := [text for text in parts.strategy.gather(problem) if text is not None]:
+    if problems := [text for text in parts.strategy.compare(problem) if text is not None]:
         raise UserError(problems[0])
 
 

@@ -193,7 +193,7 @@ class _KeepCommand(Callback):
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Compare the options of all processes, and keep those of process 0."""
-        everyone = trainer.strategy.gather(re.sub(r" *run_dir: .*", "", self._config))
+        everyone = trainer.strategy.compare(re.sub(r" *run_dir: .*", "", self._config))
         if len(set(everyone)) > 1:
             lines = [set(config.splitlines()) for config in everyone]
             differing = sorted(set().union(*lines) - set.intersection(*lines))

@@ -1,10 +1,7 @@
 """Forked processes with torchrun's environment, bounded in time, none left behind."""
 
-from __future__ import annotations
-
 import faulthandler
 import gc
-import itertools
 import multiprocessing
 import os
 import pickle
@@ -13,7 +10,6 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
-from functools import cache
 from multiprocessing.connection import Connection, wait
 from tempfile import TemporaryFile
 from typing import IO, Any, NoReturn
@@ -25,10 +21,6 @@ import torch.distributed as dist
 GRACE = 10.0  # seconds in which the others must end when one process has failed
 
 
-# Each run meets in the same store, as the restarts of a torchrun do, under a number of its own
-_attempts = itertools.count()
-
-
 class ProcessesFailedError(Exception):
     """Processes raised, died, or did not end in time; `errors` holds one line of each, by rank."""
 
@@ -37,20 +29,18 @@ class ProcessesFailedError(Exception):
         self.errors = errors
 
 
-def run(P: int, function: Callable[..., Any], *args: Any, seconds: float, own_store: bool = False) -> list[Any]:
+def run(P: int, function: Callable[..., Any], *args: Any, seconds: float) -> list[Any]:
     """Call `function(*args)` in P forked processes without a group; return what each returned, in rank order.
 
-    They meet in a store of their own if `own_store`, as code that knows no restarts must. Raises ProcessesFailedError,
-    after `seconds` at the latest.
+    Raises ProcessesFailedError, after `seconds` at the latest.
     """
     context = multiprocessing.get_context("fork")
-    port, alive = _start_store() if own_store else (_port(), None)
-    attempt = next(_attempts)
+    port, alive = _start_store()
     children: dict[Any, Any] = {}
     for rank in range(P):
         ours, theirs = context.Pipe(duplex=False)
         places = TemporaryFile("w+")  # noqa: SIM115 - closed below
-        child = context.Process(target=_child, args=(rank, P, (port, attempt), theirs, places, function, args))
+        child = context.Process(target=_child, args=(rank, P, port, theirs, places, function, args))
         child.start()
         theirs.close()
         children[ours] = rank, child, places
@@ -76,8 +66,7 @@ def run(P: int, function: Callable[..., Any], *args: Any, seconds: float, own_st
                 child.join()
             pipe.close()
             places.close()
-        if alive is not None:
-            os.close(alive)
+        os.close(alive)
     if errors:
         raise ProcessesFailedError(errors)
     return results
@@ -93,12 +82,6 @@ def _place(child: Any, places: IO[str]) -> str:
     ours = next((frame for frame in frames if "/torch/" not in frame[0]), frames[0])
     told = [f"{os.path.basename(file)}, line {line}, in {name}" for file, line, name in {ours: 1, frames[0]: 1}]
     return f"it is at {', and in it '.join(told)}"
-
-
-@cache
-def _port() -> int:
-    """Return the port of the store of all runs."""
-    return _start_store()[0]
 
 
 def _start_store() -> tuple[int, int]:
@@ -137,14 +120,13 @@ def _receive(pipe: Any, child: Any) -> tuple[Any, str]:
 def _child(
     rank: int,
     P: int,
-    meeting: tuple[int, int],
+    port: int,
     pipe: Connection,
     places: IO[str],
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
     faulthandler.register(signal.SIGUSR2, places)
-    _port.cache_clear()  # what this process starts meets in a store of its own: here, names would come twice
     torch.set_num_threads(1)
     gc.freeze()  # what was there before the fork is not this process's to collect
     os.environ.update(
@@ -153,9 +135,9 @@ def _child(
         WORLD_SIZE=str(P),
         LOCAL_WORLD_SIZE=str(P),
         MASTER_ADDR="localhost",
-        MASTER_PORT=str(meeting[0]),
+        MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",
-        TORCHELASTIC_RESTART_COUNT=str(meeting[1]),
+        TORCHELASTIC_RESTART_COUNT="0",
     )
     try:
         _end(pipe, (function(*args), ""))

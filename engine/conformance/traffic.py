@@ -1,7 +1,5 @@
 """Checks of traffic: collectives and host-device syncs of a window, by counting, not by comparing values."""
 
-from __future__ import annotations
-
 from collections import Counter
 from functools import cache
 from typing import Any, NamedTuple
@@ -52,7 +50,7 @@ class Window(NamedTuple):
 
 
 class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts collectives, reductions of floating-point tensors and their bytes, and reads of a number from the device."""
+    """Counts collectives, reductions of floating-point tensors and their bytes, and reads from the device."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

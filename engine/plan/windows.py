@@ -94,18 +94,6 @@ class Plan:
             yield PlannedWindow(offset, stop, stage)
             offset, update = stop, update + 1
 
-    def all_windows(self) -> Iterator[tuple[int, PlannedWindow]]:
-        """Yield (epoch, window) for each update of the run."""
-        epoch = update = 0
-        while self.max_epochs is None or epoch < self.max_epochs:
-            before = update
-            for window in self.windows(epoch, update):
-                yield epoch, window
-                update += 1
-            if update == before:
-                return
-            epoch += 1
-
     def stretches(self, epoch: int = 0, update: int = 0) -> Iterator[Stretch]:
         """Yield the run from the start of `epoch` on, in closed form.
 

@@ -1,30 +1,16 @@
-"""Forecasts of a run from its plan: update by update, and stage by stage."""
+"""Forecasts of a run from its plan, stage by stage."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, groupby
-from operator import itemgetter
-from typing import NamedTuple
+from itertools import groupby
+from operator import attrgetter
 
 from engine.plan.schedule import Schedule, Stage
 from engine.plan.windows import Plan, PlannedWindow
 
 LearningRates = Sequence[float | None]
 """The learning rate of each update; None if it is unknown."""
-
-
-class PlannedUpdate(NamedTuple):
-    """One update to come, under the names of its record in metrics.jsonl."""
-
-    update: int
-    epoch: int
-    samples: int  # over all processes since the start, this update included
-    effective_batch: int
-    lr: float | None  # None: unknown, of too many updates
-    stage: Stage
-    micro_batches: int  # of all processes together
-    turns: int  # micro-batches of the process that has most of them
 
 
 @dataclass(frozen=True)
@@ -41,31 +27,31 @@ class StageForecast:
     lr: tuple[float | None, float | None] = (None, None)  # the learning rate of its first and its last update
 
 
-def planned_updates(
-    plan: Plan, N: int, P: int, spread: bool, lrs: LearningRates, samples_before: Callable[[int], Sequence[int]]
-) -> Iterator[PlannedUpdate]:
-    """Yield every update of a run; `samples_before(epoch)` counts the samples before each position of its order."""
-    samples, current, before = 0, -1, samples_before(0)
-    for number, (epoch, window) in enumerate(plan.all_windows()):
-        if epoch != current:
-            current, before = epoch, samples_before(epoch)
-        effective_batch, pieces = before[window.stop] - before[window.start], window.count(N, P, spread)
-        samples += effective_batch
-        lr, stage = _scaled(lrs[number], window.stage.lr_factor), window.stage
-        yield PlannedUpdate(number + 1, epoch, samples, effective_batch, lr, stage, pieces, -(-pieces // P))
+def stage_forecasts(
+    plan: Plan,
+    N: int,
+    P: int,
+    spread: bool,
+    lrs: LearningRates,
+    samples_before: Callable[[int], Sequence[int]] | None = None,
+) -> Iterator[StageForecast]:
+    """Yield what each stage comes to, in closed form.
 
-
-def forecasts(plan: Plan, N: int, P: int, spread: bool, lrs: LearningRates) -> Iterator[StageForecast]:
-    """Yield what each stage comes to, in closed form."""
-    pieces = cache(lambda samples: PlannedWindow(0, samples, plan.schedule.stages[0]).count(N, P, spread))
-    for stage, group in groupby(plan.stretches(), key=itemgetter(-1)):
+    If positions are groups, `samples_before(epoch)` counts the samples before each of them.
+    """
+    pieces = cache(lambda size: PlannedWindow(0, size, plan.schedule.stages[0]).count(N, P, spread))
+    for stage, group in groupby(plan.stretches(), key=attrgetter("stage")):
         stretches = [*group]
         first, last = stretches[0], stretches[-1]
         samples = micro_batches = turns = size = 0
-        for count, size in chain.from_iterable(stretch.sizes() for stretch in stretches):
-            samples += count * size
-            micro_batches += count * pieces(size)
-            turns += count * -(-pieces(size) // P)
+        for s in stretches:
+            for count, size in s.sizes():
+                micro_batches += count * pieces(size)
+                turns += count * -(-pieces(size) // P)
+            befores = [samples_before(epoch) for epoch in range(s.epoch, s.epoch + s.epochs)] if samples_before else []
+            samples += sum(at[s.stop] - at[s.start] for at in befores) or (s.stop - s.start) * s.epochs
+        if befores:
+            size = befores[-1][last.stop] - befores[-1][last.stop - size]
         epochs, end = (first.epoch, last.epoch + last.epochs - 1), last.update + last.updates
         lr = _scaled(lrs[first.update], stage.lr_factor), _scaled(lrs[end - 1], stage.lr_factor)
         yield StageForecast(stage, epochs, end - first.update, samples, micro_batches, turns, size, lr)
@@ -73,23 +59,6 @@ def forecasts(plan: Plan, N: int, P: int, spread: bool, lrs: LearningRates) -> I
 
 def _scaled(lr: float | None, factor: float) -> float | None:
     return None if lr is None else lr * factor
-
-
-def stage_forecasts(updates: Iterator[PlannedUpdate]) -> Iterator[StageForecast]:
-    """Sum up the updates of each stage."""
-    for stage, group in groupby(updates, key=lambda update: update.stage):
-        yield _sum(stage, group)
-
-
-def _sum(stage: Stage, updates: Iterator[PlannedUpdate]) -> StageForecast:
-    first = last = next(updates)
-    micro_batches, turns = first.micro_batches, first.turns
-    for last in updates:
-        micro_batches += last.micro_batches
-        turns += last.turns
-    count, samples = last.update - first.update + 1, last.samples - first.samples + first.effective_batch
-    epochs, lrs = (first.epoch, last.epoch), (first.lr, last.lr)
-    return StageForecast(stage, epochs, count, samples, micro_batches, turns, last.effective_batch, lrs)
 
 
 def stream_stages(

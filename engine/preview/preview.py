@@ -18,15 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from engine.checkpoint import files
 from engine.data.map_style import samples_before
 from engine.errors import UserError
-from engine.preview.forecast import (
-    LearningRates,
-    PlannedUpdate,
-    StageForecast,
-    forecasts,
-    planned_updates,
-    stage_forecasts,
-    stream_stages,
-)
+from engine.preview.forecast import LearningRates, StageForecast, stage_forecasts, stream_stages
 from engine.settings import AUTO, Settings, class_path
 from engine.task import Task
 from engine.trainer import Trainer
@@ -114,19 +106,6 @@ class Preview:
         order = None if self.is_stream else self.task.order(0)
         return order is not None and isinstance(order[0], Sequence)
 
-    def updates(self) -> Iterator[PlannedUpdate]:
-        """Yield every update of the run; none of a stream, whose updates are unknown."""
-        plan, settings, is_grouped = self.layout.plan, self.settings, self.is_grouped
-        if plan is None:
-            return iter(())
-
-        def before(epoch: int) -> Sequence[int]:
-            order = self.task.order(epoch) if is_grouped else None
-            return range(plan.samples + 1) if order is None else samples_before(order)
-
-        P = self.strategy.data_parallel_size
-        return planned_updates(plan, settings.N, P, settings.spread_windows, self.lrs, before)
-
     @cached_property
     def stages(self) -> list[StageForecast]:
         """Return the stages that the run reaches."""
@@ -134,9 +113,9 @@ class Preview:
             epochs = self.settings.max_epochs if self.settings.max_updates is None else None
             return list(stream_stages(self.layout.schedule, epochs, self.layout.total_updates, self.lrs))
         plan, settings, P = self.layout.plan, self.settings, self.strategy.data_parallel_size
-        if plan is None or self.is_grouped:
-            return list(stage_forecasts(self.updates()))
-        return list(forecasts(plan, settings.N, P, settings.spread_windows, self.lrs))
+        assert plan is not None
+        before = (lambda epoch: samples_before(self.task.order(epoch) or ())) if self.is_grouped else None
+        return list(stage_forecasts(plan, settings.N, P, settings.spread_windows, self.lrs, before))
 
     def warnings(self) -> list[str]:
         """Return warnings about the schedule, the model and the end of the run, a sentence each."""

@@ -26,7 +26,7 @@ try:
     from orjson import dumps as _dumps
 except ImportError:  # no wheel of it for this machine: the same lines, in ten times as many instructions
 
-    def _dumps(value: Any, /) -> bytes:
+    def _dumps(value: Any, /) -> bytes:  # type: ignore[misc]
         return json.dumps(_plain(value), ensure_ascii=False, separators=(",", ":")).encode()
 
 

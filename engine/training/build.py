@@ -1,7 +1,5 @@
 """Builds what a run needs, in the order of its cost, and checks each part as soon as it is there."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -46,7 +44,7 @@ from engine.training.validation import Validation
 from engine.update.model_checks import check_model, check_optimizer
 from engine.update.precision import autocast
 from engine.update.replay import ReplayUpdater
-from engine.update.terms import CountedSource, JoinedTerms
+from engine.update.terms import JoinedTerms
 from engine.update.timing import NO_TIMER, UpdateTimer
 from engine.update.updater import LossOf, UpdateOptions, Updater
 from engine.window_task import WindowTask
@@ -133,8 +131,7 @@ def build(
     else:
         updater = Updater(*updating)
     if counts_terms(task):
-        updater.terms = JoinedTerms(updater.exchange)
-        source = CountedSource(source, task.weights, updater.terms, strategy)
+        updater.terms = JoinedTerms(updater.exchange, strategy, task.weights)
     if can_redo(strategy, layout.plan):
         updater.allow_redo()
     task._log_entries = updater.logged
@@ -293,7 +290,7 @@ def _check_agreement(
         **{f"the shape of {name}": tuple(p.shape) for name, p in model.named_parameters()},
         "whether anything listens": is_recorded,
     }
-    everyone = strategy.gather({name: str(value) for name, value in facts.items()})
+    everyone = strategy.compare({name: str(value) for name, value in facts.items()})
     differences = [
         f"{name} is " + ", ".join(f"{row.get(name)} on process {rank}" for rank, row in enumerate(everyone))
         for name in dict.fromkeys(name for row in everyone for name in row)

@@ -53,14 +53,14 @@ class MergedMetrics:
         return {name: _saved(metric) for name, metric in self._metrics.items() if is_needed}
 
     def compute(self, states: Sequence[Mapping[str, bytes]]) -> dict[str, float]:
-        """Return all numbers of all metrics, computed by process 0 from the states of all processes.
+        """Return all numbers of all metrics, on process 0, from the states of all processes.
 
         Numbers in a tensor, list or dictionary are named by their place: `confusion/0/1`. Raises what a metric raises,
-        as a UserError on all processes.
+        as a UserError.
         """
         numbers: dict[str, float] = {}
         problem = ""
-        for name, metric in self._metrics.items() if self._strategy.rank == 0 else ():
+        for name, metric in self._metrics.items():
             try:
                 for state in states:
                     if name in state:
@@ -73,8 +73,6 @@ class MergedMetrics:
                 log.warning("%s has more than %d numbers, and is not recorded.", name, MOST_NUMBERS)
             else:
                 numbers |= found
-        if self._metrics:
-            numbers, problem = self._strategy.gather((numbers, problem))[0]
         if problem:
             raise UserError(problem)
         return numbers

@@ -76,7 +76,21 @@ class Validation:
                 evaluate(micro.batch)
         task._log_entries = logged_before
         local = (self._count, self._means.read(), self._metrics.state(self._count), self._is_measured)
-        everyone = self._strategy.gather(None if signals.stop_requested else local)
+        everyone = self._strategy.collect(None if signals.stop_requested else local)
+        found: dict[str, float] | None = None
+        problem = ""
+        if self._strategy.rank == 0:
+            try:
+                found = self._merged(everyone)
+            except UserError as error:
+                problem = str(error)
+        found, problem = self._strategy.first((found, problem))
+        if problem:
+            raise UserError(problem)
+        return found
+
+    def _merged(self, everyone: list[Any]) -> dict[str, float] | None:
+        """Return the metrics from the sums and states of all processes; None if one of them was interrupted."""
         if None in everyone:
             return None
         if not any(count for count, *_ in everyone):

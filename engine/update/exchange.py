@@ -1,7 +1,5 @@
 """The exchange of an update: its message, and what processes do for one another when one of them fails."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +15,7 @@ from engine.update.means import MeanSums, Pair
 from engine.update.message import CAUSES, HEADER, Agreed, Message, Requests, agree, check_norms, total
 from strategies import PendingRows, Strategy
 
-ACTIVITY_TOPIC, FAILURE_TOPIC = "activity", "failure"
+ACTIVITY_TOPIC = "activity"
 RESERVED = {"update", *GROUPED}
 """Names that every record has."""
 NO_REDO = (
@@ -79,10 +77,9 @@ class Exchange:
             self._pending = self._strategy.exchange(self._message())
 
     def count(self, weights: Mapping[str, float], micro_batches: int, update: int) -> dict[str, float]:
-        """Return the sums over all processes of the `weights` that terms have in this window, before its first forward.
+        """Return the sums of all processes' `weights` of terms, before a window's first forward; its losses must agree.
 
-        A process without data gives none. The window's own message must then have the same sums. Raises as `receive`,
-        Interrupted after a signal, and UserError if the names of terms differ between processes.
+        Raises as `receive`, Interrupted after a signal, and UserError if names differ between processes.
         """
         self.means.by_name = {name: (1.0, weight) for name, weight in weights.items()}  # what is logged has (0, 0) here
         self._losses.micro_batches = micro_batches
@@ -147,10 +144,8 @@ class Exchange:
         self.metrics = {name: s / w for name, (s, w) in self._sums.items() if w}
         for name, counted in self._counted.items():
             if not math.isclose(found := self._sums[name][1], counted, rel_tol=1e-6):
-                raise UserError(
-                    f"term {name!r}: weights() counted {counted} in update {update}, but its losses have weight "
-                    f"{found}. Count the same in both."
-                )
+                what = f"term {name!r}: weights() counted {counted} in update {update}, but its losses have weight"
+                raise UserError(f"{what} {found}. Count the same in both.")
 
     @property
     def local_seconds(self) -> list[float]:
@@ -165,9 +160,10 @@ class Exchange:
         """
         if self.is_alone:
             return
-        check_norms(self._strategy.gather(self.grad_norm), update)
-        if len(set(fingerprints := self._strategy.gather(self._strategy.fingerprint()))) > 1:
-            listed = ", ".join(f"{value} on process {rank}" for rank, value in enumerate(fingerprints))
+        rows = self._strategy.compare((self.grad_norm, self._strategy.fingerprint()))
+        check_norms([norm for norm, _ in rows], update)
+        if len({fingerprint for _, fingerprint in rows}) > 1:
+            listed = ", ".join(f"{value} on process {rank}" for rank, (_, value) in enumerate(rows))
             raise ReplicaError(
                 f"the processes' models have diverged: after update {update} their parameters' bits sum to {listed}. "
                 f"{CAUSES}"
@@ -205,7 +201,7 @@ class Exchange:
         if strategy.has_lost_contact(error):
             raise lost_contact(strategy, f"in update {update}", error) from error
         if not isinstance(error, ProcessFailureError):
-            strategy.post(FAILURE_TOPIC, describe(error))
+            strategy.report(describe(error))
             self.stop(error)
         raise error
 
@@ -247,10 +243,12 @@ def _check_names(names: Iterable[str], everyone: list[list[str]], have: str) -> 
 
 def lost_contact(strategy: Strategy, where: str, error: BaseException) -> ProcessFailureError:
     """Return the error of a process that waits in vain for another: who failed, or what each was doing last."""
-    reports = [f"process {rank} failed: {text}" for rank, text in strategy.posted(FAILURE_TOPIC).items()]
-    if not reports:
+    reports = [strategy.reported()]
+    if not reports[0]:
         for rank, text in strategy.posted(ACTIVITY_TOPIC).items():
             at, _, activity = text.partition(" ")
             if rank != strategy.rank:
                 reports.append(f"process {rank} last reported {time.time() - float(at):.0f} s ago: {activity}")
-    return ProcessFailureError(f"lost contact with another process {where}. {'; '.join(reports)} ({error})".strip())
+    return ProcessFailureError(
+        f"lost contact with another process {where}. {'; '.join(filter(None, reports))} ({error})".strip()
+    )

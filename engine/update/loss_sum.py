@@ -1,7 +1,5 @@
 """The sum of a window's losses and weights on one process."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from numbers import Real
@@ -11,11 +9,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.loss import Loss, Terms
+from engine.loss import TOO_NARROW, Loss, Terms
 from strategies import MicroBatch
-
-TOO_NARROW = {torch.float16, torch.bfloat16}
-"""Dtypes in which a sum of losses would lose digits."""
 
 
 class LossSum:

@@ -35,19 +35,21 @@ def moments(Q: float, V: float, V2: float, T: float, W: float) -> tuple[float, f
 def ratio(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
     """Return the noise scale of (W tr S, W |G|^2) by update, and its 95 % interval, by jackknife over the updates.
 
-    The jackknife takes |G|^2 / tr S, which stays finite: no measured signal is a noise scale of infinity.
+    It is 0 without noise, and infinity without a signal. The jackknife takes the angle whose tangent is the ratio,
+    which stays bounded if one of the two averages is nearly 0.
     """
     noise, signal = np.array(pairs).T
-    if noise.sum() <= 0:
-        return 0.0, 0.0, math.nan
-    inverse, n = signal.sum() / noise.sum(), len(pairs)
-    without = (signal.sum() - signal) / (noise.sum() - noise) if n > 1 else np.full(2, math.nan)
-    margin = 1.96 * math.sqrt((n - 1) * without.var())
-    return _inverted(inverse), _inverted(inverse + margin), _inverted(inverse - margin)
+    N, D, n = noise.sum(), signal.sum(), len(pairs)
+    with np.errstate(invalid="ignore"):  # one update, or equal ones, give no interval
+        scale = noise.std() / signal.std()
+    margin = 1.96 * math.sqrt((n - 1) * np.arctan2(N - noise, (D - signal) * scale).var())
+    angle = math.atan2(N, D * scale)
+    return _tangent(math.atan2(N, D)), scale * _tangent(angle - margin), scale * _tangent(angle + margin)
 
 
-def _inverted(value: float) -> float:
-    return math.inf if value <= 0 else float(1 / value)
+def _tangent(angle: float) -> float:
+    """Return the tangent of an angle from 0 to a right one, or of the nearest such."""
+    return 0.0 if angle <= 0 else math.inf if angle >= math.pi / 2 else math.tan(angle)
 
 
 class NoiseMeter:
@@ -107,7 +109,7 @@ def advise(
     """
     value, low, high = estimate
     noise = (low if math.isinf(value) else value) / weight_per_sample  # in samples
-    if not 0 < noise < math.inf or not batch:
+    if not 0 < noise < math.inf:
         return None
     unit = "samples" if math.isclose(weight_per_sample, 1.0) else "in weight"
     most = noise / (batch / K)  # the K at which a batch is as large as the noise scale

@@ -1,7 +1,5 @@
 """One update: the forward and backward of a window's micro-batches, one message between processes, one step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -80,8 +78,7 @@ class Updater:
         if (every := options.noise_scale_every_n_updates) is not None:
             self.noise = NoiseMeter(every, speaks=strategy.rank == 0)
             self.exchange.agree_on((NORMS, WEIGHTS))
-        self.terms: JoinedTerms | None = None
-        """Makes one loss of several terms, if `loss_of` returns them."""
+        self.terms: JoinedTerms | None = None  # if `loss_of` returns several
         self.host_rng = None if signals is None else HostRng(options.seed, strategy.data_parallel_rank)
         buffers = Buffers(model)
         self.rollback = Rollback(buffers, self.host_rng) if self.host_rng or buffers.exist else None
@@ -115,7 +112,10 @@ class Updater:
         self._loss_of = loss_of
         self.begin(window, state, requests)
         try:
-            self.strategy.run_window(self.timer.watch(window, state.update), self._forward)
+            micros = self.timer.watch(window, state.update)
+            if self.terms is not None:
+                micros = self.terms.counted(micros, state.update)
+            self.strategy.run_window(micros, self._forward)
         except Exception as error:
             self.exchange.stop(error)  # the other processes learn of it; raises it unless it is a signal's
         return self.finish(window, state)

@@ -1,7 +1,5 @@
 """The outputs of a window: those of each micro-batch, joined over all processes, and their gradients back."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -175,8 +173,8 @@ def surrogate(outputs: Outputs, gradients: Mapping[str, Tensor], scale: float) -
     ]
     if not terms:
         raise UserError("window_loss() depends on no output that requires grad. Compute it from one that does.")
-    unused = [tensor for name, (tensor,) in outputs.items() if tensor.requires_grad and name not in gradients]
-    terms += [LeftOut.apply(tensor) for tensor in unused]  # type: ignore[no-untyped-call]
+    unused = (outputs[name].tensor for name in outputs.keys() - gradients)
+    terms += [LeftOut.apply(tensor) for tensor in unused if tensor.requires_grad]
     return torch.stack(terms).sum() if len({term.dtype for term in terms}) == 1 else sum(terms[1:], terms[0])
 
 

@@ -216,9 +216,10 @@ class DDPStrategy(ProcessGroupStrategy):
         except RuntimeError as error:
             raise RuntimeError(self._unused_message(error)) from None
 
-    def own_norm(self) -> Tensor:
-        """Return the norm of this process's gradients so far, without the P of `backward`."""
-        return self.clip(None) / self.data_parallel_size
+    def own_norm(self) -> Tensor | None:
+        """Return the norm of this process's gradients so far; None unless a window's gradient is the sum of them."""
+        is_sum = self.defers_reduction and self.exact_to is not None
+        return super().clip(None) / self.data_parallel_size if is_sum else None  # `backward` has multiplied by P
 
     def join(self, window: Any) -> None:
         """Reduce zeros: run the wrapper's forward, and so its collectives, around a module that reads no data."""

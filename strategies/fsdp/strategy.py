@@ -61,6 +61,7 @@ class FSDPStrategy(ProcessGroupStrategy):
     supports_variable_windows = True
     compiles_in_place = False
     holds_all = False
+    supports_open_windows = False
     _torch_parts = FSDP
     _mesh: DeviceMesh
 

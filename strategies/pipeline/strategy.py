@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from strategies.base import MicroBatch, PendingRows
+from strategies.base import MicroBatch
 from strategies.environment import started_processes
 from strategies.errors import UserError, check_count
+from strategies.host_messages import PendingRows
 from strategies.optimizer_state import copy_of, load_named_state, merged, named_state, user_name
 from strategies.pipeline.chain import Chain
 from strategies.pipeline.parts import Call, PeerFailedError, PipelinedModel, TensorSpec, buckets, cut

@@ -6,9 +6,7 @@ With TALLY_TEST_DEVICE=cuda these tests run there, and with them those that only
 from __future__ import annotations
 
 import os
-import warnings
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +16,19 @@ from torch import Tensor, nn
 
 from engine import Trainer
 from engine.callbacks import EMA
-from strategies import DDPStrategy, DPStrategy, SingleDeviceStrategy
+from strategies import DPStrategy, SingleDeviceStrategy, find
+from tests.kit.device import DEVICE, Looks, Unseen, there
 from tests.kit.killed import same
-from tests.kit.processes import ChildError, run
+from tests.kit.processes import ChildError
 from tests.kit.reference import Regression, Samples, Watch, big_batch_run, data, in_order, mlp, parameters
 from tests.kit.streams import Streamed, deal, windows_of
 from tests.kit.tokens import Sequences, big_batch
 from tests.kit.windows import Clip
 
-DEVICE = os.environ.get("TALLY_TEST_DEVICE", "fake")
 N, EPOCHS = 2, 2
 SMALL = 2.0**-6
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 STREAMS = deal([12], [3, 1, 2])
-
-
-def there(function: Callable[..., Any], *args: Any) -> Any:
-    """Call `function(*args)` in a process that has the device."""
-    return run(1, _there, function, args, group=False, seconds=100, fresh=True)[0]
-
-
-def _there(function: Callable[..., Any], args: Any) -> Any:
-    if DEVICE == "fake":
-        from tests.kit import fake_device  # noqa: F401
-    return function(*args)
 
 
 def fit(task: Any, strategy: Any = None, device: str = DEVICE, **settings: Any) -> Any:
@@ -81,47 +68,6 @@ def test_tokens_whose_weights_are_on_the_device_equal_one_big_batch() -> None:
     expected, _ = big_batch(task, in_order(23, 4), EPOCHS, 0.5)
     (found,) = there(fitted, (task, {"accumulate_grad_batches": 2, "gradient_clip_norm": 0.5}))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-
-
-class Unseen(Regression):
-    """The regression, its loss without a look at the samples' numbers."""
-
-    def loss(self, model: nn.Module, batch: Any) -> Any:
-        return nn.functional.mse_loss(model(batch[0]), batch[1])
-
-
-class Looks(Watch):
-    """Counts where the host waits for the device, update by update."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.looks: list[int] = []
-
-    def on_fit_start(self, trainer: Any) -> None:
-        if DEVICE == "cuda":
-            self.caught = warnings.catch_warnings(record=True)
-            self.seen: Any = self.caught.__enter__()
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-        else:
-            from tests.kit import fake_device
-
-            self.seen = fake_device.waits
-
-    def on_update_end(self, trainer: Any) -> None:
-        super().on_update_end(trainer)
-        self.looks.append(self.count())
-
-    def count(self) -> int:
-        """Return how often since the last time."""
-        waits = [wait for wait in self.seen if DEVICE != "cuda" or "synchronizing CUDA operation" in str(wait.message)]
-        self.seen.clear()
-        return len(waits)
-
-    def on_fit_end(self, trainer: Any) -> None:
-        if DEVICE == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-            self.caught.__exit__(None, None, None)
 
 
 def looks(K: int, task: Any, **settings: Any) -> list[int]:
@@ -324,19 +270,36 @@ def on_one_gpu(name: str, K: int) -> list[Tensor]:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     found = []
     for samples in (28, 27, 29):
-        strategy = DDPStrategy(device="cuda") if name == "ddp" else DPStrategy(devices=1, device_type="cuda")
+        strategy: Any = DPStrategy(devices=1, device_type="cuda") if name == "dp" else find(name)(device="cuda")
         trainer = fit(Regression(samples), strategy, accumulate_grad_batches=K, gradient_clip_norm=0.5)
-        found.append(parameters(trainer.model).cpu())
+        weights = trainer.strategy.state_dict()["model"].values()
+        found.append(torch.cat([weight.cpu().flatten() for weight in weights]))
     return found
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="a GPU has not been asked for")
 @pytest.mark.parametrize("K", [1, 2, 7])
-@pytest.mark.parametrize("strategy", ["dp", "ddp"])
-def test_dp_and_ddp_on_one_gpu_equal_one_big_batch(strategy: str, K: int) -> None:
+@pytest.mark.parametrize("strategy", ["dp", "ddp", "fsdp"])
+def test_other_strategies_on_one_gpu_equal_one_big_batch(strategy: str, K: int) -> None:
     for samples, found in zip((28, 27, 29), there(on_one_gpu, strategy, K), strict=True):
         expected = big_batch_run(Regression(samples), [in_order(samples, N * K)] * EPOCHS, max_norm=0.5)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+class Adaptive(Regression):
+    def __init__(self, fused: bool) -> None:
+        super().__init__(28)
+        self.fused = fused
+
+    def configure_optimizer(self, model: nn.Module) -> Any:
+        return torch.optim.AdamW(model.parameters(), lr=0.01, fused=self.fused)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="a GPU has not been asked for")
+def test_a_fused_step_on_a_gpu_is_a_plain_one() -> None:
+    settings = {"accumulate_grad_batches": 2, "gradient_clip_norm": 0.5}
+    fused, plain = there(fitted, *((Adaptive(fused), settings) for fused in (True, False)))
+    torch.testing.assert_close(fused, plain, rtol=0, atol=1e-12)
 
 
 class OnHost(Clip):

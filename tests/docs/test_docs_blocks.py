@@ -32,7 +32,7 @@ PEERS = {"lightning", "accelerate", "peft"}
 OF_A_RUN = r"--(config|task|trainer|print_config|plan|check|help)|-h$"
 """Where launch/train.sh ends torchrun's options."""
 OTHERS = {"cd", "codespell", "git", "lint-imports", "mkdocs", "mypy", "py-spy", "ruff", "source", "tensorboard"}
-OTHERS |= {"launch/test.sh", "tests/other_torch.sh", ".ci/run"}
+OTHERS |= {"launch/test.sh", "tests/gpu/run.sh", "tests/other_torch.sh", ".ci/run"}
 """Programs whose options are not ours."""
 
 

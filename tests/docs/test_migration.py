@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kit import ROOT
-from tests.kit.pages import blocks, printed
+from tests.kit.pages import blocks
 from tests.kit.processes import run
 from tests.kit.reference import in_order
 
@@ -107,11 +106,3 @@ def test_the_model_of_transformers_trains_alike_on_one_and_two_processes() -> No
     for other, made in others:
         assert made == updates
         torch.testing.assert_close(other, one, rtol=0, atol=1e-3)  # AdamW in float32 enlarges rounding
-
-
-@pytest.mark.slow
-def test_the_table_of_short_windows_is_what_the_script_prints() -> None:
-    for package in ("lightning", "accelerate", "ignite", "torchtnt"):
-        pytest.importorskip(package)
-    table = printed("tests/benchmarks/short_window.py", folder=ROOT)
-    assert table.strip() in (ROOT / "docs/comparison.md").read_text()

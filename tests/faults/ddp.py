@@ -1,7 +1,7 @@
 """Faults of strategies/ddp."""
 
 from tests.faults.fault import Fault
-from tests.faults.selections import COUNTS, PREVIEW, TABLE
+from tests.faults.selections import COUNTS, MEMORY, PREVIEW, TABLE
 
 FAULTS = [
     Fault(
@@ -95,5 +95,19 @@ FAULTS = [
         "if is_last and (self.find_unused_parameters or not self._was_called):",
         "if False:",
         "tests/strategies/test_model_attributes.py::test_methods_and_attributes_of_the_model_work",
+    ),
+    Fault(
+        "send zeros for what a failed backward has not sent",
+        "SentBuckets.send_rest",
+        "fill_(math.nan)",
+        "zero_()",
+        f"{MEMORY}::test_means_over_samples",
+    ),
+    Fault(
+        "send all buckets after a failed backward",
+        "SentBuckets.send_rest",
+        "_collectives() - self._before",
+        "0",
+        f"{MEMORY}::test_means_over_samples",
     ),
 ]

@@ -1,6 +1,7 @@
 """Faults of engine/training."""
 
 from tests.faults.fault import Fault
+from tests.faults.selections import AUTO, MEMORY
 
 FAULTS = [
     Fault(
@@ -35,7 +36,7 @@ FAULTS = [
     ),
     Fault(
         "count padded validation samples twice",
-        "Validation.run",
+        "Validation._merged",
         "means[name] = total / weight if",
         "means[name] = sum(p[name][0] / p[name][1] for _, p, _ in everyone if name in p) / len(everyone) if",
         "tests/exact/test_loop.py::test_a_validation_mean_is_that_over_all_samples_once",
@@ -116,5 +117,40 @@ FAULTS = [
         "checkpoint is None or checkpoint.left_out",
         "checkpoint is None",
         "tests/resume/test_frozen_base.py -k given_as_weights",
+    ),
+    Fault(
+        "halve N and keep K",
+        "Run.cut",
+        "layout.schedule.cut(N, self.parts.strategy.effective_batch)",
+        "layout.schedule",
+        f"{MEMORY}::test_means_over_samples",
+    ),
+    Fault(
+        "run an epoch again instead of a window",
+        "Session._run_epoch",
+        "positions = None if state.position is None else [state.position]",
+        "positions = None",
+        f"{MEMORY}::test_means_over_samples",
+    ),
+    Fault(
+        "resume with the N of the settings",
+        "known_micro_batch_size",
+        'int(checkpoint["run"]["micro_batch_size"])',
+        "0",
+        f"{MEMORY}::test_a_run_that_resumes_after_it_is_the_run_that_did_not_end",
+    ),
+    Fault(
+        "train on with the model of the search",
+        "_try_sizes",
+        "settings.effective_batch_size or 1",
+        "settings.effective_batch_size or 1\n    make.args[0].configure_model = lambda kept=run.parts.model: kept",
+        f"{AUTO}::test_nothing_of_the_search_stays",
+    ),
+    Fault(
+        "keep an N that did not fit",
+        "_try_sizes",
+        "fails = N",
+        "fits, fails = N, 2 * N",
+        f"{AUTO}::test_nothing_of_the_search_stays",
     ),
 ]

@@ -1,7 +1,7 @@
 """Faults of engine/update."""
 
 from tests.faults.fault import Fault
-from tests.faults.selections import KILLED, LATE, LOGGED, STREAMS, TABLE, TOKENS, WEIGHTS
+from tests.faults.selections import KILLED, LATE, LOGGED, MEMORY, NOISE, STREAMS, TABLE, TOKENS, WEIGHTS
 
 FAULTS = [
     Fault(
@@ -283,5 +283,68 @@ FAULTS = [
         "return float(value)",
         "return torch.tensor(float(value), device=self._device)",
         "tests/device/test_device.py -k once_in_a_validation",
+    ),
+    Fault(
+        "take the weights of the noise scale for equal",
+        "Updater._note_own_gradient",
+        "add(WEIGHTS, weight * weight, weight)",
+        "add(WEIGHTS, weight, float(bool(weight)))",
+        f"{NOISE} -k equations",
+    ),
+    Fault(
+        "take the groups of the noise scale for whole",
+        "engine.update.noise_scale:moments",
+        "    return (T * V",
+        "    V = W\n    return (T * V",
+        f"{NOISE} -k bias",
+    ),
+    Fault(
+        "measure the noise scale of the clipped gradient",
+        "Updater.finish",
+        "metrics = self.noise.see(metrics, norm,",
+        "metrics = self.noise.see(metrics, min(norm, self.options.gradient_clip_norm or norm),",
+        f"{NOISE} -k clipping",
+    ),
+    Fault(
+        "average the ratios of updates, not their parts",
+        "engine.update.noise_scale:ratio",
+        "return _tangent(math.atan2(N, D)),",
+        "return float((noise / signal).mean()),",
+        f"{NOISE} -k interval",
+    ),
+    Fault(
+        "forget the noise scale at a resume",
+        "NoiseMeter.state_dict",
+        "[list(pair) for pair in self._pairs]",
+        "[]",
+        f"{NOISE} -k resumed",
+    ),
+    Fault(
+        "leave P in the local norm",
+        "DDPStrategy.own_norm",
+        "/ self.data_parallel_size if",
+        "if",
+        f"{NOISE} -k equations",
+    ),
+    Fault(
+        "leave an unfinished reduction",
+        "Updater._undo",
+        "self.strategy.restart_reduction()",
+        "pass",
+        f"{MEMORY}::test_means_over_samples",
+    ),
+    Fault(
+        "step with what others had sent when memory ran out",
+        "Updater.finish",
+        "any(self.strategy.gather(is_late))",
+        "any([is_late, self.strategy.gather(is_late) is None])",
+        f"{MEMORY}::test_means_over_samples",
+    ),
+    Fault(
+        "keep what did not fit",
+        "release",
+        "traceback.clear_frames(error.__traceback__)",
+        "pass",
+        f"{MEMORY}::test_what_did_not_fit_is_freed_before_it_runs_again",
     ),
 ]

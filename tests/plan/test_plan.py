@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from engine.order import bucketed, sequential, shuffled, within_budget
 from engine.plan.schedule import check_accumulation, check_scheduling
 from engine.plan.windows import Plan
-from engine.preview.forecast import forecasts, planned_updates, stage_forecasts
+from engine.preview.forecast import stage_forecasts
 from engine.seeds import mix
+from tests.kit.planned import all_windows
 from tests.kit.schedules import UNITS, schedule_of, schedules
 
 
@@ -46,7 +47,7 @@ def test_all_windows_are_those_of_each_epoch(
     samples: int, N: int, scheduling: dict[int, int], unit: str, max_updates: int | None
 ) -> None:
     plan = Plan(samples, schedule_of(scheduling, unit, N=N), max_epochs=4, max_updates=max_updates)
-    found = list(plan.all_windows())
+    found = list(all_windows(plan))
     assert len(found) == plan.updates
     update = 0
     for epoch in range(4):
@@ -68,7 +69,7 @@ def test_stretches_and_forecasts_are_sums_of_all_windows(
     samples: int, N: int, P: int, scheduling: dict[int, int], unit: str, max_updates: int | None, spread: bool
 ) -> None:
     plan = Plan(samples, schedule_of(scheduling, unit, P, N), max_epochs=6, max_updates=max_updates)
-    windows, stretches = list(plan.all_windows()), list(plan.stretches())
+    windows, stretches = list(all_windows(plan)), list(plan.stretches())
     sizes = [(window.stage, window.samples) for _, window in windows]
     assert Counter(sizes) == sum(
         (Counter({(s.stage, size): count}) for s in stretches for count, size in s.sizes()), Counter()
@@ -79,8 +80,13 @@ def test_stretches_and_forecasts_are_sums_of_all_windows(
         assert windows[s.update + s.updates - 1][0] == s.epoch + s.epochs - 1
         assert windows[s.update + s.updates - 1][1].stop == s.stop
     lrs = [1.0 / (1 + update) for update in range(len(windows))]
-    updates = planned_updates(plan, N, P, spread, lrs, lambda epoch: range(samples + 1))
-    assert list(forecasts(plan, N, P, spread, lrs)) == list(stage_forecasts(updates))
+    for forecast in stage_forecasts(plan, N, P, spread, lrs):
+        own = [(number, epoch, w) for number, (epoch, w) in enumerate(windows) if w.stage == forecast.stage]
+        counts = [window.count(N, P, spread) for _, _, window in own]
+        assert (forecast.updates, forecast.epochs) == (len(own), (own[0][1], own[-1][1]))
+        assert (forecast.samples, forecast.last_window) == (sum(w.samples for _, _, w in own), own[-1][2].samples)
+        assert (forecast.micro_batches, forecast.turns) == (sum(counts), sum(-(-count // P) for count in counts))
+        assert forecast.lr == (lrs[own[0][0]], lrs[own[-1][0]])
 
 
 @pytest.mark.parametrize("unit", UNITS)

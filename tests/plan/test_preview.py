@@ -18,10 +18,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from engine import GradientAccumulationScheduler, Trainer
-from engine.preview.forecast import PlannedUpdate
 from engine.preview.preview import Preview, preview
 from engine.preview.table import print_plan, size
 from strategies.environment import as_if_started
+from tests.kit.planned import PlannedUpdate, planned_updates
 from tests.kit.processes import run
 from tests.kit.reference import Regression
 
@@ -79,7 +79,7 @@ def test_the_plan_is_what_the_run_does(task: type[Regression], name: str, P: int
     case = CASES[name]
     with as_if_started(P):
         plan = preview(Trainer("single" if P == 1 else "ddp", micro_batch_size=N, **case), task(SAMPLES))
-        updates, stretches = list(plan.updates()), plan.stages
+        updates, stretches = list(planned_updates(plan)), plan.stages
         sent = plan.strategy.bytes_to_reduce(plan.model)
     seen = run(P, train, P, task(SAMPLES), case, str(tmp_path / "run"), group=P > 1)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -90,7 +90,13 @@ def test_the_plan_is_what_the_run_does(task: type[Regression], name: str, P: int
     assert sum(update.turns for update in updates) == max(seen)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (sent, len(updates)) == (summary["bytes_reduced_per_update"], summary["updates"])
-    assert [sum(u.stage == s.stage for u in updates) for s in stretches] == [s.updates for s in stretches]
+    for stage in stretches:
+        own = [update for update in updates if update.stage == stage.stage]
+        assert (stage.updates, stage.epochs) == (len(own), (own[0].epoch, own[-1].epoch))
+        assert stage.samples == sum(update.effective_batch for update in own)
+        assert stage.micro_batches == sum(update.micro_batches for update in own)
+        assert stage.turns == sum(update.turns for update in own)
+        assert (stage.last_window, stage.lr) == (own[-1].effective_batch, (own[0].lr, own[-1].lr))
 
 
 def as_recorded(update: PlannedUpdate) -> dict[str, Any]:
@@ -240,7 +246,6 @@ def test_a_stream_says_what_cannot_be_known(options: dict[str, Any], known: list
     assert plan.stages[0].lr[0] == plan.lrs[0] == pytest.approx(0.01 / 3)
     text = " ".join(printed(plan, 100).split())
     assert "A stream has no length: what is marked ? cannot be known before it has ended" in text
-    assert not list(plan.updates())
 
 
 def test_the_epochs_of_a_stream_are_known_where_epochs_end_the_run() -> None:

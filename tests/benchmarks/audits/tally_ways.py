@@ -66,9 +66,8 @@ def own_loop(job):
     strategy.setup()
     optimizer = torch.optim.SGD(job.model.parameters(), lr=0.1)
     model = strategy.prepare(job.model)
-    accumulator = Accumulator(
-        strategy, model, optimizer, job.dataset, micro_batch_size=job.N, accumulate_grad_batches=job.K
-    )
+    windows = {"micro_batch_size": job.N, "accumulate_grad_batches": job.K}
+    accumulator = Accumulator(strategy, model, optimizer, job.dataset, **windows)
     for epoch in range(job.epochs):
         for window in accumulator.windows(epoch):
             for batch in window:

@@ -25,9 +25,8 @@ class Unit(AutoUnit):
 
 def train(job):
     device = init_from_env(device_type="cpu", pg_backend="gloo")
-    unit = Unit(
-        module=job.model, device=device, strategy="ddp" if job.P > 1 else None, gradient_accumulation_steps=job.K
-    )
+    strategy = "ddp" if job.P > 1 else None
+    unit = Unit(module=job.model, device=device, strategy=strategy, gradient_accumulation_steps=job.K)
     unit.job = job
     sampler = DistributedSampler(job.dataset, job.P, job.rank, shuffle=False)
     run(unit, DataLoader(job.dataset, batch_size=job.N, sampler=sampler), max_epochs=job.epochs)

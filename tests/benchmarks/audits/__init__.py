@@ -1,0 +1,1 @@
+"""Engines under audit, each in a file as its own guide writes it: functions `train(job)`."""
