@@ -1,7 +1,5 @@
 """Files of a folder that anybody may have made: reads are bounded, and writes touch nothing outside the folder."""
 
-from __future__ import annotations
-
 import errno
 import os
 import stat

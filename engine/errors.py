@@ -1,7 +1,5 @@
 """Errors that end a run; each message says what happened, on which process, and the way out."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The loss of a micro-batch: a sum, and the weight that the sum is divided by."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 

@@ -6,8 +6,6 @@ An update's gradient is that of torch's `reduction="mean"` over one batch of all
 whatever is padded, ignored or weighted. Nothing waits for the device. Sums are in float32 or wider.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

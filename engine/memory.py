@@ -1,7 +1,5 @@
 """Memory: what is free, what was used, and what to do when it has run out."""
 
-from __future__ import annotations
-
 import gc
 import math
 import re

@@ -1,7 +1,5 @@
 """A task's optimizers: their parameters, names in records, LR schedulers and modes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase

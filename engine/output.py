@@ -1,7 +1,5 @@
 """Output that outlives its reader: a closed pipe or a full disk behind stdout loses lines and ends no run."""
 
-from __future__ import annotations
-
 import os
 import sys
 from contextlib import suppress

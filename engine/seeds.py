@@ -1,7 +1,5 @@
 """Seeds of random draws: each depends on the position in the run, never on P, K or earlier draws."""
 
-from __future__ import annotations
-
 import random
 
 import numpy

@@ -1,7 +1,5 @@
 """The trainer: settings in, a trained model out."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

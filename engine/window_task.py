@@ -1,7 +1,5 @@
 """The window task: a task whose loss is a function of all outputs of a window, over all processes."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections.abc import Mapping

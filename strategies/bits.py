@@ -1,7 +1,5 @@
 """The bits of a tensor, to compare replicas exactly."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """A model's buffers over time: copies of them at one moment, and the tensors that they are now."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Rank and number of processes, from a process group or torchrun's environment. Nothing else reads them."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import resource

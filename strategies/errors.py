@@ -1,7 +1,5 @@
 """Errors that a user can fix, and the check of a whole number. This module imports nothing."""
 
-from __future__ import annotations
-
 MODEL_NOT_CALLED = (
     "the loss was not computed with the `model` that loss() is given: call that one. Where nothing is to be learned, "
     "return Loss(0 * output.sum(), 0)."

@@ -1,7 +1,5 @@
 """The 2-norm of gradients."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors

@@ -1,7 +1,5 @@
 """The strategy's part in messages between processes, on their hosts: facts, texts and failures, not gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Strategies of several processes: their process group, and the messages between processes."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Sequence

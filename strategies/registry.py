@@ -1,7 +1,5 @@
 """The registry of strategies: built-in names, and class paths."""
 
-from __future__ import annotations
-
 from difflib import get_close_matches
 from importlib import import_module
 

@@ -1,7 +1,5 @@
 """One process, one device."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 

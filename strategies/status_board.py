@@ -1,7 +1,5 @@
 """The status board: texts that each process publishes in the store of the process group."""
 
-from __future__ import annotations
-
 import atexit
 import threading
 from collections.abc import Callable

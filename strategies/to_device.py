@@ -1,7 +1,5 @@
 """Moves of a batch to a device."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from copy import copy
 from typing import Any

@@ -1,7 +1,5 @@
 """Private or new parts of torch, error texts of torch that are read, and what differs between its versions."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Sequence

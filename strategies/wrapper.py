@@ -1,7 +1,5 @@
 """Wrappers of a model that have the model's own methods and attributes too."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

@@ -1,7 +1,5 @@
 """Models of Hugging Face's `transformers` as tasks, weighted by the number of predictions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Any

@@ -1,7 +1,5 @@
 """The command: `python -m engine.audit module:adapter --processes 2`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

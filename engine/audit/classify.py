@@ -4,8 +4,6 @@ A name is given only if that fault alone predicts every gradient of every proces
 reduction. Everything else is "not exact, not named".
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The recorder of a process in which a trainer trains: the samples, gradient and traffic of each `optimizer.step`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple

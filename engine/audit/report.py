@@ -1,7 +1,5 @@
 """Runs an audit, and writes what it found as a table, Markdown or JSON."""
 
-from __future__ import annotations
-
 import math
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """The command: `python -m engine.conformance module.Class --processes 2 [--option value ...]`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -1,7 +1,5 @@
 """A strategy under test: how it is made, what it declares, and how the checks run it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field

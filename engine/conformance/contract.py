@@ -1,7 +1,5 @@
 """The methods of a Strategy one by one, as the engine calls them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple

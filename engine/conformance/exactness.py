@@ -1,7 +1,5 @@
 """Checks of whole runs against one big batch: tails, weights, schedules and streams of different lengths."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

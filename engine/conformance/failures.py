@@ -1,7 +1,5 @@
 """Checks of failures: if one process fails, all report it, and none waits forever."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

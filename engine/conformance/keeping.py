@@ -1,7 +1,5 @@
 """Checks of checkpoints: names, every bit, and a resumed run, here and on another number of processes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Forked processes with torchrun's environment, bounded in time, none left behind."""
 
-from __future__ import annotations
-
 import faulthandler
 import gc
 import multiprocessing

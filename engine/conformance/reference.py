@@ -1,7 +1,5 @@
 """The model and data of the checks, and the reference: one big batch, in plain torch in float64."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Runs the checks on a backend, and prints a table of the promises."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module

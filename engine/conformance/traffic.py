@@ -1,7 +1,5 @@
 """Checks of traffic: collectives and host-device syncs of a window, by counting, not by comparing values."""
 
-from __future__ import annotations
-
 from collections import Counter
 from functools import cache
 from typing import Any, NamedTuple

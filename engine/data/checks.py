@@ -1,7 +1,5 @@
 """Checks of windows and data, made before anything is paid for."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The number of samples in a micro-batch, as far as it is known, and whether two processes read the same ones."""
 
-from __future__ import annotations
-
 import hashlib
 import zlib
 from collections.abc import Sequence

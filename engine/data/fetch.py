@@ -1,7 +1,5 @@
 """Fetching the samples of one micro-batch, with random draws that depend on its place and nothing else."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

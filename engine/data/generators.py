@@ -1,7 +1,5 @@
 """The default generators of torch, Python and numpy around a fetch, so that a dataset's draws disturb nobody's."""
 
-from __future__ import annotations
-
 import ctypes
 import random
 from collections.abc import Iterator

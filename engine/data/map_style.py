@@ -1,7 +1,5 @@
 """Windows of a map-style dataset: a global order, cut by the plan; each process fetches its own pieces."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain

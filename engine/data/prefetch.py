@@ -1,7 +1,5 @@
 """Batches that move to the device while the one before is computed with: one ahead, on a stream of their own."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """From what `train_data()` returns to a source of windows."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ Every source is used alike: `for window in source.windows(epoch, update, samples
 process's micro-batches. A source knows no model and no optimizer; `Window.close` brings it the update's verdict.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 

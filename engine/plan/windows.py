@@ -4,8 +4,6 @@ An update takes the next `effective_batch` positions of the epoch's order, or wh
 N from the update's first sample, and piece j goes to process j mod P. So the micro-batches do not depend on P.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property

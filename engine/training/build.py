@@ -1,7 +1,5 @@
 """Builds what a run needs, in the order of its cost, and checks each part as soon as it is there."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """A model that torch.compile has compiled in place: names in checkpoints stay the user's."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from engine.errors import UserError

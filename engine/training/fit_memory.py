@@ -1,7 +1,5 @@
 """Finds the micro-batch size of a run with `micro_batch_size="auto"`, by real windows of a run that is thrown away."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from itertools import chain, count, islice

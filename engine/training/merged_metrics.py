@@ -1,7 +1,5 @@
 """Validation metrics that are not means (AUROC, F1): each process updates its own, and process 0 merges them."""
 
-from __future__ import annotations
-
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """One run: epochs, windows, updates, records, validations and saves, from where it stands to its end."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Sequence

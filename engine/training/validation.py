@@ -1,7 +1,5 @@
 """Validation: weighted means over data that the processes share, each sample counted once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial

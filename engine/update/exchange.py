@@ -1,7 +1,5 @@
 """The exchange of an update: its message, and what processes do for one another when one of them fails."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence

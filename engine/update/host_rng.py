@@ -6,8 +6,6 @@ else has drawn. From the first window in which they differ, each window is seede
 two numbers per process, where the generators' states would be 5 kB.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The sum of a window's losses and weights on one process."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from numbers import Real

@@ -1,7 +1,5 @@
 """Weighted means of what a task logs: sums over a window or a validation, on the device."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from numbers import Real

@@ -4,8 +4,6 @@ A message is a header of doubles: the fields of `Message` in their order. Sums, 
 agreed on, may follow it, and maxima may follow these. gloo aborts if processes send different lengths.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType

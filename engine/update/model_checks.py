@@ -1,7 +1,5 @@
 """Checks of a task's model, optimizer and gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from inspect import signature
 from typing import Any

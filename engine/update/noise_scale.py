@@ -3,8 +3,6 @@
 Source: McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, arXiv:1812.06162, for unequal weights.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections import deque

@@ -1,7 +1,5 @@
 """An open window: one update driven by calls, for loops that sample, score and call several times before a step."""
 
-from __future__ import annotations
-
 import atexit
 import logging
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Precision of the forward pass: autocast, and the loss scale that float16 needs. Gradients stay in float32."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

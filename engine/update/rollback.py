@@ -1,7 +1,5 @@
 """Rollback: the state that forward changes before an update, so that a window without an update leaves no trace."""
 
-from __future__ import annotations
-
 from engine.update.host_rng import HostRng
 from strategies import Buffers
 

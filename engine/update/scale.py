@@ -5,8 +5,6 @@ scales by 1 / unit, a unit that all processes share, and the boundary corrects b
 samples the unit is that very weight, and the correction is 1.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Terms: losses with weights of their own, which are counted before a window's first backward."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real

@@ -3,8 +3,6 @@
 A long window reads the clock as often as a short one.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterable, Iterator

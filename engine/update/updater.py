@@ -1,7 +1,5 @@
 """One update: the forward and backward of a window's micro-batches, one message between processes, one step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The outputs of a window: those of each micro-batch, joined over all processes, and their gradients back."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

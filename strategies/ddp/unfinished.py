@@ -1,7 +1,5 @@
 """A reduction that a failed backward has left unfinished: NaN is sent in place of what it has not sent."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
