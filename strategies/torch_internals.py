@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from strategies.errors import UserError
 
-TESTED = "2.13 and 2.15"  # the tested versions of torch
+TESTED = "2.11, 2.13 and 2.15"  # the tested versions of torch
 
 # Used by `strategies.ddp.strategy`
 DDP = (
