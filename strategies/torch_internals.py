@@ -105,8 +105,8 @@ def end_fsdp_backward(root: Any) -> None:
     state._root_post_backward_final_callback()
 
 
+# Before it, a stage of a pipeline passes on floating-point numbers only, and fails if they have no gradient
 IS_BEFORE_2_13 = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
-"""Whether a stage of a pipeline passes on floating-point numbers only, and fails if they have no gradient."""
 
 
 def check_activations(dtypes: Sequence[torch.dtype]) -> None:

@@ -9,7 +9,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import torch
 
@@ -20,7 +20,6 @@ from engine.output import Output
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.live import Live
 
     from engine.trainer import Trainer
 
@@ -36,7 +35,7 @@ class Progress(Callback):
         self._seconds, self._metrics = seconds, metrics
         self._due = math.inf
         self._pace = Pace()
-        self._live: Live | None = None
+        self._live: Any = None  # rich's, which is imported when the run starts
 
     def on_fit_start(self, trainer: Trainer) -> None:
         from rich.console import Console
