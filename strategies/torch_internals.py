@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from strategies.errors import UserError
 
-TESTED = "2.13 and 2.15"  # the tested versions of torch
+TESTED = "2.11, 2.13 and 2.15"  # the tested versions of torch
 
 # Used by `strategies.ddp.strategy`
 DDP = (
@@ -73,6 +73,32 @@ def reset_fsdp(root: Any) -> None:
     root_state._state_ctx.post_backward_final_callback_queued = False
 
 
+def has_gradient(parameter: Any) -> bool:
+    """Whether one of FSDP's parameters has a gradient that is not reduced yet."""
+    unsharded = getattr(parameter, "_unsharded_param", None)
+    return parameter.unsharded_accumulated_grad is not None or (unsharded is not None and unsharded.grad is not None)
+
+
+def reduce_unused(root: Any) -> None:
+    """Let all processes reduce the same parameters, whichever they have used: see `complete_gradients` too."""
+    if hasattr(root, "set_reduce_scatter_unused_params"):  # torch 2.13
+        root.set_reduce_scatter_unused_params(True)
+
+
+def complete_gradients(parameters: Any) -> None:
+    """Give each of a unit's parameters a gradient, of one dtype, if this torch does not (2.15 does)."""
+    parts = [p for p in parameters if hasattr(p, "_unsharded_param") and p._unsharded_param.requires_grad]
+    if not parts or not hasattr(parts[0], "to_accumulated_grad_if_needed"):
+        return
+    for part in parts:
+        if not has_gradient(part):
+            part._unsharded_param.grad = torch.zeros_like(part._unsharded_param)
+    waiting = [part for part in parts if part.unsharded_accumulated_grad is None]
+    if len(waiting) < len(parts):
+        for part in waiting:
+            part.to_accumulated_grad_if_needed()
+
+
 def end_fsdp_backward(root: Any) -> None:
     """End a backward of the root FSDP module that had no data."""
     state = root._get_fsdp_state()
@@ -81,8 +107,8 @@ def end_fsdp_backward(root: Any) -> None:
     state._root_post_backward_final_callback()
 
 
+# Before it, a stage of a pipeline passes on floating-point numbers only, and fails if they have no gradient
 IS_BEFORE_2_13 = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
-"""Whether a stage of a pipeline passes on floating-point numbers only, and fails if they have no gradient."""
 
 
 def check_activations(dtypes: Sequence[torch.dtype]) -> None:

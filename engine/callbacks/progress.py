@@ -8,7 +8,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from engine.callbacks.banner import banner
 from engine.callbacks.base import Callback
@@ -19,7 +19,6 @@ from engine.output import Output, say
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.live import Live
 
     from engine.trainer import Trainer
 
@@ -35,7 +34,7 @@ class Progress(Callback):
         self._seconds, self._metrics = seconds, metrics
         self._due = math.inf
         self._pace = Pace()
-        self._live: Live | None = None
+        self._live: Any = None  # rich's, which is imported when the run starts
 
     def on_fit_start(self, trainer: Trainer) -> None:
         from rich.console import Console

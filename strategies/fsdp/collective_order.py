@@ -8,11 +8,10 @@ import time
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from strategies.torch_internals import end_fsdp_backward, reset_fsdp
+from strategies.torch_internals import complete_gradients, end_fsdp_backward, has_gradient, reset_fsdp
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "both"
 END = "end"
@@ -111,8 +110,8 @@ class CollectiveOrder:
             if self.is_open:
                 self._note(f"reduce {name}")
             if group.reduce_grads:
-                self.used.update(p for p in group.fsdp_params if _has_gradient(p))
-                _complete(group.fsdp_params)
+                self.used.update(p for p in group.fsdp_params if has_gradient(p))
+                complete_gradients(group.fsdp_params)
             post_backward(*unused)
 
         group.unshard, group.post_backward = noted_unshard, noted_post_backward
@@ -156,21 +155,3 @@ class CollectiveOrder:
         if event != END:
             self._order.append(event)
         return event
-
-
-def _has_gradient(parameter: Any) -> bool:
-    """Whether one of FSDP's parameters has a gradient that is not reduced yet."""
-    unsharded = getattr(parameter, "_unsharded_param", None)
-    return parameter.unsharded_accumulated_grad is not None or (unsharded is not None and unsharded.grad is not None)
-
-
-def _complete(parameters: Any) -> None:
-    """Give each of a unit's parameters a gradient, of one dtype, since all processes reduce the same parameters."""
-    parts = [p for p in parameters if hasattr(p, "_unsharded_param") and p._unsharded_param.requires_grad]
-    for part in parts:
-        if not _has_gradient(part):
-            part._unsharded_param.grad = torch.zeros_like(part._unsharded_param)
-    waiting = [part for part in parts if part.unsharded_accumulated_grad is None]
-    if len(waiting) < len(parts):
-        for part in waiting:
-            part.to_accumulated_grad_if_needed()

@@ -23,7 +23,7 @@ from strategies.fsdp.units import check_units, in_lists, of_classes
 from strategies.optimizer_state import user_module, user_name
 from strategies.process_group import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
-from strategies.torch_internals import FSDP, is_freed_storage, reset_fsdp
+from strategies.torch_internals import FSDP, is_freed_storage, reduce_unused, reset_fsdp
 
 _BROADCAST_BYTES = 1 << 28  # bytes of one broadcast of buffers
 
@@ -161,6 +161,7 @@ class FSDPStrategy(ProcessGroupStrategy):
         for part in named.values():
             part.set_gradient_divide_factor(1.0)  # a sum, not a mean
             part.set_force_sum_reduction_for_comms(True)
+        reduce_unused(self._root)
         named = {name: part for name, part in named.items() if part._get_fsdp_state()._fsdp_param_group is not None}
         self._order = CollectiveOrder(
             self._root, named, new_store(), self.data_parallel_size, self.timeout, frees is False

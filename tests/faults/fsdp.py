@@ -42,14 +42,14 @@ FAULTS = [
     ),
     Fault(
         "sharded: reduce what this process has used only",
-        "strategies.fsdp.collective_order:_complete",
+        "complete_gradients",
         "            part._unsharded_param.grad = torch.zeros_like(part._unsharded_param)\n",
         "            pass\n",
         "tests/strategies/test_sharded.py::test_parameters_that_are_not_always_used",
     ),
     Fault(
         "sharded: leave a gradient in the dtype of its one micro-batch",
-        "strategies.fsdp.collective_order:_complete",
+        "complete_gradients",
         "if len(waiting) < len(parts):",
         "if False:",
         "tests/strategies/test_sharded.py::test_parameters_that_are_not_always_used_in_low_precision",
