@@ -30,6 +30,10 @@ class NoiseScale(Callback):
         """The schedule proposed so far, {epoch: K}: what `GradientAccumulationScheduler` takes."""
         self._K = self._batch = 0  # of the newest windows, and the largest batch at that K: the last may be short
 
+    def on_fit_start(self, trainer: Trainer) -> None:
+        if trainer.update == 0:
+            self.proposal, self._K, self._batch = {}, 0, 0
+
     def on_update_end(self, trainer: Trainer) -> None:
         K, batch = trainer.record["accumulate_grad_batches"], trainer.record["effective_batch"]
         self._K, self._batch = K, max(batch, self._batch if K == self._K else 0)
@@ -38,10 +42,9 @@ class NoiseScale(Callback):
         """Return which batch to use; None if the noise scale is unknown. Call it on all processes alike."""
         cost = trainer.reduction_cost
         hiding = trainer.strategy.gather(cost and cost.hiding)[0]  # a measured time: that of process 0 is for all
-        if not trainer.update or not trainer.weight:
+        if not self._batch or not trainer.weight:
             return None
-        N = self._batch / self._K / trainer.strategy.data_parallel_size
-        estimate = [trainer.record[name] for name in FIELDS]
+        N, estimate = self._batch / self._K / trainer.strategy.data_parallel_size, [trainer.record[n] for n in FIELDS]
         return advise(estimate, self._batch, trainer.weight / trainer.samples, N, self._K, hiding)
 
     def on_epoch_end(self, trainer: Trainer) -> None:

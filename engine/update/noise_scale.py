@@ -111,7 +111,7 @@ def advise(
     """
     value, low, high = estimate
     noise = (low if math.isinf(value) else value) / weight_per_sample  # in samples
-    if not 0 < noise < math.inf or not batch:
+    if not 0 < noise < math.inf:
         return None
     unit = "samples" if math.isclose(weight_per_sample, 1.0) else "in weight"
     most = noise / (batch / K)  # the K at which a batch is as large as the noise scale

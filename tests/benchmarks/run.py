@@ -24,6 +24,7 @@ PAGES = {
     ),
     "strategies": "strategies.md",
     "faults": "reliability.md",
+    "noise_scale": "noise-scale.md",
 }
 """Scripts beside this one, and the page on which their output stands, between markers of that name."""
 
