@@ -238,6 +238,7 @@ def test_a_resumed_run_has_the_same_to_the_bit(P: int, tmp_path: Path) -> None:
     for (records, state), (first, _), (second, state_again) in zip(whole, *parts, strict=True):
         assert repr(first + second) == repr(records)
         assert state_again == state
+    run(P, fit_in_parts, str(tmp_path / "parts"), 11)  # it is at its end: there is advice, and nothing to train
 
 
 def test_a_loss_scale_comes_after_it() -> None:

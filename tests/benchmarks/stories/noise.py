@@ -146,7 +146,7 @@ def main() -> None:
     found = all_runs(int(sys.argv[1]) if len(sys.argv) > 1 else 2)
     text = figures(found)
     print(text)
-    publish("noise story", text, "noise-scale.md")
+    publish("noise_story", text, "noise-scale.md")
     Path(DOCS, "images", "noise-scale.svg").write_text(picture(found))
 
 
