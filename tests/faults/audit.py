@@ -43,8 +43,8 @@ FAULTS = [
     Fault(
         "audit: overlook a reduction for each micro-batch",
         "_Judge.found",
-        "if self._reduces_each_micro_batch():",
-        "if False:",
+        "if several and all(",
+        "if not several and all(",
         f"'{VERDICTS}::test_each_fault_is_named[reduced at each micro-batch]'",
     ),
 ]
