@@ -21,6 +21,7 @@ from engine.conformance.processes import ProcessesFailedError, run
 from engine.errors import UserError
 from strategies.torch_internals import is_lost_contact
 
+LOST = "another process has gone"
 HEAD = ("case", "verdict", "relative error", "ranks' difference", "collectives", "bytes reduced", "seconds")
 
 
@@ -91,7 +92,9 @@ def _found(adapter: Adapter, case: Case, dtype: torch.dtype, seconds: float) -> 
         found = judge(case, [[own for own, _ in one] for one in runs], runs[0][0][1], adapter.make, dtype)
     except ProcessesFailedError as error:
         own = {
-            rank: text for rank, text in error.errors.items() if not text.startswith(("did not end", "_LostContact"))
+            rank: text
+            for rank, text in error.errors.items()
+            if not text.startswith(("did not end", f"RuntimeError: {LOST}"))
         }
         found = Found("hang" if not own else "crash on one process" if len(own) == 1 < case.P else UNNAMED)
         found.detail = "; ".join(f"process {rank}: {text}" for rank, text in (own or error.errors).items())
@@ -113,13 +116,9 @@ def _run(
                 adapter.train(job)
         except Exception as error:
             ended.abort()
-            raise (_LostContactError(str(error)) if is_lost_contact(error) else error) from error
+            raise (RuntimeError(f"{LOST}: {error}") if is_lost_contact(error) else error) from error
         with suppress(BrokenBarrierError):
-            ended.wait()  # a process that others wait for would go on, in a real run
+            ended.wait()  # a process that others wait for does not end before them
         return steps, job.from_dataset
 
     return run(then_P or case.P, train, seconds=seconds)
-
-
-class _LostContactError(Exception):
-    """Another process has gone while this one communicated with it."""
