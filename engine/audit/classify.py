@@ -58,9 +58,8 @@ class Found:
 def judge(case: Case, runs: Sequence[Sequence[Sequence[Step]]], from_dataset: bool, make: Callable[[], nn.Module],
           dtype: torch.dtype) -> Found:  # fmt: skip
     """Return the verdict on a case, whose one or two runs have left these steps, by process."""
-    counts = [[len(own) for own in run] for run in runs]
-    if any(len(set(row)) > 1 for row in counts):
-        return Found(UNNAMED, detail=f"processes made {counts} updates")
+    if any(len(set(map(len, run))) > 1 for run in runs):
+        return Found(UNNAMED, detail=f"processes made {[list(map(len, run)) for run in runs]} updates")
     steps = [list(update) for run in runs for update in zip(*run, strict=True)]
     seen = [[row for step in update for rows in step.micro_batches for row in rows] for update in steps]
     if not steps or not all(seen):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from engine.audit.cases import CASES, UNEVEN, Adapter, Case, Job, make_case
-from engine.audit.classify import EXACT, UNNAMED, Found, judge
+from engine.audit.classify import EXACT, LIMITS, UNNAMED, Found, judge
 from engine.audit.recorder import Step, recorded
 from engine.conformance.processes import ProcessesFailedError, run
 from engine.errors import UserError
@@ -74,10 +74,9 @@ def audit(
     names = adapter.cases if cases is None else cases
     if unknown := [name for name in names if name not in CASES]:
         raise UserError(f"cases={unknown[0]!r}: expected some of {', '.join(CASES)}.")
-    if not 1 <= processes <= 4:
-        raise UserError(f"processes={processes}: expected 1 to 4.")
-    if dtype not in (torch.float64, torch.float32):
-        raise UserError(f"dtype={dtype}: expected torch.float64 or torch.float32.")
+    for name, value, known in (("processes", processes, (1, 2, 3, 4)), ("dtype", dtype, tuple(LIMITS))):
+        if value not in known:
+            raise UserError(f"{name}={value}: expected one of {', '.join(map(str, known))}.")
     chosen = [make_case(name, processes, dtype) for name in names if processes > 1 or name != UNEVEN]
     return Report([_found(adapter, case, dtype, seconds) for case in chosen])
 
