@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     if given.markdown:
         given.markdown.write_text(report.markdown())
     if given.json:
-        given.json.write_bytes(orjson.dumps(report.rows, option=orjson.OPT_INDENT_2))
+        given.json.write_bytes(orjson.dumps(report.rows))
     return int(not report.exact)
 
 

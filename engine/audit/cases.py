@@ -56,10 +56,6 @@ class Case(NamedTuple):
     then_K: int  # noqa: N815 - of the second epoch, or of the second run
     then_P: int | None  # noqa: N815 - of the second run, if there is one
 
-    def rows(self, from_dataset: bool) -> list[int]:
-        """Return the rows of an epoch."""
-        return list(range(self.samples)) if from_dataset else [i for own in self.pieces for rows in own for i in rows]
-
     def planned(self, from_dataset: bool) -> list[Planned]:
         """Return the updates of the whole run."""
         updates: list[Planned] = []

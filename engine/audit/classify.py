@@ -17,7 +17,7 @@ from engine.audit.recorder import Step
 from engine.conformance.reference import Regression, difference
 
 EXACT, UNNAMED = "exact", "not exact, not named"
-DROPPED, CARRIED = "tail dropped", "tail carried into the next epoch"
+CARRIED = "tail carried into the next epoch"
 LIMITS = {torch.float64: 1e-10, torch.float32: 2e-5}
 NAMED = 2e-5  # a fault's gradient is met to rounding, in float32 as well
 TOLD_APART = 1e-3  # a fault that predicts the exact gradient says nothing
@@ -56,9 +56,8 @@ class Found:
 def judge(case: Case, runs: Sequence[Sequence[Sequence[Step]]], from_dataset: bool, make: Callable[[], nn.Module],
           dtype: torch.dtype) -> Found:  # fmt: skip
     """Return the verdict on a case, whose one or two runs have left these steps, by process."""
-    counts = [[len(own) for own in run] for run in runs]
-    if any(len(set(row)) > 1 for row in counts):
-        return Found(UNNAMED, detail=f"processes made {counts} updates")
+    if any(len(set(map(len, run))) > 1 for run in runs):
+        return Found(UNNAMED, detail=f"processes made {[list(map(len, run)) for run in runs]} updates")
     steps = [list(update) for run in runs for update in zip(*run, strict=True)]
     seen = [[row for step in update for rows in step.micro_batches for row in rows] for update in steps]
     if not steps or not all(seen):
@@ -73,15 +72,15 @@ class _Judge:
         self, case: Case, steps: list[list[Step]], seen: list[list[int]], from_dataset: bool, model: nn.Module
     ) -> None:
         self.steps, self.seen, self.K = steps, seen, case.K
-        self.planned, self.rows = case.planned(from_dataset), Counter(case.rows(from_dataset))
+        self.planned = case.planned(from_dataset)
+        given = [row for own in case.pieces for rows in own for row in rows]
+        self.rows = Counter(range(case.samples) if from_dataset else given)
         self.windows = [[_sums(case.task, model, step) for step in update] for update in steps]
         self.exact = [_one_batch(window) for window in self.windows]
 
     def found(self, dtype: torch.dtype) -> Found:
         pairs = [(step, update[0]) for update in self.steps for step in update]
-        parted = max(
-            max(_off(step.parameters, first.parameters), _off(step.gradient, first.gradient)) for step, first in pairs
-        )
+        parted = max(_off(own, other) for step, first in pairs for own, other in zip(step[:2], first[:2], strict=True))
         last, size = self.steps[-1][0], self.exact[0].numel() * dtype.itemsize  # the first ones still build things
         found = Found(UNNAMED, float("nan"), parted, last.collectives, last.reduced_bytes, size)
         if not all(bool(step.gradient.isfinite().all()) for step, _ in pairs):
@@ -110,8 +109,8 @@ class _Judge:
         epochs = [Counter[int]() for _ in range(EPOCHS)]
         for rows, update in zip(self.seen, self.planned, strict=False):
             epochs[update.epoch].update(rows)
-        sizes = [update.samples for update in self.planned]
-        return [len(rows) for rows in self.seen] == sizes and all(epoch == self.rows for epoch in epochs)
+        has_sizes = [len(rows) for rows in self.seen] == [update.samples for update in self.planned]
+        return has_sizes and all(epoch == self.rows for epoch in epochs)
 
     def _off(self, predictions: Sequence[Tensor | list[Tensor]]) -> float:
         """Return the largest relative distance of a recorded gradient from its prediction, for all or by process."""
@@ -146,13 +145,12 @@ class _Judge:
         """Return the name of the fault if samples are in other updates than planned, in none, or in several."""
         full = [update.samples for update in self.planned if update.is_full]
         has_tail = len(full) < len(self.planned)
-        kept = Counter(
-            row for update in self.steps for step in update for rows in step.micro_batches[-self.K :] for row in rows
-        )
+        last = [rows for update in self.steps for step in update for rows in step.micro_batches[-self.K :]]
+        kept = Counter(row for rows in last for row in rows)
         if has_tail and len(full) == len(self.steps) and kept.total() == sum(full) and max(kept.values()) <= EPOCHS:
             own = [_one_batch([sums[-self.K :] for sums in window]) for window in self.windows]
             if self._off(own) <= NAMED:
-                return DROPPED
+                return "tail dropped"
             scaled = [_average([_average([s.mean for s in o]) * len(o) for o in w]) / self.K for w in self.windows]
             if self._fits(self.exact, own) or self._fits(scaled, own):
                 return CARRIED

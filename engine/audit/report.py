@@ -13,12 +13,13 @@ from typing import NamedTuple
 import torch
 
 from engine.audit.cases import CASES, UNEVEN, Adapter, Case, Job, make_case
-from engine.audit.classify import EXACT, UNNAMED, Found, judge
+from engine.audit.classify import EXACT, LIMITS, UNNAMED, Found, judge
 from engine.audit.recorder import Step, recorded
 from engine.conformance.processes import ProcessesFailedError, run
 from engine.errors import UserError
 from strategies.torch_internals import is_lost_contact
 
+LOST = "another process has gone"
 HEAD = ("case", "verdict", "relative error", "ranks' difference", "collectives", "bytes reduced", "seconds")
 
 
@@ -71,10 +72,9 @@ def audit(
     names = adapter.cases if cases is None else cases
     if unknown := [name for name in names if name not in CASES]:
         raise UserError(f"cases={unknown[0]!r}: expected some of {', '.join(CASES)}.")
-    if not 1 <= processes <= 4:
-        raise UserError(f"processes={processes}: expected 1 to 4.")
-    if dtype not in (torch.float64, torch.float32):
-        raise UserError(f"dtype={dtype}: expected torch.float64 or torch.float32.")
+    for name, value, known in (("processes", processes, (1, 2, 3, 4)), ("dtype", dtype, tuple(LIMITS))):
+        if value not in known:
+            raise UserError(f"{name}={value}: expected one of {', '.join(map(str, known))}.")
     chosen = [make_case(name, processes, dtype) for name in names if processes > 1 or name != UNEVEN]
     return Report([_found(adapter, case, dtype, seconds) for case in chosen])
 
@@ -89,7 +89,9 @@ def _found(adapter: Adapter, case: Case, dtype: torch.dtype, seconds: float) -> 
         found = judge(case, [[own for own, _ in one] for one in runs], runs[0][0][1], adapter.make, dtype)
     except ProcessesFailedError as error:
         own = {
-            rank: text for rank, text in error.errors.items() if not text.startswith(("did not end", "_LostContact"))
+            rank: text
+            for rank, text in error.errors.items()
+            if not text.startswith(("did not end", f"RuntimeError: {LOST}"))
         }
         found = Found("hang" if not own else "crash on one process" if len(own) == 1 < case.P else UNNAMED)
         found.detail = "; ".join(f"process {rank}: {text}" for rank, text in (own or error.errors).items())
@@ -111,13 +113,9 @@ def _run(
                 adapter.train(job)
         except Exception as error:
             ended.abort()
-            raise (_LostContactError(str(error)) if is_lost_contact(error) else error) from error
+            raise (RuntimeError(f"{LOST}: {error}") if is_lost_contact(error) else error) from error
         with suppress(BrokenBarrierError):
-            ended.wait()  # a process that others wait for would go on, in a real run
+            ended.wait()  # a process that others wait for does not end before them
         return steps, job.from_dataset
 
     return run(then_P or case.P, train, seconds=seconds)
-
-
-class _LostContactError(Exception):
-    """Another process has gone while this one communicated with it."""

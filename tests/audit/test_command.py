@@ -40,7 +40,7 @@ def test_a_loop_of_the_docs(
     [
         (["nowhere:train"], "No module named 'nowhere'"),
         (["tests.kit.broken_loops:nothing"], "has no attribute 'nothing'"),
-        (["tests.kit.broken_loops:train", "--processes", "5"], "processes=5: expected 1 to 4."),
+        (["tests.kit.broken_loops:train", "--processes", "5"], "processes=5: expected one of 1, 2, 3, 4."),
         (["tests.kit.broken_loops:train", "--cases", "odd"], "cases='odd': expected some of even, short last window"),
     ],
 )
