@@ -22,6 +22,7 @@ PAGES = {
     **dict.fromkeys(
         ("overhead", "datasets", "in_memory", "memory", "start", "wire", "scaling", "checkpoints"), "benchmarks.md"
     ),
+    "scale": "scale.md",
     "strategies": "strategies.md",
     "faults": "reliability.md",
     "noise_scale": "noise-scale.md",

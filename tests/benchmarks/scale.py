@@ -25,6 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # a network of its own has no names, and torch warns of that
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -170,9 +172,9 @@ def per(rows: list[list[tuple[float, ...]]], start: int, stop: int, times: int) 
 def measured(P: int) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for name, train in (("plain", plain), ("tally", tally)):
-        rows = run(P, trained, train, free_port(), seconds=60 + 10 * P, group=False)
+        rows = run(P, trained, train, free_port(), seconds=120 + 20 * P, group=False)
         found[f"{name} start"], found[name] = per(rows, 0, 1, 1), per(rows, 2, 3, MEASURED)
-    found["message"] = per(run(P, alone, free_port(), seconds=60 + 10 * P, group=False), 0, 1, MESSAGES)
+    found["message"] = per(run(P, alone, free_port(), seconds=120 + 20 * P, group=False), 0, 1, MESSAGES)
     return found
 
 
@@ -227,7 +229,6 @@ def print_projected(results: dict[int, dict[str, dict[str, float]]], latency: fl
 def main(processes: list[int], latency: float, file: str | None) -> None:
     if not leave_network():
         print("No network of its own (Linux, as root): messages of other programs on this host are counted too.\n")
-    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # no names in that network
     results = {}
     for P in processes:
         results[P] = measured(P)

@@ -128,9 +128,9 @@ class Dies(DDPStrategy):
         self.at("before save")
         return super().fingerprint()
 
-    def gather(self, value: Any) -> list[Any]:
+    def collect(self, value: Any) -> list[Any]:
         self.at("gather")
-        return super().gather(value)
+        return super().collect(value)
 
     def state_dict(self, optimizer: Any = None) -> dict[str, Any]:
         self.at("in save")

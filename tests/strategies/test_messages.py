@@ -10,13 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from strategies import DDPStrategy, UserError
+from engine import Callback, Trainer
+from strategies import DDPStrategy, FSDPStrategy, UserError
 from strategies import process_group as module
 from strategies.environment import check_open_files
 from strategies.process_group import ProcessGroupStrategy
 from tests.kit.processes import ChildError, run
+from tests.kit.reference import Regression, big_batch_run, in_order
 
 SIZES = [1, 2, 3, 5]
 
@@ -163,3 +166,35 @@ def test_a_process_that_dies_ends_the_wait_of_all_that_connected_lazily() -> Non
         run(5, dies, 2, seconds=25)
     assert {*raised.value.errors} == {*range(5)}
     assert "timed out" not in raised.value.errors.values()
+
+
+def trains(strategy: str, dies_at: int) -> torch.Tensor:
+    module.LARGEST_MESH = 1
+
+    class Dies(Callback):
+        def on_fit_end(self, trainer: Any) -> None:
+            self.model = trainer.strategy.state_dict()["model"]  # of FSDP, whole on process 0
+
+        def on_update_end(self, trainer: Any) -> None:
+            if trainer.update == dies_at and trainer.strategy.rank == 1:
+                os._exit(1)
+
+    chosen = (FSDPStrategy if strategy == "fsdp" else DDPStrategy)(timeout_seconds=8, device="cpu")
+    dies = Dies()
+    Trainer(chosen, micro_batch_size=2, max_epochs=2, shuffle=False, callbacks=dies).fit(Regression(21))
+    return torch.cat([value.flatten() for value in dies.model.values()]) if dies.model else torch.empty(0)
+
+
+@pytest.mark.parametrize(("strategy", "P"), [("ddp", 2), ("ddp", 4), ("fsdp", 3)])
+def test_processes_that_connect_lazily_train_what_one_big_batch_trains(strategy: str, P: int) -> None:
+    expected = big_batch_run(Regression(21), [in_order(21, 2 * P)] * 2)
+    for found in run(P, trains, strategy, 0)[: 1 if strategy == "fsdp" else P]:
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_a_run_that_connected_lazily_ends_with_the_process_that_dies() -> None:
+    with pytest.raises(ChildError) as raised:
+        run(4, trains, "ddp", 3, seconds=40)
+    assert raised.value.errors[1] == "died with exit code 1"
+    for rank in (0, 2, 3):
+        assert "ProcessFailureError: lost contact with another process" in raised.value.errors[rank]
