@@ -16,7 +16,7 @@ from engine.state import RunState
 from engine.update.exchange import FAILURE_TOPIC
 from engine.update.message import Outcome
 from engine.update.model_checks import check_no_gradients
-from engine.update.terms import JoinedTerms
+from engine.update.terms import JoinedTerms, Weights
 from engine.update.updater import LossOf, Updater
 from strategies import MicroBatch
 
@@ -61,7 +61,7 @@ class OpenWindow(CallWindow):
         state: RunState,
         stage: Stage,
         loss_of: LossOf | None,
-        weights: Mapping[str, float] | None,
+        weights: Weights | None,
     ) -> None:
         super().__init__(updater, MapWindow(stage, None, 0, False, iter(()), (0, 0)), state)
         self._loss_of, updater.terms = loss_of, None
