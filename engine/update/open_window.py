@@ -56,12 +56,7 @@ class OpenWindow(CallWindow):
     """
 
     def __init__(
-        self,
-        updater: Updater,
-        state: RunState,
-        stage: Stage,
-        loss_of: LossOf | None,
-        weights: Weights | None,
+        self, updater: Updater, state: RunState, stage: Stage, loss_of: LossOf | None, weights: Weights | None
     ) -> None:
         super().__init__(updater, MapWindow(stage, None, 0, False, iter(()), (0, 0)), state)
         self._loss_of, updater.terms = loss_of, None
@@ -76,9 +71,9 @@ class OpenWindow(CallWindow):
             self.fail(error)
 
     def backward(self, loss: Any, samples: int | None = None) -> None:
-        """Add a gradient: of a `Loss`, of a mean over `samples` (0-dim tensor), or of terms if `open` got weights.
+        """Add the gradient of a `Loss`, of a mean over `samples` (0-dim tensor), or of terms if `open` got weights.
 
-        If `open` got a loss function, give it a batch instead, on any device. Draws are not seeded.
+        If `open` got a loss function, give a batch instead, on any device. Draws are not seeded.
         """
         updater = self._updater
         try:

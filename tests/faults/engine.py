@@ -155,8 +155,8 @@ FAULTS = [
     ),
     Fault(
         "a loop's error that the others do not hear of",
-        "OwnWindow._stop",
-        "self._updater.exchange.stop(error)",
+        "Exchange.fail",
+        "self.stop(error)",
         "pass",
         "tests/exact/test_own_loop.py::test_a_mistake_is_an_error_on_all_processes",
     ),
