@@ -36,6 +36,11 @@ class CallWindow:
         """Record a mean as `Task.log` does, in the outcome's `metrics`. Call it before `backward`."""
         self._updater.logged.append((name, value, weight))
 
+    def check_done(self) -> None:
+        """Raise UserError for a window without an update."""
+        if not self.is_done:
+            self.fail(UserError("a window ended without window.update(). Call it after the last backward."))
+
     def fail(self, error: Exception) -> NoReturn:
         """Let the other processes know of `error` and raise it."""
         self._updater.exchange.fail(error, self._state.update)
