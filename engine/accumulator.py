@@ -79,7 +79,7 @@ class Accumulator:
         self._strategy, self._max_epochs, self._max_updates = strategy, max_epochs, max_updates
         self._data, self._cut = iter(()) if data is None else data, (batching or Batching(), N, seed, shuffle, B)
         self._weights = weights
-        self._current: OwnWindow | OpenWindow | None = None
+        self._current: OpenWindow | None = None
         self._lay_out(make_schedule(N, strategy.effective_batch, scheduling, unit, B))
         samples = self._plan.samples if self._plan else None
         stated = {"effective_batch_size": B, "scheduling": scheduling, "scheduling_unit": unit, "micro_batch_size": N}
@@ -154,9 +154,9 @@ class Accumulator:
             self._check_done()
             self._updater.begin(window, state)
             self._updater.terms = terms
-            self._current = own = OwnWindow(self._updater, window, state)
+            own = OwnWindow(self._updater, window, state)
             yield own
-            self._check_done()
+            own.check_done()
             if state.update == limit:
                 return
 
@@ -179,8 +179,8 @@ class Accumulator:
         return window
 
     def _check_done(self) -> None:
-        if self._current is not None and not self._current.is_done:
-            self._current.fail(UserError("a window ended without window.update(). Call it after the last backward."))
+        if self._current is not None:
+            self._current.check_done()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed loop needs beside `strategy.state_dict(optimizer)` and the LR scheduler's state.

@@ -117,9 +117,9 @@ class Task(Batching, ABC):
         """Return the weight of each term that `loss` returns for a micro-batch, which is still on the host.
 
         Override it only for several terms: an update's gradient is the sum of d(sums of a term) / (weights of a term)
-        over the window and all processes. A term whose weights sum to 0 is left out. The window's micro-batches wait on
-        the host until all are counted. All processes raise UserError if names differ, a weight is negative or not
-        finite, or `loss` gives other weights. Records have each term, and the weight of the first that is not 0.
+        over the window and all processes, without terms whose weights sum to 0. The window's micro-batches wait on the
+        host until all are counted. All processes raise UserError if names differ, a weight is negative or not finite,
+        or `loss` gives other weights. Records have each term, and the weight of the first that is not 0.
         """
         return {}
 

@@ -75,9 +75,7 @@ class WindowTask(Task):
 class TermTask(WindowTask):
     """A task whose `loss` returns several terms, with weights that only the forward knows.
 
-    An update's gradient is the sum of d(sums of a term) / (weights of a term), over the window and all processes. A
-    term whose weights sum to 0 is left out; if all do, the update is skipped. Each window runs twice: see `WindowTask`.
-    Weights that the batch alone decides cost less as `Task.weights`.
+    Terms count as those of `Task.weights`, which costs less where the batch alone decides. Each window runs twice.
     """
 
     @abstractmethod

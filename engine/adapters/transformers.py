@@ -130,9 +130,8 @@ class CausalLM(_Pretrained):
 class MoECausalLM(CausalLM, WindowTask):  # type: ignore[misc]  # of the loss of one micro-batch
     """CausalLM for a mixture of experts, with the balance loss of its routers, both over the window of all processes.
 
-    The balance loss is that of Switch Transformers (arXiv:2101.03961, equations 4 to 6) over all layers and attended
-    tokens, times the config's `router_aux_loss_coef`. It is no sum over micro-batches, so each window runs twice: see
-    `WindowTask`. Records have `cross_entropy` and `balance`; validation reports the cross-entropy as `loss`.
+    The balance loss (arXiv:2101.03961, equations 4 to 6) is over all layers and attended tokens, times the config's
+    `router_aux_loss_coef`. Each window runs twice: see `WindowTask`. Validation reports the cross-entropy as `loss`.
     """
 
     def check(self, config: Any) -> None:

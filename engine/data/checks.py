@@ -49,10 +49,8 @@ def check_window_losses(task: Task, strategy: Strategy, prefetches: bool) -> Non
     """Raise UserError if the task has a loss over windows or terms, and the strategy cannot run or count them."""
     runs_twice = strategy.supports_window_losses and strategy.micro_batches is None
     if counts_terms(task) and (prefetches or strategy.micro_batches is not None or isinstance(task, WindowTask)):
-        raise UserError(
-            f"{type(task).__name__} has weights(): expected a Task whose batches wait on the host and run one by one. "
-            "Use 'single', 'dp', DDPStrategy or FSDPStrategy, without prefetch_to_device. A TermTask has no weights()."
-        )
+        what = f"{type(task).__name__} has weights(): expected a Task whose batches wait on the host and run one by one"
+        raise UserError(f"{what}. Use DDPStrategy or FSDPStrategy, without prefetch_to_device and TermTask.")
     if isinstance(task, WindowTask) and not runs_twice:
         raise UserError(
             f"strategy {strategy.name!r} does not support losses over a window: expected one that can run a window "

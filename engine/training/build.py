@@ -197,7 +197,6 @@ def _has_same_windows(checkpoint: Checkpoint, windows: Mapping[str, str]) -> boo
 
 
 def _source(task: Task, settings: Settings, strategy: Strategy, layout: Layout) -> Source:
-    prefetch = Prefetch(strategy, task) if settings.prefetch_to_device else None
     return make_source(
         layout.data,
         task,
@@ -209,7 +208,7 @@ def _source(task: Task, settings: Settings, strategy: Strategy, layout: Layout) 
         settings.shuffle,
         LoaderOptions(settings.num_workers, settings.pin_memory, settings.persistent_workers),
         settings.spread_windows,
-        OnHost(task) if counts_terms(task) else prefetch,
+        OnHost(task) if counts_terms(task) else Prefetch(strategy, task) if settings.prefetch_to_device else None,
     )
 
 

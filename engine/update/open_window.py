@@ -14,7 +14,7 @@ from engine.plan.schedule import Stage
 from engine.state import RunState
 from engine.update.message import Outcome
 from engine.update.model_checks import check_no_gradients
-from engine.update.terms import JoinedTerms
+from engine.update.terms import JoinedTerms, Weights
 from engine.update.updater import LossOf, Updater
 from strategies import MicroBatch
 
@@ -33,6 +33,11 @@ class CallWindow:
     def log(self, name: str, value: float | Tensor, weight: float | Tensor | None = None) -> None:
         """Record a mean as `Task.log` does, in the outcome's `metrics`. Call it before `backward`."""
         self._updater.logged.append((name, value, weight))
+
+    def check_done(self) -> None:
+        """Raise UserError for a window without an update."""
+        if not self.is_done:
+            self.fail(UserError("a window ended without window.update(). Call it after the last backward."))
 
     def fail(self, error: Exception) -> NoReturn:
         """Let the other processes know of `error` and raise it."""
@@ -54,12 +59,7 @@ class OpenWindow(CallWindow):
     """
 
     def __init__(
-        self,
-        updater: Updater,
-        state: RunState,
-        stage: Stage,
-        loss_of: LossOf | None,
-        weights: Mapping[str, float] | None,
+        self, updater: Updater, state: RunState, stage: Stage, loss_of: LossOf | None, weights: Weights | None
     ) -> None:
         super().__init__(updater, MapWindow(stage, None, 0, False, iter(()), (0, 0)), state)
         self._loss_of, updater.terms = loss_of, None
@@ -74,9 +74,9 @@ class OpenWindow(CallWindow):
             self.fail(error)
 
     def backward(self, loss: Any, samples: int | None = None) -> None:
-        """Add a gradient: of a `Loss`, of a mean over `samples` (0-dim tensor), or of terms if `open` got weights.
+        """Add the gradient of a `Loss`, of a mean over `samples` (0-dim tensor), or of terms if `open` got weights.
 
-        If `open` got a loss function, give it a batch instead, on any device. Draws are not seeded.
+        If `open` got a loss function, give a batch instead, on any device. Draws are not seeded.
         """
         updater = self._updater
         try:

@@ -21,8 +21,7 @@ WeightsOf = Callable[[Any], Weights]
 class JoinedTerms:
     """Counts the terms of a window over all processes, and makes one loss of those of each micro-batch.
 
-    That loss is (the sum of S_i x V / W_i) with the weight of the first term, whose total is V: divided by V it is the
-    sum of S_i / W_i. A term with W_i = 0 is left out.
+    It has the weight of the first term, whose total is V: the sum of S_i x V / W_i, divided by V, is that of S_i / W_i.
     """
 
     def __init__(self, exchange: Exchange, strategy: Strategy, weights_of: WeightsOf | None = None) -> None:

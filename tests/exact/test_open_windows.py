@@ -141,3 +141,26 @@ class PerSample(Branches):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([super(PerSample, self).forward(part) for part in (x[:1], x[1:3], x[3:])])
+
+
+def drop_first() -> Any:
+    strategy = find("ddp")()
+    strategy.setup()
+    torch.manual_seed(0)
+    net = strategy.prepare(mlp())
+    accumulator = Accumulator(strategy, net, torch.optim.SGD(net.parameters(), lr=LR))
+    rows = list(range(strategy.rank, 10, 2))
+    for is_dropped in (True, False, True):
+        window = accumulator.open(mean)
+        window.backward((X[rows], Y[rows]), len(rows))
+        if is_dropped and strategy.rank == 0:
+            window.drop()
+        else:
+            assert window.update().aborted == is_dropped
+    return parameters(net), accumulator.update, accumulator.samples
+
+
+def test_what_one_process_drops_all_drop() -> None:
+    for found, updates, samples in run(2, drop_first):
+        torch.testing.assert_close(found, big_batch("mean", [list(range(10))])[0], rtol=0, atol=1e-12)
+        assert (updates, samples) == (1, 10)

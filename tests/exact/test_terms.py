@@ -6,9 +6,12 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
+from engine import Accumulator
 from strategies import DDPStrategy, FSDPStrategy
 from tests.kit.processes import run
+from tests.kit.reference import parameters
 from tests.kit.terms import TERMS, Groups, GroupsTwice, N, check, cut, fit, reference
 
 UNUSED = partial(DDPStrategy, find_unused_parameters=True)
@@ -63,3 +66,63 @@ def test_other_strategies(kind: Any) -> None:
     for name in ("single", "dp"):
         task = kind(14)
         check([fit(task, name, 2, 0.5)], reference(task, cut(14, N * 2) * 2, clip=0.5))
+
+
+def own_loop(task: Any) -> Any:
+    """Iterate over windows of K = 2, then do the same by calls."""
+    found = []
+    for is_open in (False, True):
+        strategy = DDPStrategy()
+        strategy.setup()
+        torch.manual_seed(0)
+        model = strategy.prepare(task.configure_model())
+        optimizer, data = task.configure_optimizer(model), task.train_data()
+        options = {"micro_batch_size": N, "accumulate_grad_batches": 2, "gradient_clip_norm": 0.5, "shuffle": False}
+        accumulator = Accumulator(strategy, model, optimizer, data, weights=task.weights, **options)
+        records = []
+        for epoch in range(2):
+            for window in accumulator.windows(epoch) if not is_open else ():
+                for batch in window:
+                    window.backward(task.loss(model, batch))
+                outcome = window.update()
+                records.append({"loss": outcome.loss, **outcome.metrics})
+            for pieces in cut(len(task.x), 4 * N) if is_open else ():
+                batches = [data[list(rows)] for rows in pieces[strategy.rank :: 2]]
+                counts = [task.weights(batch) for batch in batches]
+                weights = {name: sum(float(count[name]) for count in counts) for name in (counts[0] if counts else ())}
+                window = accumulator.open(task.loss if epoch else None, weights)
+                for batch in batches:
+                    window.backward(batch if epoch else task.loss(model, batch))
+                outcome = window.update()
+                records.append({"loss": outcome.loss, **outcome.metrics})
+        strategy.teardown()
+        found.append((parameters(model), records))
+    return found
+
+
+def test_loops_of_ones_own() -> None:
+    task = Groups(2 * 4 * N + 2, TERMS, masked=range(4 * N))
+    for results in zip(*run(2, own_loop, task), strict=True):
+        check(results, reference(task, cut(len(task.x), 4 * N) * 2, clip=0.5))
+
+
+class Stream(Groups):
+    """Ready micro-batches: of each process its own, fewer on the second."""
+
+    def train_data(self) -> Any:
+        rank = torch.distributed.get_rank()
+        parts = [part.split(N) for part in super().train_data().tensors]
+        return Batches([*zip(*parts, strict=True)][rank::2])
+
+
+class Batches:
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+def test_streams() -> None:
+    task = Stream(2 * 4 * N + 2)
+    check(run(2, fit, task, "ddp", 2, 0.5), reference(task, cut(len(task.x), 4 * N) * 2, clip=0.5))

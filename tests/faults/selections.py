@@ -9,6 +9,7 @@ LAYOUT = "tests/layout/test_layout.py::test_every_layout_sees_the_same_samples_a
 DRAWS = "tests/layout/test_layout.py::test_every_sample_and_micro_batch_of_every_epoch_draws_anew"
 SAVEABLE = "tests/resume/test_saveable.py"
 TWO_MODELS = "tests/exact/test_two_models.py"
+TERMS = "tests/exact/test_terms.py::test_terms_counted_on_the_host"
 WEIGHTS = "tests/exact/test_tokens.py::test_weights_are_summed_exactly"
 MEMORY = "tests/exact/test_out_of_memory.py"
 AUTO = "tests/exact/test_auto_micro_batch.py"

@@ -1,7 +1,7 @@
 """Faults of engine/update."""
 
 from tests.faults.fault import Fault
-from tests.faults.selections import KILLED, LATE, LOGGED, MEMORY, NOISE, STREAMS, TABLE, TOKENS, WEIGHTS
+from tests.faults.selections import KILLED, LATE, LOGGED, MEMORY, NOISE, STREAMS, TABLE, TERMS, TOKENS, WEIGHTS
 
 FAULTS = [
     Fault(
@@ -346,5 +346,68 @@ FAULTS = [
         "traceback.clear_frames(error.__traceback__)",
         "pass",
         f"{MEMORY}::test_what_did_not_fit_is_freed_before_it_runs_again",
+    ),
+    Fault(
+        "divide all terms by the weight of the first",
+        "JoinedTerms.count",
+        "total and totals[self._first] / total for",
+        "float(total > 0) for",
+        TERMS,
+    ),
+    Fault(
+        "divide terms by this process's weights",
+        "JoinedTerms.count",
+        "totals = self._exchange.count(local, len(weights), update)",
+        "totals = self._exchange.count(local, len(weights), update) and local",
+        TERMS,
+    ),
+    Fault(
+        "give a term of weight 0 a gradient of zero",
+        "LeftOut.backward",
+        "return None",
+        "return gradients[0] * 0",
+        TERMS,
+    ),
+    Fault(
+        "trust the weights that were counted",
+        "Exchange._add_up",
+        "if not math.isclose(found := self._sums[name][1], counted, rel_tol=1e-6):",
+        "if (found := self._sums[name][1]) is None:",
+        "tests/errors/test_terms_and_windows.py -k count",
+    ),
+    Fault(
+        "let a process that cannot count leave the others alone",
+        "Exchange.receive",
+        "self._strategy.join(self._window)",
+        "pass",
+        "tests/errors/test_terms_and_windows.py -k negative",
+    ),
+    Fault(
+        "reduce an open window before its last call",
+        "OpenWindow._end",
+        "updater.strategy.join(self._window)",
+        "pass",
+        "tests/exact/test_open_windows.py -k one_update",
+    ),
+    Fault(
+        "weigh each call alike",
+        "OpenWindow.backward",
+        "1 if samples is None else samples, 0, False",
+        "1, 0, False",
+        "tests/exact/test_open_windows.py -k one_update",
+    ),
+    Fault(
+        "drop a window alone",
+        "OpenWindow._end",
+        'updater.signals.stop_requested = call == "drop"',
+        "updater.signals.stop_requested = False",
+        "tests/exact/test_open_windows.py -k drop",
+    ),
+    Fault(
+        "forget a window that is left open",
+        "OpenWindow.__init__",
+        "atexit.register(self._report)",
+        "pass",
+        "tests/errors/test_terms_and_windows.py -k left_open",
     ),
 ]
