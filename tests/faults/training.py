@@ -1,7 +1,7 @@
 """Faults of engine/training."""
 
 from tests.faults.fault import Fault
-from tests.faults.selections import AUTO, MEMORY
+from tests.faults.selections import AUTO, MEMORY, REDO
 
 FAULTS = [
     Fault(
@@ -100,8 +100,8 @@ FAULTS = [
     Fault(
         "test on validation data",
         "means",
-        "strategy, source)",
-        "strategy)",
+        "strategy, source, N)",
+        "strategy, N=N)",
         "tests/exact/test_predict.py -k each_sample_once",
     ),
     Fault(
@@ -123,14 +123,14 @@ FAULTS = [
         "Run.cut",
         "layout.schedule.cut(N, self.parts.strategy.effective_batch)",
         "layout.schedule",
-        f"{MEMORY}::test_means_over_samples",
+        REDO,
     ),
     Fault(
         "run an epoch again instead of a window",
         "Session._run_epoch",
         "positions = None if state.position is None else [state.position]",
         "positions = None",
-        f"{MEMORY}::test_means_over_samples",
+        REDO,
     ),
     Fault(
         "resume with the N of the settings",

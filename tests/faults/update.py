@@ -1,7 +1,7 @@
 """Faults of engine/update."""
 
 from tests.faults.fault import Fault
-from tests.faults.selections import KILLED, LATE, LOGGED, MEMORY, STREAMS, TABLE, TOKENS, WEIGHTS
+from tests.faults.selections import KILLED, LATE, LOGGED, MEMORY, REDO, STREAMS, TABLE, TOKENS, WEIGHTS
 
 FAULTS = [
     Fault(
@@ -175,7 +175,7 @@ FAULTS = [
     Fault(
         "stop alone",
         "Updater.finish",
-        "if agreed.abort:",
+        "if agreed.abort or agreed.out_of_memory:",
         "if self.signals.stop_requested:",
         "tests/resume/test_interrupts.py::test_sigterm_at_random_moments",
     ),
@@ -289,14 +289,14 @@ FAULTS = [
         "Updater._undo",
         "self.strategy.restart_reduction()",
         "pass",
-        f"{MEMORY}::test_means_over_samples",
+        REDO,
     ),
     Fault(
         "step with what others had sent when memory ran out",
         "Updater.finish",
         "any(self.strategy.gather(is_late))",
         "any([is_late, self.strategy.gather(is_late) is None])",
-        f"{MEMORY}::test_means_over_samples",
+        REDO,
     ),
     Fault(
         "keep what did not fit",
