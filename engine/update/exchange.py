@@ -50,7 +50,7 @@ class Exchange:
         self.can_redo = False
         """Whether a window that ran out of memory can run again; otherwise that ends the run."""
         self.out_of_memory = ""
-        """What did not fit on this process in the current window, if something did not."""
+        """The error by which memory ran out on this process in the current window; "" if it did not."""
         self.is_late = False
         """Whether memory ran out when the message had left, so that the others do not know of it."""
         self._rows: list[list[float]] = []

@@ -24,7 +24,7 @@ class SentBuckets:
             self._before = _collectives()
 
     def send_rest(self, ddp: DistributedDataParallel) -> bool:
-        """Send NaN in place of the buckets that were not sent, in their order. False if there are none, or unknown."""
+        """Send NaN in place of the buckets that were not sent, in their order. False if all were sent, or unknown."""
         if not self._is_counted:
             return False
         rest = ddp.reducer._get_zeros_like_grad_buckets()[_collectives() - self._before :]

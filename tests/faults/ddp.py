@@ -1,7 +1,7 @@
 """Faults of strategies/ddp."""
 
 from tests.faults.fault import Fault
-from tests.faults.selections import COUNTS, MEMORY, PREVIEW, TABLE
+from tests.faults.selections import COUNTS, PREVIEW, REDO, TABLE
 
 FAULTS = [
     Fault(
@@ -101,13 +101,13 @@ FAULTS = [
         "SentBuckets.send_rest",
         "fill_(math.nan)",
         "zero_()",
-        f"{MEMORY}::test_means_over_samples",
+        REDO,
     ),
     Fault(
         "send all buckets after a failed backward",
         "SentBuckets.send_rest",
         "_collectives() - self._before",
         "0",
-        f"{MEMORY}::test_means_over_samples",
+        REDO,
     ),
 ]

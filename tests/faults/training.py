@@ -1,7 +1,7 @@
 """Faults of engine/training."""
 
 from tests.faults.fault import Fault
-from tests.faults.selections import AUTO, MEMORY
+from tests.faults.selections import AUTO, MEMORY, REDO
 
 FAULTS = [
     Fault(
@@ -123,14 +123,14 @@ FAULTS = [
         "Run.cut",
         "layout.schedule.cut(N, self.parts.strategy.effective_batch)",
         "layout.schedule",
-        f"{MEMORY}::test_means_over_samples",
+        REDO,
     ),
     Fault(
         "run an epoch again instead of a window",
         "Session._run_epoch",
         "positions = None if state.position is None else [state.position]",
         "positions = None",
-        f"{MEMORY}::test_means_over_samples",
+        REDO,
     ),
     Fault(
         "resume with the N of the settings",

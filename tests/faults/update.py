@@ -1,7 +1,7 @@
 """Faults of engine/update."""
 
 from tests.faults.fault import Fault
-from tests.faults.selections import KILLED, LATE, LOGGED, MEMORY, NOISE, STREAMS, TABLE, TERMS, TOKENS, WEIGHTS
+from tests.faults.selections import KILLED, LATE, LOGGED, MEMORY, NOISE, REDO, STREAMS, TABLE, TERMS, TOKENS, WEIGHTS
 
 FAULTS = [
     Fault(
@@ -331,14 +331,14 @@ FAULTS = [
         "Updater._undo",
         "self.strategy.restart_reduction()",
         "pass",
-        f"{MEMORY}::test_means_over_samples",
+        REDO,
     ),
     Fault(
         "step with what others had sent when memory ran out",
         "Updater.finish",
         "any(self.strategy.gather(is_late))",
         "any([is_late, self.strategy.gather(is_late) is None])",
-        f"{MEMORY}::test_means_over_samples",
+        REDO,
     ),
     Fault(
         "keep what did not fit",
