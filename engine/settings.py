@@ -202,7 +202,7 @@ class Settings:
     )
     loggers: Logger | str | Sequence[Logger | str] | None = option(
         None,
-        'Loggers on process 0: "tensorboard", "wandb", an object with `log(record)` and `close()`, or a list.',
+        'Loggers on process 0: "csv", "tensorboard", "wandb", an object with `log(record)` and `close()`, or a list.',
         OUTPUT,
         is_recorded=False,
     )

@@ -5,13 +5,12 @@ from functools import partial
 
 from engine.errors import UserError
 from engine.loggers.base import Logger
+from engine.loggers.csv_tables import CSVLogger
 from engine.loggers.tensorboard_events import TensorBoardLogger
 from engine.loggers.tracker import TrackerLogger
 
-BY_NAME: dict[str, Callable[[], Logger]] = {
-    "tensorboard": TensorBoardLogger,
-    "wandb": partial(TrackerLogger, "wandb"),
-}
+BY_NAME: dict[str, Callable[[], Logger]] = {"csv": CSVLogger, "tensorboard": TensorBoardLogger}
+BY_NAME["wandb"] = partial(TrackerLogger, "wandb")
 
 
 def make_loggers(given: Logger | str | Sequence[Logger | str] | None, run_dir: str | None) -> list[Logger]:

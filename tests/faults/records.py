@@ -34,11 +34,11 @@ FAULTS = [
         LOSES,
     ),
     Fault(
-        "reopen events by the folder's name",
+        "reopen tables by the folder's name",
         "RunFolder.pinned",
         "return path if path.exists() else self.path",
         "return self.path",
-        f"{IDENTITY}::test_events_follow_a_folder_that_is_moved",
+        f"{IDENTITY}::test_tables_follow_a_folder_that_is_moved",
     ),
     Fault(
         "decide before the lock that a folder is empty",

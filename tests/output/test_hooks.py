@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def reference_norms(windows: list[range]) -> list[dict[str, Tensor]]:
 
 
 def fit(strategy: str, folder: str) -> Any:
-    options = {"keep_best": "max:updates", "run_dir": folder}
+    options = {"keep_best": "max:updates", "loggers": "csv", "run_dir": folder}
     norms, stopping = Norms(), EarlyStopping("updates", 99, "max")
     trainer = Trainer(
         strategy, 2, accumulate_grad_batches=3, max_epochs=2, shuffle=False, callbacks=[norms, stopping], **options
@@ -69,10 +70,13 @@ def test_a_norm_per_layer_and_what_a_callback_adds(strategy: str, P: int, tmp_pa
     right = reference_norms(2 * in_order(22, 6 * P))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     updates = [line for line in lines if "loss" in line]
-    assert len(updates) == len(right)
-    for record, norms in zip(updates, right, strict=True):
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(updates) == len(rows) == len(right)
+    for record, row, norms in zip(updates, rows, right, strict=True):
         for name, norm in norms.items():
             assert record[name] == pytest.approx(norm.item(), rel=1e-12)
+            assert float(row[name]) == record[name]
         whole = torch.stack([*norms.values()]).norm().item()
         assert record["grad_norm"] == pytest.approx(whole, rel=1e-12)
     validations = [line for line in lines if "loss" not in line]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from engine import Callback, Loss, Trainer
-from engine.loggers import GroupedLogger, Start, TensorBoardLogger, TrackerLogger
+from engine.loggers import CSVLogger, GroupedLogger, Start, TensorBoardLogger, TrackerLogger
 from tests.kit import ROOT
 from tests.kit.processes import ChildError, run
 from tests.kit.reference import Regression, Samples, data, parameters
@@ -43,7 +44,7 @@ class Dies(Callback):
 
     def on_update_end(self, trainer: Trainer) -> None:
         if trainer.update == self.update and trainer.strategy.rank == 0:
-            trainer.loggers[0].writer.flush()  # type: ignore[attr-defined]
+            trainer.loggers[1].writer.flush()  # type: ignore[attr-defined]
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -54,10 +55,15 @@ def fit(folder: str, dies_at: int = 0) -> None:
         max_epochs=2,
         save_every_n_updates=3,
         validate_every_n_updates=2,
-        loggers="tensorboard",
+        loggers=["csv", "tensorboard"],
         callbacks=Dies(dies_at),
         run_dir=folder,
     ).fit(Tokens(17))
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return [{k: v for k, v in row.items() if not k.startswith("speed/")} for row in csv.DictReader(file)]
 
 
 def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -75,18 +81,39 @@ def test_a_killed_run_has_one_history(P: int, tmp_path: Path) -> None:
     run(P, fit, str(whole))
     with pytest.raises(ChildError):
         run(P, fit, str(parts), 5)
+    with (parts / "metrics.csv").open("a") as file:
+        file.write("6,0.1")  # killed within a line
     run(P, fit, str(parts))
-    found = points(parts)
-    assert found == points(whole)
+    for name in ("metrics.csv", "validation.csv"):
+        assert table(parts / name) == table(whole / name)
+    assert points(parts) == points(whole)
     records = [json.loads(line) for line in (parts / "metrics.jsonl").read_text().splitlines()]
     updates = [record for record in records if "loss" in record]
-    assert [update for update, _ in found["train/loss"]] == list(range(1, len(updates) + 1))
-    for tag, name in (("train/loss", "loss"), ("optim/grad_norm", "grad_norm"), ("data/samples", "samples")):
-        assert [value for _, value in found[tag]] == pytest.approx([record[name] for record in updates])
-    assert [value for _, value in found["data/weight"]] == [3 * record["samples"] for record in updates]
-    validations = [(record["update"], record["validation/loss"]) for record in records if "loss" not in record]
-    assert [update for update, _ in found["validation/loss"]] == [update for update, _ in validations]
-    assert [mean for _, mean in found["validation/loss"]] == pytest.approx([mean for _, mean in validations])
+    rows = table(parts / "metrics.csv")
+    assert [int(row["update"]) for row in rows] == list(range(1, len(updates) + 1))
+    assert [float(row["train/loss"]) for row in rows] == [record["loss"] for record in updates]
+    assert [float(row["optim/grad_norm"]) for row in rows] == [record["grad_norm"] for record in updates]
+    assert [int(row["data/samples"]) for row in rows] == [record["samples"] for record in updates]
+    assert [float(row["data/weight"]) for row in rows] == [3 * record["samples"] for record in updates]
+    validations = [record for record in records if "loss" not in record]
+    means = [(int(row["update"]), float(row["validation/loss"])) for row in table(parts / "validation.csv")]
+    assert means == [(record["update"], record["validation/loss"]) for record in validations]
+    samples = {record["update"]: record["samples"] for record in updates}
+    assert [int(row["data/samples"]) for row in table(parts / "validation.csv")] == [samples[u] for u, _ in means]
+
+
+def test_a_column_that_comes_later_is_empty_before(tmp_path: Path) -> None:
+    logger = CSVLogger()
+    start = Start(tmp_path, 0, 0, {}, 0.0, {})
+    logger.open(start)
+    logger.log({"update": 1, "validation/a": 0.5})
+    logger.log({"update": 2, "validation/a,b": 2.0})
+    logger.close()
+    logger.open(start._replace(update=2, validated_update=1))
+    logger.log({"update": 2, "validation/a": 0.25})
+    logger.close()
+    rows = [(row["update"], row["validation/a"], row["validation/a,b"]) for row in table(tmp_path / "validation.csv")]
+    assert rows == [("1", "0.5", ""), ("2", "0.25", "")]
 
 
 def test_a_tracker_is_imported_when_used_and_told_of_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,10 +178,10 @@ def test_a_logger_whose_service_is_away_ends_nothing(at: str, tmp_path: Path, ca
 
 def test_what_is_no_logger_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for loggers, run_dir, message in (
-        ("mlflow", "run", "loggers='mlflow': give tensorboard, wandb, or an object"),
-        ([object()], "run", "give tensorboard, wandb, or an object"),
-        ("tensorboard", None, "loggers='tensorboard' writes into the run's folder: give a run_dir"),
-        (TensorBoardLogger(), None, "writes into the run's folder: give a run_dir"),
+        ("mlflow", "run", "loggers='mlflow': give csv, tensorboard, wandb, or an object"),
+        ([object()], "run", "give csv, tensorboard, wandb, or an object"),
+        ("csv", None, "loggers='csv' writes into the run's folder: give a run_dir"),
+        (CSVLogger(), None, "writes into the run's folder: give a run_dir"),
     ):
         with pytest.raises(ValueError, match=message):
             Trainer(max_updates=1, loggers=loggers, run_dir=run_dir)  # type: ignore[arg-type]

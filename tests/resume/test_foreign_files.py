@@ -31,6 +31,7 @@ NAMES = [
     "events.jsonl",
     "model.safetensors",
     "config.yaml",
+    "metrics.csv",
     "tensorboard",
     "anything",
     "checkpoints/latest",

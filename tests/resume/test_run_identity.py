@@ -118,12 +118,14 @@ def test_all_processes_hear_that_the_folder_is_lost(tmp_path: Path) -> None:
     assert all("RunDirLostError" in error and "run-lost' to resume" in error for error in ends.value.errors.values())
 
 
-def test_events_follow_a_folder_that_is_moved(tmp_path: Path) -> None:
+def test_tables_follow_a_folder_that_is_moved(tmp_path: Path) -> None:
     folder, aside = tmp_path / "run", tmp_path / "aside"
-    options = {"loggers": "tensorboard", "save_every_n_updates": None, "validate_every_n_updates": 6}
+    options = {"loggers": ["csv", "tensorboard"], "save_every_n_updates": None, "validate_every_n_updates": 6}
     with pytest.raises(RunDirLostError):
         fit(folder, callbacks=At(5, lambda: replaced(folder)), **options)
-    assert "tensorboard" not in {path.name for path in folder.iterdir()}
+    assert not {"metrics.csv", "validation.csv", "tensorboard"} & {path.name for path in folder.iterdir()}
+    assert len((aside / "metrics.csv").read_text().splitlines()) == 13
+    assert len((aside / "validation.csv").read_text().splitlines()) == 3
     assert len(list((aside / "tensorboard").iterdir())) == 1
 
 
