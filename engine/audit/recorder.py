@@ -36,12 +36,12 @@ def recorded(model: nn.Module, x: Tensor) -> Iterator[list[Step]]:
     def on_forward(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if output.requires_grad:
             place = len(seen)
-            output.register_hook(lambda _: used.add(place))
+            output.register_hook(lambda _: used.add(place))  # type: ignore[no-untyped-call]
             seen.append(tuple(known.get(value, -1) for value in args[0][:, 0].tolist()))
 
     def keep(optimizer: Optimizer) -> None:
         traffic = calls.counts["collectives"], calls.counts["reduced_bytes"]
-        parameters = list(model.parameters())
+        parameters: list[Tensor] = list(model.parameters())
         held = [p for group in optimizer.param_groups for p in group["params"]]
         if not any(p is held[0] for p in parameters):  # the trainer trains a copy
             parameters = held

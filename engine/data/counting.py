@@ -3,6 +3,7 @@
 import hashlib
 import zlib
 from collections.abc import Sequence
+from inspect import ismethod
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def overrides(batching: Batching, method: str) -> bool:
 
 def counts_terms(task: Task) -> bool:
     """Whether a task counts the weights of several terms before each window."""
-    return getattr(task.weights, "__func__", None) is not Task.weights
+    return ismethod(task.weights) and task.weights.__func__ is not Task.weights  # or an attribute of that name
 
 
 def size_problem(batching: Batching, batch: Any, planned: int | None = None) -> str:

@@ -2,7 +2,6 @@
 
 import atexit
 import logging
-from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from torch import Tensor

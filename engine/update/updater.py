@@ -162,7 +162,8 @@ class Updater:
 
     def _note_own_gradient(self) -> None:
         """Put this process's part of Q, V and V2 into the message: see `noise_scale.moments`. No host-device sync."""
-        norm = self.strategy.own_norm() if self.losses.micro_batches else None
+        has_one_weight = self.losses.micro_batches and self.terms is None
+        norm = self.strategy.own_norm() if has_one_weight else None
         square, weight = (0.0, 0.0) if norm is None else ((norm.double() / self.losses.scale) ** 2, self.losses.weight)
         self.exchange.means.add(NORMS, square, weight)
         self.exchange.means.add(WEIGHTS, weight * weight, weight)
