@@ -108,7 +108,7 @@ class ProcessGroupStrategy(Strategy):
             )
         self._host_group = dist.new_group(backend="gloo", timeout=self.timeout)
         self._board = StatusBoard(new_store(), self.rank, self.processes)
-        if lazily:  # connect while all are there: a lazy connection waits for the dead for ever
+        if lazily:  # connect while all are there: a lazy connection waits without end for the dead
             for group in (None, self._host_group):
                 dist.barrier(group=group)
 

@@ -45,7 +45,7 @@ class StatusBoard:
         self._patiently(lambda: self._store.compare_set("failure", "", text))
 
     def reported(self) -> str:
-        """Return the first failure; "" if there is none."""
+        """Return the first failure, else ""."""
         texts: list[bytes] = []
         self._patiently(lambda: texts.extend(self._store.multi_get(["failure"] * self._store.check(["failure"]))))
         return texts[0].decode() if texts else ""

@@ -32,6 +32,7 @@ else:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="the first test of each file")
+    parser.addoption("--all", action="store_true", help="every case of each test, also of the whole suite")
     parser.addoption("--changed", action="store_true", help="the tests of what git says has changed")
     parser.addoption("--costs", action="store_true", help="seconds of the processor and processes started, by test")
 
@@ -50,6 +51,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("quick"):
         items[:] = selection.first_of_each_file(items)
+    elif (
+        [Path(name).name for name in config.args] == ["tests"]
+        and config.option.markexpr == "not slow"
+        and not config.option.all
+    ):
+        items[:] = selection.some_cases_of_each_test(items)
 
 
 MAY_BE_MISSING = ("GPU", "root", "Chromium")

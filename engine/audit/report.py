@@ -17,7 +17,7 @@ from engine.audit.classify import EXACT, LIMITS, UNNAMED, Found, judge
 from engine.audit.recorder import Step, recorded
 from engine.conformance.processes import ProcessesFailedError, run
 from engine.errors import UserError
-from strategies.torch_internals import is_lost_contact
+from strategies import resolve
 
 LOST = "another process has gone"
 HEAD = ("case", "verdict", "relative error", "ranks' difference", "collectives", "bytes reduced", "seconds")
@@ -113,7 +113,7 @@ def _run(
                 adapter.train(job)
         except Exception as error:
             ended.abort()
-            raise (RuntimeError(f"{LOST}: {error}") if is_lost_contact(error) else error) from error
+            raise (RuntimeError(f"{LOST}: {error}") if resolve("ddp").has_lost_contact(error) else error) from error
         with suppress(BrokenBarrierError):
             ended.wait()  # a process that others wait for does not end before them
         return steps, job.from_dataset

@@ -129,7 +129,8 @@ class RunFolder:
         except TypeError:
             self._unwritten += _line(record)
         try:
-            self.flush()
+            while self._unwritten and self._metrics is not None:  # as `flush`, without a call
+                self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
             self._is_full = False
         except OSError as error:
             if not self._is_full:

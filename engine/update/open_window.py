@@ -21,7 +21,7 @@ UNSIZED = "the samples of this call are unknown. Use backward(loss, samples=n), 
 
 
 class CallWindow:
-    """A window that a loop of one's own drives by calls."""
+    """A window that is driven by calls, in a loop without a trainer."""
 
     is_done = False
     """Whether it was updated or dropped."""

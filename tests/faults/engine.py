@@ -170,13 +170,6 @@ FAULTS = [
         "tests/exact/test_own_loop.py::test_a_mistake_is_an_error_on_all_processes",
     ),
     Fault(
-        "a loop's error that the others do not hear of",
-        "Exchange.fail",
-        "self.stop(error)",
-        "pass",
-        "tests/exact/test_own_loop.py::test_a_mistake_is_an_error_on_all_processes",
-    ),
-    Fault(
         "an error that a callback's hides",
         "Trainer._report",
         "except Exception:",

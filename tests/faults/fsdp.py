@@ -41,20 +41,6 @@ FAULTS = [
         "'tests/strategies/test_sharded.py::test_processes_that_never_had_a_micro_batch_learn_the_order_from_the_others[2-1]'",
     ),
     Fault(
-        "sharded: reduce what this process has used only",
-        "complete_gradients",
-        "            part._unsharded_param.grad = torch.zeros_like(part._unsharded_param)\n",
-        "            pass\n",
-        "tests/strategies/test_sharded.py::test_parameters_that_are_not_always_used",
-    ),
-    Fault(
-        "sharded: leave a gradient in the dtype of its one micro-batch",
-        "complete_gradients",
-        "if len(waiting) < len(parts):",
-        "if False:",
-        "tests/strategies/test_sharded.py::test_parameters_that_are_not_always_used_in_low_precision",
-    ),
-    Fault(
         "sharded: continue from the middle of a forward that failed",
         "CollectiveOrder.finish",
         "if self._position or ",

@@ -373,14 +373,14 @@ FAULTS = [
         "Exchange._add_up",
         "if not math.isclose(found := self._sums[name][1], counted, rel_tol=1e-6):",
         "if (found := self._sums[name][1]) is None:",
-        "tests/errors/test_terms_and_windows.py -k count",
+        "tests/errors/test_terms_and_windows.py::test_terms",
     ),
     Fault(
         "let a process that cannot count leave the others alone",
         "Exchange.receive",
         "self._strategy.join(self._window)",
         "pass",
-        "tests/errors/test_terms_and_windows.py -k negative",
+        "tests/errors/test_terms_and_windows.py::test_terms",
     ),
     Fault(
         "reduce an open window before its last call",
@@ -409,5 +409,12 @@ FAULTS = [
         "atexit.register(self._report)",
         "pass",
         "tests/errors/test_terms_and_windows.py -k left_open",
+    ),
+    Fault(
+        "a loop's error that the others do not hear of",
+        "Exchange.fail",
+        "self.stop(error)",
+        "pass",
+        "tests/exact/test_own_loop.py::test_a_mistake_is_an_error_on_all_processes",
     ),
 ]

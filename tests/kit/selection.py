@@ -1,4 +1,4 @@
-"""Fewer tests: `launch/test.sh --quick` runs the first of each file, `--changed` those of what has changed in git."""
+"""Fewer tests: some cases of each in the whole suite, the first of each file, or those of what git says has changed."""
 
 from __future__ import annotations
 
@@ -61,3 +61,12 @@ def select(changed: Iterable[str]) -> list[str]:
 
 def first_of_each_file(items: list[pytest.Item]) -> list[pytest.Item]:
     return list({item.path: item for item in reversed(items)}.values())[::-1]
+
+
+def some_cases_of_each_test(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return the first, the middle and the last case of each test: a folder or file that is named runs them all."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {id(of_one[place]) for of_one in cases.values() for place in (0, len(of_one) // 2, -1)}
+    return [item for item in items if id(item) in kept]
