@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Test: launch/test.sh [pytest options], on four workers, which wait much. Without options all everyday tests; --quick is
-# the first of each file, --changed those of what git says has changed, `-m slow` what takes long, --costs what each costs.
+# Test: launch/test.sh [pytest options], on four workers, which wait much. Without options three cases of each everyday
+# test; --all is every case, as is a folder that is named; --quick the first of each file, --changed those of what git says
+# has changed, `-m slow` what takes long, --costs what each costs.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 

@@ -1,7 +1,7 @@
 """Faults of strategies/ddp."""
 
 from tests.faults.fault import Fault
-from tests.faults.selections import COUNTS, PREVIEW, REDO, TABLE
+from tests.faults.selections import COUNTS, NOISE, PREVIEW, REDO, TABLE
 
 FAULTS = [
     Fault(
@@ -109,5 +109,12 @@ FAULTS = [
         "_collectives() - self._before",
         "0",
         REDO,
+    ),
+    Fault(
+        "leave P in the local norm",
+        "DDPStrategy.own_norm",
+        "/ self.data_parallel_size if",
+        "if",
+        f"{NOISE} -k equations",
     ),
 ]

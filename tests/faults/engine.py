@@ -1,7 +1,7 @@
 """Faults of the root of engine."""
 
 from tests.faults.fault import Fault
-from tests.faults.selections import DRAWS, FOREIGN, IDENTITY, LAYOUT, TWO_MODELS
+from tests.faults.selections import DRAWS, FOREIGN, IDENTITY, LAYOUT, MEMORY, TWO_MODELS
 
 ORDER = "tests/plan/test_order.py"
 
@@ -252,5 +252,12 @@ FAULTS = [
         "epoch < state.epoch or not",
         "False and",
         "tests/resume/test_own_loop_resume.py -k another_epoch",
+    ),
+    Fault(
+        "keep what did not fit",
+        "release",
+        "traceback.clear_frames(error.__traceback__)",
+        "pass",
+        f"{MEMORY}::test_what_did_not_fit_is_freed_before_it_runs_again",
     ),
 ]

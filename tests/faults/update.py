@@ -1,7 +1,7 @@
 """Faults of engine/update."""
 
 from tests.faults.fault import Fault
-from tests.faults.selections import KILLED, LATE, LOGGED, MEMORY, NOISE, REDO, STREAMS, TABLE, TERMS, TOKENS, WEIGHTS
+from tests.faults.selections import KILLED, LATE, LOGGED, NOISE, REDO, STREAMS, TABLE, TERMS, TOKENS, WEIGHTS
 
 FAULTS = [
     Fault(
@@ -320,13 +320,6 @@ FAULTS = [
         f"{NOISE} -k resumed",
     ),
     Fault(
-        "leave P in the local norm",
-        "DDPStrategy.own_norm",
-        "/ self.data_parallel_size if",
-        "if",
-        f"{NOISE} -k equations",
-    ),
-    Fault(
         "leave an unfinished reduction",
         "Updater._undo",
         "self.strategy.restart_reduction()",
@@ -339,13 +332,6 @@ FAULTS = [
         "any(self.strategy.gather(is_late))",
         "any([is_late, self.strategy.gather(is_late) is None])",
         REDO,
-    ),
-    Fault(
-        "keep what did not fit",
-        "release",
-        "traceback.clear_frames(error.__traceback__)",
-        "pass",
-        f"{MEMORY}::test_what_did_not_fit_is_freed_before_it_runs_again",
     ),
     Fault(
         "divide all terms by the weight of the first",
