@@ -47,15 +47,17 @@ def pytest_configure(config: pytest.Config) -> None:
         print("changed:", *config.args, sep="\n    ")
 
 
+def _is_the_whole_suite(config: pytest.Config) -> bool:
+    """Whether no file is named: the everyday tests, or the slow tests of CI."""
+    names = [Path(name).name for name in config.args]
+    return names == ["tests"] and config.option.markexpr in ("not slow", "slow and not campaign")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("quick"):
         items[:] = selection.first_of_each_file(items)
-    elif (
-        [Path(name).name for name in config.args] == ["tests"]
-        and config.option.markexpr == "not slow"
-        and not config.option.all
-    ):
+    elif _is_the_whole_suite(config) and not config.option.all:
         items[:] = selection.some_cases_of_each_test(items)
 
 

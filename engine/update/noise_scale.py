@@ -120,7 +120,7 @@ def advise(
         f"noise scale {_number(value)} {unit} (95 %: {_number(low)} to {_number(high)})",
         f"effective batch {batch:,.0f}{in_weight}: {_room(noise / batch)}",
         *([f"K={hiding} hides the reduction"] if hiding and hiding > 1 else []),
-        f"suggested: N={size} K={best}",
+        f"suggested: N={size} K={best}" if math.isfinite(high) else "nothing suggested: the interval has no upper end",
     ]
     return Advice(size, best, "; ".join(parts))
 

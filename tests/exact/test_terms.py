@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,3 +127,24 @@ class Batches:
 def test_streams() -> None:
     task = Stream(2 * 4 * N + 2)
     check(run(2, fit, task, "ddp", 2, 0.5), reference(task, cut(len(task.x), 4 * N) * 2, clip=0.5))
+
+
+@pytest.mark.parametrize("kind", [Groups, GroupsTwice])
+def test_a_resumed_run_is_the_one_that_was_not_stopped_to_the_bit(kind: Any, tmp_path: Path) -> None:
+    task = kind(2 * 4 * N + 2, TERMS, masked=range(4 * N))
+    whole = run(2, fit, task, "ddp", 2, 0.5)
+    stopped = run(2, partial(fit, run_dir=str(tmp_path / "run"), max_updates=4), task, "ddp", 2, 0.5)
+    resumed = run(2, partial(fit, run_dir=str(tmp_path / "run")), task, "ddp", 2, 0.5)
+    for (expected, records), (_, before), (found, after) in zip(whole, stopped, resumed, strict=True):
+        assert torch.equal(found, expected)
+        shown = ("loss", "weight", "grad_norm", *TERMS)
+        assert [[r.get(name) for name in shown] for r in before + after] == [
+            [r.get(name) for name in shown] for r in records
+        ]
+
+
+@pytest.mark.parametrize("kind", [Groups, GroupsTwice])
+def test_the_loss_scale_of_fp16_leaves_no_trace(kind: Any) -> None:
+    task = kind(2 * 4 * N + 2)  # in float64, so that the scale alone could differ
+    found = run(2, partial(fit, precision="fp16"), task, "ddp", 2, 0.5)
+    check(found, reference(task, cut(len(task.x), 4 * N) * 2, clip=0.5))
