@@ -48,10 +48,10 @@ def stage_forecasts(
             for count, size in s.sizes():
                 micro_batches += count * pieces(size)
                 turns += count * -(-pieces(size) // P)
-            befores = [samples_before(epoch) for epoch in range(s.epoch, s.epoch + s.epochs)] if samples_before else []
-            samples += sum(at[s.stop] - at[s.start] for at in befores) or (s.stop - s.start) * s.epochs
-        if befores:
-            size = befores[-1][last.stop] - befores[-1][last.stop - size]
+            offsets = [samples_before(epoch) for epoch in range(s.epoch, s.epoch + s.epochs)] if samples_before else []
+            samples += sum(at[s.stop] - at[s.start] for at in offsets) or (s.stop - s.start) * s.epochs
+        if offsets:
+            size = offsets[-1][last.stop] - offsets[-1][last.stop - size]
         epochs, end = (first.epoch, last.epoch + last.epochs - 1), last.update + last.updates
         lr = _scaled(lrs[first.update], stage.lr_factor), _scaled(lrs[end - 1], stage.lr_factor)
         yield StageForecast(stage, epochs, end - first.update, samples, micro_batches, turns, size, lr)

@@ -43,6 +43,7 @@ def test_stdlib_lm_trains_alike_on_one_and_two_processes(batches: str) -> None:
     assert abs(two - one).max() < 1e-6
 
 
+@pytest.mark.slow
 def test_held_out_functions_are_not_trained_on() -> None:
     train, held_out = train_and_held_out(500)
     assert len(held_out) == 50

@@ -245,7 +245,9 @@ print(len(ports), [key for key in keys if "rendezvous" in key], os.environ.get("
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("module", ["launch.start", pytest.param("torch.distributed.run", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "module", [pytest.param(module, marks=pytest.mark.slow) for module in ("launch.start", "torch.distributed.run")]
+)
 def test_alone_on_a_host_no_store_holds_what_an_agent_unpickles(module: str, tmp_path: Path) -> None:
     (tmp_path / "peers.py").write_text(PEERS)
     done = python("-m", module, "--standalone", "--nproc_per_node=1", "peers.py", folder=tmp_path)
