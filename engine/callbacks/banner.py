@@ -37,7 +37,7 @@ def banner(trainer: Trainer) -> str:
         lines["batch norm"] = f"{normalises} layers normalise over a micro-batch {where}, not over the window"
     changing = [*(["BatchNorm"] if normalises else []), *(["dropout"] if draws(model) else [])]
     if changing and can_redo(strategy, trainer.plan):
-        lines["memory"] = f"if it runs out, N is halved, and {' and '.join(changing)} change with N"
+        lines["memory"] = f"if it runs out, N is halved, which changes {' and '.join(changing)}"
     if not model.training:
         lines["mode"] = "eval, as configure_model() left it: dropout is off (call model.train() there)"
     return "\n".join(f"{name + ':':<{INDENT}}{text}" for name, text in lines.items() if text)

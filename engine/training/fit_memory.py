@@ -57,6 +57,7 @@ def _try_sizes(make: Callable[[int], Run], settings: Settings) -> list[Trial]:
     trace. Raises UserError if one sample does not fit, or there are fewer samples than processes.
     """
     run, B = make(1), settings.effective_batch_size or 1
+    run.parts.updater.noise = None  # at K = 1 it would say that it is unknown
     strategy, plan, trials = run.parts.strategy, run.layout.plan, list[Trial]()
     share = strategy.effective_batch(1, 1)
     if plan is None or plan.samples < share or not run.parts.updater.exchange.can_redo:
