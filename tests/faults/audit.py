@@ -13,13 +13,6 @@ FAULTS = [
         f"{VERDICTS}::test_rounding_has_no_name",
     ),
     Fault(
-        "audit: name a fault that predicts the exact gradient",
-        "_Judge._fits",
-        "return differs and ",
-        "return ",
-        f"{VERDICTS}::test_rounding_has_no_name",
-    ),
-    Fault(
         "audit: name the first of two faults",
         "_Judge.found",
         "if verdict == EXACT else UNNAMED\n        found.verdict",
