@@ -70,7 +70,7 @@ class Case(NamedTuple):
 
 
 def make_case(name: str, P: int, dtype: torch.dtype) -> Case:
-    """Return the case of that name. K is no multiple of P, so that no two factors are the same number."""
+    """Return the case of that name. K is not a multiple of P, so that no two factors are the same number."""
     K = 4 if P == 3 else 3
     sizes = [N] * (P * (2 * K - (name == SHORT)))
     if name == RAGGED:

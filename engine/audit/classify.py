@@ -79,6 +79,7 @@ class _Judge:
         self.exact = [_one_batch(window) for window in self.windows]
 
     def found(self, dtype: torch.dtype) -> Found:
+        """Return the verdict, with the figures that led to it."""
         pairs = [(step, update[0]) for update in self.steps for step in update]
         parted = max(_off(own, other) for step, first in pairs for own, other in zip(step[:2], first[:2], strict=True))
         last, size = self.steps[-1][0], self.exact[0].numel() * dtype.itemsize  # the first ones still build things

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from engine.audit.cases import Rows
@@ -75,5 +74,5 @@ def recorded(model: nn.Module, x: Tensor) -> Iterator[list[Step]]:
 
 @torch.no_grad()
 def _flat(tensors: list[Tensor]) -> Tensor:
-    whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in tensors]
+    whole = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]
     return torch.cat([t.double().flatten() for t in whole])

@@ -64,7 +64,7 @@ class Schedule:
 
     @cached_property
     def firsts(self) -> list[int]:
-        """Where each stage begins."""
+        """The first sample, update or epoch of each stage."""
         return [stage.first for stage in self.stages]
 
     def cut(self, N: int, effective_batch: Callable[[int, int], int]) -> Schedule:

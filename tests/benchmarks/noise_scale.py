@@ -1,4 +1,4 @@
-"""What the noise scale costs a micro-batch at K=4, on the small model of overhead.py: calls and instructions.
+"""The cost of the noise scale per micro-batch at K=4, on the small model of overhead.py: calls and instructions.
 
     python tests/benchmarks/noise_scale.py [--calls-only]
 

@@ -1,4 +1,4 @@
-"""What Tally's own messages cost as P grows: counted on one host at P = 2 to 64, beside a plain DDP loop.
+"""The cost of Tally's own messages as P grows: counted on one host at P = 2 to 64, beside a plain DDP loop.
 
     python tests/benchmarks/scale.py [--processes 2 4 8 16 32 64] [--latency-us 20] [--json FILE]
 

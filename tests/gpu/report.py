@@ -104,7 +104,7 @@ def last_json(text: str) -> Any:
 
 
 def bars(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the bars, with what was found: `holds` is None where nothing was, or where a CPU is no judge of it."""
+    """Return the bars, with what was found: `holds` is None if nothing was, or if a CPU cannot tell."""
     found = {part["name"]: part["found"][0] for part in results["parts"] if part["found"][0]}
     sizes = found.get("speed and memory", {})
     judges = results["machine"]["device"] != "cpu"

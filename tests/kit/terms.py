@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import Loss, Task, TermTask, Trainer
-from tests.kit.reference import Watch, parameters
+from engine import Loss, Task, TermTask
+from tests.kit.reference import parameters
+from tests.kit.windows import N, trained
 
-N = 3
 TERMS = ("policy", "value", "penalty")
 LR = 0.2
 
@@ -136,20 +136,8 @@ def cut(samples: int, window: int) -> list[list[range]]:
 
 
 def fit(task: Groups, strategy: Any, K: int, clip: float | None = None, **settings: Any) -> Any:
-    watch = Watch()
-    trainer = Trainer(
-        strategy() if callable(strategy) else strategy,
-        micro_batch_size=N,
-        accumulate_grad_batches=K,
-        max_epochs=2,
-        shuffle=False,
-        callbacks=watch,
-        gradient_clip_norm=clip,
-        **settings,
-    )
-    trainer.fit(task)
-    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in trainer.model.parameters()]
-    return torch.cat([p.detach().reshape(-1) for p in whole]), watch.records
+    found, _, records = trained(task, strategy, K, clip, **settings)
+    return found, records
 
 
 def check(results: Any, expected: Any) -> None:

@@ -142,7 +142,10 @@ def reference(task: Any, window: int, epochs: int = 2, clip: float | None = None
     return parameters(model), losses, [b.double() for b in model.buffers()]
 
 
-def fit(task: Any, strategy: Any, K: int, clip: float | None = None, **settings: Any) -> Any:
+def trained(
+    task: Any, strategy: Any, K: int, clip: float | None = None, **settings: Any
+) -> tuple[Tensor, Trainer, list[Any]]:
+    """Train two epochs in order; return the whole parameters, the trainer and the records."""
     watch = Watch()
     trainer = Trainer(
         strategy() if callable(strategy) else strategy,
@@ -156,5 +159,9 @@ def fit(task: Any, strategy: Any, K: int, clip: float | None = None, **settings:
     )
     trainer.fit(task)
     whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in trainer.model.parameters()]
-    losses = [record["loss"] for record in watch.records]
-    return torch.cat([p.detach().reshape(-1) for p in whole]), losses, [b.double() for b in trainer.model.buffers()]
+    return torch.cat([p.detach().reshape(-1) for p in whole]), trainer, watch.records
+
+
+def fit(task: Any, strategy: Any, K: int, clip: float | None = None, **settings: Any) -> Any:
+    found, trainer, records = trained(task, strategy, K, clip, **settings)
+    return found, [record["loss"] for record in records], [b.double() for b in trainer.model.buffers()]

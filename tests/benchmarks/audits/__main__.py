@@ -3,7 +3,7 @@
     python -m tests.benchmarks.audits [NAME ...]   # audits those alone; the tables keep the others' last figures
     python -m tests.benchmarks.audits --tables     # writes the tables of the last figures
 
-What is not installed keeps its last figures. DeepSpeed is no part of the extra `peers`.
+What is not installed keeps its last figures. The extra `peers` does not install DeepSpeed.
 """
 
 from __future__ import annotations
