@@ -4,14 +4,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 PendingRows = Callable[[], list[list[float]]]
-"""A started exchange: call it to wait for it and to get each process's values, in rank order."""
+"""A started exchange: call it to wait for it, and to get each process's values in rank order, or one row of sums."""
 
 
 class HostMessages:
     """The messages of a strategy. Every method has a default for one process; all others need `gather` at least."""
 
     def exchange(self, values: Sequence[float]) -> PendingRows:
-        """Start sending a few host numbers to all processes; call the returned function to wait for all rows."""
+        """Start sending a few host numbers to all processes; call the returned function to wait for all rows.
+
+        Many processes may return a single row: the sums of all values but the last two, and the maxima of these.
+        """
         row = list(values)
         return lambda: [row]
 

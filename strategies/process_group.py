@@ -25,6 +25,7 @@ from strategies.host_messages import PendingRows
 from strategies.optimizer_shards import OptimizerShards
 from strategies.optimizer_state import load_named_state, merged
 from strategies.status_board import StatusBoard
+from strategies.summed_message import SummedMessage
 from strategies.torch_internals import check_torch, is_lost_contact
 
 LARGEST_MESH = 64
@@ -37,6 +38,9 @@ class ProcessGroupStrategy(Strategy):
     An existing process group is used and left in place. `timeout_seconds` bounds every wait for another process,
     `device` is "cpu" or "cuda" (default: CUDA if available).
     """
+
+    largest_rows = 8
+    """The most processes that exchange rows of numbers; more add them up, in log2(processes) messages each."""
 
     _shards: OptimizerShards | None = None
     _torch_parts: tuple[str, ...] = ()  # private parts of torch that a strategy uses: see `strategies.torch_internals`
@@ -52,6 +56,7 @@ class ProcessGroupStrategy(Strategy):
         self._owns_group = False
         self._host_group: dist.ProcessGroup | None = None
         self._board: StatusBoard | None = None
+        self._summed: SummedMessage | None = None
 
     def effective_batch(self, N: int, K: int) -> int:
         return self.data_parallel_size * N * K
@@ -118,7 +123,7 @@ class ProcessGroupStrategy(Strategy):
             dist.destroy_process_group()
         elif self._host_group is not None and dist.is_initialized():
             dist.destroy_process_group(self._host_group)
-        self._owns_group, self._host_group, self._board = False, None, None
+        self._owns_group, self._host_group, self._board, self._summed = False, None, None, None
 
     def release_model(self) -> None:
         if self._shards is not None:
@@ -135,6 +140,9 @@ class ProcessGroupStrategy(Strategy):
         return tensor
 
     def exchange(self, values: Sequence[float]) -> PendingRows:
+        if self.processes > self.largest_rows:
+            self._summed = SummedMessage(values, self._host_group, self._summed)
+            return self._summed.rows
         row = torch.tensor(values, dtype=torch.float64)
         rows = [torch.empty_like(row) for _ in range(self.processes)]
         work = dist.all_gather(rows, row, group=self._host_group, async_op=True)

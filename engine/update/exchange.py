@@ -12,7 +12,7 @@ from engine.memory import is_out_of_memory, release
 from engine.signals import Interrupted, Signals
 from engine.update.loss_sum import LossSum
 from engine.update.means import MeanSums, Pair
-from engine.update.message import CAUSES, HEADER, Agreed, Message, Requests, agree, check_norms, total
+from engine.update.message import CAUSES, HEADER, Agreed, Message, Requests, agree, check_norms, differ, total
 from strategies import PendingRows, Strategy
 
 ACTIVITY_TOPIC = "activity"
@@ -120,15 +120,16 @@ class Exchange:
             raise ProcessFailureError(
                 "; ".join(f"process {rank} failed in update {update}: {text}" for rank, text in failures)
             )
-        check_norms([row[HEADER - 1] for row in self._rows], update)
+        if differ([*(row[-2] for row in self._rows), -self._rows[0][-1]]):  # of the one row of sums: most and least
+            check_norms(self._strategy.gather(self.grad_norm), update)
         if (self.names or agreed.has_new_names) and not (agreed.abort or agreed.out_of_memory):
-            self._add_up([] if agreed.has_new_names else [row[HEADER:] for row in self._rows], update, is_start)
+            self._add_up([] if agreed.has_new_names else [row[HEADER:-2] for row in self._rows], update, is_start)
         return agreed
 
     def agree_on(self, names: Iterable[str]) -> None:
         """From now on let each message have the sums of `names`, the same on all processes."""
         self.names = [*names]
-        self._strategy.message_length = HEADER + 2 * len(self.names)
+        self._strategy.message_length = HEADER + 2 * len(self.names) + 2
 
     def _add_up(self, rows: list[list[float]], update: int, is_start: bool) -> None:
         """Make the means of all processes' sums; without `rows`, agree on the names first, in a slow exchange."""
@@ -149,8 +150,8 @@ class Exchange:
 
     @property
     def local_seconds(self) -> list[float]:
-        """Seconds that each process has spent by itself in windows so far, by rank; empty for a single process."""
-        return [Message(*row[:HEADER]).local_seconds for row in self._rows]
+        """Seconds that each process has spent by itself in windows so far, by rank; empty if they are not known."""
+        return [row[HEADER - 1] for row in self._rows] if len(self._rows) > 1 else []
 
     def check_replicas(self, update: int) -> None:
         """Compare the parameters of all processes, to the bit. Raises ReplicaError on all of them.
@@ -207,8 +208,7 @@ class Exchange:
 
     def _send_without_data(self, **told: float) -> None:
         """Send a message of weight 0, and take part in the window."""
-        message = Message(local_seconds=self._seconds, grad_norm_before=self.grad_norm, **told)
-        self._pending = self._strategy.exchange([*message, *_flat(self.names, {})])
+        self._pending = self._strategy.exchange(self._numbers(Message(local_seconds=self._seconds, **told)))
         self._strategy.join(self._window)
 
     def _message(self) -> Sequence[float]:
@@ -220,8 +220,11 @@ class Exchange:
         requests, stop_requested, has_more = self._requests, self._signals.stop_requested, self._window.has_more
         counts, wishes = (weight, loss, self._losses.samples, has_more), (requests.stop, requests.save, stop_requested)
         has_new_names = bool(self._pairs) and not self._pairs.keys() <= {*self.names}
-        header = Message(*counts, *wishes, 0.0, has_new_names, 0.0, self._seconds, self.grad_norm)
-        return [*header, *_flat(self.names, self._pairs)] if self.names else header
+        return self._numbers(Message(*counts, *wishes, 0.0, has_new_names, 0.0, self._seconds))
+
+    def _numbers(self, message: Message) -> list[float]:
+        sums = _flat(self.names, self._pairs) if self.names else ()
+        return [*message, *sums, self.grad_norm, -self.grad_norm]
 
 
 def _flat(names: Iterable[str], pairs: Mapping[str, Pair]) -> list[float]:

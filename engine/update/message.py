@@ -1,7 +1,8 @@
 """The per-update message between processes, and what they agree on by it.
 
 A message is a header of doubles: the fields of `Message` in their order. Sums, of a length that all processes have
-agreed on, may follow it, and maxima may follow these. gloo aborts if processes send different lengths.
+agreed on, may follow it. It ends with the gradient norm of the update before and its negative, the two of which the
+maxima are taken where many processes add messages up. gloo aborts if processes send different lengths.
 """
 
 import math
@@ -18,7 +19,7 @@ CAUSES = (
 
 
 class Message(NamedTuple):
-    """One process's part in a window: the header of its message, twelve doubles per update."""
+    """One process's part in a window: the header of its message, eleven doubles per update."""
 
     weight: float = 0.0
     loss: float = 0.0
@@ -39,8 +40,6 @@ class Message(NamedTuple):
     """Whether its memory ran out: the window runs again, in smaller micro-batches."""
     local_seconds: float = 0.0
     """Seconds spent in windows so far, up to this message: nothing in them waits for another process."""
-    grad_norm_before: float = math.nan
-    """The gradient norm of the update before."""
 
 
 HEADER = len(Message._fields)
@@ -103,13 +102,15 @@ def total(values: Sequence[float]) -> float:
         return sum(values)
 
 
-def check_norms(norms: Sequence[float], update: int) -> None:
-    """Compare the gradient norms of the update before `update`. Raises ReplicaError if one differs.
-
-    A difference is one part in a million: unlike devices may sum the same gradient in another order.
-    """
+def differ(norms: Sequence[float]) -> bool:
+    """Whether gradient norms differ, by more than one part in a million: unlike devices may sum in another order."""
     first = norms[0]
-    if not all(math.isclose(n, first, rel_tol=1e-6) or (math.isnan(n) and math.isnan(first)) for n in norms):
+    return not all(math.isclose(n, first, rel_tol=1e-6) or (math.isnan(n) and math.isnan(first)) for n in norms)
+
+
+def check_norms(norms: Sequence[float], update: int) -> None:
+    """Compare the gradient norms of the update before `update`. Raises ReplicaError if one differs."""
+    if differ(norms):
         listed = ", ".join(f"{norm!r} on process {rank}" for rank, norm in enumerate(norms))
         raise ReplicaError(
             f"the processes' models have diverged: the gradient norm of update {update - 1} is {listed}. {CAUSES}"

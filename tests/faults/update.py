@@ -5,6 +5,13 @@ from tests.faults.selections import KILLED, LATE, LOGGED, NOISE, REDO, STREAMS, 
 
 FAULTS = [
     Fault(
+        "many processes: leave gradient norms uncompared",
+        "Exchange.receive",
+        "-self._rows[0][-1]]",
+        "self._rows[0][-2]]",
+        "'tests/strategies/test_summed_messages.py::test_what_goes_wrong_on_one_is_told_on_all[forgets]'",
+    ),
+    Fault(
         "average the averages of what is logged",
         "MeanSums.log",
         "mean * count if count else 0.0, count)",
