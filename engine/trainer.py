@@ -35,6 +35,7 @@ from engine.training.heartbeat import Heartbeat
 from engine.training.prediction import Prediction
 from engine.training.session import Session
 from engine.update.exchange import lost_contact
+from engine.update.message import Slowest
 from engine.update.precision import numerics
 from engine.update.timing import ReductionCost
 from engine.update.updater import Updater
@@ -330,9 +331,9 @@ class Trainer:
         return self._updater is not None and self._updater.timer.sees_reduction
 
     @property
-    def local_seconds(self) -> list[float]:
-        """Seconds that each process has spent by itself in windows so far, by rank; empty for a single process."""
-        return self._updater.exchange.local_seconds if self._updater is not None else []
+    def slowest(self) -> Slowest | None:
+        """The process that all others wait for, by its own seconds of a window; None if it is not known."""
+        return self._updater.exchange.slowest if self._updater is not None else None
 
     @property
     def configuration(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ class HostMessages:
     def exchange(self, values: Sequence[float]) -> PendingRows:
         """Start sending a few host numbers to all processes; call the returned function to wait for all rows.
 
-        Many processes may return a single row: the sums of all values but the last two, and the maxima of these.
+        Many processes may return a single row: the sums of all values but the last three, and the maxima of these.
         """
         row = list(values)
         return lambda: [row]

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from strategies.exact_sums import LIMBS, from_limbs, to_limbs
 
-MAXIMA = 2
+MAXIMA = 3
 """The last numbers of a message, of which the maximum is taken, not the sum."""
 TAG = 1
 """Apart from the other messages of the group, some of which may be under way."""
 
 
 class SummedMessage(Thread):
-    """Sums `values` over all processes, to the same bits on each; of the last two it takes the maxima.
+    """Sums `values` over all processes, to the same bits on each; of the last three it takes the maxima.
 
     Recursive doubling: in each step two processes send one another what they have, and both add it up. It begins when
     the message `before` has ended.

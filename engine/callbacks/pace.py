@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from datetime import timedelta
-from statistics import median_low
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -18,7 +17,6 @@ class _Point(NamedTuple):
     update: int
     samples: int
     weight: float
-    local_seconds: list[float]
 
 
 class Pace:
@@ -36,7 +34,7 @@ class Pace:
     def see(self, trainer: Trainer, now: float) -> None:
         """Sample the totals of a run."""
         points = self._points
-        points.append(_Point(now, trainer.update, trainer.samples, trainer.weight, trainer.local_seconds))
+        points.append(_Point(now, trainer.update, trainer.samples, trainer.weight))
         while len(points) > 2 and points[1].time < now - self._seconds:
             points.popleft()
 
@@ -59,19 +57,14 @@ class Pace:
             ends.append((trainer.settings.max_updates - trainer.update) * stage.effective_batch)
         return timedelta(seconds=round(min(ends) / rate)) if ends and rate else None
 
-    def slow_process(self) -> str:
+    def slow_process(self, trainer: Trainer) -> str:
         """Name the process for which the others wait more than a tenth of the time, or return "".
 
         Each process measures what it does by itself in a window: data, and all but the last backward.
         """
-        first, last = self._points[0], self._points[-1]
-        updates, seconds = last.update - first.update, last.time - first.time
-        if not updates or len(last.local_seconds) < 2:
+        first, last, slowest = self._points[0], self._points[-1], trainer.slowest
+        waiting = (slowest.seconds - slowest.others) * (last.update - first.update) if slowest else 0.0
+        if slowest is None or waiting <= 0.1 * (last.time - first.time):
             return ""
-        before = first.local_seconds or [0.0] * len(last.local_seconds)
-        own = [(now - then) / updates for now, then in zip(last.local_seconds, before, strict=True)]
-        slowest, median = max(own), median_low(own)
-        if (slowest - median) * updates <= 0.1 * seconds:
-            return ""
-        least, middle, most = (f"{1000 * value:,.0f}" for value in (min(own), median, slowest))
-        return f"process {own.index(slowest)} is slow: {least} / {middle} / {most} ms of its own (min / median / max)"
+        own, others = 1000 * slowest.seconds, 1000 * slowest.others
+        return f"process {slowest.process} is slow: {own:,.0f} ms of its own per update, the others {others:,.0f}"

@@ -152,7 +152,7 @@ def _training(trainer: Trainer, metrics: Sequence[str]) -> list[str]:
 
 
 def _machine(trainer: Trainer, pace: Pace) -> list[str]:
-    (samples, weight), skipped, slow = pace.rates(), trainer.record["skipped"], pace.slow_process()
+    (samples, weight), skipped, slow = pace.rates(), trainer.record["skipped"], pace.slow_process(trainer)
     peak = peak_memory(trainer.strategy.device) / 2**20
     return [
         f"{samples:,.0f} samples/s",

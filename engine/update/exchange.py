@@ -12,7 +12,21 @@ from engine.memory import is_out_of_memory, release
 from engine.signals import Interrupted, Signals
 from engine.update.loss_sum import LossSum
 from engine.update.means import MeanSums, Pair
-from engine.update.message import CAUSES, HEADER, Agreed, Message, Requests, agree, check_norms, differ, total
+from engine.update.message import (
+    CAUSES,
+    HEADER,
+    MAXIMA,
+    Agreed,
+    Message,
+    Requests,
+    Slowest,
+    agree,
+    check_norms,
+    differ,
+    slowest,
+    slowness,
+    total,
+)
 from strategies import PendingRows, Strategy
 
 ACTIVITY_TOPIC = "activity"
@@ -123,13 +137,13 @@ class Exchange:
         if differ([*(row[-2] for row in self._rows), -self._rows[0][-1]]):  # of the one row of sums: most and least
             check_norms(self._strategy.gather(self.grad_norm), update)
         if (self.names or agreed.has_new_names) and not (agreed.abort or agreed.out_of_memory):
-            self._add_up([] if agreed.has_new_names else [row[HEADER:-2] for row in self._rows], update, is_start)
+            self._add_up([] if agreed.has_new_names else [row[HEADER:-MAXIMA] for row in self._rows], update, is_start)
         return agreed
 
     def agree_on(self, names: Iterable[str]) -> None:
         """From now on let each message have the sums of `names`, the same on all processes."""
         self.names = [*names]
-        self._strategy.message_length = HEADER + 2 * len(self.names) + 2
+        self._strategy.message_length = HEADER + 2 * len(self.names) + MAXIMA
 
     def _add_up(self, rows: list[list[float]], update: int, is_start: bool) -> None:
         """Make the means of all processes' sums; without `rows`, agree on the names first, in a slow exchange."""
@@ -149,9 +163,12 @@ class Exchange:
                 raise UserError(f"{what} {found}. Count the same in both.")
 
     @property
-    def local_seconds(self) -> list[float]:
-        """Seconds that each process has spent by itself in windows so far, by rank; empty if they are not known."""
-        return [row[HEADER - 1] for row in self._rows] if len(self._rows) > 1 else []
+    def slowest(self) -> Slowest | None:
+        """The process that all others wait for; None before the first message, and for a single process."""
+        if not self._rows:
+            return None
+        seconds = total([row[HEADER - 1] for row in self._rows])
+        return slowest(max(row[-MAXIMA] for row in self._rows), seconds, self._strategy.processes)
 
     def check_replicas(self, update: int) -> None:
         """Compare the parameters of all processes, to the bit. Raises ReplicaError on all of them.
@@ -216,7 +233,8 @@ class Exchange:
         weight, loss = self._losses.read()
         if self.means.by_name:
             self._pairs = self.means.read()
-        self._seconds += time.perf_counter() - self._began
+        seconds = time.perf_counter() - self._began
+        self._seconds += (seconds - self._seconds) * (0.1 if self._seconds else 1.0)
         requests, stop_requested, has_more = self._requests, self._signals.stop_requested, self._window.has_more
         counts, wishes = (weight, loss, self._losses.samples, has_more), (requests.stop, requests.save, stop_requested)
         has_new_names = bool(self._pairs) and not self._pairs.keys() <= {*self.names}
@@ -224,7 +242,8 @@ class Exchange:
 
     def _numbers(self, message: Message) -> list[float]:
         sums = _flat(self.names, self._pairs) if self.names else ()
-        return [*message, *sums, self.grad_norm, -self.grad_norm]
+        slow = slowness(self._seconds, self._strategy.rank)
+        return [*message, *sums, slow, self.grad_norm, -self.grad_norm]
 
 
 def _flat(names: Iterable[str], pairs: Mapping[str, Pair]) -> list[float]:

@@ -1,8 +1,8 @@
 """The per-update message between processes, and what they agree on by it.
 
 A message is a header of doubles: the fields of `Message` in their order. Sums, of a length that all processes have
-agreed on, may follow it. It ends with the gradient norm of the update before and its negative, the two of which the
-maxima are taken where many processes add messages up. gloo aborts if processes send different lengths.
+agreed on, may follow it. It ends with three numbers of which the maxima are taken where many processes add messages
+up: `slowness`, and the gradient norm of the update before and its negative. gloo aborts if lengths differ.
 """
 
 import math
@@ -39,10 +39,33 @@ class Message(NamedTuple):
     out_of_memory: float = 0.0
     """Whether its memory ran out: the window runs again, in smaller micro-batches."""
     local_seconds: float = 0.0
-    """Seconds spent in windows so far, up to this message: nothing in them waits for another process."""
+    """Seconds of a window up to this message, on average of the last ten or so: nothing in them waits for others."""
 
 
 HEADER = len(Message._fields)
+MAXIMA = 3
+"""The numbers at a message's end."""
+MOST_PROCESSES = 1 << 20
+
+
+class Slowest(NamedTuple):
+    """The process that needs the longest for a window by itself."""
+
+    process: int
+    seconds: float
+    others: float
+    """The mean of all others, in seconds."""
+
+
+def slowness(seconds: float, rank: int) -> float:
+    """Return one number of whole microseconds and rank: the largest one is that of the slowest process."""
+    return 1e6 * seconds // 1 * MOST_PROCESSES + rank
+
+
+def slowest(largest: float, seconds: float, processes: int) -> Slowest:
+    """Return the process of the largest `slowness`, from that and the sum of the `seconds` of all."""
+    microseconds, rank = divmod(largest, MOST_PROCESSES)
+    return Slowest(int(rank), microseconds / 1e6, (seconds - microseconds / 1e6) / (processes - 1))
 
 
 class Agreed(NamedTuple):

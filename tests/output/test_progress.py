@@ -23,6 +23,7 @@ from torch import nn
 from engine import Loss, Trainer
 from engine.callbacks import Progress
 from engine.callbacks.pace import Pace
+from engine.update.message import Slowest
 from tests.kit.processes import run
 from tests.kit.reference import Regression, Samples, Watch, data
 
@@ -189,20 +190,20 @@ def test_the_slow_process_is_named_although_all_wait_for_it() -> None:
     written = run(3, told_slow)[0]
     last = [line for line in written.splitlines() if "grad norm" in line][-1]
     assert "process 1 is slow: " in last
-    assert "ms of its own (min / median / max)" in last
+    assert "ms of its own per update, the others " in last
 
 
 def told_slow() -> str:
     return told(slow=1, accumulate_grad_batches=2)[0]
 
 
-def at(update: int, local_seconds: list[float]) -> Any:
+def at(update: int, slowest: Slowest | None = None) -> Any:
     return SimpleNamespace(
         update=update,
         epoch=0,
         samples=10 * update,
         weight=70.0 * update,
-        local_seconds=local_seconds,
+        slowest=slowest,
         plan=SimpleNamespace(samples=100),
         settings=SimpleNamespace(max_epochs=5, max_updates=None),
         schedule=SimpleNamespace(at=lambda *place: SimpleNamespace(effective_batch=10)),
@@ -211,20 +212,21 @@ def at(update: int, local_seconds: list[float]) -> Any:
 
 def test_pace() -> None:
     pace = Pace(seconds=10.0)
-    pace.restart(at(4, []), 100.0)
+    pace.restart(at(4), 100.0)
     assert pace.rates() == (0.0, 0.0)
-    assert pace.left(at(4, [])) is None
-    pace.see(at(8, [1.0, 1.0, 1.2]), 102.0)
+    assert pace.left(at(4)) is None
+    pace.see(at(8), 102.0)
     assert pace.rates() == (20.0, 140.0)
-    assert pace.left(at(8, [])) == timedelta(seconds=(500 - 80) / 20)
-    limited = at(8, [])
+    assert pace.left(at(8)) == timedelta(seconds=(500 - 80) / 20)
+    limited = at(8)
     limited.settings = SimpleNamespace(max_epochs=5, max_updates=12)
     assert pace.left(limited) == timedelta(seconds=(12 - 8) * 10 / 20)
-    unbounded = at(8, [])
+    unbounded = at(8)
     unbounded.plan = None
     assert pace.left(unbounded) is None
-    pace.see(at(108, [2.0, 3.0, 11.2]), 112.5)  # the first point is too old now
+    pace.see(at(108), 112.5)  # the first point is too old now
     assert pace.rates() == pytest.approx((1000 / 10.5, 7000 / 10.5))
-    assert pace.slow_process() == "process 2 is slow: 10 / 20 / 100 ms of its own (min / median / max)"
-    pace.see(at(208, [12.0, 13.0, 21.2]), 123.5)  # as long as the others
-    assert pace.slow_process() == ""
+    assert pace.slow_process(at(108)) == ""
+    waited_for = at(108, Slowest(2, 0.1, 0.02))
+    assert pace.slow_process(waited_for) == "process 2 is slow: 100 ms of its own per update, the others 20"
+    assert pace.slow_process(at(108, Slowest(2, 0.1, 0.09))) == ""  # 1 of 10.5 seconds

@@ -140,7 +140,7 @@ def connected(largest_mesh: int) -> int:
     before = sockets()
     strategy = set_up()
     assert strategy.gather(strategy.rank) == [*range(strategy.processes)]
-    assert strategy.exchange([1.0, strategy.rank, 0.0])() == [[strategy.processes, strategy.processes - 1, 0.0]]
+    assert strategy.exchange([1.0, strategy.rank, 0.0, 0.0])() == [[9.0, 8.0, 0.0, 0.0]]
     found = sockets() - before
     strategy.barrier()
     strategy.teardown()

@@ -44,7 +44,7 @@ def test_sums_of_limbs_are_rounded_once_whatever_their_order() -> None:
 
 def values_of(rank: int, message: int, odd: float) -> list[float]:
     draws = random.Random(100 * message + rank)
-    own = [draws.uniform(-1e9, 1e9), draws.uniform(-1e-9, 1e-9), float(rank), 0.1, 3.5 + rank, -3.5 - rank]
+    own = [draws.uniform(-1e9, 1e9), draws.uniform(-1e-9, 1e-9), float(rank), 0.1, 5.0 - rank, 3.5 + rank, -3.5 - rank]
     return [odd, *own[1:]] if odd and rank == message else own
 
 
@@ -64,7 +64,7 @@ def test_all_get_the_same_sums_and_maxima(P: int) -> None:
     expected = []
     for message in range(3):
         columns = [*zip(*(values_of(rank, message, 0) for rank in range(P)), strict=True)]
-        expected.append([[*map(math.fsum, columns[:-2]), max(columns[-2]), max(columns[-1])]])
+        expected.append([[*map(math.fsum, columns[:-3]), *map(max, columns[-3:])]])
     for found, sent in run(P, exchanged, 0.0):
         assert found == expected
         assert sent <= 3 * (math.floor(math.log2(P)) + 1)
