@@ -177,20 +177,9 @@ class ProcessGroupStrategy(Strategy):
     def compare(self, value: Any) -> list[Any]:
         """Compare digests first, and gather the values only if they differ."""
         digest = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:6])
-        most, least = self._maxima([digest, -digest])
+        self._summed = SummedMessage([0.0, digest, -digest], self._host_group, self._summed)
+        most, least = self._summed.rows()[0][1:]
         return [value] if most == -least else self.gather(value)
-
-    def _maxima(self, values: Sequence[float]) -> list[float]:
-        """Return the maxima over all processes in log2(processes) messages: what is counted twice does no harm."""
-        found, distance = torch.tensor(values, dtype=torch.float64), 1
-        while distance < self.processes:
-            received = torch.empty_like(found)
-            sent = dist.isend(found, (self.rank + distance) % self.processes, group=self._host_group)
-            dist.recv(received, (self.rank - distance) % self.processes, group=self._host_group)
-            assert sent is not None
-            sent.wait()
-            found, distance = torch.maximum(found, received), 2 * distance
-        return found.tolist()
 
     def gather_bytes(self, data: Tensor, most: int) -> list[Tensor]:
         padded = torch.nn.functional.pad(data, (0, most - data.numel()))

@@ -34,8 +34,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine import Task, Trainer
 from engine.order import SLICE, KeyedPermutation
-from engine.update.message import HEADER
+from engine.update.message import HEADER, MAXIMA
 from strategies import DDPStrategy
+from strategies.exact_sums import LIMBS
+from strategies.process_group import LARGEST_MESH
 from tests.benchmarks.problem import at_updates, loss_fn, make_model, make_optimizer
 from tests.kit.processes import run
 
@@ -134,7 +136,7 @@ def alone(port: int) -> list[tuple[float, ...]]:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     strategy = DDPStrategy(device="cpu")
     strategy.setup()
-    message = [0.0] * HEADER
+    message = [0.0] * (HEADER + MAXIMA)
     for _ in range(WARM_UP):
         strategy.exchange(message)()
     see = See()
@@ -212,18 +214,23 @@ def print_order() -> None:
 
 
 def print_projected(results: dict[int, dict[str, dict[str, float]]], latency: float) -> None:
-    """Arithmetic: a ring of P - 1 messages that wait for one another, and trees of log2 P."""
+    """Arithmetic: messages that wait for one another, log2 P of them in a tree and in an update that adds up."""
     largest = max(results)
-    slope = results[largest]["message"]["cpu"] / largest
-    stated = f"{latency * 1e6:g} us from process to process and {slope * 1e6:.0f} us of CPU x P a message"
-    print(f"\nArithmetic, at {stated}:\n")
-    columns = "the update's message: ms on the way | CPU ms | kB received | agreement at the start: messages | ms"
-    print(f"| P | {columns} | sockets |\n" + "| --: " * 7 + "|")
+    a_step = results[largest]["message"]["cpu"] / steps_of(largest)
+    print(f"\nArithmetic, at {latency * 1e6:g} us from process to process and {a_step * 1e6:.0f} us of CPU a step:\n")
+    columns = "the update's message: steps | ms on the way | CPU ms | kB sent | agreement at the start: steps | ms"
+    print(f"| P | {columns} | sockets |\n" + "| --: " * 8 + "|")
     for P in LARGE:
-        steps, kB = math.ceil(math.log2(P)), 8 * HEADER * (P - 1) / 1e3
-        connections = 2 * (P - 1) if P <= 64 else 2 * (2 * steps + 2)
-        cells = [f"{1e3 * latency * (P - 1):,.1f}", f"{1e3 * slope * P:,.1f}", f"{kB:,.1f}", f"{steps}"]
-        print(f"| {P:,} | " + " | ".join([*cells, f"{1e3 * latency * steps:.2f}", f"{connections}"]) + " |")
+        steps, start = steps_of(P), math.ceil(math.log2(P))
+        kB = 8 * (1 + LIMBS * HEADER + MAXIMA) * steps / 1e3
+        connections = 2 * (P - 1) if P <= LARGEST_MESH else 2 * (2 * start + 2)
+        cells = [f"{steps}", f"{1e3 * latency * steps:.2f}", f"{1e3 * a_step * steps:.1f}", f"{kB:.1f}", f"{start}"]
+        print(f"| {P:,} | " + " | ".join([*cells, f"{1e3 * latency * start:.2f}", f"{connections}"]) + " |")
+
+
+def steps_of(P: int) -> int:
+    """Return the messages of an update that a process sends or waits for, one after another, where P is large."""
+    return math.floor(math.log2(P)) + 2 * (P.bit_count() > 1)
 
 
 def main(processes: list[int], latency: float, file: str | None) -> None:

@@ -43,7 +43,7 @@ def counted(call: Callable[[], Any]) -> tuple[Any, Counter[str]]:
 
         return wrapper
 
-    names = ("send_object_list", "recv_object_list", "isend", "recv", "broadcast_object_list", "all_gather")
+    names = ("send_object_list", "recv_object_list", "isend", "send", "recv", "broadcast_object_list", "all_gather")
     originals = {name: getattr(dist, name) for name in names}
     for name in names:
         setattr(dist, name, counting(name))
@@ -85,7 +85,8 @@ def compared(odd: int) -> Any:
 def test_values_are_gathered_where_they_differ(P: int) -> None:
     for found, sent in run(P, compared, -1):
         assert [row["N"] for row in found] == [4]
-        assert sent == Counter({"isend": math.ceil(math.log2(P)), "recv": math.ceil(math.log2(P))})
+        assert sent.keys() <= {"isend", "send", "recv"}
+        assert sent["isend"] + sent["send"] <= math.floor(math.log2(P)) + 1
     for odd in {0, P - 1} if P > 1 else ():
         for found, _ in run(P, compared, odd):
             assert [row["N"] for row in found] == [5 if rank == odd else 4 for rank in range(P)]
