@@ -188,10 +188,12 @@ class Accumulator:
         Call it on all processes together, between `update` and the next window. It holds plain values.
         """
         self._check_done()
-        state = self._state
+        state, positions = self._state, self._positions  # those that were loaded, if no window has come since
+        if positions is None and state.position is not None:
+            positions = self._strategy.gather(state.position)
         return {
             "run": state.state_dict(),
-            "positions": None if state.position is None else self._strategy.gather(state.position),
+            "positions": positions,
             "updater": self._updater.state_dict(),
             "schedule": self._schedule.state_dict(),
             "identity": self._identity,

@@ -86,7 +86,7 @@ class NoiseMeter:
 
     def load_state_dict(self, state: Iterable[Sequence[float]]) -> None:
         """Load what `state_dict` returned."""
-        self._pairs.extend((noise, signal) for noise, signal in state)
+        self._pairs = deque(((noise, signal) for noise, signal in state), KEPT)
         self._estimate = ratio(self._pairs) if self._pairs else UNKNOWN
 
 

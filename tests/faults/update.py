@@ -348,6 +348,13 @@ FAULTS = [
         TERMS,
     ),
     Fault(
+        "leave the others alone with the count of terms",
+        "JoinedTerms.counted",
+        "if not is_out_of_memory(error):",
+        "if error:",
+        "tests/exact/test_out_of_memory.py -k terms",
+    ),
+    Fault(
         "give a term of weight 0 a gradient of zero",
         "LeftOut.backward",
         "return None",
