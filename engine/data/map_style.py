@@ -12,10 +12,9 @@ from engine.data.checks import check_order
 from engine.data.counting import overrides, size_problem
 from engine.data.fetch import Fetch, Piece, TensorFetch
 from engine.data.prefetch import Prefetch
-from engine.data.window import Closing, Window
+from engine.data.window import Window
 from engine.errors import UserError
 from engine.order import KeyedPermutation, Order
-from engine.plan.schedule import Stage
 from engine.plan.windows import Plan, PlannedWindow
 from engine.signals import shielded
 from engine.task import Batching
@@ -113,8 +112,8 @@ class MapSource:
         for window in self._plan.windows(epoch, update, offset):
             count = before[window.stop] - before[window.start]
             pieces = window.count(N, P, spread)
-            micros, position = self._micros(batches, window, before), (epoch, window.stop)
-            yield MapWindow(window.stage, count, -(-pieces // P), pieces <= rank, micros, position)
+            micros, position = self._micros(batches, window, before), (epoch, window.stop)  # the plan knows the end
+            yield Window(window.stage, -(-pieces // P), pieces <= rank, position, count, micros=micros)
 
     def _micros(self, batches: Iterator[Any], window: PlannedWindow, before: Sequence[int]) -> Iterator[MicroBatch]:
         to_device, batching = self._to_device, self._batching
@@ -153,23 +152,6 @@ def samples_before(order: Sequence[Any]) -> Sequence[int]:
     if len(order) and isinstance(order[0], Sequence):
         return list(accumulate(map(len, order), initial=0))
     return range(len(order) + 1)
-
-
-@dataclass
-class MapWindow(Closing):
-    """A window of a map-style dataset."""
-
-    stage: Stage
-    samples: int | None
-    most_micro_batches: int
-    is_empty: bool
-    micros: Iterator[MicroBatch]
-    position: tuple[int, int]
-    """The epoch, and the offset in its order."""
-    has_more: bool = False  # the plan knows
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        return self.micros
 
 
 class _PieceSampler:

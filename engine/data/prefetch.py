@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from engine.data.lookahead import Lookahead
 from engine.errors import UserError
 from engine.task import Batching
 from strategies import Strategy
@@ -54,18 +55,9 @@ class Prefetch:
 
     def one_ahead(self, batches: Iterator[Any]) -> Iterator[Moving]:
         """Yield `batches`, each when the next one has begun to move; an exception met there comes at its turn."""
-        end = object()
-        moving = map(self.start, batches)
-        now = next(moving, end)
-        while now is not end:
-            try:
-                then, error = next(moving, end), None
-            except Exception as met:
-                then, error = end, met
-            yield now  # type: ignore[misc]
-            if error is not None:
-                raise error
-            now = then
+        ahead = Lookahead(batches, begin=self.start)
+        while ahead.has_next:
+            yield ahead.take()
 
     @property
     def _computing(self) -> Any:

@@ -13,8 +13,8 @@ from types import CodeType, FrameType
 
 from engine.callbacks.base import call
 from engine.checkpoint.checkpointer import Checkpointer
+from engine.data.lookahead import Lookahead
 from engine.data.map_style import MapSource
-from engine.data.stream import Lookahead
 from engine.training.build import build
 from engine.training.validation import Validation
 from engine.update.exchange import ACTIVITY_TOPIC, Exchange

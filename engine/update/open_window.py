@@ -6,7 +6,6 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from engine.data.map_style import MapWindow
 from engine.data.window import Window
 from engine.errors import UserError
 from engine.plan.schedule import Stage
@@ -60,7 +59,7 @@ class OpenWindow(CallWindow):
     def __init__(
         self, updater: Updater, state: RunState, stage: Stage, loss_of: LossOf | None, weights: Weights | None
     ) -> None:
-        super().__init__(updater, MapWindow(stage, None, 0, False, iter(()), (0, 0)), state)
+        super().__init__(updater, Window(stage, 0, is_empty=False), state)
         self._loss_of, updater.terms = loss_of, None
         atexit.register(self._report)
         updater.begin(self._window, state)
