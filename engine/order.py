@@ -119,7 +119,6 @@ class KeyedPermutation(Sequence[int]):
             yield from ((piece.start, [*islice(indices, len(piece))]) for piece in waiting)
 
     def _at(self, places: NDArray[numpy.int64]) -> NDArray[numpy.int64]:
-        """Return the indices at `places`."""
         found = numpy.empty_like(places)
         for start in range(0, len(places), SLICE):
             numbers = self._permuted(places[start : start + SLICE].astype(numpy.uint64))

@@ -44,7 +44,6 @@ _WAY_OUT = "Start several processes by torchrun, which sets all of these, or uns
 
 
 def _number(name: str, otherwise: int, least: int = 0, below: int | None = None) -> int:
-    """Return the whole number in an environment variable."""
     text = os.environ.get(name)
     if text is None:
         return otherwise
@@ -58,16 +57,15 @@ def _number(name: str, otherwise: int, least: int = 0, below: int | None = None)
 @contextmanager
 def as_if_started(processes: int) -> Iterator[None]:
     """Make strategies answer as on process 0 of `processes`, to plan for them. No strategy may be set up."""
-    before = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-    os.environ.update(WORLD_SIZE=str(processes), RANK="0", LOCAL_RANK="0")
+    started = {"WORLD_SIZE": str(processes), "RANK": "0", "LOCAL_RANK": "0"}
+    before = {name: os.environ[name] for name in started if name in os.environ}
+    os.environ |= started
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in started:
+            del os.environ[name]
+        os.environ |= before
 
 
 def rendezvous(timeout: timedelta) -> Any:

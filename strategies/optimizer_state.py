@@ -61,11 +61,10 @@ def load_named_state(
             raise UserError(f"the saved optimizer has state for {name!r}, which this optimizer does not hold.")
         _check_shapes(optimizer, name, flat[number[name]], state)
     states = {name: state for name, state in saved["state"].items() if flat[number[name]] not in elsewhere}
-    first = iter(range(len(flat)))
     loaded = []
     for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         kernel = {name: group[name] for name in HOW_TO_STEP if name in group}
-        loaded.append({**saved_group, **kernel, "params": [next(first) for _ in group["params"]]})
+        loaded.append({**saved_group, **kernel, "params": [number[name] for name in saved_group["params"]]})
     optimizer.load_state_dict(
         {"state": {number[name]: state for name, state in states.items()}, "param_groups": loaded}
     )

@@ -24,7 +24,6 @@ class StatusBoard:
         self._patiently(lambda: self._store.set(f"{topic}/{self._rank}", text))
 
     def posted(self, topic: str) -> dict[int, str]:
-        """Return the texts by rank; {} if the store is gone with the process or host that kept it."""
         texts: dict[int, str] = {}
 
         def read() -> None:

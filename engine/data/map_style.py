@@ -132,7 +132,6 @@ def _fetches(
     order: Sequence[Any],
     before: Sequence[int],
 ) -> Iterator[Piece]:
-    """Yield the pieces that one process fetches in an epoch."""
     if isinstance(order, KeyedPermutation):
         for start, indices in order.read(piece for window in windows for piece in window.micro_batches(*cut)):
             yield Piece(epoch, start, indices)

@@ -122,7 +122,6 @@ ASKED = {"accumulate_grad_batches", "effective_batch_size", "scheduling", "sched
 
 
 def _asked(identity: Mapping[str, str]) -> str:
-    """Return what set the window length, as it was given."""
     B, scheduling = identity["effective_batch_size"], identity["scheduling"]
     if B != "None":
         return f"effective_batch_size={B}"

@@ -269,7 +269,6 @@ def first_model(task: Task, settings: Settings, strategy: Strategy, callbacks: S
 
 
 def _load_weights(model: nn.Module, settings: Settings, checkpoint: Checkpoint | None) -> None:
-    """Load `weights`, if a checkpoint does not have the whole model."""
     if settings.weights is not None and (checkpoint is None or checkpoint.left_out):
         load_weights(model, Path(settings.weights))
 

@@ -82,14 +82,12 @@ class MergedMetrics:
 
 
 def _saved(metric: Any) -> bytes:
-    """Return a metric as bytes, wherever its tensors are."""
     buffer = io.BytesIO()
     torch.save(metric, buffer)
     return buffer.getvalue()
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """Yield the numbers in `value` by name and place."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, list | tuple):
         value = dict(enumerate(value))

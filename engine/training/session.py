@@ -71,7 +71,6 @@ class Session:
             self._validate()
 
     def _run_epoch(self) -> None:
-        """Run an epoch, or what is left of it."""
         state, control, first_update = self._state, self._control, self._state.update
         seed_everything(mix(self._settings.seed, EPOCH_STREAM, state.epoch))  # for iterables that draw
         positions, self._positions = self._positions, None
@@ -171,7 +170,6 @@ class Session:
 
     @property
     def _is_over(self) -> bool:
-        """Whether the run is at its end, was stopped or was interrupted."""
         state, control, settings = self._state, self._control, self._settings
         if self._has_ended or control.interrupted_by:
             return True
@@ -186,7 +184,6 @@ class Session:
             self._validate()
 
     def _validate(self) -> None:
-        """Validate, unless this update has been validated already."""
         state, validation = self._state, self._run.validation
         if validation is None or state.validated_update == state.update:
             return

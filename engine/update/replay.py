@@ -149,7 +149,6 @@ class ReplayUpdater(Updater):
         return gradients
 
     def _check_replay(self, differ: list[Tensor], micros: list[MicroBatch]) -> None:
-        """Raise UserError if a second forward gave other outputs, naming the module that drew."""
         flags = torch.stack(differ).tolist()
         if not any(flags):
             return

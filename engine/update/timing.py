@@ -60,7 +60,6 @@ class ReductionCost(NamedTuple):
         }
 
     def __str__(self) -> str:
-        """Return one line for people."""
         K, least = self.accumulate_grad_batches, self.hiding
         more = f"; K={least} would make it less than {HIDDEN:.0%}" if least > K else ""
         return f"reduction, and waiting for others: {self.share(K):.1%} of an update at K={K}{more}"

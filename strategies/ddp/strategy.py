@@ -4,6 +4,7 @@ import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,9 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from strategies.ddp.compression import DTYPES, EXACT_TO, cast_and_reduce, check_hook
-from strategies.ddp.empty_forward import EmptyForward
 from strategies.ddp.unfinished import SentBuckets
-from strategies.ddp.wrapper import Wrapper, depends_on
+from strategies.ddp.wrapper import Wrapper, depends_on, zero_of
 from strategies.errors import MODEL_NOT_CALLED, UserError
 from strategies.optimizer_shards import OptimizerShards
 from strategies.optimizer_state import user_name
@@ -112,12 +112,10 @@ class DDPStrategy(ProcessGroupStrategy):
             self._ddp.require_backward_grad_sync = False
 
     def describe(self) -> str:
-        """Return one line for the banner."""
         hook = f", gradients sent in {self.communication_hook}" if self.communication_hook else ""
         return super().describe() + hook + (", optimizer sharded" if self.shard_optimizer else "")
 
     def release_model(self) -> None:
-        """Remove the wrapper."""
         self._hook = None
         if hasattr(self, "_ddp"):
             self._remove_reducer()
@@ -187,7 +185,6 @@ class DDPStrategy(ProcessGroupStrategy):
         )
 
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
-        """Divide the steps of `optimizer` among the processes if `shard_optimizer` is set."""
         if self.shard_optimizer:
             self._shards = OptimizerShards(optimizer, dist.distributed_c10d._get_default_group())
 
@@ -217,19 +214,18 @@ class DDPStrategy(ProcessGroupStrategy):
             raise RuntimeError(self._unused_message(error)) from None
 
     def own_norm(self) -> Tensor | None:
-        """Return the norm of this process's gradients so far; None unless a window's gradient is the sum of them."""
         is_sum = self.defers_reduction and self.exact_to is not None
         return super().clip(None) / self.data_parallel_size if is_sum else None  # `backward` has multiplied by P
 
     def join(self, window: Any) -> None:
-        """Reduce zeros: run the wrapper's forward, and so its collectives, around a module that reads no data."""
+        """Reduce zeros: run the wrapper's forward, and so its collectives, around a function that reads no data."""
         self._broadcast_buffers_once()
         self._sent.begin()
         trainable = [p for p in self._parameters if p.requires_grad]
         if self.find_unused_parameters:  # parameters unused on all processes must keep the gradient None
             trainable = [self._anchor]
-        modules = self._ddp._modules
-        modules["module"], self._ddp.require_backward_grad_sync = EmptyForward(trainable), True
+        modules: dict[str, Any] = self._ddp._modules
+        modules["module"], self._ddp.require_backward_grad_sync = partial(zero_of, trainable), True
         try:
             super().backward(self._ddp(), 1.0)
         finally:
@@ -251,7 +247,6 @@ class DDPStrategy(ProcessGroupStrategy):
 
     @property
     def holds_all(self) -> bool:
-        """Whether the optimizer's state is on each process: not with `shard_optimizer`."""
         return self._shards is None
 
     def reductions(self) -> tuple[int, int]:

@@ -115,7 +115,6 @@ class FSDPStrategy(ProcessGroupStrategy):
         self._passes.end_forward()
 
     def end_first_pass(self, has_output: bool) -> None:
-        """End the forward that keeps its graph, or take part in the forwards of the others."""
         if has_output:
             self._passes.end()
             self._passes.start(self._passes.is_last)

@@ -104,7 +104,6 @@ class Chain:
         return [*(spec for spec in specs if spec is not None), TensorSpec((), torch.float32)]  # the last is the loss
 
     def _send(self, x: Tensor | None, spec: TensorSpec | None, autocast: torch.dtype | None) -> None:
-        """Send a tensor of any shape, and its dtype of autocast, to the next process."""
         target = self.ranks[self.stage + 1]
         dist.send_object_list([(spec, autocast)], dst=target, group=self.host_group)
         if x is not None:

@@ -1,6 +1,6 @@
 """The parts of a model: the cut, the model that `loss()` calls, and the specs of the tensors between parts."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, TypeVar
@@ -155,25 +155,6 @@ class Part(nn.Module):
         return self._compute(activation, int(micro))
 
 
-def already_computed(loss: Tensor, target: Tensor) -> Tensor:
-    """Return the output of the last part, which is the loss."""
-    return loss
-
-
 def zeros(spec: TensorSpec, device: torch.device) -> Tensor:
     """Return zeros, which require grad if their dtype can."""
     return torch.zeros(spec.shape, dtype=spec.dtype, device=device, requires_grad=spec.dtype.is_floating_point)
-
-
-def buckets(parameters: Iterable[nn.Parameter], size: int) -> list[list[nn.Parameter]]:
-    """Return the trainable parameters in order, in lists of one dtype and about `size` bytes."""
-    lists: list[list[nn.Parameter]] = []
-    filled = 0
-    for parameter in parameters:
-        if parameter.requires_grad:
-            if not lists or filled >= size or lists[-1][0].dtype != parameter.dtype:
-                lists.append([])
-                filled = 0
-            lists[-1].append(parameter)
-            filled += parameter.numel() * parameter.element_size()
-    return lists
