@@ -176,10 +176,7 @@ class Trainer:
         call(self, "on_fit_end")
 
     def _report(self, error: BaseException) -> None:
-        """Tell callbacks, events.jsonl and the other processes of an error.
-
-        Raises ProcessFailureError in its place if this process has lost contact with another.
-        """
+        """Tell the others of an error. Raises ProcessFailureError in its place if contact with one is lost."""
         for callback in self.callbacks:
             try:
                 callback.on_exception(self, error)

@@ -89,10 +89,7 @@ class MapSource:
     def windows(
         self, epoch: int, update: int, samples: int, positions: Sequence[Any] | None = None
     ) -> Iterator[Window]:
-        """Yield the windows of `epoch`, from the position of process 0 on: it is that of all.
-
-        Raises UserError for an order that is longer or shorter than epoch 0's.
-        """
+        """Yield the windows of `epoch` from the first position on. Raises UserError for an order of another length."""
         order = check_order(self._order(epoch))
         if len(order) != self._plan.samples:
             raise UserError(
@@ -103,7 +100,7 @@ class MapSource:
         before = samples_before(order)
         offset = positions[0][1] if positions and positions[0][0] == epoch else 0
         windows = self._plan.windows(epoch, update, offset)
-        self._pieces.current = _fetches(epoch, windows, self._cut, order, before)
+        self._pieces.current = self._fetches(epoch, windows, order, before)
         with shielded():
             batches = iter(self._loader)
         if self._prefetch is not None:
@@ -115,6 +112,21 @@ class MapSource:
             micros, position = self._micros(batches, window, before), (epoch, window.stop)  # the plan knows the end
             yield Window(window.stage, -(-pieces // P), pieces <= rank, position, count, micros=micros)
 
+    def _fetches(
+        self, epoch: int, windows: Iterable[PlannedWindow], order: Sequence[Any], before: Sequence[int]
+    ) -> Iterator[Piece]:
+        pieces = (piece for window in windows for piece in window.micro_batches(*self._cut))
+        if isinstance(order, KeyedPermutation):
+            yield from (Piece(epoch, start, indices) for start, indices in order.read(pieces))
+            return
+        is_grouped = not isinstance(before, range)
+        for start, stop, _ in pieces:
+            chosen: Any = order[start:stop]
+            if is_grouped:
+                chosen = list(chain.from_iterable(chosen))
+            indices = chosen.tolist() if hasattr(chosen, "tolist") else list(chosen)
+            yield Piece(epoch, before[start], indices)
+
     def _micros(self, batches: Iterator[Any], window: PlannedWindow, before: Sequence[int]) -> Iterator[MicroBatch]:
         to_device, batching = self._to_device, self._batching
         for start, stop, is_last in window.micro_batches(*self._cut):
@@ -123,27 +135,6 @@ class MapSource:
                 problem = size_problem(batching, batch, size)
                 size = size if problem else self._batch_size(batch)
             yield MicroBatch(to_device(batch), size, before[start], is_last, problem)
-
-
-def _fetches(
-    epoch: int,
-    windows: Iterable[PlannedWindow],
-    cut: tuple[int, int, int, bool],
-    order: Sequence[Any],
-    before: Sequence[int],
-) -> Iterator[Piece]:
-    if isinstance(order, KeyedPermutation):
-        for start, indices in order.read(piece for window in windows for piece in window.micro_batches(*cut)):
-            yield Piece(epoch, start, indices)
-        return
-    is_grouped = not isinstance(before, range)
-    for window in windows:
-        for start, stop, _ in window.micro_batches(*cut):
-            chosen: Any = order[start:stop]
-            if is_grouped:
-                chosen = list(chain.from_iterable(chosen))
-            indices = chosen.tolist() if hasattr(chosen, "tolist") else list(chosen)
-            yield Piece(epoch, before[start], indices)
 
 
 def samples_before(order: Sequence[Any]) -> Sequence[int]:

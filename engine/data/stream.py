@@ -50,10 +50,7 @@ class StreamSource:
     def windows(
         self, epoch: int, update: int, samples: int, positions: Sequence[Any] | None = None
     ) -> Iterator[Window]:
-        """Yield windows until all processes have run out.
-
-        Raises UserError if no process has a micro-batch, and for positions from which these processes cannot resume.
-        """
+        """Yield windows until all processes have run out. Raises UserError without data, or if they cannot resume."""
         rank, P = self._strategy.data_parallel_rank, self._strategy.data_parallel_size
         if positions is not None and all(position["has_ended"] for position in positions):
             if positions[0]["epoch"] == epoch:
@@ -104,10 +101,7 @@ class StreamSource:
             yield MicroBatch(to_device(batch), batch_size(batch), index, is_last, problem)
 
     def _check_first(self, epoch: int, stream: Lookahead) -> list[str]:
-        """Raise UserError if no process has a micro-batch.
-
-        Return the digests of the first micro-batches if two processes begin their first epoch with the same.
-        """
+        """Return the first digests if two are equal in the first epoch. Raises UserError without any micro-batch."""
         compares = stream.has_next and not self._has_compared and self._strategy.data_parallel_size > 1
         firsts = self._strategy.gather((stream.has_next, digest(stream.ahead) if compares else ""))
         self._has_compared = True

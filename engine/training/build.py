@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from engine.callbacks.accumulation import Scheduling
 from engine.callbacks.base import Callback
@@ -100,7 +98,10 @@ def build(
 ) -> Run:
     """Build data, model, optimizer and updater of `task`. Raises UserError for what cannot be trained."""
     layout = lay_out(task, settings, scheduling, strategy, N, checkpoint)
-    source = _source(task, settings, strategy, layout)
+    held = OnHost(task) if counts_terms(task) else Prefetch(strategy, task) if settings.prefetch_to_device else None
+    workers = LoaderOptions(settings.num_workers, settings.pin_memory, settings.persistent_workers)
+    cut = N, settings.seed, settings.shuffle, workers, settings.spread_windows, held
+    source = make_source(layout.data, task, strategy, layout.schedule, layout.plan, *cut)
     validation = make_validation(task, settings, strategy, N=N)
     model = make_model(task, settings.seed)
     _load_weights(model, settings, checkpoint)
@@ -116,16 +117,16 @@ def build(
     strategy.runs_twice = isinstance(task, WindowTask)
     prepared = strategy.prepare(model)
     check_equal_windows(strategy, layout.plan, N, settings.spread_windows)
-    optimizer, lr_scheduler = make_optimizer(task, model)
+    optimizer, lr_scheduler = check_optimizer(task.configure_optimizer(model), model)
     strategy.prepare_optimizer(optimizer)
     clip_norm, skips, seed = settings.gradient_clip_norm, settings.skip_nonfinite_updates, settings.seed
     noise = next((c.every_n_updates for c in callbacks if isinstance(c, NoiseScale)), None)
     options = UpdateOptions(clip_norm, skips, settings.precision, seed, is_recorded, layout.total_updates, noise)
     heeded = signals if settings.run_dir is not None else None
     timer = UpdateTimer(strategy) if is_recorded else NO_TIMER
-    updater: Updater
     updating = strategy, prepared, optimizer, lr_scheduler, options, heeded, timer
     forward: Callable[..., Any] = task.loss
+    updater: Updater
     if isinstance(task, WindowTask):
         forward, updater = task.outputs, ReplayUpdater(task.window_loss, task.keeps_batches_on_host, *updating)
     else:
@@ -196,22 +197,6 @@ def _has_same_windows(checkpoint: Checkpoint, windows: Mapping[str, str]) -> boo
     return all(checkpoint["identity"].get(name) == text for name, text in windows.items())
 
 
-def _source(task: Task, settings: Settings, strategy: Strategy, layout: Layout) -> Source:
-    return make_source(
-        layout.data,
-        task,
-        strategy,
-        layout.schedule,
-        layout.plan,
-        layout.N,
-        settings.seed,
-        settings.shuffle,
-        LoaderOptions(settings.num_workers, settings.pin_memory, settings.persistent_workers),
-        settings.spread_windows,
-        OnHost(task) if counts_terms(task) else Prefetch(strategy, task) if settings.prefetch_to_device else None,
-    )
-
-
 def make_validation(
     task: Task, settings: Settings, strategy: Strategy, source: str = "validation_data", N: int = 0
 ) -> Validation | None:
@@ -271,11 +256,6 @@ def first_model(task: Task, settings: Settings, strategy: Strategy, callbacks: S
 def _load_weights(model: nn.Module, settings: Settings, checkpoint: Checkpoint | None) -> None:
     if settings.weights is not None and (checkpoint is None or checkpoint.left_out):
         load_weights(model, Path(settings.weights))
-
-
-def make_optimizer(task: Task, model: nn.Module) -> tuple[Optimizer, LRScheduler | None]:
-    """Make the optimizer and the LR scheduler of `model`. Raises UserError for unsupported ones."""
-    return check_optimizer(task.configure_optimizer(model), model)
 
 
 def _check_agreement(

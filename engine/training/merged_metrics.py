@@ -59,7 +59,6 @@ class MergedMetrics:
         as a UserError.
         """
         numbers: dict[str, float] = {}
-        problem = ""
         for name, metric in self._metrics.items():
             try:
                 for state in states:
@@ -67,14 +66,11 @@ class MergedMetrics:
                         metric.merge_state(self._loaded(state[name]))
                 found = dict(islice(_numbers(name, metric.compute()), MOST_NUMBERS + 1))
             except Exception as error:
-                problem = problem or f"validation_metrics[{name!r}] failed: {describe(error)}."
-                continue
+                raise UserError(f"validation_metrics[{name!r}] failed: {describe(error)}.") from error
             if len(found) > MOST_NUMBERS:
                 log.warning("%s has more than %d numbers, and is not recorded.", name, MOST_NUMBERS)
             else:
                 numbers |= found
-        if problem:
-            raise UserError(problem)
         return numbers
 
     def _loaded(self, state: bytes) -> Any:

@@ -28,10 +28,7 @@ from strategies import MicroBatch, Strategy
 
 
 class Validation:
-    """Evaluates a task on data, on the first `limit` samples of it if it is map-style.
-
-    `N` is that of the settings if it is 0.
-    """
+    """Evaluates a task on data: the first `limit` samples of a map-style one, in micro-batches of `N` (0: as set)."""
 
     def __init__(
         self, data: Any, task: Task, strategy: Strategy, settings: Settings, limit: int | None = None, N: int = 0

@@ -205,13 +205,11 @@ class _ForwardState:
         self._buffers = Buffers(model)
 
     def keep(self) -> None:
-        if self._buffers.exist:
-            self._buffers.keep()
+        self._buffers.keep()
         self._python, self._numpy = random.getstate(), numpy.random.get_state()
 
     def restore(self) -> None:
-        if self._buffers.exist:
-            self._buffers.restore()
+        self._buffers.restore()
         self.restore_host()
 
     def restore_host(self) -> None:

@@ -1,7 +1,4 @@
-"""The time of updates: waiting for data, computing, reduction and step, from a few clock reads per window.
-
-A long window reads the clock as often as a short one.
-"""
+"""The time of updates: data, computing, reduction and step, from as few clock reads for a long window."""
 
 import math
 import time
@@ -94,17 +91,13 @@ class NoTimer:
     seconds_by_activity: dict[str, float] = {}  # noqa: RUF012 - always empty
 
     def watch(self, window: Window, update: int) -> Iterable[MicroBatch]:
-        """Return the window itself."""
         return window
 
-    def last_micro_batch(self) -> None:
-        """Do nothing."""
+    def last_micro_batch(self) -> None: ...
 
-    def reduced(self) -> None:
-        """Do nothing."""
+    def reduced(self) -> None: ...
 
-    def end(self, window: Window, micro_batches: int) -> None:
-        """Do nothing."""
+    def end(self, window: Window, micro_batches: int) -> None: ...
 
 
 NO_TIMER = NoTimer()

@@ -215,7 +215,8 @@ class Updater:
         self.scale.end(agreed.weight, overflowed)
         self.lr = lr_factor * float(self.optimizer.param_groups[0]["lr"])
         if self._group_names:
-            self._note_lr_of_groups(lr_factor)
+            rates = [lr_factor * float(group["lr"]) for group in self.optimizer.param_groups]
+            self.lr_of_groups = {f"lr/{name}": rate for name, rate in zip(self._group_names, rates, strict=True)}
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self.strategy.clear_gradients()
@@ -226,10 +227,6 @@ class Updater:
             metrics = self.noise.see(metrics, norm, agreed.weight, window.stage.accumulate_grad_batches)
         return Outcome(agreed.weight, mean, samples, norm, skipped, overflowed, stop, save, metrics=metrics)
 
-    def _note_lr_of_groups(self, lr_factor: float) -> None:
-        rates = [lr_factor * float(group["lr"]) for group in self.optimizer.param_groups]
-        self.lr_of_groups = {f"lr/{name}": rate for name, rate in zip(self._group_names, rates, strict=True)}
-
     def _undo(self, out_of_memory: bool) -> Outcome:
         """Return to the boundary before the window: drop its gradients, restore what forward has changed."""
         if out_of_memory:
@@ -237,8 +234,7 @@ class Updater:
         self.strategy.clear_gradients()
         if self.rollback is not None:
             self.rollback.undo()
-        dropped = Outcome(0.0, math.nan, 0, math.nan, False, False, stop=True, save=False, aborted=True)
-        return dropped._replace(out_of_memory=out_of_memory)
+        return Outcome(0.0, math.nan, 0, math.nan, False, False, True, False, True, out_of_memory)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next update needs of those before."""

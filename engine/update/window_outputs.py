@@ -91,6 +91,7 @@ class JoinedOutputs:
                     self._parts.setdefault(name, {})[index, process, count] = part
                     self._kinds[name] = kind
                     start += _aligned(part)
+        self._parts = {name: dict(sorted(parts.items())) for name, parts in self._parts.items()}
         return True
 
     def gradients(
@@ -100,7 +101,7 @@ class JoinedOutputs:
 
         Raises UserError for an invalid loss, and for one that uses `parameters` of the model by itself.
         """
-        leaves = {name: self._leaf(name, [*parts.items()]) for name, parts in self._parts.items()}
+        leaves = {name: self._leaf(name) for name in self._parts}
         with torch.enable_grad():
             loss = window_loss(leaves)
         if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
@@ -122,9 +123,8 @@ class JoinedOutputs:
                         own.setdefault(count, {})[name] = part
         return loss.detach(), [own[count] for count in sorted(own)]
 
-    def _leaf(self, name: str, parts: list[tuple[Place, Tensor]]) -> Tensor:
-        ordered = [tensor for _, tensor in sorted(parts, key=lambda item: item[0])]
-        wide = [widened(tensor) for tensor in ordered]
+    def _leaf(self, name: str) -> Tensor:
+        wide = [widened(tensor) for tensor in self._parts[name].values()]
         if self._kinds[name] == "Rows":
             leaf = torch.cat(wide)
         elif self._kinds[name] == "Added":
@@ -138,12 +138,10 @@ class JoinedOutputs:
 
     def _shares(self, name: str, gradient: Tensor) -> list[tuple[Place, Tensor]]:
         """Cut a gradient into those of the micro-batches."""
-        places, kind = sorted(self._parts[name]), self._kinds[name]
-        if kind == "Rows":
-            return [
-                *zip(places, torch.split(gradient, [len(self._parts[name][place]) for place in places]), strict=True)
-            ]
-        if kind == "Added":
+        places, parts = zip(*self._parts[name].items(), strict=True)
+        if self._kinds[name] == "Rows":
+            return [*zip(places, torch.split(gradient, [len(part) for part in parts]), strict=True)]
+        if self._kinds[name] == "Added":
             return [(place, gradient) for place in places]
         return [(place, gradient if place == places[0] else torch.zeros_like(gradient)) for place in places]
 

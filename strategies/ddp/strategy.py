@@ -131,10 +131,7 @@ class DDPStrategy(ProcessGroupStrategy):
         return self._ddp
 
     def start_window(self, most_micro_batches: int) -> None:
-        """Wrap the model again if a parameter was frozen or unfrozen: DDP reduces those that it saw at first.
-
-        Raises UserError if that did not happen on all processes.
-        """
+        """Wrap the model again if parameters were frozen or unfrozen. Raises UserError if not on all processes."""
         if [p.requires_grad for p in self._parameters] == self._requires_grad:
             return
         self._agree_on_frozen()

@@ -180,18 +180,12 @@ class FSDPStrategy(ProcessGroupStrategy):
         return list(dict.fromkeys(in_lists(model))) if self.wrap is None else of_classes(model, self.wrap)
 
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
-        """Step on shards, or for an optimizer with `needs_whole_parameters` (Muon, Adafactor, Rprop) on whole ones.
-
-        Raises UserError if such an optimizer has modes.
-        """
+        """Step on shards, or whole parameters where an optimizer needs them. Raises UserError if that has modes."""
         if parts := need_whole(optimizer):
             self._shards = GatheredSteps(optimizer, self._shard_group, parts)
 
     def start_window(self, most_micro_batches: int) -> None:
-        """Note the number of passes that all processes make in the next window.
-
-        Raises UserError if a parameter was frozen or unfrozen since `prepare`.
-        """
+        """Note the number of passes in the next window. Raises UserError if a parameter was frozen or unfrozen."""
         if [p.requires_grad for p in self._parameters] != self._requires_grad:
             before = zip(self._model.named_parameters(), self._requires_grad, strict=True)
             changed = [user_name(name) for (name, p), required in before if p.requires_grad != required]
@@ -284,10 +278,7 @@ class FSDPStrategy(ProcessGroupStrategy):
         return super()._copied(whole) if self.rank == 0 or whole is tensor else whole.to("meta")
 
     def _sharded(self, states: dict[str, Any]) -> dict[str, Any]:
-        """Return an optimizer's state with this process's shard of each tensor, or whole where it is stepped whole.
-
-        Raises UserError for another shape.
-        """
+        """Return an optimizer's state with this process's shards. Raises UserError for another shape."""
         whole = self._shards.held if self._shards is not None else ()
         parameters = {user_name(name): p for name, p in self._user_module.named_parameters() if p not in whole}
 

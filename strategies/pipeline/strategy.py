@@ -138,10 +138,7 @@ class PipelineStrategy(ProcessGroupStrategy):
         super().seed(value)
 
     def run_window(self, window: Iterable[MicroBatch], forward: Callable[[Any], tuple[Tensor, float | Tensor]]) -> None:
-        """Run one window by the schedule, and sum its gradients over the pipelines.
-
-        If one process fails, all end the window, so that each can raise.
-        """
+        """Run one window by the schedule, and sum its gradients over the pipelines. All end it if one fails."""
         self._share_buffers()
         with suppress(PeerFailedError):  # that process reports the error
             micros, calls, inputs = self._start(window, forward)

@@ -105,14 +105,14 @@ FAULTS = [
     Fault(
         "apply the scale twice",
         "Scale.begin",
-        "self._loss_scale.value / self._unit",
-        "self._loss_scale.value / self._unit**2",
+        "self._loss_scale / self._unit",
+        "self._loss_scale / self._unit**2",
         TABLE,
     ),
     Fault(
         "leave fp16's scale in the gradient",
         "Scale.factor",
-        "correction / self._loss_scale.value",
+        "correction / self._loss_scale",
         "correction",
         "tests/device/test_precision.py::test_a_precision_does_not_know_P",
     ),
@@ -252,8 +252,8 @@ FAULTS = [
     Fault(
         "divide a window's loss by its samples",
         "Scale.begin",
-        "return self._loss_scale.value\n",
-        "return self._loss_scale.value / window.stage.effective_batch\n",
+        "return self._loss_scale\n",
+        "return self._loss_scale / window.stage.effective_batch\n",
         "tests/exact/test_window_losses.py -k one_process",
     ),
     Fault(
@@ -272,8 +272,8 @@ FAULTS = [
     ),
     Fault(
         "join outputs in the order of processes",
-        "JoinedOutputs._leaf",
-        "sorted(parts, key=lambda item: item[0])",
+        "JoinedOutputs.join",
+        "dict(sorted(parts.items()))",
         "parts",
         "tests/exact/test_window_losses.py -k order",
     ),
