@@ -89,10 +89,7 @@ def rendezvous(timeout: timedelta) -> Any:
 
 
 def check_open_files(processes: int, rank: int, lazily: bool) -> None:
-    """Raise UserError if this process may not open as many files as its connections and those of the store take.
-
-    Each of two groups connects it to all others, or `lazily` to two for each step of a tree and of a ring.
-    """
+    """Raise UserError if this process may open fewer files than connections: to each other, or `lazily` to few."""
     needed = SPARE_FILES + 2 * (2 * processes.bit_length() + 2 if lazily else processes - 1)
     needed += processes if rank == 0 else 0  # its host keeps the store
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)

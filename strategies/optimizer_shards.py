@@ -20,10 +20,7 @@ CHUNK = 25 << 20
 
 
 class OptimizerShards:
-    """Divides the steps of `parts` of an optimizer (default: all, as ZeRO-1 does) among the processes of `group`.
-
-    Raises UserError for an optimizer with modes: its `train()` and `eval()` would need the whole state.
-    """
+    """Divides the steps of `parts` of an optimizer (default: all). Raises UserError for an optimizer with modes."""
 
     def __init__(self, optimizer: Optimizer, group: dist.ProcessGroup, parts: Sequence[Optimizer] = ()) -> None:
         parts = parts or parts_of(optimizer)

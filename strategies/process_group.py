@@ -83,8 +83,7 @@ class ProcessGroupStrategy(Strategy):
     def setup(self) -> None:
         """Join the processes: a group for gradients, and one on the CPU for messages.
 
-        Raises UserError if the host has fewer GPUs than processes, or too few open files for their connections, and
-        RuntimeError if this torch lacks a part.
+        Raises UserError for too few GPUs or open files, and RuntimeError if this torch lacks a part.
         """
         check_torch(self.name, self._torch_parts)
         if self._device_type == "cuda":

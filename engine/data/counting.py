@@ -29,11 +29,7 @@ def counts_terms(task: Task) -> bool:
 
 
 def size_problem(batching: Batching, batch: Any, planned: int | None = None) -> str:
-    """Return why the number of samples in `batch` cannot weigh a mean over them; "" if it can.
-
-    A task's own `batch_size` is believed. What the default sees must be the `planned` number; without one, all tensors
-    in the batch must agree.
-    """
+    """Return why `batch` cannot weigh a mean, "" if it can: its size is the `planned` one, or that of all tensors."""
     if overrides(batching, "batch_size"):
         return ""
     seen = list(dict.fromkeys(size for size, _ in tensors(batch.host if isinstance(batch, Moving) else batch)))

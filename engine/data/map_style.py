@@ -46,10 +46,7 @@ class LoaderOptions:
 
 
 class MapSource:
-    """The windows of a map-style dataset: a global order, cut by `plan`; this process fetches its own pieces only.
-
-    `collate` names the method of `batching` that makes micro-batches; without one of that name its `collate` does.
-    """
+    """This process's windows of a map-style dataset, cut by `plan`; `collate` names a method of `batching`."""
 
     def __init__(
         self,

@@ -20,12 +20,10 @@ class Moving(NamedTuple):
 
 
 class Prefetch:
-    """Begins to move a batch, and later lets the computation wait for it.
+    """Begins to move a batch, and lets the computation wait for it. Raises UserError for a device without streams.
 
     The host waits for neither where its memory is pinned. A copy begins when all that was computed before is done, and
     a batch is kept here until then: so what a copy overwrites has been read, whatever the batch is made of.
-
-    Raises UserError for a device without streams.
     """
 
     def __init__(self, strategy: Strategy, batching: Batching) -> None:

@@ -19,10 +19,7 @@ from strategies import Strategy
 
 
 def is_map_style(data: object) -> bool:
-    """Whether the engine makes the micro-batches of `data`: it has `__getitem__` and `__len__`.
-
-    Raises UserError for what is neither that nor an iterable of ready micro-batches.
-    """
+    """Whether the engine makes the micro-batches of `data`. Raises UserError for what cannot be trained on."""
     if isinstance(data, IterableDataset):
         raise UserError(
             f"{type(data).__name__} is an IterableDataset of samples: return DataLoader(it, batch_size=N), or, "

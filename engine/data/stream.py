@@ -23,10 +23,7 @@ log = logging.getLogger("tally")
 
 
 class StreamSource:
-    """The windows of ready micro-batches: K of this process's own each, fewer where its stream ends.
-
-    One micro-batch of lookahead tells which is the last. The epoch ends when all processes have run out.
-    """
+    """The windows of ready micro-batches: K of this process's own each, until all processes have run out."""
 
     def __init__(
         self,
@@ -75,7 +72,9 @@ class StreamSource:
             K = stage.accumulate_grad_batches
             seed_indices = range(first, first + P * K, P)
             position = {"epoch": epoch, "seed_index": seed_indices.stop, "length_before": self._length}
-            window = Window(stage, K, not stream.has_next, {**position, **stream.position}, has_more=stream.has_next)
+            window = Window(stage, K, not stream.has_next, position, has_more=stream.has_next)
+            if window.is_empty:
+                window.position |= stream.position
             window.micros = self._micros(window, stream, seed_indices, problem)
             yield window
             has_more, update, first = window.has_more, update + 1, seed_indices.stop

@@ -1,8 +1,4 @@
-"""Windows as one process sees them, and the sources that yield them.
-
-Every source is used alike: `for window in source.windows(epoch, update, samples)`, each window an iterable of this
-process's micro-batches. A source knows no model and no optimizer; `Window.close` brings it the update's verdict.
-"""
+"""Windows as one process sees them, and the sources that yield them. A source knows no model."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -101,10 +101,7 @@ def solve(
 
 
 def differences(here: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-    """Return how two runs differ, each with its "identity", in texts, and its "schedule".
-
-    The same effective batches are the same windows, however they were asked for. So are the same settings: K follows.
-    """
+    """Return how two runs differ. The same effective batches are the same windows, however they were asked for."""
     now, before = here["identity"], saved["identity"]
     changed = [name for name, text in now.items() if text != before.get(name)]
     found = [f"{name} was {before.get(name)} and is {now[name]}" for name in changed if name not in ASKED]

@@ -234,10 +234,7 @@ def make_model(task: Task, seed: int) -> nn.Module:
 
 
 def first_model(task: Task, settings: Settings, strategy: Strategy, callbacks: Sequence[Callback]) -> nn.Module:
-    """Return the model that a run would start from, and give callbacks their state in its checkpoint.
-
-    Raises UserError for a `run_dir` without a checkpoint, CheckpointError for weights of another model.
-    """
+    """Return the model that a run would start from; load callbacks. Raises UserError if the checkpoint is missing."""
     checkpoint = Checkpointer(settings, strategy, Signals()).find()
     if checkpoint is None and settings.weights is None and settings.run_dir is not None and settings.resume == "auto":
         raise UserError(

@@ -17,10 +17,7 @@ MOST_NUMBERS = 1000  # of one metric; a curve has more, and is not recorded
 
 
 class MergedMetrics:
-    """The `validation_metrics` of a task over all processes: each sample counts once, on the process that evaluates it.
-
-    Raises UserError for an object that is not a metric, or that cannot be merged with that of another process.
-    """
+    """The `validation_metrics` of a task over all processes. Raises UserError for one that cannot be merged."""
 
     def __init__(self, metrics: Mapping[str, Any], strategy: Strategy) -> None:
         self._metrics, self._strategy = metrics, strategy
@@ -53,11 +50,7 @@ class MergedMetrics:
         return {name: _saved(metric) for name, metric in self._metrics.items() if is_needed}
 
     def compute(self, states: Sequence[Mapping[str, bytes]]) -> dict[str, float]:
-        """Return all numbers of all metrics, on process 0, from the states of all processes.
-
-        Numbers in a tensor, list or dictionary are named by their place: `confusion/0/1`. Raises what a metric raises,
-        as a UserError.
-        """
+        """Return all numbers on process 0, by name and place: `confusion/0/1`. Raises UserError if a metric fails."""
         numbers: dict[str, float] = {}
         for name, metric in self._metrics.items():
             try:

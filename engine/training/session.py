@@ -154,7 +154,8 @@ class Session:
 
     def _record(self, window: Window, outcome: Outcome) -> None:
         state = self._state
-        counts: dict[str, float] = {name: getattr(state, name) for name in ("update", "epoch", "samples", "skipped")}
+        counts: dict[str, float] = {"update": state.update, "epoch": state.epoch, "samples": state.samples}
+        counts["skipped"] = state.skipped
         if self._run.layout.plan is not None:
             counts["micro_batch_size"] = self._run.layout.N
         if self._settings.lr_rule != "none":

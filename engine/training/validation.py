@@ -56,10 +56,9 @@ class Validation:
             self._source.cut(N)
 
     def run(self, model: nn.Module, signals: Signals | None = None) -> dict[str, float] | None:
-        """Return each metric over all processes; `model` is the unwrapped one: its forward has no collective.
+        """Return each metric over all processes, of the unwrapped model; None on all if one was interrupted.
 
-        A mean is (sum of its sums) / (sum of its weights); NaN if the weights sum to 0. Returns None on all processes
-        if one of them was interrupted.
+        A mean is (sum of its sums) / (sum of its weights), NaN if the weights sum to 0.
         """
         signals, task = signals or Signals(), self._task
         self._means, self._count, self._is_measured = MeanSums(self._strategy.device), 0, False

@@ -14,10 +14,7 @@ from strategies import MicroBatch
 
 
 class LossSum:
-    """Adds up losses and weights on their device; the host-device sync is in `read`, once per window.
-
-    `scale` is what backward multiplies a sum of losses by. `is_recorded` says whether the sum of losses is wanted.
-    """
+    """Adds up losses, if `is_recorded`, and weights on their device; `scale` is what backward multiplies by."""
 
     def __init__(self, scale: float, is_recorded: bool) -> None:
         self.micro_batches = self.samples = 0

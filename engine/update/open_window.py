@@ -52,8 +52,7 @@ class CallWindow:
 class OpenWindow(CallWindow):
     """One window: call `backward` any number of times, from anywhere, then `update` or `drop` on all processes.
 
-    Processes may call `backward` differently often, and not at all. No call communicates: `update` reduces them in a
-    pass without data, once and not overlapped.
+    No call of `backward` communicates. `update` reduces in a pass without data, once and not overlapped.
     """
 
     def __init__(
@@ -88,10 +87,7 @@ class OpenWindow(CallWindow):
             self.fail(error)
 
     def update(self) -> Outcome:
-        """Reduce, correct, clip, step and clear the gradients; return the update's outcome over all processes.
-
-        If a process calls `drop`, all drop the window, and the outcome is `aborted`.
-        """
+        """Make the update and return its outcome over all processes: `aborted` if one of them calls `drop`."""
         return self._end("update")
 
     def drop(self) -> None:

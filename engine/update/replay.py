@@ -126,10 +126,7 @@ class ReplayUpdater(Updater):
         return outputs
 
     def _gradients(self, first: _FirstPass, update: int) -> list[dict[str, Tensor]]:
-        """Return the gradients of the window's loss by this process's micro-batches. Raises the problem of its pass.
-
-        If another process has one, raises Interrupted: the window ends as after a signal, and the message says why.
-        """
+        """Return the gradients of the loss by micro-batch. Raises this pass's problem, or Interrupted for another's."""
         self.strategy.end_first_pass(first.problem is None and bool(first.micros))
         all_are_here = self._joined.join(first.outputs if first.problem is None else None)
         if first.problem is not None:

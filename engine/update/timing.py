@@ -104,10 +104,7 @@ NO_TIMER = NoTimer()
 
 
 class UpdateTimer(NoTimer):
-    """Adds up the times of one process's full windows, by K; the first window of each K apart, for it warms up.
-
-    The wait for data is measured for one micro-batch of each window, another one each time, and counts for all K.
-    """
+    """Adds up the times of full windows by K, the first of each apart: it warms up. Of K waits it times one."""
 
     def __init__(self, strategy: Strategy) -> None:
         self._is_alone = strategy.processes == 1

@@ -104,10 +104,9 @@ class Updater:
         self._needs_norm |= self._may_be_late
 
     def run(self, loss_of: LossOf, window: Window, state: RunState, requests: Requests = NO_REQUESTS) -> Outcome:
-        """Run one window and make its update, the same on all processes.
+        """Run one window and make its update. If a process is interrupted, all drop it, and the outcome is `aborted`.
 
-        If a process is interrupted meanwhile, all drop the window, and the outcome is `aborted`. Raises UserError for
-        an invalid loss or weight, what `loss_of` or the data raised, and on the other processes ProcessFailureError.
+        Raises UserError for an invalid loss or weight, what `loss_of` or the data raised, and ProcessFailureError.
         """
         self._loss_of = loss_of
         self.begin(window, state, requests)

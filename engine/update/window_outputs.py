@@ -58,10 +58,7 @@ class JoinedOutputs:
         """The bytes of the outputs of the largest process in the last window."""
 
     def join(self, own: Mapping[int, Outputs] | None) -> bool:
-        """Gather the outputs of all processes; `own` holds this process's by seed index, None if it has failed.
-
-        Return whether all have them. Raises UserError, on all processes, for outputs that differ in names or kind.
-        """
+        """Gather the outputs of all processes; `own` is None if this one failed. Return whether all have them."""
         rank, strategy = self._strategy.data_parallel_rank, self._strategy
         self._rank = rank
         tensors = [output.tensor.contiguous() for outputs in (own or {}).values() for output in outputs.values()]
@@ -97,10 +94,7 @@ class JoinedOutputs:
     def gradients(
         self, window_loss: Callable[[Mapping[str, Tensor]], Tensor], parameters: Sequence[Tensor]
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """Return the loss of the window, and its gradients by micro-batch of this process and name of the output.
-
-        Raises UserError for an invalid loss, and for one that uses `parameters` of the model by itself.
-        """
+        """Return the loss of the window, and its gradients by micro-batch and name. Raises UserError for a bad loss."""
         leaves = {name: self._leaf(name) for name in self._parts}
         with torch.enable_grad():
             loss = window_loss(leaves)

@@ -100,10 +100,7 @@ class DDPStrategy(ProcessGroupStrategy):
 
     @contextmanager
     def accumulation_context(self, is_last_microbatch: bool) -> Iterator[None]:
-        """Let DDP reduce in the last micro-batch only. DDP reads it in forward, so forward must be inside.
-
-        Outside, no forward prepares a reduction: a model may be called between windows, or by another model's loss.
-        """
+        """Let DDP reduce in the last micro-batch only: it reads that in forward. Outside no forward prepares it."""
         self._broadcast_buffers_once()
         self._ddp.require_backward_grad_sync = is_last_microbatch
         try:
@@ -188,8 +185,7 @@ class DDPStrategy(ProcessGroupStrategy):
     def backward(self, loss: Tensor, scale: float | Tensor) -> None:
         """Add `scale x d(loss)`, times P: DDP averages over P, and a strategy promises the sum.
 
-        Raises after the last micro-batch: UserError if the loss does not depend on the model, RuntimeError if a
-        gradient was not reduced.
+        Raises after the last: UserError for a loss without the model, RuntimeError for a gradient that was not reduced.
         """
         is_last = self._ddp.require_backward_grad_sync
         if is_last:
@@ -300,11 +296,7 @@ class DDPStrategy(ProcessGroupStrategy):
             self.join(None)  # makes gradients of zero, views of the buckets
 
     def _broadcast_buffers_once(self) -> None:
-        """Send process 0's buffers once per window, so that all processes begin it with those of a checkpoint.
-
-        DDP would send them in each synchronised forward. Processes may have different numbers of these: if a loss calls
-        the model twice, if a process has no micro-batch, or if one failed.
-        """
+        """Send process 0's buffers once per window. DDP's forwards would, but processes may have different numbers."""
         if self._has_buffers and self.broadcast_buffers and not self._buffers_are_sent:
             self._buffers_are_sent = True
             self._ddp._sync_buffers()  # type: ignore[no-untyped-call]

@@ -37,10 +37,7 @@ class Chain:
         return self.stage == len(self.ranks) - 1
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """Call `work` on all processes of the pipeline; return what each returned, in order.
-
-        Raises what it raised on this process, and PeerFailedError if it raised on another.
-        """
+        """Return what `work` returns on each process, in order. Raises PeerFailedError if it raised on another."""
         error, value = None, None
         try:
             value = work()
@@ -69,10 +66,7 @@ class Chain:
         return output
 
     def through(self, x: Tensor | None, autocast: torch.dtype | None) -> tuple[Any, TensorSpec | None]:
-        """Run one batch through all parts; return the model's output, on the last process, and this part's spec.
-
-        `x` is the input on the first process, else None. A part that fails raises after it has sent None to the next.
-        """
+        """Run a batch (`x`, on the first process) through all parts; return the output, on the last, and this spec."""
         error = spec = None
         if not self.is_first:
             x, autocast = self._receive()

@@ -34,10 +34,7 @@ class PeerFailedError(Exception):
 
 
 def cut(model: nn.Module, count: int, boundaries: Sequence[int] | None) -> list[list[Child]]:
-    """Return `model`'s children in `count` parts, balanced by parameters if `boundaries` is None.
-
-    Raises UserError unless the model is a plain `nn.Sequential` of at least `count` children whose parts share nothing.
-    """
+    """Return `model`'s children in `count` parts, balanced by default. Raises UserError if it cannot be cut so."""
     if type(model).forward is not nn.Sequential.forward or model._parameters or model._buffers:
         raise UserError(
             f"model={type(model).__name__}: expected a plain nn.Sequential. Return nn.Sequential(*layers), between "
@@ -68,10 +65,7 @@ def cut(model: nn.Module, count: int, boundaries: Sequence[int] | None) -> list[
 
 
 def balanced(sizes: Sequence[int], parts: int) -> list[int]:
-    """Return the index of the first layer of each part but the first, so that the largest part is as small as possible.
-
-    `sizes` are those of the layers in order. Raises UserError for fewer layers than parts.
-    """
+    """Return the first layer of each part but the first, the largest part as small as possible. Raises UserError."""
     if not 1 <= parts <= len(sizes):
         raise UserError(f"stages={parts}: expected at most as many stages as layers, {len(sizes)}.")
     before = list(accumulate(sizes, initial=0))

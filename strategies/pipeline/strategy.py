@@ -148,10 +148,7 @@ class PipelineStrategy(ProcessGroupStrategy):
     def _start(
         self, window: Iterable[MicroBatch], forward: Callable[[Any], object]
     ) -> tuple[list[MicroBatch], list[Call], list[Tensor]]:
-        """Return the micro-batches, the call of the model for each, and the inputs on the first process.
-
-        Raises UserError if the processes of the pipeline have different numbers of micro-batches.
-        """
+        """Return micro-batches, calls of the model and first inputs. Raises UserError for different numbers of them."""
         micros: list[MicroBatch] = []
         inputs: list[Tensor] = []
 
