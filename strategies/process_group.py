@@ -51,7 +51,7 @@ class ProcessGroupStrategy(Strategy):
         self._backend = "nccl" if self._device_type == "cuda" else "gloo"
         self._owns_group = False
         self._host_group: dist.ProcessGroup | None = None
-        self._board: StatusBoard | HostMessages = HostMessages()
+        self._board = HostMessages()
 
     def effective_batch(self, N: int, K: int) -> int:
         return self.data_parallel_size * N * K

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from strategies.host_messages import HostMessages
+
 PATIENCE = 3.0
 """Seconds to wait for an answer of the store."""
 
 
-class StatusBoard:
+class StatusBoard(HostMessages):
     """One process's access to the store: each of `size` processes writes, and all read without the writer's help."""
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
@@ -20,7 +22,6 @@ class StatusBoard:
         self._unanswered: threading.Thread | None = None
 
     def post(self, topic: str, text: str) -> None:
-        """Put `text` into the store; it replaces the one before."""
         self._patiently(lambda: self._store.set(f"{topic}/{self._rank}", text))
 
     def posted(self, topic: str) -> dict[int, str]:
@@ -39,12 +40,10 @@ class StatusBoard:
         return dict(texts)
 
     def report(self, failure: str) -> None:
-        """Put `failure` into the store, unless another process has failed before: one key for all."""
         text = f"process {self._rank} failed: {failure}"
         self._patiently(lambda: self._store.compare_set("failure", "", text))
 
     def reported(self) -> str:
-        """Return the first failure, else ""."""
         texts: list[bytes] = []
         self._patiently(lambda: texts.extend(self._store.multi_get(["failure"] * self._store.check(["failure"]))))
         return texts[0].decode() if texts else ""

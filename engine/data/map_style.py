@@ -29,11 +29,11 @@ class LoaderOptions:
     pin_memory: bool | None = None
     persistent_workers: bool = True
 
-    def build(self, fetch: Dataset[Any], pieces: Iterable[Piece], pin: bool) -> Any:
-        """Return an iterable over these pieces, which `fetch` collates: a DataLoader if workers or pinning need one."""
+    def build(self, fetch: Dataset[Any], pieces: Iterable[Piece], pin: bool) -> DataLoader[Any] | None:
+        """Return a DataLoader of these pieces, which `fetch` collates; None unless workers or pinning need one."""
         pins = pin if self.pin_memory is None else self.pin_memory
         if not self.num_workers and not pins:
-            return _InProcess(fetch, pieces)
+            return None  # it would cost a profiler range for each piece
         return DataLoader(
             fetch,
             batch_sampler=pieces,  # type: ignore[arg-type]
@@ -75,8 +75,8 @@ class MapSource:
         self._batch_size = (prefetch or batching).batch_size
         in_memory = type(data) is TensorDataset and not collates
         own = getattr(batching, collate)
-        fetch = TensorFetch(data) if in_memory else Fetch(data, seed, own, seeds_samples=spread)
-        self._loader = options.build(fetch, self._pieces, pin=strategy.device.type == "cuda")
+        self._fetch = TensorFetch(data) if in_memory else Fetch(data, seed, own, seeds_samples=spread)
+        self._loader = options.build(self._fetch, self._pieces, pin=strategy.device.type == "cuda")
 
     def cut(self, N: int, plan: Plan | None = None) -> None:
         """Make micro-batches of N from the next call of `windows` on, in the windows of `plan` if it is given."""
@@ -99,7 +99,8 @@ class MapSource:
         windows = self._plan.windows(epoch, update, offset)
         self._pieces.current = self._fetches(epoch, windows, order, before)
         with shielded():
-            batches = iter(self._loader)
+            loader: Any = map(self._fetch.__getitems__, self._pieces) if self._loader is None else self._loader
+            batches = iter(loader)
         if self._prefetch is not None:
             batches = self._prefetch.one_ahead(batches)
         N, rank, P, spread = self._cut
@@ -148,17 +149,6 @@ class _PieceSampler:
 
     def __iter__(self) -> Iterator[Piece]:
         return self.current
-
-
-@dataclass
-class _InProcess:
-    """A DataLoader without workers, and without its profiler range for each piece."""
-
-    fetch: Any
-    pieces: Iterable[Piece]
-
-    def __iter__(self) -> Iterator[Any]:
-        return map(self.fetch.__getitems__, self.pieces)
 
 
 def _unchanged(batch: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_map_only
 
 from engine.data.window import Window
@@ -159,27 +160,17 @@ class ReplayUpdater(Updater):
 
     def _first_to_differ(self, micro: MicroBatch, index: int) -> str | None:
         """Return the module whose output is the first to differ between two forwards."""
-        runs: list[list[tuple[str, Any]]] = []
-
-        def note(name: str) -> Callable[..., None]:
-            return lambda module, inputs, output: runs[-1].append((name, output))
-
-        leaves = [
-            (name, module) for name, module in self.model.named_modules() if not any(True for _ in module.children())
-        ]
-        hooks = [module.register_forward_hook(note(name.removeprefix("module."))) for name, module in leaves]
-        try:
+        names = {module: name.removeprefix("module.") for name, module in self.model.named_modules()}
+        runs: list[list[tuple[nn.Module, Any]]] = []
+        with register_module_forward_hook(lambda module, inputs, output: runs[-1].append((module, output))):
             for _ in range(2):
                 runs.append([])
                 with torch.no_grad():
                     self._before[index].restore()
                     self._outputs(micro, index, is_replay=True)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for (name, first), (_, second) in zip(*runs, strict=False):
+        for (module, first), (_, second) in zip(*runs, strict=False):
             if isinstance(first, Tensor) and not torch.equal(first.nan_to_num(), second.nan_to_num()):
-                return f"module {name!r}"
+                return f"module {names.get(module, type(module).__name__)!r}"
         return None
 
 

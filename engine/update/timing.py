@@ -91,13 +91,17 @@ class NoTimer:
     seconds_by_activity: dict[str, float] = {}  # noqa: RUF012 - always empty
 
     def watch(self, window: Window, update: int) -> Iterable[MicroBatch]:
+        """Begin a window; return its micro-batches."""
         return window
 
-    def last_micro_batch(self) -> None: ...
+    def last_micro_batch(self) -> None:
+        """Note that the forward of the last micro-batch begins."""
 
-    def reduced(self) -> None: ...
+    def reduced(self) -> None:
+        """Note that the gradient is reduced."""
 
-    def end(self, window: Window, micro_batches: int) -> None: ...
+    def end(self, window: Window, micro_batches: int) -> None:
+        """Add a window whose update is made, if it was full."""
 
 
 NO_TIMER = NoTimer()
@@ -119,25 +123,22 @@ class UpdateTimer(NoTimer):
         self._began = self._last_began = self._reduced = self._wait = 0.0
 
     def watch(self, window: Window, update: int) -> Iterable[MicroBatch]:
-        """Begin a window; yield its micro-batches, timing the wait for one, at an index that follows no rhythm."""
         self._began = self._last_began = time.perf_counter()
         if window.is_empty:
             return window
+        # one wait is timed, at an index that follows no rhythm
         index = int(GOLDEN * update % 1.0 * window.stage.accumulate_grad_batches)
         micros = iter(window)
         return chain(islice(micros, index), self._next_of(micros), micros)
 
     def last_micro_batch(self) -> None:
-        """Note that the forward of the last micro-batch begins."""
         if self.sees_reduction:
             self._last_began = time.perf_counter()
 
     def reduced(self) -> None:
-        """Note that the gradient is reduced."""
         self._reduced = time.perf_counter()
 
     def end(self, window: Window, micro_batches: int) -> None:
-        """Add a window whose update is made, if it was full."""
         K = window.stage.accumulate_grad_batches
         if micro_batches != K:
             return
