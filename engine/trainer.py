@@ -28,8 +28,16 @@ from engine.settings import Settings, class_path, takes
 from engine.signals import Signals
 from engine.state import Control, RunState
 from engine.task import Task
-from engine.training.build import Layout, build, check_class, first_model, hyperparameters, means, prepare_data
-from engine.training.compile import check_compiles
+from engine.training.build import (
+    Layout,
+    build,
+    check_class,
+    check_compiles,
+    first_model,
+    hyperparameters,
+    means,
+    prepare_data,
+)
 from engine.training.fit_memory import Trial, build_to_fit
 from engine.training.heartbeat import Heartbeat
 from engine.training.prediction import Prediction

@@ -37,7 +37,6 @@ from engine.seeds import seed_everything
 from engine.settings import AUTO, Settings, class_path
 from engine.signals import Signals
 from engine.task import Task
-from engine.training.compile import compile_in_place
 from engine.training.validation import Validation
 from engine.update.model_checks import check_model, check_optimizer
 from engine.update.precision import autocast
@@ -231,6 +230,26 @@ def make_model(task: Task, seed: int) -> nn.Module:
     model = task.configure_model()
     check_model(model)
     return model
+
+
+def check_compiles(compile_model: bool, strategy: Strategy) -> None:
+    """Refuse a strategy under which nothing would be compiled. Raises UserError."""
+    if compile_model and not strategy.compiles_in_place:
+        raise UserError(
+            f"compile_model=True: strategy {strategy.name!r} calls copies or parts of the model, and nothing "
+            "would be compiled: compile its parts in configure_model(), or use single or ddp."
+        )
+
+
+def compile_in_place(model: nn.Module) -> None:
+    """Let calls of `model` run what torch's default backend makes of it.
+
+    `nn.Module.compile` compiles nothing of a torch class (`nn.Sequential`): torch never traces that frame unwrapped.
+    """
+    import torch._dynamo  # slow to import: only here
+
+    with torch._dynamo.config.patch(wrap_top_frame=True):
+        model.compile()
 
 
 def first_model(task: Task, settings: Settings, strategy: Strategy, callbacks: Sequence[Callback]) -> nn.Module:

@@ -96,9 +96,8 @@ class Validation:
             )
         means = {}
         for name in dict.fromkeys(name for _, pairs, *_ in everyone for name in pairs):
-            total, weight = (
-                sum(column) for column in zip(*(pairs[name] for _, pairs, *_ in everyone if name in pairs), strict=True)
-            )
+            known = [pairs[name] for _, pairs, *_ in everyone if name in pairs]
+            total, weight = map(sum, zip(*known, strict=True))
             means[name] = total / weight if weight else float("nan")
         numbers = self._metrics.compute([state for _, _, state, _ in everyone])
         if not (means or numbers or any(row[-1] for row in everyone)) or means.keys() & numbers.keys():

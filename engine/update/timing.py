@@ -30,13 +30,9 @@ class ReductionCost(NamedTuple):
     step: float
     """The time after that: clipping, and the optimizer's step."""
 
-    def update(self, K: int) -> float:
-        """Return the seconds of an update with windows of K, if the reduction costs the same."""
-        return K * self.micro_batch + self.reduction + self.step
-
     def share(self, K: int) -> float:
-        """Return the share of an update that the reduction costs."""
-        return self.reduction / self.update(K)
+        """Return the share of an update that the reduction costs, in windows of K."""
+        return self.reduction / (K * self.micro_batch + self.reduction + self.step)
 
     @property
     def hiding(self) -> int:

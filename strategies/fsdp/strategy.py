@@ -1,7 +1,7 @@
 """Fully sharded data parallelism: each process holds a part of the model, by FSDP2's `fully_shard`."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -221,17 +221,28 @@ class FSDPStrategy(ProcessGroupStrategy):
         if self.find_unused_parameters:
             self._forget_unused()
 
-    def evaluation_context(self, model: nn.Module) -> AbstractContextManager[Any]:
+    @contextmanager
+    def evaluation_context(self, model: nn.Module) -> Iterator[None]:
         """Gather the whole model once. Raises UserError for a model whose process group has ended."""
         module = user_module(model)
         if not isinstance(module, FSDPModule):
-            return nullcontext()
+            yield
+            return
         if module is not self._root:
             raise UserError(
                 "the model's shards are on processes whose group has ended. Validate during fit, keep your own process "
                 "group open around both, or load model.safetensors."
             )
-        return self._gathered()
+        units = [m for m in self._root.modules() if isinstance(m, FSDPModule)]
+        self._root.set_reshard_after_forward(False)
+        for unit in units:
+            unit.unshard()
+        try:
+            yield
+        finally:
+            self._root.set_reshard_after_forward(self.reshard_after_forward is not False)
+            self._root.set_reshard_after_forward(bool(self.reshard_after_forward), recurse=False)
+            reset_fsdp(self._root)  # FSDP keeps a list of forwards for the next backward
 
     def fingerprint(self) -> int:
         """Return a number that is equal on all replicas under hybrid sharding; 0 without replicas."""
@@ -318,16 +329,3 @@ class FSDPStrategy(ProcessGroupStrategy):
         for parameter, was_used in zip(self._trainable, self.all_reduce(used, "max").tolist(), strict=True):
             if not was_used:
                 parameter.sharded_param.grad = None
-
-    @contextmanager
-    def _gathered(self) -> Iterator[None]:
-        units = [m for m in self._root.modules() if isinstance(m, FSDPModule)]
-        self._root.set_reshard_after_forward(False)
-        for unit in units:
-            unit.unshard()
-        try:
-            yield
-        finally:
-            self._root.set_reshard_after_forward(self.reshard_after_forward is not False)
-            self._root.set_reshard_after_forward(bool(self.reshard_after_forward), recurse=False)
-            reset_fsdp(self._root)  # FSDP keeps a list of forwards for the next backward
