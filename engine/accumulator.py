@@ -11,10 +11,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from engine.data.checks import check_equal_windows, check_windows
-from engine.data.map_style import LoaderOptions
 from engine.data.prefetch import OnHost
 from engine.data.sources import make_plan, make_source
-from engine.data.window import Window
+from engine.data.window import Loading, Window
 from engine.errors import UserError, check_count
 from engine.loss import Loss, Terms
 from engine.plan.schedule import Schedule, Unit, check_scheduling, differences, make_schedule, solve
@@ -100,8 +99,7 @@ class Accumulator:
         epochs = 1 + schedule.stages[-1].first // (plan.samples if plan and schedule.unit == "sample" else 1)
         check_equal_windows(strategy, plan and replace(plan, max_epochs=epochs), N, spread=False)
         held = None if self._weights is None else OnHost(batching)
-        cut = N, seed, shuffle, LoaderOptions(), False, held
-        self._source = make_source(data, batching, strategy, schedule, plan, *cut)
+        self._source = make_source(data, schedule, plan, N, Loading(batching, strategy, seed, held, shuffle))
 
     @property
     def lr_scheduler(self) -> LRScheduler | None:

@@ -1,82 +1,55 @@
 """Windows of a map-style dataset: a global order, cut by the plan; each process fetches its own pieces."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from engine.data.checks import check_order
 from engine.data.counting import overrides, size_problem
 from engine.data.fetch import Fetch, Piece, TensorFetch
-from engine.data.prefetch import Prefetch
-from engine.data.window import Window
+from engine.data.window import Loading, Window
 from engine.errors import UserError
 from engine.order import KeyedPermutation, Order
 from engine.plan.windows import Plan, PlannedWindow
 from engine.signals import shielded
-from engine.task import Batching
-from strategies import MicroBatch, Strategy
-
-
-@dataclass(frozen=True)
-class LoaderOptions:
-    """Options of torch's DataLoader for map-style data."""
-
-    num_workers: int = 0
-    pin_memory: bool | None = None
-    persistent_workers: bool = True
-
-    def build(self, fetch: Dataset[Any], pieces: Iterable[Piece], pin: bool) -> DataLoader[Any] | None:
-        """Return a DataLoader of these pieces, which `fetch` collates; None unless workers or pinning need one."""
-        pins = pin if self.pin_memory is None else self.pin_memory
-        if not self.num_workers and not pins:
-            return None  # it would cost a profiler range for each piece
-        return DataLoader(
-            fetch,
-            batch_sampler=pieces,  # type: ignore[arg-type]
-            collate_fn=_unchanged,
-            num_workers=self.num_workers,
-            pin_memory=pins,
-            persistent_workers=self.persistent_workers and self.num_workers > 0,
-            generator=torch.Generator(),  # its base seed must not come from the model's generator
-        )
+from strategies import MicroBatch
 
 
 class MapSource:
     """This process's windows of a map-style dataset, cut by `plan`; `collate` names a method of `batching`."""
 
-    def __init__(
-        self,
-        data: Any,
-        order: Order,
-        plan: Plan,
-        N: int,
-        batching: Batching,
-        strategy: Strategy,
-        seed: int,
-        options: LoaderOptions,
-        spread: bool = False,
-        prefetch: Prefetch | None = None,
-        collate: str = "collate",
-    ) -> None:
-        self._order = order
-        self._plan = plan
-        self._cut: tuple[int, int, int, bool] = (N, strategy.data_parallel_rank, strategy.data_parallel_size, spread)
-        self._prefetch = prefetch
-        self._to_device = (prefetch or strategy).to_device
-        self._pieces = _PieceSampler()
+    def __init__(self, data: Any, order: Order, plan: Plan, N: int, loading: Loading, collate: str = "collate") -> None:
+        batching, strategy, prefetch, workers = (
+            loading.batching,
+            loading.strategy,
+            loading.prefetch,
+            loading.num_workers,
+        )
+        self._order, self._plan, self._prefetch = order, plan, prefetch
+        self._cut = N, strategy.data_parallel_rank, strategy.data_parallel_size, loading.spread
+        self._to_device, self._batch_size = (prefetch or strategy).to_device, (prefetch or batching).batch_size
+        self._pieces, self._loader = _PieceSampler(), None
         if not overrides(batching, collate):
             collate = "collate"
         collates = overrides(batching, collate)
         self._batching = batching if collates or overrides(batching, "batch_size") else None
-        self._batch_size = (prefetch or batching).batch_size
         in_memory = type(data) is TensorDataset and not collates
         own = getattr(batching, collate)
-        self._fetch = TensorFetch(data) if in_memory else Fetch(data, seed, own, seeds_samples=spread)
-        self._loader = options.build(self._fetch, self._pieces, pin=strategy.device.type == "cuda")
+        self._fetch = TensorFetch(data) if in_memory else Fetch(data, loading.seed, own, seeds_samples=loading.spread)
+        pins = strategy.device.type == "cuda" if loading.pin_memory is None else loading.pin_memory
+        if workers or pins:  # it costs a profiler range for each piece
+            self._loader = DataLoader(
+                self._fetch,
+                batch_sampler=self._pieces,  # type: ignore[arg-type]
+                collate_fn=_unchanged,
+                num_workers=workers,
+                pin_memory=pins,
+                persistent_workers=loading.persistent_workers and workers > 0,
+                generator=torch.Generator(),  # its base seed must not come from the model's generator
+            )
 
     def cut(self, N: int, plan: Plan | None = None) -> None:
         """Make micro-batches of N from the next call of `windows` on, in the windows of `plan` if it is given."""

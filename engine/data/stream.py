@@ -11,13 +11,11 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from engine.data.counting import check_shares, digest, size_problem
 from engine.data.lookahead import Lookahead, has_state
-from engine.data.prefetch import Prefetch
-from engine.data.window import Window
+from engine.data.window import Loading, Window
 from engine.errors import UserError
 from engine.plan.schedule import Schedule
 from engine.seeds import EPOCH_STREAM, mix
-from engine.task import Batching
-from strategies import MicroBatch, Strategy
+from strategies import MicroBatch
 
 log = logging.getLogger("tally")
 
@@ -25,18 +23,11 @@ log = logging.getLogger("tally")
 class StreamSource:
     """The windows of ready micro-batches: K of this process's own each, until all processes have run out."""
 
-    def __init__(
-        self,
-        data: Iterable[Any],
-        schedule: Schedule,
-        batching: Batching,
-        strategy: Strategy,
-        seed: int = 0,
-        prefetch: Prefetch | None = None,
-    ) -> None:
+    def __init__(self, data: Iterable[Any], schedule: Schedule, loading: Loading) -> None:
+        batching, strategy, prefetch = loading.batching, loading.strategy, loading.prefetch
         if isinstance(data, DataLoader) and strategy.data_parallel_size > 1:
             _refuse_shared_loader(data)
-        self._data, self._schedule, self._seed = data, schedule, seed
+        self._data, self._schedule, self._seed = data, schedule, loading.seed
         self._batching, self._strategy = batching, strategy
         self._start = prefetch.start if prefetch else None
         self._to_device, self._batch_size = (prefetch or strategy).to_device, (prefetch or batching).batch_size

@@ -4,8 +4,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from engine.data.prefetch import Prefetch
 from engine.plan.schedule import Stage
-from strategies import MicroBatch
+from engine.task import Batching
+from strategies import MicroBatch, Strategy
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How data becomes micro-batches on this process; the last three are options of torch's DataLoader."""
+
+    batching: Batching
+    strategy: Strategy
+    seed: int = 0
+    prefetch: Prefetch | None = None
+    shuffle: bool = True
+    spread: bool = False
+    num_workers: int = 0
+    pin_memory: bool | None = None
+    persistent_workers: bool = True
 
 
 @dataclass

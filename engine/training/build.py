@@ -26,10 +26,10 @@ from engine.checkpoint.snapshot import (
 )
 from engine.data.checks import can_redo, check_equal_windows, check_windows
 from engine.data.counting import counts_terms
-from engine.data.map_style import LoaderOptions, MapSource
+from engine.data.map_style import MapSource
 from engine.data.prefetch import OnHost, Prefetch
 from engine.data.sources import make_plan, make_source
-from engine.data.window import Source
+from engine.data.window import Loading, Source
 from engine.errors import UserError
 from engine.plan.schedule import Schedule, make_schedule, with_lr_rule
 from engine.plan.windows import Plan
@@ -98,9 +98,9 @@ def build(
     """Build data, model, optimizer and updater of `task`. Raises UserError for what cannot be trained."""
     layout = lay_out(task, settings, scheduling, strategy, N, checkpoint)
     held = OnHost(task) if counts_terms(task) else Prefetch(strategy, task) if settings.prefetch_to_device else None
-    workers = LoaderOptions(settings.num_workers, settings.pin_memory, settings.persistent_workers)
-    cut = N, settings.seed, settings.shuffle, workers, settings.spread_windows, held
-    source = make_source(layout.data, task, strategy, layout.schedule, layout.plan, *cut)
+    workers = settings.num_workers, settings.pin_memory, settings.persistent_workers
+    loading = Loading(task, strategy, settings.seed, held, settings.shuffle, settings.spread_windows, *workers)
+    source = make_source(layout.data, layout.schedule, layout.plan, N, loading)
     validation = make_validation(task, settings, strategy, N=N)
     model = make_model(task, settings.seed)
     _load_weights(model, settings, checkpoint)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from engine.data.checks import check_stream
 from engine.data.counting import size_problem
-from engine.data.map_style import LoaderOptions, MapSource
+from engine.data.map_style import MapSource
 from engine.data.sources import is_map_style
+from engine.data.window import Loading
 from engine.errors import UserError
 from engine.loss import Loss
 from engine.order import sequential
@@ -46,9 +47,9 @@ class Validation:
             return
         self.samples = samples = len(data) if limit is None else min(len(data), limit)
         plan = Plan(samples, Schedule((Stage(0, 1, max(samples, 1)),)))
-        options = LoaderOptions(settings.num_workers, settings.pin_memory, settings.persistent_workers)
-        N, order = N or settings.N, sequential(samples)
-        self._source = MapSource(data, order, plan, N, task, strategy, 0, options, collate="collate_validation")
+        workers = settings.num_workers, settings.pin_memory, settings.persistent_workers
+        loading = Loading(task, strategy, 0, None, False, False, *workers)
+        self._source = MapSource(data, sequential(samples), plan, N or settings.N, loading, "collate_validation")
 
     def cut(self, N: int) -> None:
         """Make micro-batches of N from now on."""
