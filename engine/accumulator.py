@@ -84,8 +84,7 @@ class Accumulator:
         stated = {"effective_batch_size": B, "scheduling": scheduling, "scheduling_unit": unit, "micro_batch_size": N}
         stated |= {"seed": seed, "shuffle": shuffle, "the number of training samples": samples}
         self._identity = {name: str(value) for name, value in stated.items()}
-        self._positions: Any = None
-        """The positions of all processes in what was loaded, until an epoch resumes from them."""
+        self._positions: Any = None  # those of all processes that were loaded, until an epoch resumes from them
         options = UpdateOptions(gradient_clip_norm, seed=seed, noise_scale_every_n_updates=noise_scale_every_n_updates)
         self._updater = Updater(strategy, model, optimizer, lr_scheduler, options)
         self._state = RunState()
@@ -218,12 +217,10 @@ class OwnWindow(CallWindow):
 
     def __init__(self, updater: Updater, window: Window, state: RunState) -> None:
         super().__init__(updater, window, state)
-        self._micro: MicroBatch | None = None
-        """The micro-batch that waits for its backward."""
+        self._micro: MicroBatch | None = None  # the micro-batch that waits for its backward
         self._batches = self._read()
         self._was_read = False
-        self._is_complete = window.is_empty
-        """Whether the last backward was called."""
+        self._is_complete = window.is_empty  # whether the last backward was called
 
     def __iter__(self) -> Iterator[Any]:
         if self._was_read:

@@ -23,8 +23,7 @@ def sequential(samples: int) -> Order:
 
 LARGEST_PERMUTATION = 1 << 24
 """The most samples whose permutation is kept in memory, at 8 bytes a sample. That of more is computed as it is read."""
-SLICE = 4096
-"""Places of a `KeyedPermutation` that are computed together: few enough for a processor's cache."""
+SLICE = 4096  # places of a `KeyedPermutation` that are computed together: few enough for a processor's cache
 _ROUNDS = 6
 _U = numpy.uint64
 

@@ -79,8 +79,7 @@ class Trainer:
         self._updater: Updater | None = None
         self._layout: Layout | None = None
         self._is_running = False
-        self._trained: type[Task] | None = None
-        """The class of the task whose model was trained."""
+        self._trained: type[Task] | None = None  # the class of the task whose model was trained
         self.tried: list[Trial] = []
         """The micro-batch sizes that `micro_batch_size="auto"` has tried."""
         self.task: Task | None = None

@@ -12,8 +12,7 @@ import torch.distributed as dist
 
 from strategies.errors import UserError
 
-SPARE_FILES = 128
-"""Open files of a process beside its connections: libraries, data, logs."""
+SPARE_FILES = 128  # open files of a process beside its connections: libraries, data, logs
 _groups = itertools.count()
 _boards = itertools.count()
 

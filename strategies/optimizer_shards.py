@@ -15,8 +15,7 @@ from torch.optim import Optimizer
 from strategies.errors import UserError
 from strategies.optimizers import parts_of, with_modes
 
-CHUNK = 25 << 20
-"""Bytes of one broadcast."""
+CHUNK = 25 << 20  # bytes of one broadcast
 
 
 class OptimizerShards:

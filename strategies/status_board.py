@@ -8,8 +8,7 @@ from typing import Any
 
 from strategies.host_messages import HostMessages
 
-PATIENCE = 3.0
-"""Seconds to wait for an answer of the store."""
+PATIENCE = 3.0  # seconds to wait for an answer of the store
 
 
 class StatusBoard(HostMessages):
@@ -49,10 +48,9 @@ class StatusBoard(HostMessages):
         return texts[0].decode() if texts else ""
 
     def _patiently(self, use_store: Callable[[], object], seconds: float = PATIENCE) -> None:
-        """Use the store for at most `seconds`: a host that is gone does not answer, and TCP would wait for minutes.
+        """Use the store for at most `seconds`, and not at all while it does not answer: TCP would wait for minutes.
 
-        While the store does not answer, it is not asked again. At its end the interpreter waits for the thread once
-        more: a thread that returned from the store later would abort it.
+        The interpreter's end waits for the thread once more: one that returned from the store later would abort it.
         """
 
         def attempt() -> None:

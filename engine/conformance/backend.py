@@ -170,9 +170,8 @@ def run_window(
         loss = task.loss(own.model, micro.batch)
         return loss if isinstance(loss, Tensor) else loss.sum, scale
 
-    source = StreamSource(
-        task.train_data(), make_schedule(N, strategy.effective_batch, {0: K}), Loading(task, strategy)
-    )
+    schedule = make_schedule(N, strategy.effective_batch, {0: K})
+    source = StreamSource(task.train_data(), schedule, Loading(task, strategy))
     window = next(source.windows(0, 0, 0))
     updater.begin(window, RunState())
     strategy.run_window(window, forward)

@@ -12,10 +12,8 @@ from engine.data.prefetch import Moving
 from engine.errors import UserError
 from engine.task import Batching, Task, tensors
 
-INFORMATION = 32
-"""Compressed bytes from which on two equal micro-batches are no coincidence."""
-SAMPLED = 1 << 16
-"""Bytes at each end of a micro-batch that are compressed for that."""
+INFORMATION = 32  # compressed bytes from which on two equal micro-batches are no coincidence
+SAMPLED = 1 << 16  # bytes at each end of a micro-batch that are compressed for that
 
 
 def overrides(batching: Batching, method: str) -> bool:

@@ -14,8 +14,7 @@ from engine.errors import UserError
 from engine.seeds import FETCH_STREAM, mix, seed_host
 from engine.task import Batching
 
-MT19937_BYTES = 625 * 4
-"""The state of numpy's default generator: 624 words, and a position."""
+MT19937_BYTES = 625 * 4  # the state of numpy's default generator: 624 words, and a position
 
 
 class Piece(NamedTuple):

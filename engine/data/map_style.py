@@ -22,12 +22,7 @@ class MapSource:
     """This process's windows of a map-style dataset, cut by `plan`; `collate` names a method of `batching`."""
 
     def __init__(self, data: Any, order: Order, plan: Plan, N: int, loading: Loading, collate: str = "collate") -> None:
-        batching, strategy, prefetch, workers = (
-            loading.batching,
-            loading.strategy,
-            loading.prefetch,
-            loading.num_workers,
-        )
+        batching, strategy, prefetch = loading.batching, loading.strategy, loading.prefetch
         self._order, self._plan, self._prefetch = order, plan, prefetch
         self._cut = N, strategy.data_parallel_rank, strategy.data_parallel_size, loading.spread
         self._to_device, self._batch_size = (prefetch or strategy).to_device, (prefetch or batching).batch_size
@@ -40,6 +35,7 @@ class MapSource:
         own = getattr(batching, collate)
         self._fetch = TensorFetch(data) if in_memory else Fetch(data, loading.seed, own, seeds_samples=loading.spread)
         pins = strategy.device.type == "cuda" if loading.pin_memory is None else loading.pin_memory
+        workers = loading.num_workers
         if workers or pins:  # it costs a profiler range for each piece
             self._loader = DataLoader(
                 self._fetch,

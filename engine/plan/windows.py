@@ -46,8 +46,7 @@ class PlannedWindow:
             yield self.start + start, self.start + stop, piece + P >= pieces
 
 
-ENDLESS = 1 << 62
-"""More epochs, updates or samples than any run has."""
+ENDLESS = 1 << 62  # more epochs, updates or samples than any run has
 
 
 class Stretch(NamedTuple):

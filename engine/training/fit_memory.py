@@ -19,8 +19,7 @@ from engine.state import RunState
 from engine.training.build import Run, known_micro_batch_size
 from engine.update.updater import Updater
 
-WINDOWS = 3
-"""The windows of a trial: the first allocates the optimizer's state, the others are timed."""
+WINDOWS = 3  # the windows of a trial: the first allocates the optimizer's state, the others are timed
 
 
 class Trial(NamedTuple):

@@ -15,8 +15,7 @@ from engine.task import tensors
 from engine.training.validation import Validation
 from strategies import MicroBatch
 
-PART_BYTES = 64 << 20
-"""Bytes of outputs from which on they go into a file."""
+PART_BYTES = 64 << 20  # bytes of outputs from which on they go into a file
 
 
 class Prediction(Validation):

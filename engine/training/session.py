@@ -45,17 +45,13 @@ class Session:
         self._run, self._settings, self._state, self._control = run, settings, state, control
         self._signals, self._checkpointer, self._recorder = signals, checkpointer, recorder
         self._call, self._around_validation = call, around_validation
-        self._positions = positions
-        """The positions of all processes in the checkpoint, until an epoch has resumed from them."""
+        self._positions = positions  # those of all processes in the checkpoint, until an epoch resumes from them
         self._updater = run.parts.updater
-        self._unheard: tuple[Window, Outcome] | None = None
-        """The last update, if nobody listens to records."""
+        self._unheard: tuple[Window, Outcome] | None = None  # the last update, if nobody listens to records
         if any(type(callback).on_gradients is not Callback.on_gradients for callback in run.parts.callbacks):
             self._updater.on_gradients = partial(call, "on_gradients")
-        self._redoes = False
-        """Whether the last window ran out of memory, and runs again."""
-        self._has_ended = False
-        """Whether all processes agreed to stop."""
+        self._redoes = False  # whether the last window ran out of memory, and runs again
+        self._has_ended = False  # whether all processes agreed to stop
 
     def run(self) -> None:
         """Run until the end, a stop or an interruption."""

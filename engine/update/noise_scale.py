@@ -16,8 +16,7 @@ log = logging.getLogger("tally")
 NORMS, WEIGHTS = "noise scale: squared norms", "noise scale: weights"
 """The names under which the message has (Q, V) and (V2, V)."""
 FIELDS = ("noise_scale", "noise_scale_low", "noise_scale_high")
-KEPT = 50
-"""The measured updates that are averaged: the last ones."""
+KEPT = 50  # the measured updates that are averaged: the last ones
 UNKNOWN = (math.nan,) * 3
 FREE = 0.1
 """The share of the noise scale up to which a batch costs at most a tenth more samples than the smallest would."""

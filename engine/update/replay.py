@@ -41,10 +41,8 @@ class ReplayUpdater(Updater):
         self._window_loss, self._keeps_on_host = window_loss, keeps_batches_on_host
         self.scale.is_final, self.exchange.sends_at_start = True, False
         self._joined = JoinedOutputs(self.strategy)
-        self._before: list[_ForwardState] = []
-        """The state before the first forward of each micro-batch, by index."""
-        self._after = _ForwardState(self.model)
-        """The state after the first pass, in which the window ends."""
+        self._before: list[_ForwardState] = []  # the state before the first forward of each micro-batch, by index
+        self._after = _ForwardState(self.model)  # the state after the first pass, in which the window ends
 
     def run(self, loss_of: Any, window: Window, state: RunState, requests: Requests = NO_REQUESTS) -> Outcome:
         """Run one window and make its update; `loss_of` is `WindowTask.outputs`. Otherwise as `Updater.run`."""
@@ -179,10 +177,8 @@ class _FirstPass:
     """The micro-batches of a window on this process, and what their first forwards gave."""
 
     micros: list[MicroBatch] = field(default_factory=list)
-    outputs: dict[int, Outputs] = field(default_factory=dict)
-    """Without graphs, by seed index."""
-    last_outputs: Outputs = field(default_factory=dict)
-    """Those of the last micro-batch, with their graph."""
+    outputs: dict[int, Outputs] = field(default_factory=dict)  # without graphs, by seed index
+    last_outputs: Outputs = field(default_factory=dict)  # those of the last micro-batch, with their graph
     problem: Exception | None = None
 
 

@@ -14,8 +14,7 @@ DATA, COMPUTE, STEP = "waiting for data", "forward and backward", "optimizer's s
 REDUCTION = "reduction, and waiting for others"
 GOLDEN = (5**0.5 - 1) / 2
 """Its multiples are spread evenly between whole numbers, whichever updates one takes: each n-th, too."""
-HIDDEN = 0.05
-"""A reduction that costs less than this share of an update is called hidden."""
+HIDDEN = 0.05  # a reduction that costs less than this share of an update is called hidden
 
 
 class ReductionCost(NamedTuple):
@@ -64,14 +63,10 @@ class Times:
 
     K: int
     windows: int = 0
-    data: float = 0.0
-    """Waiting for the micro-batches."""
-    before: float = 0.0
-    """From a window's start to its last micro-batch's forward."""
-    last: float = 0.0
-    """From there until the gradient is reduced and the other processes' message has come."""
-    step: float = 0.0
-    """From there until the update is made."""
+    data: float = 0.0  # waiting for the micro-batches
+    before: float = 0.0  # from a window's start to its last micro-batch's forward
+    last: float = 0.0  # from there until the gradient is reduced and the other processes' message has come
+    step: float = 0.0  # from there until the update is made
 
     @property
     def computing(self) -> float:
@@ -108,8 +103,7 @@ class UpdateTimer(NoTimer):
 
     def __init__(self, strategy: Strategy) -> None:
         self._is_alone = strategy.processes == 1
-        self._sees_device = strategy.device.type == "cpu"
-        """Whether the host's clock sees what is computed."""
+        self._sees_device = strategy.device.type == "cpu"  # whether the host's clock sees what is computed
         is_deferred = strategy.defers_reduction and strategy.micro_batches is None and strategy.data_parallel_size > 1
         self.sees_reduction = is_deferred and self._sees_device and not self._is_alone
         """Whether there is a reduction, and windows of K >= 2 show its cost."""

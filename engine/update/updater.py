@@ -91,8 +91,7 @@ class Updater:
         self._skips_nonfinite = options.skip_nonfinite_updates or options.precision == "fp16"
         wants_norm = options.gradient_clip_norm or options.is_recorded or self.noise is not None
         self._needs_norm = bool(self._skips_nonfinite or wants_norm)
-        self._may_be_late = False
-        """Whether a process may learn by the gradient norm alone that another one ran out of memory."""
+        self._may_be_late = False  # whether a process may learn by the norm alone that another ran out of memory
         self._epoch, self._epoch_seed = -1, 0
         self._last_group: dict[str, Any] | None = None
         self._group_count = 0

@@ -283,10 +283,9 @@ class DDPStrategy(ProcessGroupStrategy):
         gc.collect()
 
     def _fix_buckets(self) -> None:
-        """Make DDP rebuild its buckets now.
+        """Make DDP rebuild its buckets now, and not in a process's second synchronised forward.
 
-        By itself it does so in a process's second synchronised forward. A resumed process would then sum its first
-        window in another order than the uninterrupted run, with other bits at P >= 3.
+        A resumed process would sum its first window in another order than the uninterrupted run: other bits at P >= 3.
         """
         if not self.find_unused_parameters:
             self.join(None)
