@@ -11,10 +11,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from engine.data.checks import check_equal_windows, check_windows
-from engine.data.map_style import LoaderOptions
 from engine.data.prefetch import OnHost
 from engine.data.sources import make_plan, make_source
-from engine.data.window import Window
+from engine.data.window import Loading, Window
 from engine.errors import UserError, check_count
 from engine.loss import Loss, Terms
 from engine.plan.schedule import Schedule, Unit, check_scheduling, differences, make_schedule, solve
@@ -85,8 +84,7 @@ class Accumulator:
         stated = {"effective_batch_size": B, "scheduling": scheduling, "scheduling_unit": unit, "micro_batch_size": N}
         stated |= {"seed": seed, "shuffle": shuffle, "the number of training samples": samples}
         self._identity = {name: str(value) for name, value in stated.items()}
-        self._positions: Any = None
-        """The positions of all processes in what was loaded, until an epoch resumes from them."""
+        self._positions: Any = None  # those of all processes that were loaded, until an epoch resumes from them
         options = UpdateOptions(gradient_clip_norm, seed=seed, noise_scale_every_n_updates=noise_scale_every_n_updates)
         self._updater = Updater(strategy, model, optimizer, lr_scheduler, options)
         self._state = RunState()
@@ -100,8 +98,7 @@ class Accumulator:
         epochs = 1 + schedule.stages[-1].first // (plan.samples if plan and schedule.unit == "sample" else 1)
         check_equal_windows(strategy, plan and replace(plan, max_epochs=epochs), N, spread=False)
         held = None if self._weights is None else OnHost(batching)
-        cut = N, seed, shuffle, LoaderOptions(), False, held
-        self._source = make_source(data, batching, strategy, schedule, plan, *cut)
+        self._source = make_source(data, schedule, plan, N, Loading(batching, strategy, seed, held, shuffle))
 
     @property
     def lr_scheduler(self) -> LRScheduler | None:
@@ -188,10 +185,12 @@ class Accumulator:
         Call it on all processes together, between `update` and the next window. It holds plain values.
         """
         self._check_done()
-        state = self._state
+        state, positions = self._state, self._positions  # those that were loaded, if no window has come since
+        if positions is None and state.position is not None:
+            positions = self._strategy.gather(state.position)
         return {
             "run": state.state_dict(),
-            "positions": None if state.position is None else self._strategy.gather(state.position),
+            "positions": positions,
             "updater": self._updater.state_dict(),
             "schedule": self._schedule.state_dict(),
             "identity": self._identity,
@@ -218,12 +217,10 @@ class OwnWindow(CallWindow):
 
     def __init__(self, updater: Updater, window: Window, state: RunState) -> None:
         super().__init__(updater, window, state)
-        self._micro: MicroBatch | None = None
-        """The micro-batch that waits for its backward."""
+        self._micro: MicroBatch | None = None  # the micro-batch that waits for its backward
         self._batches = self._read()
         self._was_read = False
-        self._is_complete = window.is_empty
-        """Whether the last backward was called."""
+        self._is_complete = window.is_empty  # whether the last backward was called
 
     def __iter__(self) -> Iterator[Any]:
         if self._was_read:

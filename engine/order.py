@@ -23,8 +23,7 @@ def sequential(samples: int) -> Order:
 
 LARGEST_PERMUTATION = 1 << 24
 """The most samples whose permutation is kept in memory, at 8 bytes a sample. That of more is computed as it is read."""
-SLICE = 4096
-"""Places of a `KeyedPermutation` that are computed together: few enough for a processor's cache."""
+SLICE = 4096  # places of a `KeyedPermutation` that are computed together: few enough for a processor's cache
 _ROUNDS = 6
 _U = numpy.uint64
 
@@ -119,7 +118,6 @@ class KeyedPermutation(Sequence[int]):
             yield from ((piece.start, [*islice(indices, len(piece))]) for piece in waiting)
 
     def _at(self, places: NDArray[numpy.int64]) -> NDArray[numpy.int64]:
-        """Return the indices at `places`."""
         found = numpy.empty_like(places)
         for start in range(0, len(places), SLICE):
             numbers = self._permuted(places[start : start + SLICE].astype(numpy.uint64))

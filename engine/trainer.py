@@ -28,8 +28,16 @@ from engine.settings import Settings, class_path, takes
 from engine.signals import Signals
 from engine.state import Control, RunState
 from engine.task import Task
-from engine.training.build import Layout, Run, build, check_class, first_model, hyperparameters, means, prepare_data
-from engine.training.compile import check_compiles
+from engine.training.build import (
+    Layout,
+    build,
+    check_class,
+    check_compiles,
+    first_model,
+    hyperparameters,
+    means,
+    prepare_data,
+)
 from engine.training.fit_memory import Trial, build_to_fit
 from engine.training.heartbeat import Heartbeat
 from engine.training.prediction import Prediction
@@ -72,8 +80,7 @@ class Trainer:
         self._updater: Updater | None = None
         self._layout: Layout | None = None
         self._is_running = False
-        self._trained: type[Task] | None = None
-        """The class of the task whose model was trained."""
+        self._trained: type[Task] | None = None  # the class of the task whose model was trained
         self.tried: list[Trial] = []
         """The micro-batch sizes that `micro_batch_size="auto"` has tried."""
         self.task: Task | None = None
@@ -127,7 +134,8 @@ class Trainer:
         prepare_data(task, strategy)
         parts = task, settings, self.scheduling, strategy, self.callbacks, signals, checkpoint, configuration
         run, N, self.tried = build_to_fit(partial(build, *parts), settings, self.scheduling, checkpoint)
-        self._take(run)
+        self._layout, self._updater, self.has_validation = run.layout, run.parts.updater, run.validation is not None
+        self.model, self.optimizer, self.lr_scheduler = run.parts.model, run.parts.optimizer, run.parts.lr_scheduler
         if checkpoint is not None:
             self.state = restore(checkpoint, run.parts, settings.resume_with_changes)
         self.state.micro_batch_size = N
@@ -139,12 +147,6 @@ class Trainer:
         positions = None if checkpoint is None else checkpoint["positions"]
         kept = run, settings, self.state, self._control, self._signals, checkpointer, self._recorder
         return Session(*kept, partial(call, self), partial(around_validation, self), positions)
-
-    def _take(self, run: Run) -> None:
-        """Show the parts of a run to callbacks."""
-        self._layout, self._updater = run.layout, run.parts.updater
-        self.model, self.optimizer, self.lr_scheduler = run.parts.model, run.parts.optimizer, run.parts.lr_scheduler
-        self.has_validation = run.validation is not None
 
     def _open_loggers(self, facts: dict[str, Any]) -> list[Any]:
         if self.strategy.rank != 0:
@@ -177,10 +179,7 @@ class Trainer:
         call(self, "on_fit_end")
 
     def _report(self, error: BaseException) -> None:
-        """Tell callbacks, events.jsonl and the other processes of an error.
-
-        Raises ProcessFailureError in its place if this process has lost contact with another.
-        """
+        """Tell the others of an error. Raises ProcessFailureError in its place if contact with one is lost."""
         for callback in self.callbacks:
             try:
                 callback.on_exception(self, error)

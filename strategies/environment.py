@@ -12,8 +12,7 @@ import torch.distributed as dist
 
 from strategies.errors import UserError
 
-SPARE_FILES = 128
-"""Open files of a process beside its connections: libraries, data, logs."""
+SPARE_FILES = 128  # open files of a process beside its connections: libraries, data, logs
 _groups = itertools.count()
 _boards = itertools.count()
 
@@ -44,7 +43,6 @@ _WAY_OUT = "Start several processes by torchrun, which sets all of these, or uns
 
 
 def _number(name: str, otherwise: int, least: int = 0, below: int | None = None) -> int:
-    """Return the whole number in an environment variable."""
     text = os.environ.get(name)
     if text is None:
         return otherwise
@@ -58,16 +56,15 @@ def _number(name: str, otherwise: int, least: int = 0, below: int | None = None)
 @contextmanager
 def as_if_started(processes: int) -> Iterator[None]:
     """Make strategies answer as on process 0 of `processes`, to plan for them. No strategy may be set up."""
-    before = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-    os.environ.update(WORLD_SIZE=str(processes), RANK="0", LOCAL_RANK="0")
+    started = {"WORLD_SIZE": str(processes), "RANK": "0", "LOCAL_RANK": "0"}
+    before = {name: os.environ[name] for name in started if name in os.environ}
+    os.environ |= started
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in started:
+            del os.environ[name]
+        os.environ |= before
 
 
 def rendezvous(timeout: timedelta) -> Any:
@@ -91,10 +88,7 @@ def rendezvous(timeout: timedelta) -> Any:
 
 
 def check_open_files(processes: int, rank: int, lazily: bool) -> None:
-    """Raise UserError if this process may not open as many files as its connections and those of the store take.
-
-    Each of two groups connects it to all others, or `lazily` to two for each step of a tree and of a ring.
-    """
+    """Raise UserError if this process may open fewer files than connections: to each other, or `lazily` to few."""
     needed = SPARE_FILES + 2 * (2 * processes.bit_length() + 2 if lazily else processes - 1)
     needed += processes if rank == 0 else 0  # its host keeps the store
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -15,15 +15,11 @@ from torch.optim import Optimizer
 from strategies.errors import UserError
 from strategies.optimizers import parts_of, with_modes
 
-CHUNK = 25 << 20
-"""Bytes of one broadcast."""
+CHUNK = 25 << 20  # bytes of one broadcast
 
 
 class OptimizerShards:
-    """Divides the steps of `parts` of an optimizer (default: all, as ZeRO-1 does) among the processes of `group`.
-
-    Raises UserError for an optimizer with modes: its `train()` and `eval()` would need the whole state.
-    """
+    """Divides the steps of `parts` of an optimizer (default: all). Raises UserError for an optimizer with modes."""
 
     def __init__(self, optimizer: Optimizer, group: dist.ProcessGroup, parts: Sequence[Optimizer] = ()) -> None:
         parts = parts or parts_of(optimizer)

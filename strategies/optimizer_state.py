@@ -45,10 +45,7 @@ HOW_TO_STEP = ("foreach", "fused")  # entries of groups that choose the kernel o
 def load_named_state(
     model: nn.Module, optimizer: Optimizer, saved: dict[str, Any], elsewhere: Collection[Tensor] = ()
 ) -> None:
-    """Load what `named_state` returned, except for parameters that other processes step (`elsewhere`).
-
-    Raises UserError for other parameters, groups or shapes.
-    """
+    """Load what `named_state` returned, but for parameters `elsewhere`. Raises UserError if it does not fit."""
     names = parameter_names(model)
     groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
     saved_groups = [group["params"] for group in saved["param_groups"]]
@@ -61,11 +58,10 @@ def load_named_state(
             raise UserError(f"the saved optimizer has state for {name!r}, which this optimizer does not hold.")
         _check_shapes(optimizer, name, flat[number[name]], state)
     states = {name: state for name, state in saved["state"].items() if flat[number[name]] not in elsewhere}
-    first = iter(range(len(flat)))
     loaded = []
     for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         kernel = {name: group[name] for name in HOW_TO_STEP if name in group}
-        loaded.append({**saved_group, **kernel, "params": [next(first) for _ in group["params"]]})
+        loaded.append({**saved_group, **kernel, "params": [number[name] for name in saved_group["params"]]})
     optimizer.load_state_dict(
         {"state": {number[name]: state for name, state in states.items()}, "param_groups": loaded}
     )

@@ -53,7 +53,6 @@ class Optimizers(Optimizer):
             optimizer.__setstate__({"param_groups": optimizer.param_groups, "state": self._state})
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Let each make its step."""
         if closure is not None:
             raise UserError("closure: expected None, since several optimizers step once, after the window's backward.")
         for optimizer in self.optimizers:

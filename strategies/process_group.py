@@ -21,7 +21,7 @@ from strategies.environment import (
     started_rank,
 )
 from strategies.errors import UserError
-from strategies.host_messages import PendingRows
+from strategies.host_messages import HostMessages, PendingRows
 from strategies.optimizer_shards import OptimizerShards
 from strategies.optimizer_state import load_named_state, merged
 from strategies.status_board import StatusBoard
@@ -55,7 +55,7 @@ class ProcessGroupStrategy(Strategy):
         self._backend = "nccl" if self._device_type == "cuda" else "gloo"
         self._owns_group = False
         self._host_group: dist.ProcessGroup | None = None
-        self._board: StatusBoard | None = None
+        self._board = HostMessages()
         self._summed: SummedMessage | None = None
 
     def effective_batch(self, N: int, K: int) -> int:
@@ -88,8 +88,7 @@ class ProcessGroupStrategy(Strategy):
     def setup(self) -> None:
         """Join the processes: a group for gradients, and one on the CPU for messages.
 
-        Raises UserError if the host has fewer GPUs than processes, or too few open files for their connections, and
-        RuntimeError if this torch lacks a part.
+        Raises UserError for too few GPUs or open files, and RuntimeError if this torch lacks a part.
         """
         check_torch(self.name, self._torch_parts)
         if self._device_type == "cuda":
@@ -123,7 +122,7 @@ class ProcessGroupStrategy(Strategy):
             dist.destroy_process_group()
         elif self._host_group is not None and dist.is_initialized():
             dist.destroy_process_group(self._host_group)
-        self._owns_group, self._host_group, self._board, self._summed = False, None, None, None
+        self._owns_group, self._host_group, self._board, self._summed = False, None, HostMessages(), None
 
     def release_model(self) -> None:
         if self._shards is not None:
@@ -188,19 +187,16 @@ class ProcessGroupStrategy(Strategy):
         return rows
 
     def post(self, topic: str, text: str) -> None:
-        if self._board is not None:
-            self._board.post(topic, text)
+        self._board.post(topic, text)
 
     def posted(self, topic: str) -> dict[int, str]:
-        """Return the texts by rank; {} if the store is gone with the process or host that kept it."""
-        return {} if self._board is None else self._board.posted(topic)
+        return self._board.posted(topic)
 
     def report(self, failure: str) -> None:
-        if self._board is not None:
-            self._board.report(failure)
+        self._board.report(failure)
 
     def reported(self) -> str:
-        return "" if self._board is None else self._board.reported()
+        return self._board.reported()
 
     def has_lost_contact(self, error: Exception) -> bool:
         return is_lost_contact(error)

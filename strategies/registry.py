@@ -32,10 +32,7 @@ def resolve(strategy: Strategy | str) -> Strategy:
 
 
 def find(name: str) -> type[Strategy]:
-    """Return the class of that name or class path.
-
-    Raises UserError for an unknown name, with the known ones and the nearest, and for an incomplete Strategy.
-    """
+    """Return the class of that name or class path. Raises UserError for another one, or an incomplete Strategy."""
     if isinstance(name, str):
         name = NAMED.get(name, name)
     if not isinstance(name, str) or "." not in name:

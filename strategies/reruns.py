@@ -1,14 +1,13 @@
 """The strategy's part in windows that run again: for a loss over all outputs, or because memory ran out."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
 
-class Reruns(ABC):
+class Reruns:
     """The part of a strategy for windows that run again. Every method has a default for one process."""
 
     supports_window_losses = True
@@ -23,9 +22,7 @@ class Reruns(ABC):
     supports_redo: bool = False
     """Whether a window that ran out of memory on a process can run again, on all, in smaller micro-batches."""
 
-    @abstractmethod
-    def accumulation_context(self, is_last_microbatch: bool) -> AbstractContextManager[Any]:
-        """Return the context around FORWARD AND BACKWARD of one micro-batch; only the last one may communicate."""
+    accumulation_context: Callable[[bool], AbstractContextManager[Any]]
 
     @contextmanager
     def first_pass(self) -> Iterator[None]:

@@ -24,7 +24,6 @@ class SingleDeviceStrategy(Strategy):
         self._device = None if device is None else torch.device(device)
 
     def effective_batch(self, N: int, K: int) -> int:
-        """Return N x K."""
         return N * K
 
     def accumulation_context(self, is_last_microbatch: bool) -> AbstractContextManager[Any]:
@@ -32,12 +31,10 @@ class SingleDeviceStrategy(Strategy):
         return NOTHING_TO_DEFER
 
     def own_norm(self) -> Tensor:
-        """Return the norm of the gradients so far."""
         return super().clip(None)
 
     @property
     def device(self) -> torch.device:
-        """The one device."""
         if self._device is None:
             self._device = super().device
         return self._device

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-PATIENCE = 3.0
-"""Seconds to wait for an answer of the store."""
+from strategies.host_messages import HostMessages
+
+PATIENCE = 3.0  # seconds to wait for an answer of the store
 
 
-class StatusBoard:
+class StatusBoard(HostMessages):
     """One process's access to the store: each of `size` processes writes, and all read without the writer's help."""
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
@@ -20,11 +21,9 @@ class StatusBoard:
         self._unanswered: threading.Thread | None = None
 
     def post(self, topic: str, text: str) -> None:
-        """Put `text` into the store; it replaces the one before."""
         self._patiently(lambda: self._store.set(f"{topic}/{self._rank}", text))
 
     def posted(self, topic: str) -> dict[int, str]:
-        """Return the texts by rank; {} if the store is gone with the process or host that kept it."""
         texts: dict[int, str] = {}
 
         def read() -> None:
@@ -40,21 +39,18 @@ class StatusBoard:
         return dict(texts)
 
     def report(self, failure: str) -> None:
-        """Put `failure` into the store, unless another process has failed before: one key for all."""
         text = f"process {self._rank} failed: {failure}"
         self._patiently(lambda: self._store.compare_set("failure", "", text))
 
     def reported(self) -> str:
-        """Return the first failure, else ""."""
         texts: list[bytes] = []
         self._patiently(lambda: texts.extend(self._store.multi_get(["failure"] * self._store.check(["failure"]))))
         return texts[0].decode() if texts else ""
 
     def _patiently(self, use_store: Callable[[], object], seconds: float = PATIENCE) -> None:
-        """Use the store for at most `seconds`: a host that is gone does not answer, and TCP would wait for minutes.
+        """Use the store for at most `seconds`, and not at all while it does not answer: TCP would wait for minutes.
 
-        While the store does not answer, it is not asked again. At its end the interpreter waits for the thread once
-        more: a thread that returned from the store later would abort it.
+        The interpreter's end waits for the thread once more: one that returned from the store later would abort it.
         """
 
         def attempt() -> None:

@@ -9,10 +9,7 @@ from torch import Tensor
 
 
 def move(batch: Any, device: torch.device) -> Any:
-    """Return `batch` with every tensor in it on `device`; containers keep their types, other values are passed on.
-
-    Tensors are found in dicts, lists, tuples and mappings. Any object with a `.to` method is moved by it.
-    """
+    """Return `batch` with every tensor in it on `device`: in dicts, lists, tuples, mappings, and by `.to`."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if hasattr(batch, "to"):

@@ -14,6 +14,7 @@ from engine.callbacks import Callback
 from engine.conformance.processes import ProcessesFailedError, run
 from engine.conformance.reference import Regression, State, difference, network
 from engine.data.stream import StreamSource
+from engine.data.window import Loading
 from engine.plan.schedule import make_schedule
 from engine.state import RunState
 from engine.trainer import Trainer
@@ -169,7 +170,8 @@ def run_window(
         loss = task.loss(own.model, micro.batch)
         return loss if isinstance(loss, Tensor) else loss.sum, scale
 
-    source = StreamSource(task.train_data(), make_schedule(N, strategy.effective_batch, {0: K}), task, strategy)
+    schedule = make_schedule(N, strategy.effective_batch, {0: K})
+    source = StreamSource(task.train_data(), schedule, Loading(task, strategy))
     window = next(source.windows(0, 0, 0))
     updater.begin(window, RunState())
     strategy.run_window(window, forward)

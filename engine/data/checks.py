@@ -28,10 +28,7 @@ def check_windows(scheduling: Mapping[int, int], strategy: Strategy) -> None:
 
 
 def can_redo(strategy: Strategy, plan: Plan | None) -> bool:
-    """Whether a window that ran out of memory can run again with another N and K, once the model is prepared.
-
-    The micro-batches of a stream come in sizes of their own, and are not kept.
-    """
+    """Whether a window that ran out of memory can run again in other micro-batches. A stream's are not kept."""
     can_vary = strategy.supports_variable_windows and strategy.micro_batches is None
     return strategy.supports_redo and can_vary and plan is not None and not strategy.needs_equal_windows
 
@@ -69,10 +66,7 @@ def check_stream(data: object, strategy: Strategy) -> None:
 
 
 def check_equal_windows(strategy: Strategy, plan: Plan | None, N: int, spread: bool) -> None:
-    """Raise UserError for windows with unequal numbers of micro-batches, if forward communicates.
-
-    Called when the model is prepared: only then is it known whether forward does.
-    """
+    """Raise UserError for windows with unequal numbers of micro-batches, if a prepared model communicates."""
     if not strategy.needs_equal_windows:
         return
     P, reason = strategy.data_parallel_size, "the model has a SyncBatchNorm, which communicates in every forward"

@@ -12,10 +12,8 @@ from engine.data.prefetch import Moving
 from engine.errors import UserError
 from engine.task import Batching, Task, tensors
 
-INFORMATION = 32
-"""Compressed bytes from which on two equal micro-batches are no coincidence."""
-SAMPLED = 1 << 16
-"""Bytes at each end of a micro-batch that are compressed for that."""
+INFORMATION = 32  # compressed bytes from which on two equal micro-batches are no coincidence
+SAMPLED = 1 << 16  # bytes at each end of a micro-batch that are compressed for that
 
 
 def overrides(batching: Batching, method: str) -> bool:
@@ -29,11 +27,7 @@ def counts_terms(task: Task) -> bool:
 
 
 def size_problem(batching: Batching, batch: Any, planned: int | None = None) -> str:
-    """Return why the number of samples in `batch` cannot weigh a mean over them; "" if it can.
-
-    A task's own `batch_size` is believed. What the default sees must be the `planned` number; without one, all tensors
-    in the batch must agree.
-    """
+    """Return why `batch` cannot weigh a mean, "" if it can: its size is the `planned` one, or that of all tensors."""
     if overrides(batching, "batch_size"):
         return ""
     seen = list(dict.fromkeys(size for size, _ in tensors(batch.host if isinstance(batch, Moving) else batch)))

@@ -1,15 +1,20 @@
 """Fetching the samples of one micro-batch, with random draws that depend on its place and nothing else."""
 
-from collections.abc import Callable
+import ctypes
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch.utils.data import Dataset, TensorDataset, get_worker_info
 
-from engine.data.generators import generators_restored
 from engine.errors import UserError
 from engine.seeds import FETCH_STREAM, mix, seed_host
 from engine.task import Batching
+
+MT19937_BYTES = 625 * 4  # the state of numpy's default generator: 624 words, and a position
 
 
 class Piece(NamedTuple):
@@ -84,3 +89,29 @@ class TensorFetch(Dataset[Any]):
     def __getitems__(self, piece: Piece) -> list[torch.Tensor]:
         indices = torch.tensor(piece.indices)
         return [tensor[indices] for tensor in self._tensors]
+
+
+@contextmanager
+def generators_restored() -> Iterator[None]:
+    """Restore torch's, Python's and numpy's default generators afterwards, at the cost of a few draws.
+
+    `numpy.random.get_state` is 100 times slower than a copy of the generator's memory. But numpy makes normal numbers
+    in pairs and keeps the second elsewhere. A draw that leaves the memory unchanged was the second one: it is put back.
+    """
+    torch_state, python_state = torch.default_generator.get_state(), random.getstate()
+    generator = numpy.random.get_bit_generator()  # type: ignore[attr-defined]
+    if type(generator) is not numpy.random.MT19937:
+        raise UserError(f"numpy's default generator is a {type(generator).__name__}: expected MT19937, its own.")
+    address = generator.ctypes.state_address
+    numpy_state = ctypes.string_at(address, MT19937_BYTES)
+    normal = numpy.random.standard_normal()
+    has_normal = ctypes.string_at(address, MT19937_BYTES) == numpy_state
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(torch_state)
+        random.setstate(python_state)
+        ctypes.memmove(address, numpy_state, MT19937_BYTES)
+        numpy.random.set_bit_generator(generator)  # type: ignore[attr-defined]  # forgets the second normal number
+        if has_normal:
+            numpy.random.set_state({**numpy.random.get_state(legacy=False), "has_gauss": 1, "gauss": normal})

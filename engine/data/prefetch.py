@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from engine.data.lookahead import Lookahead
 from engine.errors import UserError
 from engine.task import Batching
 from strategies import Strategy
@@ -19,12 +20,10 @@ class Moving(NamedTuple):
 
 
 class Prefetch:
-    """Begins to move a batch, and later lets the computation wait for it.
+    """Begins to move a batch, and lets the computation wait for it. Raises UserError for a device without streams.
 
     The host waits for neither where its memory is pinned. A copy begins when all that was computed before is done, and
     a batch is kept here until then: so what a copy overwrites has been read, whatever the batch is made of.
-
-    Raises UserError for a device without streams.
     """
 
     def __init__(self, strategy: Strategy, batching: Batching) -> None:
@@ -54,18 +53,9 @@ class Prefetch:
 
     def one_ahead(self, batches: Iterator[Any]) -> Iterator[Moving]:
         """Yield `batches`, each when the next one has begun to move; an exception met there comes at its turn."""
-        end = object()
-        moving = map(self.start, batches)
-        now = next(moving, end)
-        while now is not end:
-            try:
-                then, error = next(moving, end), None
-            except Exception as met:
-                then, error = end, met
-            yield now  # type: ignore[misc]
-            if error is not None:
-                raise error
-            now = then
+        ahead = Lookahead(batches, begin=self.start)
+        while ahead.has_next:
+            yield ahead.take()
 
     @property
     def _computing(self) -> Any:

@@ -6,23 +6,18 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from engine.data.checks import check_dataset, check_order, check_stream
-from engine.data.map_style import LoaderOptions, MapSource
-from engine.data.prefetch import Prefetch
+from engine.data.map_style import MapSource
 from engine.data.stream import StreamSource
-from engine.data.window import Source
+from engine.data.window import Loading, Source
 from engine.errors import UserError
 from engine.order import Order, sequential, shuffled
 from engine.plan.schedule import Schedule
 from engine.plan.windows import Plan
 from engine.task import Batching
-from strategies import Strategy
 
 
 def is_map_style(data: object) -> bool:
-    """Whether the engine makes the micro-batches of `data`: it has `__getitem__` and `__len__`.
-
-    Raises UserError for what is neither that nor an iterable of ready micro-batches.
-    """
+    """Whether the engine makes the micro-batches of `data`. Raises UserError for what cannot be trained on."""
     if isinstance(data, IterableDataset):
         raise UserError(
             f"{type(data).__name__} is an IterableDataset of samples: return DataLoader(it, batch_size=N), or, "
@@ -67,24 +62,12 @@ def make_plan(
     return Plan(samples, schedule, max_epochs, max_updates)
 
 
-def make_source(
-    data: Any,
-    batching: Batching,
-    strategy: Strategy,
-    schedule: Schedule,
-    plan: Plan | None,
-    N: int,
-    seed: int,
-    shuffle: bool,
-    options: LoaderOptions,
-    spread: bool = False,
-    prefetch: Prefetch | None = None,
-) -> Source:
+def make_source(data: Any, schedule: Schedule, plan: Plan | None, N: int, loading: Loading) -> Source:
     """Return the source of `data`'s windows: in the task's own order, else shuffled, else as it is."""
     if plan is None:
-        check_stream(data, strategy)
-        return StreamSource(data, schedule, batching, strategy, seed, prefetch)
-    order: Order = shuffled(plan.samples, seed) if shuffle else sequential(plan.samples)
-    if batching.order(0) is not None:
-        order = batching.order  # type: ignore[assignment]
-    return MapSource(data, order, plan, N, batching, strategy, seed, options, spread, prefetch)
+        check_stream(data, loading.strategy)
+        return StreamSource(data, schedule, loading)
+    order: Order = shuffled(plan.samples, loading.seed) if loading.shuffle else sequential(plan.samples)
+    if loading.batching.order(0) is not None:
+        order = loading.batching.order  # type: ignore[assignment]
+    return MapSource(data, order, plan, N, loading)

@@ -3,50 +3,34 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
-from itertools import chain, islice
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from engine.data.counting import check_shares, digest, size_problem
-from engine.data.prefetch import Prefetch
-from engine.data.window import Closing, Window
+from engine.data.lookahead import Lookahead, has_state
+from engine.data.window import Loading, Window
 from engine.errors import UserError
-from engine.plan.schedule import Schedule, Stage
+from engine.plan.schedule import Schedule
 from engine.seeds import EPOCH_STREAM, mix
-from engine.signals import shielded
-from engine.task import Batching
-from strategies import MicroBatch, Strategy
+from strategies import MicroBatch
 
 log = logging.getLogger("tally")
 
 
 class StreamSource:
-    """The windows of ready micro-batches: K of this process's own each, fewer where its stream ends.
+    """The windows of ready micro-batches: K of this process's own each, until all processes have run out."""
 
-    One micro-batch of lookahead tells which is the last. The epoch ends when all processes have run out.
-    """
-
-    def __init__(
-        self,
-        data: Iterable[Any],
-        schedule: Schedule,
-        batching: Batching,
-        strategy: Strategy,
-        seed: int = 0,
-        prefetch: Prefetch | None = None,
-    ) -> None:
+    def __init__(self, data: Iterable[Any], schedule: Schedule, loading: Loading) -> None:
+        batching, strategy, prefetch = loading.batching, loading.strategy, loading.prefetch
         if isinstance(data, DataLoader) and strategy.data_parallel_size > 1:
             _refuse_shared_loader(data)
-        self._data = data
-        self._schedule = schedule
-        self._batching = batching
-        self._strategy = strategy
-        self._seed = seed
-        self._prefetch = prefetch
+        self._data, self._schedule, self._seed = data, schedule, loading.seed
+        self._batching, self._strategy = batching, strategy
+        self._start = prefetch.start if prefetch else None
+        self._to_device, self._batch_size = (prefetch or strategy).to_device, (prefetch or batching).batch_size
         self._has_compared = False
         self._length = 0  # micro-batches in the epoch before; 0 if unknown
         self._was_restored = False
@@ -54,10 +38,7 @@ class StreamSource:
     def windows(
         self, epoch: int, update: int, samples: int, positions: Sequence[Any] | None = None
     ) -> Iterator[Window]:
-        """Yield windows until all processes have run out.
-
-        Raises UserError if no process has a micro-batch, and for positions from which these processes cannot resume.
-        """
+        """Yield windows until all processes have run out. Raises UserError without data, or if they cannot resume."""
         rank, P = self._strategy.data_parallel_rank, self._strategy.data_parallel_size
         if positions is not None and all(position["has_ended"] for position in positions):
             if positions[0]["epoch"] == epoch:
@@ -72,17 +53,20 @@ class StreamSource:
                 f"their own, and now there are {P}: resume with --nproc_per_node={len(positions)}, or from a "
                 "checkpoint between two epochs."
             )
-        prefetch = self._prefetch
-        stream = Lookahead(self._data, positions[rank] if positions else None, prefetch.start if prefetch else None)
-        to_device, batch_size = (prefetch or self._strategy).to_device, (prefetch or self._batching).batch_size
+        stream = Lookahead(self._data, positions[rank] if positions else None, self._start)
         digests = self._check_first(epoch, stream) if positions is None else []
         problem = size_problem(self._batching, stream.ahead)
         first = rank if positions is None else int(positions[rank]["seed_index"])
         has_more = True
         while has_more:
             stage = self._schedule.at(epoch, update, samples)
-            seed_indices = range(first, first + P * stage.accumulate_grad_batches, P)
-            window = StreamWindow(epoch, stage, stream, seed_indices, to_device, batch_size, problem, self._length)
+            K = stage.accumulate_grad_batches
+            seed_indices = range(first, first + P * K, P)
+            position = {"epoch": epoch, "seed_index": seed_indices.stop, "length_before": self._length}
+            window = Window(stage, K, not stream.has_next, position, has_more=stream.has_next)
+            if window.is_empty:
+                window.position |= stream.position
+            window.micros = self._micros(window, stream, seed_indices, problem)
             yield window
             has_more, update, first = window.has_more, update + 1, seed_indices.stop
             samples += window.samples or 0
@@ -94,11 +78,20 @@ class StreamSource:
                 digests = []
         self._compare_length(epoch, stream.position["taken"])
 
-    def _check_first(self, epoch: int, stream: Lookahead) -> list[str]:
-        """Raise UserError if no process has a micro-batch.
+    def _micros(self, window: Window, stream: Lookahead, seed_indices: range, problem: str) -> Iterator[MicroBatch]:
+        """Yield the next K micro-batches of a stream, and note what they leave in `window`."""
+        to_device, batch_size, last = self._to_device, self._batch_size, seed_indices[-1]
+        for index in seed_indices:
+            if not stream.has_next:
+                return
+            batch = stream.take(index == last)
+            window.has_more = has_more = stream.has_next
+            if is_last := index == last or not has_more:
+                window.position |= stream.position
+            yield MicroBatch(to_device(batch), batch_size(batch), index, is_last, problem)
 
-        Return the digests of the first micro-batches if two processes begin their first epoch with the same.
-        """
+    def _check_first(self, epoch: int, stream: Lookahead) -> list[str]:
+        """Return the first digests if two are equal in the first epoch. Raises UserError without any micro-batch."""
         compares = stream.has_next and not self._has_compared and self._strategy.data_parallel_size > 1
         firsts = self._strategy.gather((stream.has_next, digest(stream.ahead) if compares else ""))
         self._has_compared = True
@@ -112,15 +105,13 @@ class StreamSource:
 
     def _compare_length(self, epoch: int, length: int) -> None:
         """Warn if a stream that was restored by its own state gives other numbers of micro-batches in two epochs."""
-        if self._was_restored and _has_state(self._data) and self._length not in (0, length):
+        if self._was_restored and has_state(self._data) and self._length not in (0, length):
+            facts = self._strategy.rank, length, epoch, self._length
             log.warning(
                 "process %d read %d micro-batches in epoch %d and %d in the epoch before, since the stream was "
                 "restored by its load_state_dict: some may be lost or repeated. If they should be as many, use a "
                 "map-style dataset, or a loader without state_dict, which is read again up to its position.",
-                self._strategy.rank,
-                length,
-                epoch,
-                self._length,
+                *facts,
             )
         self._length = length
 
@@ -133,137 +124,6 @@ class StreamSource:
                 part.set_epoch(epoch)
             if isinstance(generator := getattr(part, "generator", None), torch.Generator):
                 generator.manual_seed(mix(self._seed, EPOCH_STREAM, epoch))  # so that a resumed run shuffles alike
-
-
-class StreamWindow(Closing):
-    """The next K micro-batches of a stream."""
-
-    samples: int | None = None
-
-    def __init__(
-        self,
-        epoch: int,
-        stage: Stage,
-        stream: Lookahead,
-        seed_indices: range,
-        to_device: Callable[[Any], Any],
-        batch_size: Callable[[Any], int],
-        size_problem: str,
-        length_before: int,
-    ) -> None:
-        self._epoch, self._size_problem, self._length_before = epoch, size_problem, length_before
-        self.stage = stage
-        self.most_micro_batches = stage.accumulate_grad_batches
-        self.is_empty = not stream.has_next
-        self.has_more = stream.has_next
-        self._stream, self._seed_indices, self._to_device, self._batch_size = (
-            stream,
-            seed_indices,
-            to_device,
-            batch_size,
-        )
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        stream, to_device, batch_size = self._stream, self._to_device, self._batch_size
-        last, problem = self._seed_indices[-1], self._size_problem
-        for index in self._seed_indices:
-            if not stream.has_next:
-                return
-            batch = stream.take(index == last)
-            has_more = self.has_more = stream.has_next
-            yield MicroBatch(to_device(batch), batch_size(batch), index, index == last or not has_more, problem)
-
-    @property
-    def position(self) -> dict[str, Any]:
-        """The seed index of this process's next window, where its stream stands, and the length of the epoch before."""
-        here = {"epoch": self._epoch, "seed_index": self._seed_indices.stop, "length_before": self._length_before}
-        return {**here, **self._stream.position}
-
-
-class Lookahead:
-    """An iterator that knows whether it has a next item; an exception met ahead comes when its item is asked for.
-
-    It resumes from a `position` by the data's own `load_state_dict`, else by reading and dropping as many items.
-    `begin` is applied to each item as soon as it is read.
-    """
-
-    def __init__(
-        self,
-        data: Any,
-        position: Mapping[str, Any] | None = None,
-        begin: Callable[[Any], Any] | None = None,
-    ) -> None:
-        self._data = data
-        self._has_state = _has_state(data)
-        self._state: Any = None
-        self._error: Exception | None = None
-        self._item: Any = None
-        self._taken = 0
-        self.has_next = True
-        if position is not None and position["has_ended"]:
-            self.has_next = False
-            return
-        try:
-            if position is not None and self._has_state:
-                data.load_state_dict(position["state"])
-            self._keep_state()
-            with shielded():  # the first read, too: a generator starts its loader's workers in it
-                items = iter(data)
-                self._items: Iterator[Any] = chain(list(islice(items, 1)), items)
-            if position is not None and not self._has_state:
-                self._skip(int(position["taken"]))
-            if begin is not None:
-                self._items = map(begin, self._items)
-        except Exception as error:
-            self._error = error
-        else:
-            self.take()
-        self._taken = 0 if position is None else int(position["taken"])
-
-    @property
-    def ahead(self) -> Any:
-        """The item that was read ahead; None if nothing was read, or an error in its place."""
-        return self._item
-
-    @property
-    def position(self) -> dict[str, Any]:
-        """The position of the stream before the item that was read ahead."""
-        return {"taken": self._taken, "has_ended": not self.has_next, "state": self._state}
-
-    def take(self, keeps_state: bool = False) -> Any:
-        """Return the item that was read ahead, and read the next, keeping the data's state from between."""
-        if self._error is not None:
-            raise self._error
-        item = self._item
-        self._taken += 1
-        if keeps_state:
-            self._keep_state()
-        try:
-            self._item = next(self._items)
-        except StopIteration:
-            self.has_next = False
-        except Exception as error:
-            self._error = error
-        return item
-
-    def _keep_state(self) -> None:
-        if self._has_state:
-            self._state = deepcopy(self._data.state_dict())
-
-    def _skip(self, count: int) -> None:
-        log.warning(
-            "reading %d micro-batches again and dropping them: the stream has no state_dict to resume from", count
-        )
-        for number in range(count):
-            if next(self._items, self) is self:
-                raise UserError(
-                    f"the stream ended after {number} micro-batches, but {count} had been trained on. To resume, it "
-                    "must yield the same ones again, or have state_dict and load_state_dict."
-                )
-
-
-def _has_state(data: object) -> bool:
-    return callable(getattr(data, "state_dict", None)) and callable(getattr(data, "load_state_dict", None))
 
 
 def _sampler(loader: Any) -> Any:

@@ -1,39 +1,53 @@
-"""Windows as one process sees them, and the sources that yield them.
-
-Every source is used alike: `for window in source.windows(epoch, update, samples)`, each window an iterable of this
-process's micro-batches. A source knows no model and no optimizer; `Window.close` brings it the update's verdict.
-"""
+"""Windows as one process sees them, and the sources that yield them. A source knows no model."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from engine.data.prefetch import Prefetch
 from engine.plan.schedule import Stage
-from strategies import MicroBatch
+from engine.task import Batching
+from strategies import MicroBatch, Strategy
 
 
-class Window(Protocol):
+@dataclass(frozen=True)
+class Loading:
+    """How data becomes micro-batches on this process; the last three are options of torch's DataLoader."""
+
+    batching: Batching
+    strategy: Strategy
+    seed: int = 0
+    prefetch: Prefetch | None = None
+    shuffle: bool = True
+    spread: bool = False
+    num_workers: int = 0
+    pin_memory: bool | None = None
+    persistent_workers: bool = True
+
+
+@dataclass
+class Window:
     """One window as this process sees it: iterate over it once for its micro-batches."""
 
     stage: Stage
-    samples: int | None
-    """Samples over all processes; None for a stream until `close`."""
     most_micro_batches: int
     """The largest number of micro-batches that any process can have in it; the same number on all processes."""
     is_empty: bool
     """Whether this process has no micro-batch in it."""
-    has_more: bool
+    position: Any = None
+    """This process's position in its data after the window; `Source.windows` resumes from it."""
+    samples: int | None = None
+    """Samples over all processes; None for a stream until `close`."""
+    has_more: bool = False
     """Whether this process has data after it; after `close`, whether any process has."""
+    micros: Iterator[MicroBatch] = iter(())
 
-    def __iter__(self) -> Iterator[MicroBatch]: ...
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self.micros
 
     def close(self, has_more: bool, samples: int) -> None:
         """Take what all processes agreed on: whether any has more data, and the samples of the window."""
-        ...
-
-    @property
-    def position(self) -> Any:
-        """This process's position in its data after the window; `Source.windows` resumes from it."""
-        ...
+        self.has_more, self.samples = has_more, samples
 
 
 class Source(Protocol):
@@ -47,14 +61,3 @@ class Source(Protocol):
         `positions` are those of all processes' last windows, by rank; None starts the epoch.
         """
         ...
-
-
-class Closing:
-    """The verdict of an update, as a window keeps it."""
-
-    has_more: bool
-    samples: int | None
-
-    def close(self, has_more: bool, samples: int) -> None:
-        """Keep whether any process has more data, and the samples of the window."""
-        self.has_more, self.samples = has_more, samples

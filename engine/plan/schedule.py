@@ -101,10 +101,7 @@ def solve(
 
 
 def differences(here: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-    """Return how two runs differ, each with its "identity", in texts, and its "schedule".
-
-    The same effective batches are the same windows, however they were asked for. So are the same settings: K follows.
-    """
+    """Return how two runs differ. The same effective batches are the same windows, however they were asked for."""
     now, before = here["identity"], saved["identity"]
     changed = [name for name, text in now.items() if text != before.get(name)]
     found = [f"{name} was {before.get(name)} and is {now[name]}" for name in changed if name not in ASKED]
@@ -122,7 +119,6 @@ ASKED = {"accumulate_grad_batches", "effective_batch_size", "scheduling", "sched
 
 
 def _asked(identity: Mapping[str, str]) -> str:
-    """Return what set the window length, as it was given."""
     B, scheduling = identity["effective_batch_size"], identity["scheduling"]
     if B != "None":
         return f"effective_batch_size={B}"

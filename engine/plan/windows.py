@@ -46,8 +46,7 @@ class PlannedWindow:
             yield self.start + start, self.start + stop, piece + P >= pieces
 
 
-ENDLESS = 1 << 62
-"""More epochs, updates or samples than any run has."""
+ENDLESS = 1 << 62  # more epochs, updates or samples than any run has
 
 
 class Stretch(NamedTuple):
@@ -95,10 +94,7 @@ class Plan:
             offset, update = stop, update + 1
 
     def stretches(self, epoch: int = 0, update: int = 0) -> Iterator[Stretch]:
-        """Yield the run from the start of `epoch` on, in closed form.
-
-        A stage has a stretch for its whole epochs, and one for each part of an epoch: two at most.
-        """
+        """Yield the run from the start of `epoch` on, in closed form. A stage has three at most."""
         samples, unit, stages, offset = self.samples, self.schedule.unit, self.schedule.stages, 0
         last_epoch, last_update = self.max_epochs or ENDLESS, self.max_updates or ENDLESS
         ends, at = [*self.schedule.firsts[1:], ENDLESS], self.schedule.index(epoch, update, epoch * samples)

@@ -22,8 +22,8 @@ from engine.preview.forecast import LearningRates, StageForecast, stage_forecast
 from engine.settings import AUTO, Settings, class_path
 from engine.task import Task
 from engine.trainer import Trainer
-from engine.training.build import Layout, lay_out, make_model, make_optimizer
-from engine.update.model_checks import count_batch_norms
+from engine.training.build import Layout, lay_out, make_model
+from engine.update.model_checks import check_optimizer, count_batch_norms
 from strategies import Strategy
 from strategies.environment import started_processes
 
@@ -42,7 +42,7 @@ def preview(trainer: Trainer, task: Task) -> Preview:
     task.prepare_data()
     layout = lay_out(task, settings, trainer.scheduling, trainer.strategy, settings.N)
     model = make_model(task, settings.seed)
-    optimizer, lr_scheduler = make_optimizer(task, model)
+    optimizer, lr_scheduler = check_optimizer(task.configure_optimizer(model), model)
     updates = 1 if layout.total_updates is None else layout.total_updates
     rates = learning_rates(optimizer, lr_scheduler, updates)
     return Preview(settings, trainer.strategy, task, layout, model, rates)

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from engine.callbacks.accumulation import Scheduling
 from engine.callbacks.base import Callback
@@ -28,10 +26,10 @@ from engine.checkpoint.snapshot import (
 )
 from engine.data.checks import can_redo, check_equal_windows, check_windows
 from engine.data.counting import counts_terms
-from engine.data.map_style import LoaderOptions, MapSource
+from engine.data.map_style import MapSource
 from engine.data.prefetch import OnHost, Prefetch
 from engine.data.sources import make_plan, make_source
-from engine.data.window import Source
+from engine.data.window import Loading, Source
 from engine.errors import UserError
 from engine.plan.schedule import Schedule, make_schedule, with_lr_rule
 from engine.plan.windows import Plan
@@ -39,7 +37,6 @@ from engine.seeds import seed_everything
 from engine.settings import AUTO, Settings, class_path
 from engine.signals import Signals
 from engine.task import Task
-from engine.training.compile import compile_in_place
 from engine.training.validation import Validation
 from engine.update.model_checks import check_model, check_optimizer
 from engine.update.precision import autocast
@@ -100,7 +97,10 @@ def build(
 ) -> Run:
     """Build data, model, optimizer and updater of `task`. Raises UserError for what cannot be trained."""
     layout = lay_out(task, settings, scheduling, strategy, N, checkpoint)
-    source = _source(task, settings, strategy, layout)
+    held = OnHost(task) if counts_terms(task) else Prefetch(strategy, task) if settings.prefetch_to_device else None
+    workers = settings.num_workers, settings.pin_memory, settings.persistent_workers
+    loading = Loading(task, strategy, settings.seed, held, settings.shuffle, settings.spread_windows, *workers)
+    source = make_source(layout.data, layout.schedule, layout.plan, N, loading)
     validation = make_validation(task, settings, strategy, N=N)
     model = make_model(task, settings.seed)
     _load_weights(model, settings, checkpoint)
@@ -116,16 +116,16 @@ def build(
     strategy.runs_twice = isinstance(task, WindowTask)
     prepared = strategy.prepare(model)
     check_equal_windows(strategy, layout.plan, N, settings.spread_windows)
-    optimizer, lr_scheduler = make_optimizer(task, model)
+    optimizer, lr_scheduler = check_optimizer(task.configure_optimizer(model), model)
     strategy.prepare_optimizer(optimizer)
     clip_norm, skips, seed = settings.gradient_clip_norm, settings.skip_nonfinite_updates, settings.seed
     noise = next((c.every_n_updates for c in callbacks if isinstance(c, NoiseScale)), None)
     options = UpdateOptions(clip_norm, skips, settings.precision, seed, is_recorded, layout.total_updates, noise)
     heeded = signals if settings.run_dir is not None else None
     timer = UpdateTimer(strategy) if is_recorded else NO_TIMER
-    updater: Updater
     updating = strategy, prepared, optimizer, lr_scheduler, options, heeded, timer
     forward: Callable[..., Any] = task.loss
+    updater: Updater
     if isinstance(task, WindowTask):
         forward, updater = task.outputs, ReplayUpdater(task.window_loss, task.keeps_batches_on_host, *updating)
     else:
@@ -196,22 +196,6 @@ def _has_same_windows(checkpoint: Checkpoint, windows: Mapping[str, str]) -> boo
     return all(checkpoint["identity"].get(name) == text for name, text in windows.items())
 
 
-def _source(task: Task, settings: Settings, strategy: Strategy, layout: Layout) -> Source:
-    return make_source(
-        layout.data,
-        task,
-        strategy,
-        layout.schedule,
-        layout.plan,
-        layout.N,
-        settings.seed,
-        settings.shuffle,
-        LoaderOptions(settings.num_workers, settings.pin_memory, settings.persistent_workers),
-        settings.spread_windows,
-        OnHost(task) if counts_terms(task) else Prefetch(strategy, task) if settings.prefetch_to_device else None,
-    )
-
-
 def make_validation(
     task: Task, settings: Settings, strategy: Strategy, source: str = "validation_data", N: int = 0
 ) -> Validation | None:
@@ -248,11 +232,28 @@ def make_model(task: Task, seed: int) -> nn.Module:
     return model
 
 
-def first_model(task: Task, settings: Settings, strategy: Strategy, callbacks: Sequence[Callback]) -> nn.Module:
-    """Return the model that a run would start from, and give callbacks their state in its checkpoint.
+def check_compiles(compile_model: bool, strategy: Strategy) -> None:
+    """Refuse a strategy under which nothing would be compiled. Raises UserError."""
+    if compile_model and not strategy.compiles_in_place:
+        raise UserError(
+            f"compile_model=True: strategy {strategy.name!r} calls copies or parts of the model, and nothing "
+            "would be compiled: compile its parts in configure_model(), or use single or ddp."
+        )
 
-    Raises UserError for a `run_dir` without a checkpoint, CheckpointError for weights of another model.
+
+def compile_in_place(model: nn.Module) -> None:
+    """Let calls of `model` run what torch's default backend makes of it.
+
+    `nn.Module.compile` compiles nothing of a torch class (`nn.Sequential`): torch never traces that frame unwrapped.
     """
+    import torch._dynamo  # slow to import: only here
+
+    with torch._dynamo.config.patch(wrap_top_frame=True):
+        model.compile()
+
+
+def first_model(task: Task, settings: Settings, strategy: Strategy, callbacks: Sequence[Callback]) -> nn.Module:
+    """Return the model that a run would start from; load callbacks. Raises UserError if the checkpoint is missing."""
     checkpoint = Checkpointer(settings, strategy, Signals()).find()
     if checkpoint is None and settings.weights is None and settings.run_dir is not None and settings.resume == "auto":
         raise UserError(
@@ -269,14 +270,8 @@ def first_model(task: Task, settings: Settings, strategy: Strategy, callbacks: S
 
 
 def _load_weights(model: nn.Module, settings: Settings, checkpoint: Checkpoint | None) -> None:
-    """Load `weights`, if a checkpoint does not have the whole model."""
     if settings.weights is not None and (checkpoint is None or checkpoint.left_out):
         load_weights(model, Path(settings.weights))
-
-
-def make_optimizer(task: Task, model: nn.Module) -> tuple[Optimizer, LRScheduler | None]:
-    """Make the optimizer and the LR scheduler of `model`. Raises UserError for unsupported ones."""
-    return check_optimizer(task.configure_optimizer(model), model)
 
 
 def _check_agreement(

@@ -19,8 +19,7 @@ from engine.state import RunState
 from engine.training.build import Run, known_micro_batch_size
 from engine.update.updater import Updater
 
-WINDOWS = 3
-"""The windows of a trial: the first allocates the optimizer's state, the others are timed."""
+WINDOWS = 3  # the windows of a trial: the first allocates the optimizer's state, the others are timed
 
 
 class Trial(NamedTuple):
@@ -40,10 +39,7 @@ class Trial(NamedTuple):
 def build_to_fit(
     make: Callable[[int], Run], settings: Settings, scheduling: Scheduling, checkpoint: Checkpoint | None
 ) -> tuple[Run, int, list[Trial]]:
-    """Build a run by `make(N)` and return it with its N and what was tried to find that.
-
-    N is that of the checkpoint or of the settings. It is 0, and the run of no use, if a process was interrupted.
-    """
+    """Build a run by `make(N)`; return it, its N and what was tried. N is 0 if a process was interrupted."""
     N, trials = known_micro_batch_size(settings, scheduling, checkpoint), list[Trial]()
     if not N and (trials := _try_sizes(make, settings)):
         N = max(trials, key=lambda trial: trial.samples_per_second).N
@@ -51,10 +47,9 @@ def build_to_fit(
 
 
 def _try_sizes(make: Callable[[int], Run], settings: Settings) -> list[Trial]:
-    """Try N = 1, 2, 4, ..., and then halves between the largest that fits and the smallest that does not.
+    """Try N = 1, 2, 4, ..., then halves between what fits and what does not; no trial if one was interrupted.
 
-    Return the trials, the same on all processes; none if a process was interrupted. What `make(N)` returned leaves no
-    trace. Raises UserError if one sample does not fit, or there are fewer samples than processes.
+    The run of `make(N)` leaves no trace. Raises UserError if one sample does not fit, or there are too few.
     """
     run, B = make(1), settings.effective_batch_size or 1
     run.parts.updater.noise = None  # at K = 1 it would say that it is unknown

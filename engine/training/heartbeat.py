@@ -1,7 +1,4 @@
-"""Heartbeats: each process publishes its current activity, so that a hang can be diagnosed.
-
-A thread reads the main thread's stack every few seconds. Nothing is added to the loop itself.
-"""
+"""Heartbeats: a thread publishes each process's current activity, so that a hang can be diagnosed."""
 
 from __future__ import annotations
 
@@ -13,8 +10,8 @@ from types import CodeType, FrameType
 
 from engine.callbacks.base import call
 from engine.checkpoint.checkpointer import Checkpointer
+from engine.data.lookahead import Lookahead
 from engine.data.map_style import MapSource
-from engine.data.stream import Lookahead
 from engine.training.build import build
 from engine.training.validation import Validation
 from engine.update.exchange import ACTIVITY_TOPIC, Exchange
@@ -41,10 +38,7 @@ ACTIVITIES: dict[CodeType, str] = {
 
 
 class Heartbeat:
-    """While it is entered, publishes every `seconds` what this process is doing, if there are several.
-
-    `progress` returns the update and the number of its micro-batches so far.
-    """
+    """While it is entered, publishes this process's activity. `progress` returns the update and micro-batches."""
 
     def __init__(self, strategy: Strategy, progress: Callable[[], tuple[int, int]], seconds: float = 3.0) -> None:
         self._strategy, self._progress, self._seconds = strategy, progress, seconds

@@ -17,10 +17,7 @@ MOST_NUMBERS = 1000  # of one metric; a curve has more, and is not recorded
 
 
 class MergedMetrics:
-    """The `validation_metrics` of a task over all processes: each sample counts once, on the process that evaluates it.
-
-    Raises UserError for an object that is not a metric, or that cannot be merged with that of another process.
-    """
+    """The `validation_metrics` of a task over all processes. Raises UserError for one that cannot be merged."""
 
     def __init__(self, metrics: Mapping[str, Any], strategy: Strategy) -> None:
         self._metrics, self._strategy = metrics, strategy
@@ -53,13 +50,8 @@ class MergedMetrics:
         return {name: _saved(metric) for name, metric in self._metrics.items() if is_needed}
 
     def compute(self, states: Sequence[Mapping[str, bytes]]) -> dict[str, float]:
-        """Return all numbers of all metrics, on process 0, from the states of all processes.
-
-        Numbers in a tensor, list or dictionary are named by their place: `confusion/0/1`. Raises what a metric raises,
-        as a UserError.
-        """
+        """Return all numbers on process 0, by name and place: `confusion/0/1`. Raises UserError if a metric fails."""
         numbers: dict[str, float] = {}
-        problem = ""
         for name, metric in self._metrics.items():
             try:
                 for state in states:
@@ -67,14 +59,11 @@ class MergedMetrics:
                         metric.merge_state(self._loaded(state[name]))
                 found = dict(islice(_numbers(name, metric.compute()), MOST_NUMBERS + 1))
             except Exception as error:
-                problem = problem or f"validation_metrics[{name!r}] failed: {describe(error)}."
-                continue
+                raise UserError(f"validation_metrics[{name!r}] failed: {describe(error)}.") from error
             if len(found) > MOST_NUMBERS:
                 log.warning("%s has more than %d numbers, and is not recorded.", name, MOST_NUMBERS)
             else:
                 numbers |= found
-        if problem:
-            raise UserError(problem)
         return numbers
 
     def _loaded(self, state: bytes) -> Any:
@@ -82,14 +71,12 @@ class MergedMetrics:
 
 
 def _saved(metric: Any) -> bytes:
-    """Return a metric as bytes, wherever its tensors are."""
     buffer = io.BytesIO()
     torch.save(metric, buffer)
     return buffer.getvalue()
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """Yield the numbers in `value` by name and place."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, list | tuple):
         value = dict(enumerate(value))

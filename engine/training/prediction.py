@@ -15,18 +15,14 @@ from engine.task import tensors
 from engine.training.validation import Validation
 from strategies import MicroBatch
 
-PART_BYTES = 64 << 20
-"""Bytes of outputs from which on they go into a file."""
+PART_BYTES = 64 << 20  # bytes of outputs from which on they go into a file
 
 
 class Prediction(Validation):
     """Predicts on data of the kinds that `Task.validation_data` may return."""
 
     def run_on(self, model: nn.Module, folder: str | None) -> Any:
-        """Return all outputs, or write them into `folder`, on process 0; the others return None.
-
-        A round takes one micro-batch of each process, so process 0 holds P of them beside what it keeps.
-        """
+        """Return all outputs, or write them into `folder`, on process 0. It holds one micro-batch of each process."""
         outputs = Outputs(folder, self.samples)
         keeps = self._strategy.rank == 0
         self._together(lambda: outputs.open() if keeps else None)

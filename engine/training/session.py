@@ -45,17 +45,13 @@ class Session:
         self._run, self._settings, self._state, self._control = run, settings, state, control
         self._signals, self._checkpointer, self._recorder = signals, checkpointer, recorder
         self._call, self._around_validation = call, around_validation
-        self._positions = positions
-        """The positions of all processes in the checkpoint, until an epoch has resumed from them."""
+        self._positions = positions  # those of all processes in the checkpoint, until an epoch resumes from them
         self._updater = run.parts.updater
-        self._unheard: tuple[Window, Outcome] | None = None
-        """The last update, if nobody listens to records."""
+        self._unheard: tuple[Window, Outcome] | None = None  # the last update, if nobody listens to records
         if any(type(callback).on_gradients is not Callback.on_gradients for callback in run.parts.callbacks):
             self._updater.on_gradients = partial(call, "on_gradients")
-        self._redoes = False
-        """Whether the last window ran out of memory, and runs again."""
-        self._has_ended = False
-        """Whether all processes agreed to stop."""
+        self._redoes = False  # whether the last window ran out of memory, and runs again
+        self._has_ended = False  # whether all processes agreed to stop
 
     def run(self) -> None:
         """Run until the end, a stop or an interruption."""
@@ -71,7 +67,6 @@ class Session:
             self._validate()
 
     def _run_epoch(self) -> None:
-        """Run an epoch, or what is left of it."""
         state, control, first_update = self._state, self._control, self._state.update
         seed_everything(mix(self._settings.seed, EPOCH_STREAM, state.epoch))  # for iterables that draw
         positions, self._positions = self._positions, None
@@ -155,12 +150,8 @@ class Session:
 
     def _record(self, window: Window, outcome: Outcome) -> None:
         state = self._state
-        counts: dict[str, float] = {
-            "update": state.update,
-            "epoch": state.epoch,
-            "samples": state.samples,
-            "skipped": state.skipped,
-        }
+        counts: dict[str, float] = {"update": state.update, "epoch": state.epoch, "samples": state.samples}
+        counts["skipped"] = state.skipped
         if self._run.layout.plan is not None:
             counts["micro_batch_size"] = self._run.layout.N
         if self._settings.lr_rule != "none":
@@ -171,7 +162,6 @@ class Session:
 
     @property
     def _is_over(self) -> bool:
-        """Whether the run is at its end, was stopped or was interrupted."""
         state, control, settings = self._state, self._control, self._settings
         if self._has_ended or control.interrupted_by:
             return True
@@ -186,7 +176,6 @@ class Session:
             self._validate()
 
     def _validate(self) -> None:
-        """Validate, unless this update has been validated already."""
         state, validation = self._state, self._run.validation
         if validation is None or state.validated_update == state.update:
             return

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from engine.data.checks import check_stream
 from engine.data.counting import size_problem
-from engine.data.map_style import LoaderOptions, MapSource
+from engine.data.map_style import MapSource
 from engine.data.sources import is_map_style
+from engine.data.window import Loading
 from engine.errors import UserError
 from engine.loss import Loss
 from engine.order import sequential
@@ -28,10 +29,7 @@ from strategies import MicroBatch, Strategy
 
 
 class Validation:
-    """Evaluates a task on data, on the first `limit` samples of it if it is map-style.
-
-    `N` is that of the settings if it is 0.
-    """
+    """Evaluates a task on data: the first `limit` samples of a map-style one, in micro-batches of `N` (0: as set)."""
 
     def __init__(
         self, data: Any, task: Task, strategy: Strategy, settings: Settings, limit: int | None = None, N: int = 0
@@ -49,9 +47,9 @@ class Validation:
             return
         self.samples = samples = len(data) if limit is None else min(len(data), limit)
         plan = Plan(samples, Schedule((Stage(0, 1, max(samples, 1)),)))
-        options = LoaderOptions(settings.num_workers, settings.pin_memory, settings.persistent_workers)
-        N, order = N or settings.N, sequential(samples)
-        self._source = MapSource(data, order, plan, N, task, strategy, 0, options, collate="collate_validation")
+        workers = settings.num_workers, settings.pin_memory, settings.persistent_workers
+        loading = Loading(task, strategy, 0, None, False, False, *workers)
+        self._source = MapSource(data, sequential(samples), plan, N or settings.N, loading, "collate_validation")
 
     def cut(self, N: int) -> None:
         """Make micro-batches of N from now on."""
@@ -59,10 +57,9 @@ class Validation:
             self._source.cut(N)
 
     def run(self, model: nn.Module, signals: Signals | None = None) -> dict[str, float] | None:
-        """Return each metric over all processes; `model` is the unwrapped one: its forward has no collective.
+        """Return each metric over all processes, of the unwrapped model; None on all if one was interrupted.
 
-        A mean is (sum of its sums) / (sum of its weights); NaN if the weights sum to 0. Returns None on all processes
-        if one of them was interrupted.
+        A mean is (sum of its sums) / (sum of its weights), NaN if the weights sum to 0.
         """
         signals, task = signals or Signals(), self._task
         self._means, self._count, self._is_measured = MeanSums(self._strategy.device), 0, False
@@ -100,9 +97,8 @@ class Validation:
             )
         means = {}
         for name in dict.fromkeys(name for _, pairs, *_ in everyone for name in pairs):
-            total, weight = (
-                sum(column) for column in zip(*(pairs[name] for _, pairs, *_ in everyone if name in pairs), strict=True)
-            )
+            known = [pairs[name] for _, pairs, *_ in everyone if name in pairs]
+            total, weight = map(sum, zip(*known, strict=True))
             means[name] = total / weight if weight else float("nan")
         numbers = self._metrics.compute([state for _, _, state, _ in everyone])
         if not (means or numbers or any(row[-1] for row in everyone)) or means.keys() & numbers.keys():

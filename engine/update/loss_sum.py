@@ -14,10 +14,7 @@ from strategies import MicroBatch
 
 
 class LossSum:
-    """Adds up losses and weights on their device; the host-device sync is in `read`, once per window.
-
-    `scale` is what backward multiplies a sum of losses by. `is_recorded` says whether the sum of losses is wanted.
-    """
+    """Adds up losses, if `is_recorded`, and weights on their device; `scale` is what backward multiplies by."""
 
     def __init__(self, scale: float, is_recorded: bool) -> None:
         self.micro_batches = self.samples = 0
@@ -30,10 +27,7 @@ class LossSum:
         self._share = 1
 
     def add(self, loss: Loss | Tensor | Terms, micro: MicroBatch) -> tuple[Tensor, float]:
-        """Add a micro-batch's loss and return what backward needs: the tensor, and its scale.
-
-        Raises UserError for an invalid loss or weight.
-        """
+        """Add a loss; return the tensor and the scale that backward needs. Raises UserError for an invalid one."""
         if isinstance(loss, Tensor):  # the mean over the samples
             value, share = loss, micro.size
             if micro.size_problem:
@@ -70,10 +64,7 @@ class LossSum:
         return self._weight if self._device_weight is None else self._weight + self._device_weight
 
     def read(self) -> tuple[float, float]:
-        """Return (weight, loss), the only host-device sync of a window.
-
-        Raises UserError for a weight that is negative or not finite.
-        """
+        """Return (weight, loss): the one host-device sync of a window. Raises UserError for an invalid weight."""
         if self._least_weight is not None and not 0 <= (least := self._least_weight.item()) < math.inf:
             raise UserError(f"a micro-batch's loss has weight {least}: expected a finite number of at least 0.")
         loss = self._share * self._sum_of_losses().item() if self._losses else 0.0

@@ -25,11 +25,7 @@ class MeanSums:
         self.by_name: dict[str, tuple[Number, Number]] = {}
 
     def log(self, entries: Iterable[Logged], micro: MicroBatch) -> None:
-        """Add what was logged in a micro-batch: means over its samples, or over weights of their own.
-
-        Raises UserError for an invalid value or weight. A weight on the device that is negative or NaN makes the mean
-        NaN; weight 0 counts for nothing, whatever the value.
-        """
+        """Add what was logged. Raises UserError; a weight on the device that is negative or NaN makes the mean NaN."""
         for name, value, weight in entries:
             if weight is None and micro.size_problem:
                 raise UserError(f"self.log({name!r}, ...): {micro.size_problem} Or give log() a weight.")

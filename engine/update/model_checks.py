@@ -43,10 +43,9 @@ def draws(model: nn.Module) -> bool:
 
 
 def check_optimizer(configured: Any, model: nn.Module) -> tuple[Optimizer, LRScheduler | None]:
-    """Return the optimizer and the LR scheduler, if any, that a task configured; several are put together as one.
+    """Return the optimizer and LR scheduler, if any, that a task configured; several are put together as one.
 
-    Raises UserError for anything else, for one that needs more than `step()`, for parameters that no strategy would
-    reduce, and unless several optimizers share out the trainable parameters: each in one, none without.
+    Raises UserError for unsupported ones, and unless they share out the model's trainable parameters.
     """
     is_one = isinstance(configured, Optimizer) or (
         isinstance(configured, tuple) and len(configured) == 2 and not isinstance(configured[1], Optimizer)

@@ -16,8 +16,7 @@ log = logging.getLogger("tally")
 NORMS, WEIGHTS = "noise scale: squared norms", "noise scale: weights"
 """The names under which the message has (Q, V) and (V2, V)."""
 FIELDS = ("noise_scale", "noise_scale_low", "noise_scale_high")
-KEPT = 50
-"""The measured updates that are averaged: the last ones."""
+KEPT = 50  # the measured updates that are averaged: the last ones
 UNKNOWN = (math.nan,) * 3
 FREE = 0.1
 """The share of the noise scale up to which a batch costs at most a tenth more samples than the smallest would."""
@@ -63,10 +62,7 @@ class NoiseMeter:
         self._estimate = UNKNOWN
 
     def see(self, metrics: dict[str, float], norm: float, weight: float, K: int) -> dict[str, float]:
-        """Take the sums of an update out of its metrics, and return these with the noise scale.
-
-        `norm` is that of the mean gradient before clipping. The noise scale is NaN while it is unknown: logged once.
-        """
+        """Take an update's sums out of its metrics, and add the noise scale. `norm` is that before clipping."""
         square, group = metrics.pop(NORMS, math.nan), metrics.pop(WEIGHTS, math.nan)
         if weight - group > 1e-9 * weight and math.isfinite(square + norm):
             signal, noise = moments(square, 1.0, group, (norm * weight) ** 2, weight)
@@ -86,7 +82,7 @@ class NoiseMeter:
 
     def load_state_dict(self, state: Iterable[Sequence[float]]) -> None:
         """Load what `state_dict` returned."""
-        self._pairs.extend((noise, signal) for noise, signal in state)
+        self._pairs = deque(((noise, signal) for noise, signal in state), KEPT)
         self._estimate = ratio(self._pairs) if self._pairs else UNKNOWN
 
 

@@ -6,7 +6,6 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from engine.data.map_style import MapWindow
 from engine.data.window import Window
 from engine.errors import UserError
 from engine.plan.schedule import Stage
@@ -53,14 +52,13 @@ class CallWindow:
 class OpenWindow(CallWindow):
     """One window: call `backward` any number of times, from anywhere, then `update` or `drop` on all processes.
 
-    Processes may call `backward` differently often, and not at all. No call communicates: `update` reduces them in a
-    pass without data, once and not overlapped.
+    No call of `backward` communicates. `update` reduces in a pass without data, once and not overlapped.
     """
 
     def __init__(
         self, updater: Updater, state: RunState, stage: Stage, loss_of: LossOf | None, weights: Weights | None
     ) -> None:
-        super().__init__(updater, MapWindow(stage, None, 0, False, iter(()), (0, 0)), state)
+        super().__init__(updater, Window(stage, 0, is_empty=False), state)
         self._loss_of, updater.terms = loss_of, None
         atexit.register(self._report)
         updater.begin(self._window, state)
@@ -89,10 +87,7 @@ class OpenWindow(CallWindow):
             self.fail(error)
 
     def update(self) -> Outcome:
-        """Reduce, correct, clip, step and clear the gradients; return the update's outcome over all processes.
-
-        If a process calls `drop`, all drop the window, and the outcome is `aborted`.
-        """
+        """Make the update and return its outcome over all processes: `aborted` if one of them calls `drop`."""
         return self._end("update")
 
     def drop(self) -> None:

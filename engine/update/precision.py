@@ -1,9 +1,8 @@
-"""Precision of the forward pass: autocast, and the loss scale that float16 needs. Gradients stay in float32."""
+"""Precision of the forward pass: autocast, and torch's own switches. Gradients stay in float32."""
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,27 +26,6 @@ def autocast(function: Callable[..., Any], precision: str | None, device_type: s
         return function
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
     return torch.autocast(device_type, dtype=dtype)(function)  # type: ignore[no-any-return]
-
-
-@dataclass
-class LossScale:
-    """The factor that keeps float16 gradients above underflow: halved at an overflow, doubled after many without.
-
-    The rule and its constants are those of `torch.amp.GradScaler`. Here the gradients are unscaled with the other
-    factors of an update, in one pass.
-    """
-
-    value: float = 1.0
-    growth_interval: int = 2000
-    quiet_updates: int = 0
-
-    def update(self, overflowed: bool) -> None:
-        """Adapt the scale after an update."""
-        self.quiet_updates = 0 if overflowed else self.quiet_updates + 1
-        if overflowed:
-            self.value = max(self.value / 2, 2.0**-14)
-        elif self.quiet_updates == self.growth_interval:
-            self.value, self.quiet_updates = self.value * 2, 0
 
 
 @contextmanager

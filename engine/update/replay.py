@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_map_only
 
 from engine.data.window import Window
@@ -40,10 +41,8 @@ class ReplayUpdater(Updater):
         self._window_loss, self._keeps_on_host = window_loss, keeps_batches_on_host
         self.scale.is_final, self.exchange.sends_at_start = True, False
         self._joined = JoinedOutputs(self.strategy)
-        self._before: list[_ForwardState] = []
-        """The state before the first forward of each micro-batch, by index."""
-        self._after = _ForwardState(self.model)
-        """The state after the first pass, in which the window ends."""
+        self._before: list[_ForwardState] = []  # the state before the first forward of each micro-batch, by index
+        self._after = _ForwardState(self.model)  # the state after the first pass, in which the window ends
 
     def run(self, loss_of: Any, window: Window, state: RunState, requests: Requests = NO_REQUESTS) -> Outcome:
         """Run one window and make its update; `loss_of` is `WindowTask.outputs`. Otherwise as `Updater.run`."""
@@ -126,10 +125,7 @@ class ReplayUpdater(Updater):
         return outputs
 
     def _gradients(self, first: _FirstPass, update: int) -> list[dict[str, Tensor]]:
-        """Return the gradients of the window's loss by this process's micro-batches. Raises the problem of its pass.
-
-        If another process has one, raises Interrupted: the window ends as after a signal, and the message says why.
-        """
+        """Return the gradients of the loss by micro-batch. Raises this pass's problem, or Interrupted for another's."""
         self.strategy.end_first_pass(first.problem is None and bool(first.micros))
         all_are_here = self._joined.join(first.outputs if first.problem is None else None)
         if first.problem is not None:
@@ -149,7 +145,6 @@ class ReplayUpdater(Updater):
         return gradients
 
     def _check_replay(self, differ: list[Tensor], micros: list[MicroBatch]) -> None:
-        """Raise UserError if a second forward gave other outputs, naming the module that drew."""
         flags = torch.stack(differ).tolist()
         if not any(flags):
             return
@@ -163,27 +158,17 @@ class ReplayUpdater(Updater):
 
     def _first_to_differ(self, micro: MicroBatch, index: int) -> str | None:
         """Return the module whose output is the first to differ between two forwards."""
-        runs: list[list[tuple[str, Any]]] = []
-
-        def note(name: str) -> Callable[..., None]:
-            return lambda module, inputs, output: runs[-1].append((name, output))
-
-        leaves = [
-            (name, module) for name, module in self.model.named_modules() if not any(True for _ in module.children())
-        ]
-        hooks = [module.register_forward_hook(note(name.removeprefix("module."))) for name, module in leaves]
-        try:
+        names = {module: name.removeprefix("module.") for name, module in self.model.named_modules()}
+        runs: list[list[tuple[nn.Module, Any]]] = []
+        with register_module_forward_hook(lambda module, inputs, output: runs[-1].append((module, output))):
             for _ in range(2):
                 runs.append([])
                 with torch.no_grad():
                     self._before[index].restore()
                     self._outputs(micro, index, is_replay=True)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for (name, first), (_, second) in zip(*runs, strict=False):
+        for (module, first), (_, second) in zip(*runs, strict=False):
             if isinstance(first, Tensor) and not torch.equal(first.nan_to_num(), second.nan_to_num()):
-                return f"module {name!r}"
+                return f"module {names.get(module, type(module).__name__)!r}"
         return None
 
 
@@ -192,10 +177,8 @@ class _FirstPass:
     """The micro-batches of a window on this process, and what their first forwards gave."""
 
     micros: list[MicroBatch] = field(default_factory=list)
-    outputs: dict[int, Outputs] = field(default_factory=dict)
-    """Without graphs, by seed index."""
-    last_outputs: Outputs = field(default_factory=dict)
-    """Those of the last micro-batch, with their graph."""
+    outputs: dict[int, Outputs] = field(default_factory=dict)  # without graphs, by seed index
+    last_outputs: Outputs = field(default_factory=dict)  # those of the last micro-batch, with their graph
     problem: Exception | None = None
 
 
@@ -206,13 +189,11 @@ class _ForwardState:
         self._buffers = Buffers(model)
 
     def keep(self) -> None:
-        if self._buffers.exist:
-            self._buffers.keep()
+        self._buffers.keep()
         self._python, self._numpy = random.getstate(), numpy.random.get_state()
 
     def restore(self) -> None:
-        if self._buffers.exist:
-            self._buffers.restore()
+        self._buffers.restore()
         self.restore_host()
 
     def restore_host(self) -> None:

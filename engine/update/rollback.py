@@ -5,10 +5,9 @@ from strategies import Buffers
 
 
 class Rollback:
-    """Keeps the buffers (BatchNorm's statistics) of the boundary before a window, and the host's generators.
+    """Keeps the buffers of the boundary before a window, and the host's generators in a run that can be interrupted.
 
-    The generators are kept only in a run that can be interrupted (`host_rng`). A dropped window is run again with the
-    same draws; a skipped one has used them.
+    A dropped window is run again with the same draws; a skipped one has used them.
     """
 
     def __init__(self, buffers: Buffers, host_rng: HostRng | None) -> None:

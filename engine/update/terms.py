@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.loss import TOO_NARROW, Loss, check_terms
+from engine.memory import is_out_of_memory
 from engine.update.exchange import Exchange
 from strategies import MicroBatch, Strategy
 
@@ -34,8 +35,17 @@ class JoinedTerms:
     def counted(self, micros: Iterable[MicroBatch], update: int) -> Iterator[MicroBatch]:
         """Yield the micro-batches of a window, which wait on the host until the weights of all are known."""
         assert self._weights_of is not None
-        held = [*micros]
-        self.count([self._weights_of(micro.batch) for micro in held], update)
+        held, weights, problem = list[MicroBatch](), list[Weights](), None
+        try:
+            held += micros
+            weights += (self._weights_of(micro.batch) for micro in held)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            problem = error  # the others count: the next message tells them
+        self.count([] if problem else weights, update)
+        if problem is not None:
+            raise problem
         for micro in held:
             micro.batch = self._strategy.to_device(micro.batch)
             yield micro

@@ -1,7 +1,4 @@
-"""The time of updates: waiting for data, computing, reduction and step, from a few clock reads per window.
-
-A long window reads the clock as often as a short one.
-"""
+"""The time of updates: data, computing, reduction and step, from as few clock reads for a long window."""
 
 import math
 import time
@@ -17,8 +14,7 @@ DATA, COMPUTE, STEP = "waiting for data", "forward and backward", "optimizer's s
 REDUCTION = "reduction, and waiting for others"
 GOLDEN = (5**0.5 - 1) / 2
 """Its multiples are spread evenly between whole numbers, whichever updates one takes: each n-th, too."""
-HIDDEN = 0.05
-"""A reduction that costs less than this share of an update is called hidden."""
+HIDDEN = 0.05  # a reduction that costs less than this share of an update is called hidden
 
 
 class ReductionCost(NamedTuple):
@@ -33,13 +29,9 @@ class ReductionCost(NamedTuple):
     step: float
     """The time after that: clipping, and the optimizer's step."""
 
-    def update(self, K: int) -> float:
-        """Return the seconds of an update with windows of K, if the reduction costs the same."""
-        return K * self.micro_batch + self.reduction + self.step
-
     def share(self, K: int) -> float:
-        """Return the share of an update that the reduction costs."""
-        return self.reduction / self.update(K)
+        """Return the share of an update that the reduction costs, in windows of K."""
+        return self.reduction / (K * self.micro_batch + self.reduction + self.step)
 
     @property
     def hiding(self) -> int:
@@ -60,7 +52,6 @@ class ReductionCost(NamedTuple):
         }
 
     def __str__(self) -> str:
-        """Return one line for people."""
         K, least = self.accumulate_grad_batches, self.hiding
         more = f"; K={least} would make it less than {HIDDEN:.0%}" if least > K else ""
         return f"reduction, and waiting for others: {self.share(K):.1%} of an update at K={K}{more}"
@@ -72,14 +63,10 @@ class Times:
 
     K: int
     windows: int = 0
-    data: float = 0.0
-    """Waiting for the micro-batches."""
-    before: float = 0.0
-    """From a window's start to its last micro-batch's forward."""
-    last: float = 0.0
-    """From there until the gradient is reduced and the other processes' message has come."""
-    step: float = 0.0
-    """From there until the update is made."""
+    data: float = 0.0  # waiting for the micro-batches
+    before: float = 0.0  # from a window's start to its last micro-batch's forward
+    last: float = 0.0  # from there until the gradient is reduced and the other processes' message has come
+    step: float = 0.0  # from there until the update is made
 
     @property
     def computing(self) -> float:
@@ -95,32 +82,28 @@ class NoTimer:
     seconds_by_activity: dict[str, float] = {}  # noqa: RUF012 - always empty
 
     def watch(self, window: Window, update: int) -> Iterable[MicroBatch]:
-        """Return the window itself."""
+        """Begin a window; return its micro-batches."""
         return window
 
     def last_micro_batch(self) -> None:
-        """Do nothing."""
+        """Note that the forward of the last micro-batch begins."""
 
     def reduced(self) -> None:
-        """Do nothing."""
+        """Note that the gradient is reduced."""
 
     def end(self, window: Window, micro_batches: int) -> None:
-        """Do nothing."""
+        """Add a window whose update is made, if it was full."""
 
 
 NO_TIMER = NoTimer()
 
 
 class UpdateTimer(NoTimer):
-    """Adds up the times of one process's full windows, by K; the first window of each K apart, for it warms up.
-
-    The wait for data is measured for one micro-batch of each window, another one each time, and counts for all K.
-    """
+    """Adds up the times of full windows by K, the first of each apart: it warms up. Of K waits it times one."""
 
     def __init__(self, strategy: Strategy) -> None:
         self._is_alone = strategy.processes == 1
-        self._sees_device = strategy.device.type == "cpu"
-        """Whether the host's clock sees what is computed."""
+        self._sees_device = strategy.device.type == "cpu"  # whether the host's clock sees what is computed
         is_deferred = strategy.defers_reduction and strategy.micro_batches is None and strategy.data_parallel_size > 1
         self.sees_reduction = is_deferred and self._sees_device and not self._is_alone
         """Whether there is a reduction, and windows of K >= 2 show its cost."""
@@ -130,25 +113,22 @@ class UpdateTimer(NoTimer):
         self._began = self._last_began = self._reduced = self._wait = 0.0
 
     def watch(self, window: Window, update: int) -> Iterable[MicroBatch]:
-        """Begin a window; yield its micro-batches, timing the wait for one, at an index that follows no rhythm."""
         self._began = self._last_began = time.perf_counter()
         if window.is_empty:
             return window
+        # one wait is timed, at an index that follows no rhythm
         index = int(GOLDEN * update % 1.0 * window.stage.accumulate_grad_batches)
         micros = iter(window)
         return chain(islice(micros, index), self._next_of(micros), micros)
 
     def last_micro_batch(self) -> None:
-        """Note that the forward of the last micro-batch begins."""
         if self.sees_reduction:
             self._last_began = time.perf_counter()
 
     def reduced(self) -> None:
-        """Note that the gradient is reduced."""
         self._reduced = time.perf_counter()
 
     def end(self, window: Window, micro_batches: int) -> None:
-        """Add a window whose update is made, if it was full."""
         K = window.stage.accumulate_grad_batches
         if micro_batches != K:
             return

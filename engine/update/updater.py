@@ -91,8 +91,7 @@ class Updater:
         self._skips_nonfinite = options.skip_nonfinite_updates or options.precision == "fp16"
         wants_norm = options.gradient_clip_norm or options.is_recorded or self.noise is not None
         self._needs_norm = bool(self._skips_nonfinite or wants_norm)
-        self._may_be_late = False
-        """Whether a process may learn by the gradient norm alone that another one ran out of memory."""
+        self._may_be_late = False  # whether a process may learn by the norm alone that another ran out of memory
         self._epoch, self._epoch_seed = -1, 0
         self._last_group: dict[str, Any] | None = None
         self._group_count = 0
@@ -104,10 +103,9 @@ class Updater:
         self._needs_norm |= self._may_be_late
 
     def run(self, loss_of: LossOf, window: Window, state: RunState, requests: Requests = NO_REQUESTS) -> Outcome:
-        """Run one window and make its update, the same on all processes.
+        """Run one window and make its update. If a process is interrupted, all drop it, and the outcome is `aborted`.
 
-        If a process is interrupted meanwhile, all drop the window, and the outcome is `aborted`. Raises UserError for
-        an invalid loss or weight, what `loss_of` or the data raised, and on the other processes ProcessFailureError.
+        Raises UserError for an invalid loss or weight, what `loss_of` or the data raised, and ProcessFailureError.
         """
         self._loss_of = loss_of
         self.begin(window, state, requests)
@@ -215,7 +213,8 @@ class Updater:
         self.scale.end(agreed.weight, overflowed)
         self.lr = lr_factor * float(self.optimizer.param_groups[0]["lr"])
         if self._group_names:
-            self._note_lr_of_groups(lr_factor)
+            rates = [lr_factor * float(group["lr"]) for group in self.optimizer.param_groups]
+            self.lr_of_groups = {f"lr/{name}": rate for name, rate in zip(self._group_names, rates, strict=True)}
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self.strategy.clear_gradients()
@@ -226,10 +225,6 @@ class Updater:
             metrics = self.noise.see(metrics, norm, agreed.weight, window.stage.accumulate_grad_batches)
         return Outcome(agreed.weight, mean, samples, norm, skipped, overflowed, stop, save, metrics=metrics)
 
-    def _note_lr_of_groups(self, lr_factor: float) -> None:
-        rates = [lr_factor * float(group["lr"]) for group in self.optimizer.param_groups]
-        self.lr_of_groups = {f"lr/{name}": rate for name, rate in zip(self._group_names, rates, strict=True)}
-
     def _undo(self, out_of_memory: bool) -> Outcome:
         """Return to the boundary before the window: drop its gradients, restore what forward has changed."""
         if out_of_memory:
@@ -237,8 +232,7 @@ class Updater:
         self.strategy.clear_gradients()
         if self.rollback is not None:
             self.rollback.undo()
-        dropped = Outcome(0.0, math.nan, 0, math.nan, False, False, stop=True, save=False, aborted=True)
-        return dropped._replace(out_of_memory=out_of_memory)
+        return Outcome(0.0, math.nan, 0, math.nan, False, False, True, False, True, out_of_memory)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next update needs of those before."""

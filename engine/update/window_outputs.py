@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -58,10 +59,7 @@ class JoinedOutputs:
         """The bytes of the outputs of the largest process in the last window."""
 
     def join(self, own: Mapping[int, Outputs] | None) -> bool:
-        """Gather the outputs of all processes; `own` holds this process's by seed index, None if it has failed.
-
-        Return whether all have them. Raises UserError, on all processes, for outputs that differ in names or kind.
-        """
+        """Gather the outputs of all processes; `own` is None if this one failed. Return whether all have them."""
         rank, strategy = self._strategy.data_parallel_rank, self._strategy
         self._rank = rank
         tensors = [output.tensor.contiguous() for outputs in (own or {}).values() for output in outputs.values()]
@@ -91,61 +89,49 @@ class JoinedOutputs:
                     self._parts.setdefault(name, {})[index, process, count] = part
                     self._kinds[name] = kind
                     start += _aligned(part)
+        self._parts = {name: dict(sorted(parts.items())) for name, parts in self._parts.items()}
         return True
 
     def gradients(
         self, window_loss: Callable[[Mapping[str, Tensor]], Tensor], parameters: Sequence[Tensor]
     ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """Return the loss of the window, and its gradients by micro-batch of this process and name of the output.
-
-        Raises UserError for an invalid loss, and for one that uses `parameters` of the model by itself.
-        """
-        leaves = {name: self._leaf(name, [*parts.items()]) for name, parts in self._parts.items()}
+        """Return the loss of the window, and its gradients by micro-batch and name. Raises UserError for a bad loss."""
+        parts = {name: [widened(part).detach() for part in places.values()] for name, places in self._parts.items()}
+        for part in chain(*parts.values()):
+            part.requires_grad_(part.is_floating_point())
         with torch.enable_grad():
-            loss = window_loss(leaves)
+            loss = window_loss({name: self._joined(name, parts[name]) for name in parts})
         if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
             what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) and loss.ndim else type(loss).__name__
             raise UserError(f"window_loss() returned {what}: expected a 0-dim tensor computed from the outputs.")
-        names = [name for name, leaf in leaves.items() if leaf.requires_grad]
+        own = [
+            (count, name, part)
+            for name, places in self._parts.items()
+            for (_, process, count), part in zip(places, parts[name], strict=True)
+            if process == self._rank and part.requires_grad
+        ]
         held = [p for p in parameters if p.requires_grad]
-        found = torch.autograd.grad(loss, [*(leaves[name] for name in names), *held], allow_unused=True)
-        if any(gradient is not None for gradient in found[len(names) :]):
+        found = torch.autograd.grad(loss, [*(part for *_, part in own), *held], allow_unused=True)
+        if any(gradient is not None for gradient in found[len(own) :]):
             raise UserError(
                 "window_loss() uses a parameter of the model by itself, which would lose that gradient. Return it from "
                 "outputs() as Shared."
             )
-        own: dict[int, dict[str, Tensor]] = {}
-        for name, gradient in zip(names, found, strict=False):
+        gradients: dict[int, dict[str, Tensor]] = {}
+        for (count, name, _), gradient in zip(own, found, strict=False):
             if gradient is not None:
-                for (_, process, count), part in self._shares(name, gradient):
-                    if process == self._rank:
-                        own.setdefault(count, {})[name] = part
-        return loss.detach(), [own[count] for count in sorted(own)]
+                gradients.setdefault(count, {})[name] = gradient
+        return loss.detach(), [gradients[count] for count in sorted(gradients)]
 
-    def _leaf(self, name: str, parts: list[tuple[Place, Tensor]]) -> Tensor:
-        ordered = [tensor for _, tensor in sorted(parts, key=lambda item: item[0])]
-        wide = [widened(tensor) for tensor in ordered]
+    def _joined(self, name: str, parts: list[Tensor]) -> Tensor:
         if self._kinds[name] == "Rows":
-            leaf = torch.cat(wide)
-        elif self._kinds[name] == "Added":
-            leaf = torch.stack(wide).sum(0)
-        else:
-            stacked = torch.stack(wide)
-            if ((stacked != stacked[0]) & ~stacked.isnan()).any():
-                raise UserError(f"outputs()[{name!r}] is Shared and differs between micro-batches. Use Rows or Added.")
-            leaf = wide[0].clone()
-        return leaf.requires_grad_(leaf.is_floating_point())
-
-    def _shares(self, name: str, gradient: Tensor) -> list[tuple[Place, Tensor]]:
-        """Cut a gradient into those of the micro-batches."""
-        places, kind = sorted(self._parts[name]), self._kinds[name]
-        if kind == "Rows":
-            return [
-                *zip(places, torch.split(gradient, [len(self._parts[name][place]) for place in places]), strict=True)
-            ]
-        if kind == "Added":
-            return [(place, gradient) for place in places]
-        return [(place, gradient if place == places[0] else torch.zeros_like(gradient)) for place in places]
+            return torch.cat(parts)
+        stacked = torch.stack(parts)
+        if self._kinds[name] == "Added":
+            return stacked.sum(0)
+        if ((stacked != stacked[0]) & ~stacked.isnan()).any():
+            raise UserError(f"outputs()[{name!r}] is Shared and differs between micro-batches. Use Rows or Added.")
+        return stacked[0]
 
 
 def differences(first: Outputs, second: Outputs) -> Tensor:

@@ -4,6 +4,7 @@ import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,9 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from strategies.ddp.compression import DTYPES, EXACT_TO, cast_and_reduce, check_hook
-from strategies.ddp.empty_forward import EmptyForward
 from strategies.ddp.unfinished import SentBuckets
-from strategies.ddp.wrapper import Wrapper, depends_on
+from strategies.ddp.wrapper import Wrapper, depends_on, zero_of
 from strategies.errors import MODEL_NOT_CALLED, UserError
 from strategies.optimizer_shards import OptimizerShards
 from strategies.optimizer_state import user_name
@@ -100,10 +100,7 @@ class DDPStrategy(ProcessGroupStrategy):
 
     @contextmanager
     def accumulation_context(self, is_last_microbatch: bool) -> Iterator[None]:
-        """Let DDP reduce in the last micro-batch only. DDP reads it in forward, so forward must be inside.
-
-        Outside, no forward prepares a reduction: a model may be called between windows, or by another model's loss.
-        """
+        """Let DDP reduce in the last micro-batch only: it reads that in forward. Outside no forward prepares it."""
         self._broadcast_buffers_once()
         self._ddp.require_backward_grad_sync = is_last_microbatch
         try:
@@ -112,12 +109,10 @@ class DDPStrategy(ProcessGroupStrategy):
             self._ddp.require_backward_grad_sync = False
 
     def describe(self) -> str:
-        """Return one line for the banner."""
         hook = f", gradients sent in {self.communication_hook}" if self.communication_hook else ""
         return super().describe() + hook + (", optimizer sharded" if self.shard_optimizer else "")
 
     def release_model(self) -> None:
-        """Remove the wrapper."""
         self._hook = None
         if hasattr(self, "_ddp"):
             self._remove_reducer()
@@ -133,10 +128,7 @@ class DDPStrategy(ProcessGroupStrategy):
         return self._ddp
 
     def start_window(self, most_micro_batches: int) -> None:
-        """Wrap the model again if a parameter was frozen or unfrozen: DDP reduces those that it saw at first.
-
-        Raises UserError if that did not happen on all processes.
-        """
+        """Wrap the model again if parameters were frozen or unfrozen. Raises UserError if not on all processes."""
         if [p.requires_grad for p in self._parameters] == self._requires_grad:
             return
         self._agree_on_frozen()
@@ -187,15 +179,13 @@ class DDPStrategy(ProcessGroupStrategy):
         )
 
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
-        """Divide the steps of `optimizer` among the processes if `shard_optimizer` is set."""
         if self.shard_optimizer:
             self._shards = OptimizerShards(optimizer, dist.distributed_c10d._get_default_group())
 
     def backward(self, loss: Tensor, scale: float | Tensor) -> None:
         """Add `scale x d(loss)`, times P: DDP averages over P, and a strategy promises the sum.
 
-        Raises after the last micro-batch: UserError if the loss does not depend on the model, RuntimeError if a
-        gradient was not reduced.
+        Raises after the last: UserError for a loss without the model, RuntimeError for a gradient that was not reduced.
         """
         is_last = self._ddp.require_backward_grad_sync
         if is_last:
@@ -217,19 +207,18 @@ class DDPStrategy(ProcessGroupStrategy):
             raise RuntimeError(self._unused_message(error)) from None
 
     def own_norm(self) -> Tensor | None:
-        """Return the norm of this process's gradients so far; None unless a window's gradient is the sum of them."""
         is_sum = self.defers_reduction and self.exact_to is not None
         return super().clip(None) / self.data_parallel_size if is_sum else None  # `backward` has multiplied by P
 
     def join(self, window: Any) -> None:
-        """Reduce zeros: run the wrapper's forward, and so its collectives, around a module that reads no data."""
+        """Reduce zeros: run the wrapper's forward, and so its collectives, around a function that reads no data."""
         self._broadcast_buffers_once()
         self._sent.begin()
         trainable = [p for p in self._parameters if p.requires_grad]
         if self.find_unused_parameters:  # parameters unused on all processes must keep the gradient None
             trainable = [self._anchor]
-        modules = self._ddp._modules
-        modules["module"], self._ddp.require_backward_grad_sync = EmptyForward(trainable), True
+        modules: dict[str, Any] = self._ddp._modules
+        modules["module"], self._ddp.require_backward_grad_sync = partial(zero_of, trainable), True
         try:
             super().backward(self._ddp(), 1.0)
         finally:
@@ -251,7 +240,6 @@ class DDPStrategy(ProcessGroupStrategy):
 
     @property
     def holds_all(self) -> bool:
-        """Whether the optimizer's state is on each process: not with `shard_optimizer`."""
         return self._shards is None
 
     def reductions(self) -> tuple[int, int]:
@@ -295,10 +283,9 @@ class DDPStrategy(ProcessGroupStrategy):
         gc.collect()
 
     def _fix_buckets(self) -> None:
-        """Make DDP rebuild its buckets now.
+        """Make DDP rebuild its buckets now, and not in a process's second synchronised forward.
 
-        By itself it does so in a process's second synchronised forward. A resumed process would then sum its first
-        window in another order than the uninterrupted run, with other bits at P >= 3.
+        A resumed process would sum its first window in another order than the uninterrupted run: other bits at P >= 3.
         """
         if not self.find_unused_parameters:
             self.join(None)
@@ -308,11 +295,7 @@ class DDPStrategy(ProcessGroupStrategy):
             self.join(None)  # makes gradients of zero, views of the buckets
 
     def _broadcast_buffers_once(self) -> None:
-        """Send process 0's buffers once per window, so that all processes begin it with those of a checkpoint.
-
-        DDP would send them in each synchronised forward. Processes may have different numbers of these: if a loss calls
-        the model twice, if a process has no micro-batch, or if one failed.
-        """
+        """Send process 0's buffers once per window. DDP's forwards would, but processes may have different numbers."""
         if self._has_buffers and self.broadcast_buffers and not self._buffers_are_sent:
             self._buffers_are_sent = True
             self._ddp._sync_buffers()  # type: ignore[no-untyped-call]

@@ -8,10 +8,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class SentBuckets:
-    """Counts the buckets that this process has sent in a window, by the collectives of their group.
+    """Counts the buckets that this process has sent in a window, each of which is one collective if `is_exact`.
 
-    The reducer's own count is of another window. `is_exact`: each bucket is one collective. NCCL is not supported: what
-    it does between two processes, one of which has failed, is untested.
+    The reducer's own count is of another window. With NCCL it is untested, and so not supported.
     """
 
     def __init__(self, is_exact: bool) -> None:

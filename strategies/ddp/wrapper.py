@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,3 +26,8 @@ def depends_on(loss: Tensor, parameters: Sequence[nn.Parameter]) -> bool:
         seen.add(node)
         waiting += [following for following, _ in node.next_functions]
     return False
+
+
+def zero_of(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Return 0 as the sum of no row of each parameter: with gradient 0, which `p.sum() * 0` has of finite ones only."""
+    return torch.stack([p.unsqueeze(0)[:0].sum() for p in parameters]).sum()

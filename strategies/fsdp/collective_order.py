@@ -1,8 +1,4 @@
-"""The collectives of a micro-batch under FSDP, in order, so that a process without one can take part in them.
-
-The order of the units is known only from a forward and backward with data. So the first pass is recorded in the store,
-where processes without data read it. Later passes are compared with it.
-"""
+"""The order of collectives in a pass under FSDP, recorded from data, so that a process without can take part."""
 
 import time
 from datetime import timedelta

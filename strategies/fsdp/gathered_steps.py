@@ -25,10 +25,7 @@ def need_whole(optimizer: Optimizer) -> list[Optimizer]:
 
 
 class GatheredSteps(OptimizerShards):
-    """Lets one process step each parameter: it gathers the parameter and its gradient, and keeps its state, whole.
-
-    They are gathered one parameter at a time. After the step each process takes its shard of the result.
-    """
+    """Lets one process step each parameter: it gathers that, one at a time, and keeps its state, whole."""
 
     @torch.no_grad()
     def _hide(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -1,7 +1,7 @@
 """Fully sharded data parallelism: each process holds a part of the model, by FSDP2's `fully_shard`."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -115,7 +115,6 @@ class FSDPStrategy(ProcessGroupStrategy):
         self._passes.end_forward()
 
     def end_first_pass(self, has_output: bool) -> None:
-        """End the forward that keeps its graph, or take part in the forwards of the others."""
         if has_output:
             self._passes.end()
             self._passes.start(self._passes.is_last)
@@ -181,18 +180,12 @@ class FSDPStrategy(ProcessGroupStrategy):
         return list(dict.fromkeys(in_lists(model))) if self.wrap is None else of_classes(model, self.wrap)
 
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
-        """Step on shards, or for an optimizer with `needs_whole_parameters` (Muon, Adafactor, Rprop) on whole ones.
-
-        Raises UserError if such an optimizer has modes.
-        """
+        """Step on shards, or whole parameters where an optimizer needs them. Raises UserError if that has modes."""
         if parts := need_whole(optimizer):
             self._shards = GatheredSteps(optimizer, self._shard_group, parts)
 
     def start_window(self, most_micro_batches: int) -> None:
-        """Note the number of passes that all processes make in the next window.
-
-        Raises UserError if a parameter was frozen or unfrozen since `prepare`.
-        """
+        """Note the number of passes in the next window. Raises UserError if a parameter was frozen or unfrozen."""
         if [p.requires_grad for p in self._parameters] != self._requires_grad:
             before = zip(self._model.named_parameters(), self._requires_grad, strict=True)
             changed = [user_name(name) for (name, p), required in before if p.requires_grad != required]
@@ -228,17 +221,28 @@ class FSDPStrategy(ProcessGroupStrategy):
         if self.find_unused_parameters:
             self._forget_unused()
 
-    def evaluation_context(self, model: nn.Module) -> AbstractContextManager[Any]:
+    @contextmanager
+    def evaluation_context(self, model: nn.Module) -> Iterator[None]:
         """Gather the whole model once. Raises UserError for a model whose process group has ended."""
         module = user_module(model)
         if not isinstance(module, FSDPModule):
-            return nullcontext()
+            yield
+            return
         if module is not self._root:
             raise UserError(
                 "the model's shards are on processes whose group has ended. Validate during fit, keep your own process "
                 "group open around both, or load model.safetensors."
             )
-        return self._gathered()
+        units = [m for m in self._root.modules() if isinstance(m, FSDPModule)]
+        self._root.set_reshard_after_forward(False)
+        for unit in units:
+            unit.unshard()
+        try:
+            yield
+        finally:
+            self._root.set_reshard_after_forward(self.reshard_after_forward is not False)
+            self._root.set_reshard_after_forward(bool(self.reshard_after_forward), recurse=False)
+            reset_fsdp(self._root)  # FSDP keeps a list of forwards for the next backward
 
     def fingerprint(self) -> int:
         """Return a number that is equal on all replicas under hybrid sharding; 0 without replicas."""
@@ -285,10 +289,7 @@ class FSDPStrategy(ProcessGroupStrategy):
         return super()._copied(whole) if self.rank == 0 or whole is tensor else whole.to("meta")
 
     def _sharded(self, states: dict[str, Any]) -> dict[str, Any]:
-        """Return an optimizer's state with this process's shard of each tensor, or whole where it is stepped whole.
-
-        Raises UserError for another shape.
-        """
+        """Return an optimizer's state with this process's shards. Raises UserError for another shape."""
         whole = self._shards.held if self._shards is not None else ()
         parameters = {user_name(name): p for name, p in self._user_module.named_parameters() if p not in whole}
 
@@ -328,16 +329,3 @@ class FSDPStrategy(ProcessGroupStrategy):
         for parameter, was_used in zip(self._trainable, self.all_reduce(used, "max").tolist(), strict=True):
             if not was_used:
                 parameter.sharded_param.grad = None
-
-    @contextmanager
-    def _gathered(self) -> Iterator[None]:
-        units = [m for m in self._root.modules() if isinstance(m, FSDPModule)]
-        self._root.set_reshard_after_forward(False)
-        for unit in units:
-            unit.unshard()
-        try:
-            yield
-        finally:
-            self._root.set_reshard_after_forward(self.reshard_after_forward is not False)
-            self._root.set_reshard_after_forward(bool(self.reshard_after_forward), recurse=False)
-            reset_fsdp(self._root)  # FSDP keeps a list of forwards for the next backward

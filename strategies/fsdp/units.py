@@ -8,19 +8,12 @@ from torch import nn
 from strategies.errors import UserError
 
 
-def in_lists(module: nn.Module) -> Iterator[nn.Module]:
+def in_lists(module: nn.Module, is_inside: bool = False) -> Iterator[nn.Module]:
     """Yield the children of the outermost ModuleLists that have parameters and a forward."""
     for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield from _members(child)
-        else:
-            yield from in_lists(child)
-
-
-def _members(container: nn.Module) -> Iterator[nn.Module]:
-    for child in container.children():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield from _members(child)
+        is_list = isinstance(child, nn.ModuleList)
+        if is_list or not is_inside or isinstance(child, nn.ModuleDict):
+            yield from in_lists(child, is_inside or is_list)
         elif any(True for _ in child.parameters()):
             yield child
 

@@ -37,10 +37,7 @@ class Chain:
         return self.stage == len(self.ranks) - 1
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """Call `work` on all processes of the pipeline; return what each returned, in order.
-
-        Raises what it raised on this process, and PeerFailedError if it raised on another.
-        """
+        """Return what `work` returns on each process, in order. Raises PeerFailedError if it raised on another."""
         error, value = None, None
         try:
             value = work()
@@ -69,10 +66,7 @@ class Chain:
         return output
 
     def through(self, x: Tensor | None, autocast: torch.dtype | None) -> tuple[Any, TensorSpec | None]:
-        """Run one batch through all parts; return the model's output, on the last process, and this part's spec.
-
-        `x` is the input on the first process, else None. A part that fails raises after it has sent None to the next.
-        """
+        """Run a batch (`x`, on the first process) through all parts; return the output, on the last, and this spec."""
         error = spec = None
         if not self.is_first:
             x, autocast = self._receive()
@@ -104,7 +98,6 @@ class Chain:
         return [*(spec for spec in specs if spec is not None), TensorSpec((), torch.float32)]  # the last is the loss
 
     def _send(self, x: Tensor | None, spec: TensorSpec | None, autocast: torch.dtype | None) -> None:
-        """Send a tensor of any shape, and its dtype of autocast, to the next process."""
         target = self.ranks[self.stage + 1]
         dist.send_object_list([(spec, autocast)], dst=target, group=self.host_group)
         if x is not None:

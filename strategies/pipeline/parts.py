@@ -1,6 +1,6 @@
 """The parts of a model: the cut, the model that `loss()` calls, and the specs of the tensors between parts."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, TypeVar
@@ -34,10 +34,7 @@ class PeerFailedError(Exception):
 
 
 def cut(model: nn.Module, count: int, boundaries: Sequence[int] | None) -> list[list[Child]]:
-    """Return `model`'s children in `count` parts, balanced by parameters if `boundaries` is None.
-
-    Raises UserError unless the model is a plain `nn.Sequential` of at least `count` children whose parts share nothing.
-    """
+    """Return `model`'s children in `count` parts, balanced by default. Raises UserError if it cannot be cut so."""
     if type(model).forward is not nn.Sequential.forward or model._parameters or model._buffers:
         raise UserError(
             f"model={type(model).__name__}: expected a plain nn.Sequential. Return nn.Sequential(*layers), between "
@@ -68,10 +65,7 @@ def cut(model: nn.Module, count: int, boundaries: Sequence[int] | None) -> list[
 
 
 def balanced(sizes: Sequence[int], parts: int) -> list[int]:
-    """Return the index of the first layer of each part but the first, so that the largest part is as small as possible.
-
-    `sizes` are those of the layers in order. Raises UserError for fewer layers than parts.
-    """
+    """Return the first layer of each part but the first, the largest part as small as possible. Raises UserError."""
     if not 1 <= parts <= len(sizes):
         raise UserError(f"stages={parts}: expected at most as many stages as layers, {len(sizes)}.")
     before = list(accumulate(sizes, initial=0))
@@ -155,25 +149,6 @@ class Part(nn.Module):
         return self._compute(activation, int(micro))
 
 
-def already_computed(loss: Tensor, target: Tensor) -> Tensor:
-    """Return the output of the last part, which is the loss."""
-    return loss
-
-
 def zeros(spec: TensorSpec, device: torch.device) -> Tensor:
     """Return zeros, which require grad if their dtype can."""
     return torch.zeros(spec.shape, dtype=spec.dtype, device=device, requires_grad=spec.dtype.is_floating_point)
-
-
-def buckets(parameters: Iterable[nn.Parameter], size: int) -> list[list[nn.Parameter]]:
-    """Return the trainable parameters in order, in lists of one dtype and about `size` bytes."""
-    lists: list[list[nn.Parameter]] = []
-    filled = 0
-    for parameter in parameters:
-        if parameter.requires_grad:
-            if not lists or filled >= size or lists[-1][0].dtype != parameter.dtype:
-                lists.append([])
-                filled = 0
-            lists[-1].append(parameter)
-            filled += parameter.numel() * parameter.element_size()
-    return lists

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from strategies.errors import UserError
 from strategies.pipeline.chain import Chain
-from strategies.pipeline.parts import Call, Part, PipelinedModel, TensorSpec, already_computed, zeros
+from strategies.pipeline.parts import Call, Part, PipelinedModel, TensorSpec, zeros
 from strategies.torch_internals import check_activations, expect_gradient
 
 ScheduleName = Literal["GPipe", "1F1B"]
@@ -35,10 +35,7 @@ class Run(NamedTuple):
 
 
 class Schedules:
-    """Runs micro-batches forward and backward through a chain, by the schedule of that name.
-
-    An error in a forward is kept until the schedule ends, since the other processes are in it too.
-    """
+    """Runs micro-batches through a chain. An error waits until the schedule ends: the others are in it too."""
 
     def __init__(self, name: ScheduleName, chain: Chain, model: PipelinedModel, seed: Callable[[int], None]) -> None:
         self._name = name
@@ -58,10 +55,7 @@ class Schedules:
         inputs: Sequence[Tensor],
         forwards: Sequence[Callable[[], tuple[Tensor, float | Tensor]]],
     ) -> None:
-        """Run a schedule for each group of neighbouring micro-batches with equal shape and autocast.
-
-        Raises the first error of a forward on this process, after the last schedule.
-        """
+        """Run a schedule for each group of equal neighbours. Raises the first error of a forward, after the last."""
         self._error = None
         for kind, neighbours in groupby(range(len(calls)), key=lambda index: calls[index][:2]):
             indices = list(neighbours)
@@ -132,4 +126,4 @@ class Schedules:
         )
         is_1f1b = self._name == "1F1B" and takes(self._name, len(chain.ranks), count)
         schedule = pipelining.Schedule1F1B if is_1f1b else pipelining.ScheduleGPipe
-        return schedule(stage, count, already_computed, scale_grads=False)
+        return schedule(stage, count, lambda loss, target: loss, scale_grads=False)  # the last part has computed it

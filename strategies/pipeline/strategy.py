@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._utils import _take_tensors
 from torch.optim import Optimizer
 
 from strategies.base import MicroBatch
@@ -17,7 +18,7 @@ from strategies.errors import UserError, check_count
 from strategies.host_messages import PendingRows
 from strategies.optimizer_state import copy_of, load_named_state, merged, named_state, user_name
 from strategies.pipeline.chain import Chain
-from strategies.pipeline.parts import Call, PeerFailedError, PipelinedModel, TensorSpec, buckets, cut
+from strategies.pipeline.parts import Call, PeerFailedError, PipelinedModel, TensorSpec, cut
 from strategies.pipeline.schedules import ScheduleName, Schedules, takes
 from strategies.process_group import ProcessGroupStrategy
 from strategies.single import NOTHING_TO_DEFER
@@ -77,7 +78,6 @@ class PipelineStrategy(ProcessGroupStrategy):
 
     @property
     def data_parallel_size(self) -> int:
-        """P, the pipelines: all processes / `stages`."""
         return max(1, self.processes // self.stages)
 
     @property
@@ -138,10 +138,7 @@ class PipelineStrategy(ProcessGroupStrategy):
         super().seed(value)
 
     def run_window(self, window: Iterable[MicroBatch], forward: Callable[[Any], tuple[Tensor, float | Tensor]]) -> None:
-        """Run one window by the schedule, and sum its gradients over the pipelines.
-
-        If one process fails, all end the window, so that each can raise.
-        """
+        """Run one window by the schedule, and sum its gradients over the pipelines. All end it if one fails."""
         self._share_buffers()
         with suppress(PeerFailedError):  # that process reports the error
             micros, calls, inputs = self._start(window, forward)
@@ -151,10 +148,7 @@ class PipelineStrategy(ProcessGroupStrategy):
     def _start(
         self, window: Iterable[MicroBatch], forward: Callable[[Any], object]
     ) -> tuple[list[MicroBatch], list[Call], list[Tensor]]:
-        """Return the micro-batches, the call of the model for each, and the inputs on the first process.
-
-        Raises UserError if the processes of the pipeline have different numbers of micro-batches.
-        """
+        """Return micro-batches, calls of the model and first inputs. Raises UserError for different numbers of them."""
         micros: list[MicroBatch] = []
         inputs: list[Tensor] = []
 
@@ -199,7 +193,7 @@ class PipelineStrategy(ProcessGroupStrategy):
         """Sum the gradients over the pipelines. A parameter that no pipeline used keeps the gradient None."""
         if self.data_parallel_size == 1:
             return
-        for bucket in buckets(self._parameters, BUCKET_BYTES):
+        for bucket in self._buckets():
             used = torch.tensor([float(p.grad is not None) for p in bucket])
             values = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket]
             flat = torch.cat([*values, used.to(values[0])])
@@ -208,6 +202,10 @@ class PipelineStrategy(ProcessGroupStrategy):
             for parameter, total, count in zip(bucket, sums, counts.tolist(), strict=True):
                 if count:
                     parameter.grad = total.view_as(parameter)
+
+    def _buckets(self) -> list[list[Tensor]]:
+        trainable = [p for p in self._parameters if p.requires_grad]
+        return [*_take_tensors(trainable, BUCKET_BYTES)]  # type: ignore[no-untyped-call]
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         squared = super()._norm(gradients).double() ** 2
@@ -247,8 +245,8 @@ class PipelineStrategy(ProcessGroupStrategy):
         """Return (collectives, bytes) of one window's gradients, without what passes between the stages."""
         if self.data_parallel_size == 1:
             return 0, 0
-        lists = buckets(self._parameters, BUCKET_BYTES)
-        return len(lists), sum(p.numel() * p.element_size() for bucket in lists for p in bucket)
+        buckets = self._buckets()
+        return len(buckets), sum(p.numel() * p.element_size() for bucket in buckets for p in bucket)
 
     def state_dict(self, optimizer: Optimizer | None = None) -> dict[str, Any]:
         """Return the whole model's state, gathered from the parts, on all processes together."""

@@ -12,8 +12,7 @@ import torch
 
 import engine.data.fetch as fetch
 from engine import Trainer
-from engine.data.fetch import Fetch, Piece
-from engine.data.generators import generators_restored
+from engine.data.fetch import Fetch, Piece, generators_restored
 from tests.kit.processes import run
 from tests.kit.reference import Regression, Samples, Watch
 

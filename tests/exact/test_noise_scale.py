@@ -203,6 +203,7 @@ def own_loop(resumes_at: int | None) -> Any:
         if loop.update == resumes_at:
             state, loop = loop.state_dict(), accumulator()
             loop.load_state_dict(state)
+            loop.load_state_dict(state)  # in place of what was loaded, not beside it
             for window in loop.windows(epoch):
                 for batch in window:
                     window.backward(task.loss(model, batch))

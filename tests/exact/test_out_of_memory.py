@@ -14,10 +14,12 @@ from torch import nn
 
 from engine import Trainer
 from engine.errors import UserError
-from tests.kit.hungry import DDP, DP, HungryClip, HungryRegression, HungrySequences, Single, TooLarge, fit
+from tests.kit.hungry import DDP, DP, HungryClip, HungryGroups, HungryRegression, HungrySequences, Single, TooLarge, fit
 from tests.kit.processes import ChildError, run
 from tests.kit.reference import Regression, Watch, big_batch_run, in_order, parameters
 from tests.kit.streams import Streamed
+from tests.kit.terms import Groups
+from tests.kit.terms import reference as terms_reference
 from tests.kit.tokens import Sequences, big_batch
 from tests.kit.windows import Clip, reference
 
@@ -66,6 +68,19 @@ def test_weights_of_tokens(P: int, strategy: Any) -> None:
 def test_losses_over_windows(P: int, strategy: Any) -> None:
     expected, *_ = reference(Clip(SAMPLES), B)
     check(run(P, trained, HungryClip, strategy, P, {}), expected, P)
+
+
+@pytest.mark.parametrize(("P", "strategy"), [WAYS[0], WAYS[-2]])
+def test_while_terms_are_counted(P: int, strategy: Any) -> None:
+    windows = [[range(start + i, start + i + N) for i in range(0, 12, N)] for start, N in ((0, 6), (12, 3))]
+    expected, _ = terms_reference(Groups(24), windows)
+    for found, records, _ in run(P, terms_trained, strategy, P):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        assert [N for N, _, _ in records] == [6, 3]
+
+
+def terms_trained(strategy: Any, P: int) -> Any:
+    return fit(HungryGroups(24, P - 1), strategy(), 6, 12, epochs=1, shuffle=False)
 
 
 class Dropping(HungryRegression):

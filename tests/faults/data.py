@@ -20,7 +20,7 @@ FAULTS = [
     ),
     Fault(
         "a stream that ends within a window has no last micro-batch",
-        "StreamWindow.__iter__",
+        "StreamSource._micros",
         "index == last or not has_more",
         "index == last",
         STREAMS,
@@ -55,9 +55,9 @@ FAULTS = [
     ),
     Fault(
         "raise for a batch that was read ahead",
-        "Prefetch.one_ahead",
-        "then, error = end, met",
-        "raise met",
+        "Lookahead.take",
+        "self._error = error",
+        "raise",
         "tests/device/test_prefetch.py -k error",
     ),
     Fault(
@@ -139,9 +139,9 @@ FAULTS = [
     ),
     Fault(
         "forget the length of the epoch before",
-        "StreamWindow.position",
-        '"length_before": self._length_before',
-        '"length_before": 0',
+        "StreamSource.windows",
+        '"length_before": self._length}',
+        '"length_before": 0}',
         "tests/data/test_streams.py::test_a_restored_stream_that_loses_samples_is_told",
     ),
     Fault(

@@ -247,6 +247,13 @@ FAULTS = [
         "tests/resume/test_own_loop_resume.py -k max_updates",
     ),
     Fault(
+        "forget the position that was loaded",
+        "Accumulator.state_dict",
+        "self._state, self._positions",
+        "self._state, None",
+        "tests/resume/test_own_loop_resume.py -k another_epoch",
+    ),
+    Fault(
         "any epoch after a load",
         "Accumulator.windows",
         "epoch < state.epoch or not",

@@ -49,7 +49,7 @@ FAULTS = [
     ),
     Fault(
         "sharded: validate with the list of the forwards before",
-        "FSDPStrategy._gathered",
+        "FSDPStrategy.evaluation_context",
         "            reset_fsdp(self._root)  # FSDP",
         "            pass  # FSDP",
         "tests/strategies/test_sharded.py::test_uneven_validation_between_updates",

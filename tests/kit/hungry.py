@@ -11,6 +11,7 @@ from engine import Trainer
 from engine.loss import Loss
 from strategies import DDPStrategy, DPStrategy, SingleDeviceStrategy
 from tests.kit.reference import Regression, Watch, parameters
+from tests.kit.terms import Groups
 from tests.kit.tokens import Sequences
 from tests.kit.windows import Clip
 
@@ -99,6 +100,20 @@ class HungryClip(Hungry, Clip):
     def outputs(self, model: nn.Module, batch: Any) -> Any:
         self.eat(model)
         return super().outputs(model, batch)
+
+
+class HungryGroups(Hungry, Groups):
+    """Memory runs out while process `at` counts the terms of a micro-batch."""
+
+    def __init__(self, samples: int, at: int) -> None:
+        super().__init__(samples)
+        self.rank, self.at = at, {}
+
+    def weights(self, batch: Any) -> Any:
+        if self.trainer.update == 1 and self.trainer.strategy.rank == self.rank:
+            self.rank = -1
+            raise self.error
+        return super().weights(batch)
 
 
 class TooLarge(HungryRegression):

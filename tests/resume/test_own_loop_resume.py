@@ -185,6 +185,9 @@ def test_another_epoch_than_the_one_loaded_is_refused() -> None:
         raise AssertionError
 
     within, ended = trained(fresh(), 1, 2), trained(fresh(), 1, 4)
+    again = fresh()
+    again.load_state_dict(within)
+    assert again.state_dict() == within  # the position too: otherwise samples would be trained on twice
     for state, epoch in ((within, 0), (within, 2), (ended, 0)):
         accumulator = fresh()
         accumulator.load_state_dict(state)
