@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec
@@ -275,6 +276,11 @@ class Settings:
                 "micro_batch_size='auto': expected an effective_batch_size, from which K follows. Give one."
             )
         check_lr_rule(self.lr_rule, self.lr_reference_batch)
+        if (self.run_dir or self.weights) and find_spec("safetensors") is None:
+            raise UserError(
+                f"run_dir={self.run_dir!r}, weights={self.weights!r}: expected the package safetensors, which writes "
+                "and reads them. Use pip install safetensors."
+            )
         if self.run_dir is None and (self.save_every_n_updates is not None or self.keep_best):
             raise UserError("run_dir=None: save_every_n_updates and keep_best need a folder to save into. Give one.")
 

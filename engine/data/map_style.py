@@ -114,7 +114,8 @@ class MapSource:
             count = before[window.stop] - before[window.start]
             pieces = window.count(N, P, spread)
             micros, position = self._micros(batches, window, before), (epoch, window.stop)
-            yield MapWindow(window.stage, count, -(-pieces // P), pieces <= rank, micros, position)
+            has_more = window.stop < self._plan.samples
+            yield MapWindow(window.stage, count, -(-pieces // P), pieces <= rank, micros, position, has_more)
 
     def _micros(self, batches: Iterator[Any], window: PlannedWindow, before: Sequence[int]) -> Iterator[MicroBatch]:
         to_device, batching = self._to_device, self._batching
@@ -166,7 +167,7 @@ class MapWindow(Closing):
     micros: Iterator[MicroBatch]
     position: tuple[int, int]
     """The epoch, and the offset in its order."""
-    has_more: bool = False  # the plan knows
+    has_more: bool = False
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return self.micros
