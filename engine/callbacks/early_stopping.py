@@ -1,15 +1,10 @@
 """Early stopping: ends a run when a validation metric no longer improves."""
 
-from __future__ import annotations
+from typing import Any
 
-from typing import TYPE_CHECKING, Any
-
-from engine.callbacks.base import Callback, check_has_validation
+from engine.callbacks.base import Callback, Trainer, check_has_validation
 from engine.errors import UserError, check_count
 from engine.records.metric import MetricRule
-
-if TYPE_CHECKING:
-    from engine.trainer import Trainer
 
 
 class EarlyStopping(Callback):

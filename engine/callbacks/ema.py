@@ -1,21 +1,16 @@
 """Exponential moving average of the parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from engine.callbacks.base import Callback
+from engine.callbacks.base import Callback, Trainer
 from engine.errors import UserError
 from strategies import user_name
-
-if TYPE_CHECKING:
-    from engine.trainer import Trainer
 
 
 class EMA(Callback):

@@ -1,17 +1,12 @@
 """The gradient noise scale of a run, and the K that it suggests."""
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from engine.callbacks.base import Callback
+from engine.callbacks.base import Callback, Trainer
 from engine.errors import check_count
 from engine.output import say
 from engine.update.noise_scale import FIELDS, Advice, advise
-
-if TYPE_CHECKING:
-    from engine.trainer import Trainer
 
 
 class NoiseScale(Callback):

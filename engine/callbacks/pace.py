@@ -1,14 +1,11 @@
 """The pace of a run: its rates, the time left, and the process that slows it down."""
 
-from __future__ import annotations
-
 from collections import deque
 from datetime import timedelta
 from statistics import median_low
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from engine.trainer import Trainer
+from engine.callbacks.base import Trainer
 
 
 class _Point(NamedTuple):
