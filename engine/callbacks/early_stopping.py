@@ -18,7 +18,7 @@ class EarlyStopping(Callback):
         check_count("EarlyStopping.patience", patience)
         if not min_delta >= 0:
             raise UserError(f"EarlyStopping(min_delta={min_delta!r}): expected a number of at least 0.")
-        self._rule = MetricRule(f"{mode}:{metric}", "EarlyStopping")
+        self._rule = MetricRule("EarlyStopping", f"{mode}:{metric}")
         self._patience = patience
         self._least_gain = min_delta if mode == "max" else -min_delta
         self.best: float | None = None

@@ -62,7 +62,7 @@ class PlateauLR(EpochLR):
         cooldown: int = 0,
         min_lr: float = 0.0,
     ) -> None:
-        self._rule = MetricRule(f"{mode}:{metric}", "PlateauLR")
+        self._rule = MetricRule("PlateauLR", f"{mode}:{metric}")
         if not 0 < factor < 1:
             raise UserError(f"PlateauLR(factor={factor!r}): give a number between 0 and 1.")
         how: Any = {"mode": mode, "factor": factor, "patience": patience, "threshold": threshold}

@@ -31,7 +31,7 @@ class Checkpointer:
         self._settings, self._strategy, self._signals = settings, strategy, signals
         run_dir = strategy.first(settings.run_dir)
         self._folder = None if run_dir is None else _real(run_dir)
-        self._rule = MetricRule(settings.keep_best) if settings.keep_best else None
+        self._rule = MetricRule("keep_best", settings.keep_best) if settings.keep_best else None
         self._writer: CheckpointWriter | None = None
         self._saved_at = time.perf_counter()
         self._stalled_seconds = 0.0
