@@ -208,7 +208,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for setting in fields(self):
-            value, (kind, _, optional) = getattr(self, setting.name), str(setting.type).partition(" | None")
+            value, (kind, optional, _) = getattr(self, setting.name), str(setting.type).partition(" | None")
             check = OPTIONS[setting.name].check or CHECKS.get(kind)
             if check is not None and not (optional and value is None):
                 check(setting.name, value)
