@@ -48,13 +48,13 @@ class Checkpointer:
         resume = self._settings.resume
         if resume == "never" or (resume == "auto" and self._folder is None):
             return None
-        self._found = self._contents() if self._folder is not None else None
+        self._found = self._contents()
         return find_checkpoint(resume, self._folder, self._strategy)
 
     def _contents(self) -> Any:
         """Return a value that changes if another run begins or saves in the folder."""
-        assert self._folder is not None
-        return files.candidates(self._folder / "checkpoints"), (read_mark(self._folder) or {}).get("start")
+        folder = self._folder
+        return folder and (files.candidates(folder / "checkpoints"), (read_mark(folder) or {}).get("start"))
 
     def open(
         self, configuration: Mapping[str, Any], checkpoint: Checkpoint | None, state: RunState, parts: RunParts
@@ -85,19 +85,16 @@ class Checkpointer:
                 f"run_dir={str(folder)!r}: another run has written it since this one was started. Use a new folder, or "
                 "start again to resume that run."
             )
-        mark, checkpoints = read_mark(folder) or {}, folder / "checkpoints"
-        is_own = checkpoint is not None and checkpoint.path.parent.resolve() == checkpoints
-        run, branched_at = mark.get("run"), mark.get("branched_at")
-        if checkpoint is None or not is_own:
-            run, branched_at = None, state.update
-        elif run is None:
-            run = files.run_id(checkpoint.path)
+        checkpoints, run = folder / "checkpoints", None
+        own = checkpoint if checkpoint is not None and checkpoint.path.parent.resolve() == checkpoints else None
+        if own is not None:
+            run = (read_mark(folder) or {}).get("run") or files.run_id(own.path)
         run = run or uuid.uuid4().hex
-        run_folder.configure({"format": files.FORMAT, "run": run, "branched_at": branched_at}, configuration)
-        undone = run_folder.rewind(state.update, state.validated_update, branched_at)
+        run_folder.configure({"format": files.FORMAT, "run": run}, configuration)
+        undone = run_folder.rewind(state.update, state.validated_update)
         self._writer = CheckpointWriter(checkpoints, keep_last, run, run_folder.force_to_disk)
-        if checkpoint is not None:
-            self._writer.resume_from(checkpoint.path, checkpoint["best"])
+        if own is not None:
+            self._writer.resume_from(own.path, own["best"])
         self.log_event(
             "start" if checkpoint is None else "resume",
             undone=undone,
@@ -119,20 +116,11 @@ class Checkpointer:
 
     def log_event(self, event: str, **facts: Any) -> None:
         """Append what happened to events.jsonl, with the time and the position; on process 0, at boundaries only."""
-        if self.run_folder is None:
-            return
-        state = self._state
-        self.run_folder.log_event(
-            {
-                "event": event,
-                "time": datetime.now(UTC).isoformat(timespec="seconds"),
-                "update": state.update,
-                "epoch": state.epoch,
-                "samples": state.samples,
-                "seconds": round(state.elapsed, 3),
-                **facts,
-            }
-        )
+        if self.run_folder is not None:
+            state, now = self._state, datetime.now(UTC).isoformat(timespec="seconds")
+            counts = {"update": state.update, "epoch": state.epoch, "samples": state.samples}
+            place = {"time": now, **counts, "seconds": round(state.elapsed, 3)}
+            self.run_folder.log_event({"event": event, **place, **facts})
 
     def close(self) -> None:
         """Let go of the folder: another run may take it over."""
@@ -151,10 +139,8 @@ class Checkpointer:
     def wants_save(self) -> bool:
         """Whether this process requests a save after the next update: by a signal, or by the clock of process 0."""
         minutes = self._settings.save_every_n_minutes
-        if self._folder is None:
-            return False
         is_late = minutes is not None and time.perf_counter() - self._saved_at > 60 * minutes
-        return self._signals.save_requested or (is_late and self._strategy.rank == 0)
+        return self._folder is not None and (self._signals.save_requested or (is_late and self._strategy.rank == 0))
 
     def check(self) -> None:
         """Raise UserError, on all processes, for state that no checkpoint could hold."""
@@ -196,27 +182,22 @@ class Checkpointer:
         model, topics = snapshot(self._state, self._parts)
         if is_lost:
             self._rescue(model, topics)
-        if self._writer is not None:
+        if self._writer is not None and self.run_folder is not None:
             self._writer.wait()
             known = best if best is not None else self._writer.best
             topics["best"] = None if known is None else {"value": known, "is_this": best is not None}
-            self._write(model, topics, best)
+            try:
+                self.run_folder.flush()
+            except OSError as error:  # a checkpoint never counts a record that is not on disk
+                self._writer.fail(self._state.update, error)
+            else:
+                self._writer.save(self._state.update, model, topics, best)
         took = time.perf_counter() - started
         self._stalled_seconds += took
         spent = self._parts.updater.timer.seconds_by_activity
         self.log_event("save", took=round(took, 3), spent={name: round(value, 3) for name, value in spent.items()})
         self._saved_at, self._saved_boundary = time.perf_counter(), self._boundary
         self._signals.save_requested = False
-
-    def _write(self, model: Mapping[str, Any], topics: dict[str, Any], best: float | None) -> None:
-        assert self.run_folder is not None
-        assert self._writer is not None
-        try:
-            self.run_folder.flush()
-        except OSError as error:  # a checkpoint never counts a record that is not on disk
-            self._writer.fail(self._state.update, error)
-        else:
-            self._writer.save(self._state.update, model, topics, best)
 
     def _rescue(self, model: Mapping[str, Any], topics: dict[str, Any]) -> NoReturn:
         """Save beside the folder that is lost, and raise RunDirLostError on all processes."""
@@ -243,39 +224,29 @@ class Checkpointer:
         """
         if self._folder is None:
             return
-        self.save(is_last=True)
-        if self._has_failed():
-            self._saved_boundary = None
+        for _ in range(2):
             self.save(is_last=True)
-            self._has_failed()
-            self._raise_together(self._writer.error if self._writer else None)
+            started = time.perf_counter()
+            if self._writer is not None:
+                self._writer.wait()
+            self._stalled_seconds += time.perf_counter() - started
+            if not self._strategy.first(self._writer is not None and self._writer.error is not None):
+                return
+            self._saved_boundary = None
+        self._raise_together(self._writer.error if self._writer else None)
 
     def write_results(self, summary: Mapping[str, Any]) -> None:
         """Write summary and final weights, after `finish`. Raises StorageError."""
         strategy = self._strategy
         left_out = strategy.left_out = {} if self._parts.base is None else self._parts.base.digests()
         parts = strategy.state_dict() if strategy.rank == 0 or not strategy.holds_all else {}
-        if self.run_folder is not None:
+        if self.run_folder is not None and self._writer is not None:
             with writing(f"run_dir={self._settings.run_dir!r}"):
                 self.run_folder.left_out = left_out
-                self.run_folder.write("summary.json", {**summary, **self.costs})
+                costs = {"saves": self._writer.saves, "seconds_stalled_by_saves": round(self._stalled_seconds, 3)}
+                self.run_folder.write("summary.json", {**summary, **costs})
                 self.run_folder.save_weights(parts["model"])
         self.log_event("end")
-
-    def _has_failed(self) -> bool:
-        """Wait for the last save, and return whether it failed, on all processes."""
-        started = time.perf_counter()
-        if self._writer is not None:
-            self._writer.wait()
-        self._stalled_seconds += time.perf_counter() - started
-        return bool(self._strategy.first(self._writer is not None and self._writer.error is not None))
-
-    @property
-    def costs(self) -> dict[str, Any]:
-        """The number and cost of saves, for summary.json; empty on processes other than 0."""
-        if self._writer is None:
-            return {}
-        return {"saves": self._writer.saves, "seconds_stalled_by_saves": round(self._stalled_seconds, 3)}
 
     @property
     def _boundary(self) -> tuple[int, int]:

@@ -55,9 +55,7 @@ class CheckpointWriter:
             self._writing = None
 
     def resume_from(self, resumed: Path, best: Mapping[str, Any] | None) -> None:
-        """Resume from a checkpoint: newer ones in this folder are set aside, and the best is the one it knew."""
-        if resumed.parent.resolve() != self._folder.resolve():
-            return
+        """Resume from a checkpoint in this folder: newer ones are set aside, and the best is the one it knew."""
         self._set_aside(resumed)
         self.newest = resumed
         if best is not None:

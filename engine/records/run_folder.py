@@ -65,11 +65,10 @@ class RunFolder:
         self._config = {MARK: {**mark, "start": self._start}, **configuration}
         self.write("config.json", self._config)
 
-    def rewind(self, update: int, validated_update: int, branched_at: int | None = 0) -> int:
+    def rewind(self, update: int, validated_update: int) -> int:
         """Cut updates after `update` and validations after `validated_update` from metrics.jsonl: they come again.
 
-        Returns the number of updates that were cut. Logs a warning if others are missing or stand twice near its
-        end; the history begins after `branched_at` (None: unknown). Raises OSError.
+        Returns the number of updates that were cut. Raises OSError.
         """
         path = self.path / "metrics.jsonl"
         path.touch()
@@ -85,8 +84,6 @@ class RunFolder:
         force_to_disk(part)
         part.replace(path)
         force_to_disk(self.path)
-        if faults := history.faults(end.updates, None if end.start else branched_at, update):
-            log.warning("%s is not whole: %s. Training resumes, and its curves stay so.", path, faults)
         self._metrics = path.open("a+b", buffering=0)  # a killed run keeps every line
         self._events = (self.path / EVENTS).open("a+b", buffering=0)
         return end.undone
