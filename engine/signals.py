@@ -29,10 +29,7 @@ SIGNALS = (*STOPPING, signal.SIGUSR1)
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """Block our signals in processes and threads that start here; a DataLoader's workers end with the loader.
-
-    torchrun sends SIGTERM to all of them, and a worker that dies of it ends the run.
-    """
+    """Block our signals in processes and threads that start here: torchrun's SIGTERM would end a loader's worker."""
     _end_children_at_exit()
     children = set(multiprocessing.active_children())
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -73,8 +70,8 @@ def _end_children(seconds: float = 1.0) -> None:
 class Command:
     """The signals of a whole command, which ends with the status of its run whenever they come.
 
-    `begin` is for its first line: until a run heeds signals, one that stops a run ends the process at once
-    with EXIT_STATUS, since nothing can be lost yet. Later than that run, they are only noted; after `end`, ignored.
+    From `begin` until a run heeds them, one that stops a run ends the process with EXIT_STATUS, since nothing can be
+    lost yet. After that run they are only noted; after `end`, ignored.
     """
 
     def __init__(self) -> None:
@@ -141,10 +138,7 @@ def _exit_when_told(reader: int) -> None:
 
 
 def leave_status(status: int | None) -> None:
-    """Leave the command's status for launch/start.py, which a signal may stop too; None: it is not known any more.
-
-    The file is empty until a process knows it. What another process has left stays.
-    """
+    """Leave the command's status for launch/start.py, unless another process has; None: it is not known any more."""
     if path := os.environ.get("TALLY_STATUS"):
         with suppress(OSError):
             if status is not None:
@@ -159,10 +153,7 @@ def _heeded() -> list[signal.Signals]:
 
 
 class Signals:
-    """Notes signals while it is entered, in the main thread only. A second SIGINT raises KeyboardInterrupt at once.
-
-    The flags are requests of this process; all processes agree on them before anything is done.
-    """
+    """Notes signals, requests of this process, while it is entered in the main thread. A second SIGINT raises at once."""
 
     def __init__(self) -> None:
         self.stop_requested = False

@@ -73,10 +73,7 @@ class WindowTask(Task):
 
 
 class TermTask(WindowTask):
-    """A task whose `loss` returns several terms, with weights that only the forward knows.
-
-    Terms count as those of `Task.weights`, which costs less where the batch alone decides. Each window runs twice.
-    """
+    """A task whose `loss` returns several terms, with weights that only the forward knows. Each window runs twice."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Terms:  # type: ignore[override]

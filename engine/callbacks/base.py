@@ -29,10 +29,7 @@ class Callback:
         """The gradients in `p.grad` are reduced and clipped as the step takes them; also before a skipped update."""
 
     def on_update_end(self, trainer: Trainer) -> None:
-        """An update was made (or skipped) and the gradients are cleared.
-
-        `trainer.record` describes it. Numbers that are added to it are recorded: loggers come next.
-        """
+        """An update was made or skipped, and gradients are cleared. Numbers added to `trainer.record` are recorded."""
 
     def around_validation(self, trainer: Trainer) -> AbstractContextManager[None]:
         """Return the context of a validation; it is left even if the validation is interrupted."""

@@ -16,9 +16,8 @@ from strategies import user_name
 class EMA(Callback):
     """Keeps an exponential moving average of the parameters, moved once per update, and validates with it.
 
-    After each update `average = decay * average + (1 - decay) * parameter`, from the parameters before the first. At
-    the end, `model-ema.safetensors` in the `run_dir` has the averaged model. Raises UserError for a `decay` that is not
-    between 0 and 1, and for a strategy whose processes hold parts of the model.
+    After each update `average = decay * average + (1 - decay) * parameter`. At the end, `model-ema.safetensors` in the
+    `run_dir` has the averaged model. Raises UserError unless 0 < `decay` < 1, and for parts of a model on a process.
     """
 
     def __init__(self, decay: float = 0.999) -> None:

@@ -13,9 +13,8 @@ class NoiseScale(Callback):
     """Measures the gradient noise scale in every n-th update, and proposes K. It never changes K.
 
     Each record gets `noise_scale` and its 95 % interval, `noise_scale_low` and `noise_scale_high`: in weight (samples,
-    tokens), over the last 50 measured updates, and NaN while unknown, as at K=1. Process 0 prints the K that it
-    proposes for the next epoch if that changes, and advice at the end of the run. Raises UserError unless
-    `every_n_updates` is a whole number of at least 1.
+    tokens), over the last 50 measured updates, and NaN while unknown, as at K=1. Process 0 prints a K for the next
+    epoch if that changes, and advice at the end. Raises UserError unless n is a whole number of at least 1.
     """
 
     def __init__(self, every_n_updates: int = 10) -> None:

@@ -57,10 +57,7 @@ class Pace:
         return timedelta(seconds=round(min(ends) / rate)) if ends and rate else None
 
     def slow_process(self) -> str:
-        """Name the process for which the others wait more than a tenth of the time, or return "".
-
-        Each process measures what it does by itself in a window: data, and all but the last backward.
-        """
+        """Name the process for whose data and compute the others wait over a tenth of the time, or return ""."""
         first, last = self._points[0], self._points[-1]
         updates, seconds = last.update - first.update, last.time - first.time
         if not updates or len(last.local_seconds) < 2:

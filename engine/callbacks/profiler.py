@@ -12,8 +12,7 @@ class Profiler(Callback):
     """Traces the updates `first` to `last` (from 1) on process 0 into `trace-FIRST-LAST.json` in the run_dir.
 
     The file is a Chrome trace, for https://ui.perfetto.dev; each update is a span of that name. Leave out the first few
-    updates, which are slow, and take few: each has thousands of events. Raises UserError for invalid numbers, and
-    without a `run_dir`.
+    updates, which are slow, and take few. Raises UserError for invalid numbers, and without a `run_dir`.
     """
 
     def __init__(self, first: int = 10, last: int = 12) -> None:

@@ -218,10 +218,7 @@ class Checkpointer:
         )
 
     def finish(self) -> None:
-        """Save, and wait until it is written; try once more if that failed.
-
-        Raises the error of the second failure on all processes: a run must not end as if it were kept.
-        """
+        """Save, and wait for it; try once more if that failed. All processes raise the error of a second failure."""
         if self._folder is None:
             return
         for _ in range(2):

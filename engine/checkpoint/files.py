@@ -8,8 +8,7 @@
     latest                      the name of the newest: replaced when that folder is whole
 
 A folder is written under another name, forced to disk, and renamed; only then is the pointer. So whatever stops the
-writer, and at whatever moment, every folder that bears a checkpoint's name is whole, and one that disk or people have
-damaged later is noticed when it is read.
+writer, a folder of a checkpoint's name is whole, and one that was damaged later is noticed when it is read.
 """
 
 import hashlib
@@ -41,8 +40,8 @@ def write(
 ) -> Path:
     """Write a checkpoint of the run with the id `run` into `folder` and point to it; return its path.
 
-    Raises OSError, also if the folder above `folder` is missing, and then leaves no part behind. `model` maps names to
-    CPU tensors (and extra state); `state` is nested: see `tree.flatten`.
+    `model` maps names to CPU tensors (and extra state); `state` is nested: see `tree.flatten`. Raises OSError, also if
+    the folder above `folder` is missing, and then leaves no part behind.
     """
     from safetensors.torch import save_file
 
@@ -91,10 +90,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def verify(path: Path, run: str | None = None, reads_files: bool = True) -> str:
-    """Make sure that every file is the one that was written; return a text that identifies the checkpoint.
+    """Return a text that identifies a checkpoint, each of whose files is the one that was written.
 
-    Without `reads_files` only their sizes are compared. Raises CheckpointError if one is not, or if the checkpoint is
-    of another run than that with the id `run`.
+    Raises CheckpointError if one is not (without `reads_files` by their sizes), and for one of another run than `run`.
     """
     try:
         text = read_small(path / MANIFEST)

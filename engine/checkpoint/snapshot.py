@@ -62,10 +62,7 @@ def run_identity(
     optimizer: Optimizer,
     lr_scheduler: LRScheduler | None,
 ) -> dict[str, str]:
-    """Return, as texts, everything without which a resumed run is not the run that was interrupted.
-
-    P is not part of it, nor is where the run ends.
-    """
+    """Return, as texts, what must be the same in a resumed run: neither P nor the end of the run is part of it."""
     return {
         **{name: str(getattr(settings, name)) for name, option in OPTIONS.items() if option.identity},
         **window_identity(settings, scheduling),

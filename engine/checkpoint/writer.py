@@ -17,10 +17,7 @@ BEST = "best"
 
 
 class CheckpointWriter:
-    """Writes checkpoints of the run with the id `run` into `folder`, one at a time.
-
-    `first` is called before each. A save that fails is logged as an error; training continues.
-    """
+    """Writes checkpoints of one run into `folder`, each after calling `first`; a failure is logged as an error."""
 
     def __init__(
         self, folder: Path, keep_last: int, run: str | None = None, first: Callable[[], None] = lambda: None

@@ -18,10 +18,7 @@ _trying = threading.Lock()
 
 
 def locked(path: Path, seconds: float = 5.0) -> FileIO:
-    """Open and lock a file until it is closed or this process ends. Waits a little for one that is ending.
-
-    Raises RunDirTakenError if it stays locked. If the file system has no locks, other processes are not noticed.
-    """
+    """Lock a file until it is closed. Raises RunDirTakenError if it stays locked; a file system may have no locks."""
     end = time.monotonic() + seconds
     while (file := _try(path)) is None:
         if time.monotonic() > end:

@@ -36,8 +36,7 @@ log = logging.getLogger("tally")
 class RunFolder:
     """The folder of one run: a new one, or with `takes_over` that of the run which is resumed.
 
-    Records and events go to files that stay open: they follow the folder if it is moved. Raises RunDirTakenError if
-    anything else is in it, or if another run is writing it.
+    Its open files follow the folder if it is moved. Raises RunDirTakenError if anything else is in it or writes it.
     """
 
     def __init__(self, path: str | Path, takes_over: bool = False) -> None:
@@ -66,10 +65,7 @@ class RunFolder:
         self.write("config.json", self._config)
 
     def rewind(self, update: int, validated_update: int) -> int:
-        """Cut updates after `update` and validations after `validated_update` from metrics.jsonl: they come again.
-
-        Returns the number of updates that were cut. Raises OSError.
-        """
+        """Cut records after `update` and `validated_update`, which come again; return the updates cut."""
         path = self.path / "metrics.jsonl"
         path.touch()
         with path.open("rb") as file:

@@ -75,10 +75,7 @@ def facts(run: Run) -> Facts:
 
 
 def time_split(run: Run) -> dict[str, float]:
-    """Return the seconds of the run by activity, without what a resume undid.
-
-    Updates count by their throughput, and are shared out by process 0's clock; validations and saves by their events.
-    """
+    """Return the seconds by activity: by throughput, events and process 0's clock, without what was undone."""
     sizes, rates = run.updates.get("effective_batch"), run.updates.get("samples_per_second")
     if sizes is None or rates is None:
         return {}

@@ -11,8 +11,7 @@ BINS = 1000  # a plot is about so many pixels wide
 def thin(values: NDArray[np.float64], bins: int = BINS) -> NDArray[np.intp]:
     """Return the places of the points to keep, in order; all of them if they are at most `2 * bins`.
 
-    Otherwise the first, the last, and the lowest and highest of each of `bins` stretches of equal length. NaN counts
-    for neither; a stretch of nothing else keeps one, and so its gap.
+    Otherwise the first, the last, and the lowest and highest of each of `bins` stretches; a gap of NaN keeps one.
     """
     if len(values) <= 2 * bins:
         return np.arange(len(values))
