@@ -153,7 +153,7 @@ def _heeded() -> list[signal.Signals]:
 
 
 class Signals:
-    """Notes signals, requests of this process, while it is entered in the main thread. A second SIGINT raises at once."""
+    """Notes signals, as requests of this process, while entered in the main thread. A second SIGINT raises at once."""
 
     def __init__(self) -> None:
         self.stop_requested = False

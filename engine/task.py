@@ -83,7 +83,7 @@ class Task(Batching, ABC):
 
     @abstractmethod
     def configure_model(self) -> nn.Module:
-        """Return the model, on the CPU, in the mode that it is to train in; draws are those of the seed, alike everywhere."""
+        """Return the model, on the CPU, in the mode that it trains in, drawn from the seed on all processes alike."""
 
     @abstractmethod
     def configure_optimizer(self, model: nn.Module) -> Configured | Sequence[Configured]:
@@ -98,7 +98,7 @@ class Task(Batching, ABC):
         """Return a map-style dataset, or an iterable of ready micro-batches (a `DataLoader`, a stream).
 
         Anything with `__getitem__` and `__len__` is a dataset of samples, the same on all processes: the engine makes
-        micro-batches of it. Any other iterable gives those of this process, once per epoch, and may be longer elsewhere.
+        micro-batches of it. Any other iterable gives those of this process, once per epoch, and may be longer on some.
         """
 
     @abstractmethod
@@ -127,7 +127,7 @@ class Task(Batching, ABC):
         return None
 
     def evaluate(self, model: nn.Module, batch: Any) -> Mapping[str, Loss | Tensor] | None:
-        """Return the metrics of one micro-batch, averaged by weight over all of them and all processes, as what it logs is."""
+        """Return the metrics of one micro-batch, averaged by weight over all data and processes, as is what it logs."""
         loss = self.loss(model, batch)
         return loss if isinstance(loss, Mapping) else {"loss": loss}
 

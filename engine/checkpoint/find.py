@@ -93,8 +93,8 @@ def _expect(is_so: bool, name: str) -> None:
 def find_checkpoint(resume: str, run_dir: Path | None, strategy: Strategy) -> Checkpoint | None:
     """Return the newest whole checkpoint of the run in `run_dir`, or that of the path `resume`, or None.
 
-    A path elsewhere counts only until `run_dir` has one of its own. Process 0 chooses; one process of each host reads it
-    whole. Raises CheckpointError for a path that is not a checkpoint, and if a process sees another disk.
+    A path elsewhere counts only until `run_dir` has one of its own. Process 0 chooses; one process of each host reads
+    it whole. Raises CheckpointError for a path that is not a checkpoint, and if a process sees another disk.
     """
     chosen: tuple[str, str] | str | None = None
     if strategy.rank == 0:
