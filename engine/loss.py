@@ -8,8 +8,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 
-TOO_NARROW = {torch.float16, torch.bfloat16}
-"""Dtypes in which a sum of losses would lose digits."""
+TOO_NARROW = {torch.float16, torch.bfloat16}  # a sum of losses would lose digits in them
 
 
 class Loss(NamedTuple):

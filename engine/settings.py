@@ -32,11 +32,9 @@ OUTPUT = "Output"
 SECTIONS = (WINDOWS, END, PLACE, UPDATES, LR, KEEPING, VALIDATION, LOADING, OUTPUT)
 """The sections of `--help` and the docs, in their order."""
 
-AUTO = "auto"
-"""The micro-batch size of a run that finds it by itself."""
+AUTO = "auto"  # the micro-batch size of a run that finds it by itself
 
-Check = Callable[[str, Any], object]
-"""Takes a setting's name and value, and raises UserError for an invalid value."""
+Check = Callable[[str, Any], object]  # takes a setting's name and value; raises UserError for an invalid one
 
 P = ParamSpec("P")
 
@@ -59,8 +57,7 @@ def _declares(describe: Callable[P, Option]) -> Callable[Concatenate[Any, P], An
     return declare
 
 
-option = _declares(Option)
-"""Declare a setting by its default and the arguments of `Option`."""
+option = _declares(Option)  # declares a setting by its default and the arguments of `Option`
 
 
 def torch_seed(name: str, value: Any) -> None:
@@ -82,8 +79,8 @@ def positive(name: str, value: object) -> None:
         raise UserError(f"{name}={value!r}: expected a positive number, or None.")
 
 
+# The checks of settings that have none of their own, by type
 CHECKS: dict[str, Check] = {"int": check_count, "float": positive, "bool": switch}
-"""The checks of settings that have none of their own, by type."""
 
 
 def _accumulation(name: str, value: object) -> None:

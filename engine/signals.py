@@ -1,7 +1,5 @@
 """Signals: stop at the next boundary with a checkpoint (SIGTERM, SIGINT, SIGHUP), or save and continue (SIGUSR1)."""
 
-from __future__ import annotations
-
 import atexit
 import multiprocessing.util
 import os
@@ -12,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 from weakref import WeakSet
 
 EXIT_STATUS = 75
@@ -43,8 +41,7 @@ def shielded() -> Iterator[None]:
 
 
 _at_exit: Any = None
-_workers: WeakSet[Any] = WeakSet()
-"""The processes that were started while signals were shielded."""
+_workers: WeakSet[Any] = WeakSet()  # the processes that were started while signals were shielded
 
 
 def _end_children_at_exit() -> None:
@@ -75,8 +72,7 @@ class Command:
     """
 
     def __init__(self) -> None:
-        self.stop_requested = False
-        """Whether a signal that stops a run has come."""
+        self.stop_requested = False  # by a signal that stops a run
         self.is_active = False
         self._pipe: tuple[int, int] | None = None
 
@@ -125,8 +121,7 @@ class Command:
         self.stop_requested |= number != signal.SIGUSR1
 
 
-COMMAND = Command()
-"""That of this process; in a program of somebody else's it never begins."""
+COMMAND = Command()  # that of this process; in a program of somebody else's it never begins
 
 
 def _exit_when_told(reader: int) -> None:
@@ -156,15 +151,12 @@ class Signals:
     """Notes signals, as requests of this process, while entered in the main thread. A second SIGINT raises at once."""
 
     def __init__(self) -> None:
-        self.stop_requested = False
-        """Whether a signal has asked this process to stop. Never cleared."""
+        self.stop_requested = False  # never cleared
         self.save_requested = False
-        """Whether a signal has asked this process to save."""
-        self.name = ""
-        """The signal that asked it to stop."""
+        self.name = ""  # that of the signal that asked this process to stop
         self._handlers_before: dict[int, Any] = {}
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             COMMAND.hand_over()
             for number in _heeded():

@@ -32,7 +32,7 @@ class Checkpointer:
         run_dir = strategy.first(settings.run_dir)
         self._folder = None if run_dir is None else _real(run_dir)
         self._rule = MetricRule("keep_best", settings.keep_best) if settings.keep_best else None
-        self._writer: CheckpointWriter | None = None
+        self._writer: CheckpointWriter | None = None  # on process 0
         self._saved_at = time.perf_counter()
         self._stalled_seconds = 0.0
         self._saved_boundary: tuple[int, int] | None = None
@@ -40,8 +40,7 @@ class Checkpointer:
         self._state = RunState()
         self._parts: RunParts
         self._found: Any = None
-        self.run_folder: RunFolder | None = None
-        """The folder, on process 0."""
+        self.run_folder: RunFolder | None = None  # on process 0
 
     def find(self) -> Checkpoint | None:
         """Return the checkpoint to resume from, if there is one. Raises CheckpointError."""

@@ -17,6 +17,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,7 @@ from engine.checkpoint import tree
 from engine.disk import force_to_disk, read_small, replace_text
 from engine.errors import CheckpointError
 
-FORMAT = 2
-"""Version of this format; a reader refuses any other."""
+FORMAT = 2  # version of this format; a reader refuses any other
 
 STATE, MANIFEST, POINTER = "state.json", "manifest.json", "latest"
 MODEL, TENSORS = "model.safetensors", "state.safetensors"
@@ -71,7 +71,7 @@ def write(
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    point_to(folder, POINTER, final.name)
+    replace_text(folder / POINTER, f"{final.name}\n")
     return final
 
 
@@ -144,16 +144,9 @@ def age(path: Path) -> tuple[int, int]:
 
 def pointed(folder: Path, pointer: str) -> str | None:
     """Return the name that a pointer holds, if it holds one."""
-    path = folder / pointer
-    try:
-        return path.read_text()[:100].strip() if path.is_file() and path.stat().st_size < 1000 else None
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-def point_to(folder: Path, pointer: str, name: str) -> None:
-    """Let `pointer` hold `name`."""
-    replace_text(folder / pointer, name + "\n")
+    with suppress(OSError, ValueError):
+        return read_small(folder / pointer)[:100].strip()
+    return None
 
 
 def remove(path: Path) -> None:

@@ -18,11 +18,10 @@ from strategies import Strategy
 
 log = logging.getLogger("tally")
 
+# The types in a position, but for a stream's `state`; that of a dataset is a pair
 DATASET_POSITION = {"epoch": int, "offset": int}
 STREAM_POSITION = {"epoch": int, "seed_index": int, "length_before": int, "taken": int, "has_ended": bool}
-"""The types in a position, but for a stream's `state`; that of a dataset is a pair."""
-LARGEST_COUNT = 1 << 53
-"""More updates, samples or seconds than any run has."""
+LARGEST_COUNT = 1 << 53  # more updates, samples or seconds than any run has
 
 
 class Checkpoint:

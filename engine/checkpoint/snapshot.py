@@ -36,8 +36,7 @@ class RunParts:
     """The parts of a run that have a state, and the texts that identify it."""
 
     strategy: Strategy
-    model: nn.Module
-    """The user's own, not the prepared one."""
+    model: nn.Module  # the user's own, not the prepared one
     unsaved_buffers: UnsavedBuffers
     optimizer: Optimizer
     lr_scheduler: LRScheduler | None
@@ -45,8 +44,7 @@ class RunParts:
     updater: Updater
     callbacks: Sequence[Callback]
     identity: Mapping[str, str]
-    base: Base | None = None
-    """The frozen parameters that are left out of what is saved, if they are."""
+    base: Base | None = None  # the frozen parameters, if they are left out of what is saved
 
 
 def window_identity(settings: Settings, scheduling: Scheduling) -> dict[str, str]:

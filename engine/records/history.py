@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from engine import disk
 
+# Bytes: of a longer file only the end is read, from the last block that begins with a line that stays
 BLOCK = 1 << 20
-"""Bytes: of a longer file only the end is read, from the last block that begins with a line that stays."""
 
 
 class End(NamedTuple):

@@ -12,8 +12,8 @@ from weakref import WeakValueDictionary
 
 from engine.errors import RunDirTakenError
 
+# The locks of this process, by process, device and inode: `lockf` lets one process lock a file twice
 _held: MutableMapping[tuple[int, int, int], FileIO] = WeakValueDictionary()
-"""The locks of this process, by process, device and inode: `lockf` lets one process lock a file twice."""
 _trying = threading.Lock()
 
 

@@ -51,8 +51,7 @@ class RunFolder:
         self._events: FileIO | None = None
         self._unwritten = b""
         self._is_full = False
-        self.left_out: Mapping[str, str] = {}
-        """The digests of the frozen parameters that are left out of weights."""
+        self.left_out: Mapping[str, str] = {}  # digests of the frozen parameters that are left out of weights
         try:
             _check_is_free(self.path, takes_over)  # another run may have begun before the lock, and ended
         except BaseException:
@@ -177,16 +176,10 @@ class RunFolder:
             self._metrics = self._events = self._directory = None
 
 
-MARK = "a run of Tally"
-"""The key of config.json that marks a folder as ours, with the ids of the run and of its newest start."""
-
-LEFT_OUT = "frozen parameters left out by Tally"
-"""The key of the metadata of weights that has their digests."""
-
+MARK = "a run of Tally"  # the key of config.json that has the ids of the run and of its newest start
+LEFT_OUT = "frozen parameters left out by Tally"  # the key of the metadata of weights that has their digests
 LOCK = ".lock"
-
-EVENTS = "events.jsonl"
-"""The file that is appended to in place: a hard link would change another file too."""
+EVENTS = "events.jsonl"  # it is appended to in place: a hard link would change another file too
 
 
 def read_mark(path: Path) -> dict[str, Any] | None:
