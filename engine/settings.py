@@ -83,10 +83,6 @@ def positive(name: str, value: object) -> None:
 CHECKS: dict[str, Check] = {"int": check_count, "float": positive, "bool": switch}
 
 
-def _accumulation(name: str, value: object) -> None:
-    check_accumulation(value, name)
-
-
 def _size(name: str, value: object) -> None:
     if value != AUTO:
         check_count(name, value, why='Use "auto" to let the run find one.')
@@ -122,7 +118,7 @@ class Settings:
         32, 'N, samples per micro-batch of map-style data; "auto" finds the fastest.', WINDOWS, _size, sets_windows=True
     )
     accumulate_grad_batches: int = option(
-        1, "K, micro-batches per process and window.", WINDOWS, _accumulation, sets_windows=True
+        1, "K, micro-batches per process and window.", WINDOWS, lambda _, K: check_accumulation(K), sets_windows=True
     )
     effective_batch_size: int | None = option(
         None, "Samples per update over all processes; K then follows from P.", WINDOWS, sets_windows=True
@@ -233,10 +229,9 @@ class Settings:
     def as_json(self, strategy: Strategy, callbacks: Sequence[Callback]) -> dict[str, Any]:
         """Return the recorded settings as JSON values, with strategy and callbacks by class."""
         stated = {name: getattr(self, name) for name, option in OPTIONS.items() if option.is_recorded}
-        stated["strategy"] = class_path(strategy)
-        stated["callbacks"] = [class_path(callback) for callback in callbacks]
-        stated["strategy_options"] = {name: value for name, value in vars(strategy).items() if not name.startswith("_")}
-        return stated
+        own = {name: value for name, value in vars(strategy).items() if not name.startswith("_")}
+        paths = {"strategy": class_path(strategy), "callbacks": [class_path(callback) for callback in callbacks]}
+        return {**stated, **paths, "strategy_options": own}
 
 
 OPTIONS: dict[str, Option] = {field.name: field.metadata["option"] for field in fields(Settings)}

@@ -14,8 +14,7 @@ from torch.utils.data import Dataset, default_collate
 from engine.errors import UserError
 from engine.loss import Loss, Terms
 
-Configured = Optimizer | tuple[Optimizer, LRScheduler]
-"""An optimizer, or it and an LR scheduler that moves once per update."""
+Configured = Optimizer | tuple[Optimizer, LRScheduler]  # the scheduler moves once per update
 
 
 class Batching:
@@ -53,8 +52,7 @@ class Batching:
         )
 
 
-Logged = tuple[str, float | Tensor, float | Tensor | None]
-"""Name, value and weight of one call of `Task.log`."""
+Logged = tuple[str, float | Tensor, float | Tensor | None]  # name, value and weight of one call of `Task.log`
 
 
 class Task(Batching, ABC):
@@ -71,8 +69,7 @@ class Task(Batching, ABC):
     are pickled for that. `compute()` returns a number, or numbers in a tensor, list or dictionary.
     """
 
-    _log_entries: list[Logged] | None = None
-    """The arguments of the calls of `log` that are not added up yet; None outside of a run."""
+    _log_entries: list[Logged] | None = None  # calls of `log` that are not added up yet; None outside of a run
 
     def prepare_data(self) -> None:
         """Download or unpack, once per host, before anything else is asked; keep nothing on `self`."""

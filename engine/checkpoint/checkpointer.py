@@ -94,14 +94,9 @@ class Checkpointer:
         self._writer = CheckpointWriter(checkpoints, keep_last, run, run_folder.force_to_disk)
         if own is not None:
             self._writer.resume_from(own.path, own["best"])
-        self.log_event(
-            "start" if checkpoint is None else "resume",
-            undone=undone,
-            processes=self._strategy.data_parallel_size,
-            strategy=self._strategy.describe(),
-            torch=torch.__version__,
-            python=platform.python_version(),
-        )
+        place = {"processes": self._strategy.data_parallel_size, "strategy": self._strategy.describe()}
+        versions = {"torch": torch.__version__, "python": platform.python_version()}
+        self.log_event("start" if checkpoint is None else "resume", undone=undone, **place, **versions)
 
     def _check_shared(self) -> None:
         """Raise UserError if a process does not see the folder: it could not resume from it."""
@@ -129,11 +124,15 @@ class Checkpointer:
     @property
     def newest(self) -> str:
         """The newest checkpoint, once it is written; processes other than 0 know its folder only."""
+        if (writer := self._idle_writer()) is not None and writer.newest is not None:
+            return shown(writer.newest)
+        return "none" if self._folder is None else f"in {shown(self._folder / 'checkpoints')}"
+
+    def _idle_writer(self) -> CheckpointWriter | None:
+        """Return the writer, on process 0, once nothing is being written."""
         if self._writer is not None:
             self._writer.wait()
-            if self._writer.newest is not None:
-                return shown(self._writer.newest)
-        return "none" if self._folder is None else f"in {shown(self._folder / 'checkpoints')}"
+        return self._writer
 
     def wants_save(self) -> bool:
         """Whether this process requests a save after the next update: by a signal, or by the clock of process 0."""
@@ -162,9 +161,8 @@ class Checkpointer:
         if self._rule is None:
             return
         value = self._rule.value(self._state.metrics)
-        if self._writer is not None:
-            self._writer.wait()
-        best = self._strategy.first(self._writer.best if self._writer else None)
+        writer = self._idle_writer()
+        best = self._strategy.first(writer and writer.best)
         if self._rule.improves(value, best):
             self.save(best=value)
 
@@ -181,16 +179,15 @@ class Checkpointer:
         model, topics = snapshot(self._state, self._parts)
         if is_lost:
             self._rescue(model, topics)
-        if self._writer is not None and self.run_folder is not None:
-            self._writer.wait()
-            known = best if best is not None else self._writer.best
+        if (writer := self._idle_writer()) is not None and self.run_folder is not None:
+            known = best if best is not None else writer.best
             topics["best"] = None if known is None else {"value": known, "is_this": best is not None}
             try:
                 self.run_folder.flush()
             except OSError as error:  # a checkpoint never counts a record that is not on disk
-                self._writer.fail(self._state.update, error)
+                writer.fail(self._state.update, error)
             else:
-                self._writer.save(self._state.update, model, topics, best)
+                writer.save(self._state.update, model, topics, best)
         took = time.perf_counter() - started
         self._stalled_seconds += took
         spent = self._parts.updater.timer.seconds_by_activity
@@ -201,12 +198,11 @@ class Checkpointer:
     def _rescue(self, model: Mapping[str, Any], topics: dict[str, Any]) -> NoReturn:
         """Save beside the folder that is lost, and raise RunDirLostError on all processes."""
         way_out = ""
-        if self.run_folder is not None and self._writer is not None:
-            self._writer.wait()
+        if (writer := self._idle_writer()) is not None and self.run_folder is not None:
             try:
                 self.run_folder = self.run_folder.rescue()
                 checkpoints = self.run_folder.path / "checkpoints"
-                files.write(checkpoints, self._state.update, model, {**topics, "best": None}, self._writer.run)
+                files.write(checkpoints, self._state.update, model, {**topics, "best": None}, writer.run)
                 way_out = f"Use run_dir={str(self.run_folder.path)!r} to resume: the run is saved there."
             except Exception as error:  # as in CheckpointWriter
                 way_out = f"The run could not be saved beside it: {error}. Use the folder that was moved, if it was."
@@ -223,13 +219,12 @@ class Checkpointer:
         for _ in range(2):
             self.save(is_last=True)
             started = time.perf_counter()
-            if self._writer is not None:
-                self._writer.wait()
+            writer = self._idle_writer()
             self._stalled_seconds += time.perf_counter() - started
-            if not self._strategy.first(self._writer is not None and self._writer.error is not None):
+            if not self._strategy.first(writer is not None and writer.error is not None):
                 return
             self._saved_boundary = None
-        self._raise_together(self._writer.error if self._writer else None)
+        self._raise_together(writer.error if writer is not None else None)
 
     def write_results(self, summary: Mapping[str, Any]) -> None:
         """Write summary and final weights, after `finish`. Raises StorageError."""

@@ -32,6 +32,7 @@ class GroupedLogger(Logger):
     def open(self, start: Start) -> None:
         """Start, or resume."""
         self._samples, self._weight = start.record.get("samples", 0), start.weight
+        self._folder: Any = start.pinned or start.folder
 
     def log(self, record: Mapping[str, Any]) -> None:
         numbers = {name: float(value) if getattr(value, "ndim", 1) == 0 else value for name, value in record.items()}

@@ -1,7 +1,5 @@
 """A run's folder, written by process 0: configuration, one record per update, a summary, the final weights."""
 
-from __future__ import annotations
-
 import errno
 import json
 import logging
@@ -103,7 +101,7 @@ class RunFolder:
             return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
         return not is_same or (read_mark(self.path) or {}).get("start", self._start) != self._start
 
-    def rescue(self) -> RunFolder:
+    def rescue(self) -> "RunFolder":
         """Return a new folder beside a lost one, with configuration and records. Raises OSError."""
         rescued = RunFolder(next(path for path in numbered(f"{self.path}-lost") if not os.path.lexists(path)))
         rescued.write("config.json", self._config)
