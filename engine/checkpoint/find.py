@@ -41,14 +41,9 @@ class Checkpoint:
         """Return the state of a topic."""
         return self._state[topic]
 
-    @property
-    def left_out(self) -> dict[str, str] | None:
-        """The digests of the frozen parameters that it was saved without, by name; None if it has the whole model."""
-        return self._state.get("left_out")
-
     def complete(self, model: nn.Module) -> None:
         """Add what it was saved without, of `model`. Raises CheckpointError if that is another base."""
-        self.model = with_base(model, self.model, self.left_out, self.path)
+        self.model = with_base(model, self.model, self["left_out"], self.path)
 
     def _check(self) -> None:
         """Check the types of all that is used: the file may come from anybody."""
@@ -80,7 +75,7 @@ class Checkpoint:
         host_rng = [[type(part) for part in one] for one in state["host_rng"]]
         _expect(len(host_rng) > 0 and all(kinds == [bool, int] for kinds in host_rng), "host_rng")
         _expect(0 <= state["updater"]["late_weight"] < math.inf, "updater.late_weight")
-        _expect(self.left_out is None or isinstance(self.left_out, dict), "left_out")
+        _expect(isinstance(state.setdefault("left_out", None), dict | None), "left_out")
         _expect(state["best"] is None or isinstance(state["best"]["value"], float), "best")
 
 

@@ -58,6 +58,7 @@ class RunFolder:
 
     def configure(self, mark: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:
         """Write config.json: what identifies the run, an id of this start, and the configuration."""
+        self.run = str(mark["run"])  # the same after each resume
         self._config = {MARK: {**mark, "start": self._start}, **configuration}
         self.write("config.json", self._config)
 
@@ -80,11 +81,6 @@ class RunFolder:
         self._metrics = path.open("a+b", buffering=0)  # a killed run keeps every line
         self._events = (self.path / EVENTS).open("a+b", buffering=0)
         return end.undone
-
-    @property
-    def run(self) -> str:
-        """The id of the run, the same after each resume."""
-        return str(self._config[MARK]["run"])
 
     @property
     def pinned(self) -> Path:

@@ -117,8 +117,7 @@ def history(run: Run) -> list[tuple[str, str, str]]:
     for event in run.happened("start", "resume", "interrupt", "fail", "end"):
         kind, reason, undone = event["event"], event.get("reason", ""), number(event.get("undone"))
         processes = f"on {event.get('processes', '?')} processes: {event.get('strategy', '?')}"
-        repeats = f"; repeats {undone:,.0f} update{'s' * (undone != 1)} made after the checkpoint"
-        lost = repeats if undone > 0 else ""
+        lost = f"; repeats {undone:,.0f} update{'s' * (undone != 1)} made after the checkpoint" if undone > 0 else ""
         what = {
             "start": f"started {processes}{lost}",
             "resume": f"resumed {processes}{lost}",

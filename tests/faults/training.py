@@ -128,7 +128,7 @@ FAULTS = [
     Fault(
         "forget which weights a base came from",
         "engine.training.build:_load_weights",
-        "checkpoint is None or checkpoint.left_out",
+        'checkpoint is None or checkpoint["left_out"]',
         "checkpoint is None",
         "tests/resume/test_frozen_base.py -k given_as_weights",
     ),
