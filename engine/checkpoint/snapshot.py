@@ -206,10 +206,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
             left_out = dict(json.loads((file.metadata() or {}).get(LEFT_OUT, "{}")))
     except Exception as error:
         raise CheckpointError(f"weights={str(path)!r} cannot be read: {error}. Give a .safetensors file.") from error
-    if broken := next(
-        (name for name, value in weights.items() if value.is_floating_point() and value.float().isnan().any()), None
-    ):
-        raise CheckpointError(f"weights={str(path)!r}: expected numbers, found NaN in {broken}. Use another file.")
+    if broken := [name for name, value in weights.items() if value.is_floating_point() and value.float().isnan().any()]:
+        raise CheckpointError(f"weights={str(path)!r}: expected numbers, found NaN in {broken[0]}. Use another file.")
     load_model(model, with_base(model, weights, left_out, path), path)
 
 
