@@ -9,10 +9,8 @@ from io import BufferedReader
 from itertools import chain, count
 from pathlib import Path
 
-LARGEST = 1 << 30
-"""Bytes: a larger JSON file is not one of ours."""
-LONGEST = 1 << 24
-"""Bytes: a longer line of JSON is not one of ours."""
+LARGEST = 1 << 30  # bytes: a larger JSON file is not one of ours
+LONGEST = 1 << 24  # bytes: a longer line of JSON is not one of ours
 
 
 def read_small(path: Path) -> str:

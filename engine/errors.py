@@ -37,10 +37,7 @@ class NonFiniteError(RuntimeError):
 
 
 STATUSES: dict[type[Exception], int] = {UserError: 2, NonFiniteError: 70, StorageError: 74, ProcessFailureError: 76}
-"""Exit statuses of errors whose message says everything: the command line prints it without a traceback.
-
-The numbers are those of sysexits.h for software, input and output, and the other side of a protocol.
-"""
+"""Exit statuses, those of sysexits.h, of errors whose message says everything: they need no traceback."""
 
 
 @contextmanager

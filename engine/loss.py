@@ -8,17 +8,15 @@ from torch import Tensor
 
 from engine.errors import UserError
 
-TOO_NARROW = {torch.float16, torch.bfloat16}
-"""Dtypes in which a sum of losses would lose digits."""
+TOO_NARROW = {torch.float16, torch.bfloat16}  # a sum of losses would lose digits in them
 
 
 class Loss(NamedTuple):
     """A sum of losses and its weight: an update's gradient is d(all sums) / (all weights), over all processes.
 
     `sum` is a 0-dim tensor, float32 or wider. `weight` counts what was summed (samples, valid tokens): an int, a
-    float or a 0-dim tensor, not differentiated. Weight 0 is legal, for a micro-batch in which everything is masked;
-    a negative weight, or one that is not finite, raises ValueError at the update. A mean term beside the sum goes into
-    it as `term * weight`.
+    float or a 0-dim tensor, not differentiated; 0 if everything is masked. One that is negative or not finite raises
+    ValueError at the update. A mean term beside the sum goes into it as `term * weight`.
     """
 
     sum: Tensor

@@ -1,9 +1,7 @@
 """Losses that bring their weight: `torch.nn.functional`'s by name and arguments, returned as `Loss(sum, weight)`.
 
-At the end stand losses over a whole window, for `WindowTask.window_loss`.
-
-An update's gradient is that of torch's `reduction="mean"` over one batch of all its micro-batches and processes,
-whatever is padded, ignored or weighted. Nothing waits for the device. Sums are in float32 or wider.
+An update's gradient is that of torch's `reduction="mean"` over one batch of all its micro-batches and processes.
+Sums are in float32 or wider; nothing waits for the device. Losses over a window are for `WindowTask.window_loss`.
 """
 
 from typing import Any

@@ -18,9 +18,9 @@ Rule = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
 def parameter_groups(model: nn.Module, /, **rules: Rule) -> list[dict[str, Any]]:
     """Return a parameter group, {"name": ..., "params": [...]}, for each rule; give it to any optimizer, in a list.
 
-    A rule is a pattern of names such as "*.bias", a list of patterns, or a function of name and parameter. A parameter
-    goes to the first rule that matches. Frozen ones do too: they may learn later. The name is that of the learning rate
-    in records. Raises UserError for a trainable parameter that no rule matches, and for a rule without a parameter.
+    A rule is a pattern of names such as "*.bias", a list of these, or a function of name and parameter; the first that
+    matches counts, for frozen ones too. The name is that of the learning rate in records. Raises UserError for a
+    trainable parameter that no rule matches, and for a rule without a parameter.
     """
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in rules}
     unmatched = []

@@ -5,11 +5,11 @@ import random
 import numpy
 import torch
 
+# They set apart the draws of datasets, of the model, of an epoch's iterables, of host generators, and of validation
 FETCH_STREAM, MODEL_STREAM, EPOCH_STREAM, WINDOW_STREAM, VALIDATION_STREAM = 1, 2, 3, 4, 5
-"""Set apart the draws of datasets, of the model, of an epoch's iterables, of host generators, and of validation."""
 
+# An odd multiplier maps indices one to one to the low 32 bits of a seed; the CPU's generator uses no others
 ODD = 0x9E3779B97F4A7C15
-"""An odd multiplier maps indices one to one to the low 32 bits of a seed; the CPU's generator uses no others."""
 SEED_BITS = 0xFFFFFFFFFFFFFFFF
 
 
@@ -20,7 +20,7 @@ def mix(*numbers: int) -> int:
     """
     state = 0
     for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & SEED_BITS
+        state = (state + number + ODD) & SEED_BITS
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & SEED_BITS
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & SEED_BITS
         state ^= state >> 31

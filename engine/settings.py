@@ -6,7 +6,9 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from inspect import Parameter, signature
+from functools import partial
+from importlib.util import find_spec
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec
 
@@ -22,55 +24,40 @@ WINDOWS = "Windows: P processes x K micro-batches x N samples make one update"
 END = "End of the run"
 PLACE = "Processes and precision"
 UPDATES = "Updates and data order"
-LEARNING_RATE = "Learning rate and effective batch"
+LR = "Learning rate and effective batch"
 KEEPING = "Checkpoints and resuming"
 VALIDATION = "Validation"
 LOADING = "Loading data"
 OUTPUT = "Output"
-SECTIONS = (WINDOWS, END, PLACE, UPDATES, LEARNING_RATE, KEEPING, VALIDATION, LOADING, OUTPUT)
+SECTIONS = (WINDOWS, END, PLACE, UPDATES, LR, KEEPING, VALIDATION, LOADING, OUTPUT)
 """The sections of `--help` and the docs, in their order."""
 
-AUTO = "auto"
-"""The micro-batch size of a run that finds it by itself."""
+AUTO = "auto"  # the micro-batch size of a run that finds it by itself
 
-Check = Callable[[str, Any], None]
-"""Takes a setting's name and value, and raises UserError for an invalid value."""
+Check = Callable[[str, Any], object]  # takes a setting's name and value; raises UserError for an invalid one
+
+P = ParamSpec("P")
 
 
 class Option(NamedTuple):
     """The description of one setting, beside its type and default."""
 
-    text: str
-    """One sentence or two, for `--help` and the docs."""
+    text: str  # for `--help` and the docs
     section: str
-    """The section of `--help` and the docs that it stands in."""
-    check: Check | None
-    """Its own check, if its type does not say enough."""
-    identity: bool
-    """Whether a resumed run must have the same value."""
-    sets_windows: bool
-    """Whether it says how long a window is; a checkpoint's effective batches stay while these are the same."""
-    is_recorded: bool
-    """Whether config.json has it."""
+    check: Check | None = None  # its own, if its type does not say enough; None passes where the type has it
+    identity: bool = False  # a resumed run must have the same value
+    sets_windows: bool = False  # it says how long a window is: a checkpoint's effective batches stay if these do
+    is_recorded: bool = True  # config.json has it
 
 
-def option(
-    default: Any,
-    text: str,
-    section: str,
-    check: Check | None = None,
-    identity: bool = False,
-    sets_windows: bool = False,
-    is_recorded: bool = True,
-) -> Any:
-    """Declare a setting."""
-    described = Option(text, section, check, identity or sets_windows, sets_windows, is_recorded)
-    return field(default=default, metadata={"option": described})
+def _declares(describe: Callable[P, Option]) -> Callable[Concatenate[Any, P], Any]:
+    def declare(default: Any, /, *texts: P.args, **details: P.kwargs) -> Any:
+        return field(default=default, metadata={"option": describe(*texts, **details)})
+
+    return declare
 
 
-def at_least(least: int) -> Check:
-    """Check for a whole number of at least `least`."""
-    return lambda name, value: check_count(name, value, least)
+option = _declares(Option)  # declares a setting by its default and the arguments of `Option`
 
 
 def torch_seed(name: str, value: Any) -> None:
@@ -92,29 +79,13 @@ def positive(name: str, value: object) -> None:
         raise UserError(f"{name}={value!r}: expected a positive number, or None.")
 
 
-def or_none(check: Check) -> Check:
-    """Let None pass, and give anything else to `check`."""
-    return lambda name, value: None if value is None else check(name, value)
+# The checks of settings that have none of their own, by type
+CHECKS: dict[str, Check] = {"int": check_count, "float": positive, "bool": switch}
 
 
-def _check_of_type(kind: str) -> Check:
-    """Return the check of a setting that has no other: positive numbers, True or False; anything for other types."""
-    checks: dict[str, Check] = {"int": at_least(1), "float": positive, "bool": switch}
-    check = checks.get(kind.removesuffix(" | None"), lambda name, value: None)
-    return or_none(check) if kind.endswith("| None") else check
-
-
-def _accumulation(name: str, value: object) -> None:
-    check_accumulation(value, name)
-
-
-def _micro_batch_size(name: str, value: object) -> None:
+def _size(name: str, value: object) -> None:
     if value != AUTO:
         check_count(name, value, why='Use "auto" to let the run find one.')
-
-
-def _metric_rule(name: str, value: Any) -> None:
-    MetricRule(value, name)
 
 
 def _folder(name: str, value: object) -> None:
@@ -144,137 +115,109 @@ class Settings:
         "auto", 'The strategy: "auto", "single", "dp", "ddp", "fsdp", "pipeline", or a `Strategy`.', PLACE
     )
     micro_batch_size: int | Literal["auto"] = option(
-        32,
-        'N, samples per micro-batch; "auto" finds the fastest that fits; ready micro-batches keep their own sizes.',
-        WINDOWS,
-        check=_micro_batch_size,
-        sets_windows=True,
+        32, 'N, samples per micro-batch of map-style data; "auto" finds the fastest.', WINDOWS, _size, sets_windows=True
     )
     accumulate_grad_batches: int = option(
-        1, "K, micro-batches per process and window.", WINDOWS, check=_accumulation, sets_windows=True
+        1, "K, micro-batches per process and window.", WINDOWS, lambda _, K: check_accumulation(K), sets_windows=True
     )
     effective_batch_size: int | None = option(
         None, "Samples per update over all processes; K then follows from P.", WINDOWS, sets_windows=True
     )
     max_epochs: int | None = option(None, "Epochs after which the run ends; this or `max_updates` is needed.", END)
-    max_updates: int | None = option(
-        None, "Updates after which the run ends; with `max_epochs`, whichever comes first.", END
-    )
+    max_updates: int | None = option(None, "Updates after which the run ends; or `max_epochs`, if that is first.", END)
     max_time: float | None = option(None, "Seconds of training after which the run ends with the current update.", END)
     lr_rule: str = option(
-        "none",
-        'Scale the learning rate with the effective batch: "none", "linear" or "sqrt".',
-        LEARNING_RATE,
-        identity=True,
+        "none", 'Scale the learning rate with the effective batch: "none", "linear" or "sqrt".', LR, identity=True
     )
     lr_reference_batch: int | None = option(
-        None, "The effective batch, in samples, of the task's learning rate.", LEARNING_RATE, identity=True
+        None, "The effective batch, in samples, of the task's learning rate.", LR, identity=True
     )
     gradient_clip_norm: float | None = option(
         None, "Clip the 2-norm of an update's whole gradient to this.", UPDATES, identity=True
     )
     precision: str | None = option(
-        None,
-        'Autocast to "fp32", "bf16" or "fp16"; None keeps the model\'s dtype.',
-        PLACE,
-        check=lambda name, value: check_precision(value),
-        identity=True,
+        None, 'Autocast to "fp32", "bf16" or "fp16"; None keeps the dtype of the model.', PLACE, identity=True
     )
     compile_model: bool = option(False, 'Compile the model in place with torch.compile ("single" and "ddp").', PLACE)
     seed: int = option(
-        0,
-        "Seed of the parameters, the data order, dropout and augmentation.",
-        UPDATES,
-        check=torch_seed,
-        identity=True,
+        0, "Seed of the parameters, the data order, dropout and augmentation.", UPDATES, torch_seed, identity=True
     )
     shuffle: bool = option(
         True, "Shuffle all samples in each epoch; `Task.order` gives another order.", UPDATES, identity=True
     )
     spread_windows: bool = option(
-        False,
-        "Cut each window into equally many pieces for every process; draws then depend on P (map-style data).",
-        WINDOWS,
-        identity=True,
+        False, "Cut windows into equally many pieces for all processes; draws then depend on P.", WINDOWS, identity=True
     )
     callbacks: Callback | Sequence[Callback] | None = option(
         None, "One `Callback`, or a list of them; a `GradientAccumulationScheduler` changes K by epoch.", WINDOWS
     )
     loggers: Logger | str | Sequence[Logger | str] | None = option(
-        None,
-        'Loggers on process 0: "csv", "tensorboard", "wandb", an object with `log(record)` and `close()`, or a list.',
-        OUTPUT,
-        is_recorded=False,
+        None, '"csv", "tensorboard", "wandb", an object with `log` and `close`, or a list.', OUTPUT, is_recorded=False
     )
     run_dir: str | None = option(
-        None,
-        "The folder to write, on storage shared by all hosts; None writes nothing.",
-        KEEPING,
-        check=or_none(_folder),
-        is_recorded=False,
+        None, "The folder to write, seen by all hosts; None writes nothing.", KEEPING, _folder, is_recorded=False
     )
     resume: str = option(
         "auto",
-        '"auto" resumes from the newest in `run_dir`, "never" wants a new folder; or the path of a checkpoint.',
+        '"auto" resumes from `run_dir`, "never" wants a new folder; or a path of a checkpoint.',
         KEEPING,
-        check=_resume,
+        _resume,
     )
     resume_with_changes: bool = option(False, "Resume even if data, seed, windows or optimizer have changed.", KEEPING)
-    weights: str | None = option(
-        None, "A .safetensors file of pretrained weights for a new run.", KEEPING, check=or_none(_weights)
-    )
-    save_frozen: bool = option(
-        True, "Save frozen parameters too; False leaves them out, and notes their digests instead.", KEEPING
-    )
+    weights: str | None = option(None, "A .safetensors file of weights that a new run starts from.", KEEPING, _weights)
+    save_frozen: bool = option(True, "Save frozen parameters too; False notes their digests instead.", KEEPING)
     save_every_n_updates: int | None = option(None, "Save a checkpoint after each n-th update.", KEEPING)
     save_every_n_minutes: float | None = option(
-        10.0, "Save a checkpoint when the last one is so old; None: not by time.", KEEPING
+        10.0, "Save when the last checkpoint is so old; None: not by time.", KEEPING
     )
     keep_last_checkpoints: int = option(2, "The number of newest checkpoints to keep.", KEEPING)
     keep_best: str | None = option(
-        None,
-        'Keep the best checkpoint by a validation mean: "min:loss", "max:accuracy".',
-        KEEPING,
-        check=or_none(_metric_rule),
+        None, 'Keep the best checkpoint by a validation mean: "min:loss", "max:accuracy".', KEEPING, MetricRule
     )
     validate_every_n_epochs: int | None = option(
         1, "Validate after each n-th epoch, and at the end; None: only at the end.", VALIDATION
     )
     validate_every_n_updates: int | None = option(None, "Validate after each n-th update too.", VALIDATION)
-    max_validation_samples: int | None = option(
-        None, "The largest number of samples to validate on (map-style data).", VALIDATION
-    )
+    max_validation_samples: int | None = option(None, "Most samples to validate on (map-style data).", VALIDATION)
     skip_nonfinite_updates: bool = option(
         True, "Skip an update, on all processes, if its gradient norm is not finite.", UPDATES, identity=True
     )
     stop_after_n_skipped: int | None = option(
-        100, "End the run with an error after so many non-finite updates in a row.", UPDATES
+        100, "End with an error after so many non-finite updates in a row.", UPDATES
     )
-    num_workers: int = option(0, "Worker processes of torch's DataLoader (map-style data).", LOADING, check=at_least(0))
+    num_workers: int = option(
+        0, "Worker processes of torch's DataLoader (map-style data).", LOADING, partial(check_count, least=0)
+    )
     pin_memory: bool | None = option(None, "Pin memory, as in torch's DataLoader; None pins for CUDA.", LOADING)
     persistent_workers: bool = option(True, "Keep workers between epochs, as in torch's DataLoader.", LOADING)
     prefetch_to_device: bool = option(
         False, "Move the next micro-batch to the device during the current one; holds two more.", LOADING
     )
     deterministic: bool = option(
-        False,
-        "Use only algorithms that give the same bits each time; raises if an operation has no such algorithm.",
-        PLACE,
+        False, "Use only algorithms that give the same bits each time; raises for an operation without one.", PLACE
     )
     tf32: bool | None = option(None, "Whether float32 products may use TF32; None leaves torch's setting.", PLACE)
     progress: bool = option(False, "Print a banner and progress, on process 0.", OUTPUT, is_recorded=False)
 
     def __post_init__(self) -> None:
         for setting in fields(self):
-            check = OPTIONS[setting.name].check or _check_of_type(str(setting.type))
-            check(setting.name, getattr(self, setting.name))
+            value, (kind, optional, _) = getattr(self, setting.name), str(setting.type).partition(" | None")
+            check = OPTIONS[setting.name].check or CHECKS.get(kind)
+            if check is not None and not (optional and value is None):
+                check(setting.name, value)
         if self.max_epochs is None and self.max_updates is None:
             raise UserError("max_epochs=None, max_updates=None: expected an end. Give one, such as max_epochs=10.")
         if self.micro_batch_size == AUTO and self.effective_batch_size is None:
             raise UserError(
                 "micro_batch_size='auto': expected an effective_batch_size, from which K follows. Give one."
             )
+        check_precision(self.precision)
         check_lr_rule(self.lr_rule, self.lr_reference_batch)
+        if (self.run_dir or self.weights) and find_spec("safetensors") is None:
+            raise UserError(
+                f"run_dir={self.run_dir!r}, weights={self.weights!r}: expected the package safetensors, which writes "
+                "and reads them. Use pip install safetensors."
+            )
         if self.run_dir is None and (self.save_every_n_updates is not None or self.keep_best):
             raise UserError("run_dir=None: save_every_n_updates and keep_best need a folder to save into. Give one.")
 
@@ -286,16 +229,13 @@ class Settings:
     def as_json(self, strategy: Strategy, callbacks: Sequence[Callback]) -> dict[str, Any]:
         """Return the recorded settings as JSON values, with strategy and callbacks by class."""
         stated = {name: getattr(self, name) for name, option in OPTIONS.items() if option.is_recorded}
-        stated["strategy"] = class_path(strategy)
-        stated["callbacks"] = [class_path(callback) for callback in callbacks]
-        stated["strategy_options"] = {name: value for name, value in vars(strategy).items() if not name.startswith("_")}
-        return stated
+        own = {name: value for name, value in vars(strategy).items() if not name.startswith("_")}
+        paths = {"strategy": class_path(strategy), "callbacks": [class_path(callback) for callback in callbacks]}
+        return {**stated, **paths, "strategy_options": own}
 
 
 OPTIONS: dict[str, Option] = {field.name: field.metadata["option"] for field in fields(Settings)}
 """Every setting by name, in the order of the signature."""
-
-P = ParamSpec("P")
 
 
 def takes(
@@ -307,9 +247,8 @@ def takes(
         def __init__(self: Any, /, *args: P.args, **options: P.kwargs) -> None:  # noqa: N807
             init(self, settings(*args, **options))
 
-        own = [Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)]
-        stated = signature(settings)
-        __init__.__signature__ = stated.replace(parameters=[*own, *stated.parameters.values()])  # type: ignore[attr-defined]
+        stated = [Parameter("self", Parameter.POSITIONAL_OR_KEYWORD), *signature(settings).parameters.values()]
+        __init__.__signature__ = Signature(stated)  # type: ignore[attr-defined]
         __init__.__doc__ = init.__doc__
         return __init__
 

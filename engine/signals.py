@@ -1,7 +1,5 @@
 """Signals: stop at the next boundary with a checkpoint (SIGTERM, SIGINT, SIGHUP), or save and continue (SIGUSR1)."""
 
-from __future__ import annotations
-
 import atexit
 import multiprocessing.util
 import os
@@ -12,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 from weakref import WeakSet
 
 EXIT_STATUS = 75
@@ -29,10 +27,7 @@ SIGNALS = (*STOPPING, signal.SIGUSR1)
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """Block our signals in processes and threads that start here; a DataLoader's workers end with the loader.
-
-    torchrun sends SIGTERM to all of them, and a worker that dies of it ends the run.
-    """
+    """Block our signals in processes and threads that start here: torchrun's SIGTERM would end a loader's worker."""
     _end_children_at_exit()
     children = set(multiprocessing.active_children())
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -46,8 +41,7 @@ def shielded() -> Iterator[None]:
 
 
 _at_exit: Any = None
-_workers: WeakSet[Any] = WeakSet()
-"""The processes that were started while signals were shielded."""
+_workers: WeakSet[Any] = WeakSet()  # the processes that were started while signals were shielded
 
 
 def _end_children_at_exit() -> None:
@@ -73,13 +67,12 @@ def _end_children(seconds: float = 1.0) -> None:
 class Command:
     """The signals of a whole command, which ends with the status of its run whenever they come.
 
-    `begin` is for its first line: until a run heeds signals, one that stops a run ends the process at once
-    with EXIT_STATUS, since nothing can be lost yet. Later than that run, they are only noted; after `end`, ignored.
+    From `begin` until a run heeds them, one that stops a run ends the process with EXIT_STATUS, since nothing can be
+    lost yet. After that run they are only noted; after `end`, ignored.
     """
 
     def __init__(self) -> None:
-        self.stop_requested = False
-        """Whether a signal that stops a run has come."""
+        self.stop_requested = False  # by a signal that stops a run
         self.is_active = False
         self._pipe: tuple[int, int] | None = None
 
@@ -128,8 +121,7 @@ class Command:
         self.stop_requested |= number != signal.SIGUSR1
 
 
-COMMAND = Command()
-"""That of this process; in a program of somebody else's it never begins."""
+COMMAND = Command()  # that of this process; in a program of somebody else's it never begins
 
 
 def _exit_when_told(reader: int) -> None:
@@ -141,10 +133,7 @@ def _exit_when_told(reader: int) -> None:
 
 
 def leave_status(status: int | None) -> None:
-    """Leave the command's status for launch/start.py, which a signal may stop too; None: it is not known any more.
-
-    The file is empty until a process knows it. What another process has left stays.
-    """
+    """Leave the command's status for launch/start.py, unless another process has; None: it is not known any more."""
     if path := os.environ.get("TALLY_STATUS"):
         with suppress(OSError):
             if status is not None:
@@ -159,21 +148,15 @@ def _heeded() -> list[signal.Signals]:
 
 
 class Signals:
-    """Notes signals while it is entered, in the main thread only. A second SIGINT raises KeyboardInterrupt at once.
-
-    The flags are requests of this process; all processes agree on them before anything is done.
-    """
+    """Notes signals, as requests of this process, while entered in the main thread. A second SIGINT raises at once."""
 
     def __init__(self) -> None:
-        self.stop_requested = False
-        """Whether a signal has asked this process to stop. Never cleared."""
+        self.stop_requested = False  # never cleared
         self.save_requested = False
-        """Whether a signal has asked this process to save."""
-        self.name = ""
-        """The signal that asked it to stop."""
+        self.name = ""  # that of the signal that asked this process to stop
         self._handlers_before: dict[int, Any] = {}
 
-    def __enter__(self) -> Signals:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             COMMAND.hand_over()
             for number in _heeded():

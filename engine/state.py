@@ -1,11 +1,9 @@
 """The state of a run: everything that moves from update to update, and the requests made of it while it runs."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass
@@ -69,7 +67,7 @@ class RunState:
         return {name: getattr(self, name) for name in shared_fields()}
 
     @classmethod
-    def of(cls, saved: Mapping[str, Any], position: Any) -> RunState:
+    def of(cls, saved: Mapping[str, Any], position: Any) -> Self:
         """Return the state that `state_dict` described, with this process's position."""
         return cls(**{name: saved[name] for name in shared_fields()}, position=position)
 
@@ -83,9 +81,6 @@ def shared_fields() -> list[str]:
 class Control:
     """Requests made of a run while it runs; no checkpoint holds them."""
 
-    stop_requested: bool = False
-    """Whether `Trainer.stop` was called."""
-    stop_is_collective: bool = False
-    """Whether it was called on all processes alike."""
-    interrupted_by: str = ""
-    """The signal that ended the run before its end; "" if none did."""
+    stop_requested: bool = False  # `Trainer.stop` was called
+    stop_is_collective: bool = False  # on all processes alike
+    interrupted_by: str = ""  # the signal that ended the run before its end

@@ -14,8 +14,7 @@ from torch.utils.data import Dataset, default_collate
 from engine.errors import UserError
 from engine.loss import Loss, Terms
 
-Configured = Optimizer | tuple[Optimizer, LRScheduler]
-"""An optimizer, or it and an LR scheduler that moves once per update."""
+Configured = Optimizer | tuple[Optimizer, LRScheduler]  # the scheduler moves once per update
 
 
 class Batching:
@@ -53,8 +52,7 @@ class Batching:
         )
 
 
-Logged = tuple[str, float | Tensor, float | Tensor | None]
-"""Name, value and weight of one call of `Task.log`."""
+Logged = tuple[str, float | Tensor, float | Tensor | None]  # name, value and weight of one call of `Task.log`
 
 
 class Task(Batching, ABC):
@@ -71,8 +69,7 @@ class Task(Batching, ABC):
     are pickled for that. `compute()` returns a number, or numbers in a tensor, list or dictionary.
     """
 
-    _log_entries: list[Logged] | None = None
-    """The arguments of the calls of `log` that are not added up yet; None outside of a run."""
+    _log_entries: list[Logged] | None = None  # calls of `log` that are not added up yet; None outside of a run
 
     def prepare_data(self) -> None:
         """Download or unpack, once per host, before anything else is asked; keep nothing on `self`."""
@@ -83,10 +80,7 @@ class Task(Batching, ABC):
 
     @abstractmethod
     def configure_model(self) -> nn.Module:
-        """Return the model, on the CPU, in the mode that it is to train in.
-
-        The random state is the run's seed, the same on all processes.
-        """
+        """Return the model, on the CPU, in the mode that it trains in, drawn from the seed on all processes alike."""
 
     @abstractmethod
     def configure_optimizer(self, model: nn.Module) -> Configured | Sequence[Configured]:
@@ -100,9 +94,8 @@ class Task(Batching, ABC):
     def train_data(self) -> Dataset[Any] | Iterable[Any]:
         """Return a map-style dataset, or an iterable of ready micro-batches (a `DataLoader`, a stream).
 
-        Anything with `__getitem__` and `__len__` is a dataset of samples, the same on all processes: the engine orders
-        it, cuts it into micro-batches and shares them out. Any other iterable gives this process's own micro-batches:
-        it is read once per epoch, and may be longer on some processes than on others.
+        Anything with `__getitem__` and `__len__` is a dataset of samples, the same on all processes: the engine makes
+        micro-batches of it. Any other iterable gives those of this process, once per epoch, and may be longer on some.
         """
 
     @abstractmethod
@@ -116,10 +109,9 @@ class Task(Batching, ABC):
     def weights(self, batch: Any) -> Mapping[str, float]:
         """Return the weight of each term that `loss` returns for a micro-batch, which is still on the host.
 
-        Override it only for several terms: an update's gradient is the sum of d(sums of a term) / (weights of a term)
-        over the window and all processes, without terms whose weights sum to 0. The window's micro-batches wait on the
-        host until all are counted. All processes raise UserError if names differ, a weight is negative or not finite,
-        or `loss` gives other weights. Records have each term, and the weight of the first that is not 0.
+        Override it only for several terms: an update's gradient is the sum of d(sums of a term) / (weights of a term),
+        over all processes, without terms of weight 0. The window's micro-batches wait on the host for that. All raise
+        UserError for names that differ, an invalid weight, or other weights from `loss`.
         """
         return {}
 
@@ -132,10 +124,7 @@ class Task(Batching, ABC):
         return None
 
     def evaluate(self, model: nn.Module, batch: Any) -> Mapping[str, Loss | Tensor] | None:
-        """Return the metrics of one micro-batch, to be averaged by weight over all of them and all processes.
-
-        What it logs counts with them.
-        """
+        """Return the metrics of one micro-batch, averaged by weight over all data and processes, as is what it logs."""
         loss = self.loss(model, batch)
         return loss if isinstance(loss, Mapping) else {"loss": loss}
 
@@ -144,8 +133,7 @@ class Task(Batching, ABC):
 
         Call it in `loss` or `evaluate`. `value` is a number or a 0-dim tensor, and stays on its device: the mean over
         `weight` items of this micro-batch, by default its samples. All processes with a micro-batch in the first window
-        must log the same names, with weight 0 if there is nothing to count: else all raise UserError. Outside of a run
-        it does nothing.
+        raise UserError unless they log the same names, if need be with weight 0. Outside of a run it does nothing.
         """
         if self._log_entries is not None:
             self._log_entries.append((name, value, weight))

@@ -21,9 +21,8 @@ from engine.loggers.base import Start, opened
 from engine.loggers.names import make_loggers
 from engine.plan.schedule import Schedule, make_schedule
 from engine.plan.windows import Plan
-from engine.records.recorder import Recorder
+from engine.records.recorder import Recorder, summarize
 from engine.records.run_folder import RunFolder
-from engine.records.summary import summarize
 from engine.settings import Settings, class_path, takes
 from engine.signals import Signals
 from engine.state import Control, RunState

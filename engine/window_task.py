@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import UserError
-from engine.loss import Terms, check_terms
+from engine.loss import TOO_NARROW, Terms, check_terms
 from engine.signals import Interrupted
 from engine.task import Task
 
@@ -73,10 +73,7 @@ class WindowTask(Task):
 
 
 class TermTask(WindowTask):
-    """A task whose `loss` returns several terms, with weights that only the forward knows.
-
-    Terms count as those of `Task.weights`, which costs less where the batch alone decides. Each window runs twice.
-    """
+    """A task whose `loss` returns several terms, with weights that only the forward knows. Each window runs twice."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Terms:  # type: ignore[override]
@@ -105,4 +102,4 @@ class TermTask(WindowTask):
 
 def widened(tensor: Tensor) -> Tensor:
     """Return a tensor in float32 if it is narrower."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.float() if tensor.dtype in TOO_NARROW else tensor

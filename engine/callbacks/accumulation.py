@@ -29,10 +29,7 @@ class Scheduling(NamedTuple):
 
 
 def find_scheduler(callbacks: Iterable[Callback], K: int, effective_batch_size: int | None) -> Scheduling:
-    """Return the schedule of the one `GradientAccumulationScheduler` among `callbacks`, else that of a constant K.
-
-    Raises UserError if more than one setting or callback sets the window length.
-    """
+    """Return the schedule that `callbacks` or K give. Raises UserError if two of these set the window length."""
     schedulers = [c for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
     given = [f"accumulate_grad_batches={K}"] if K != 1 else []
     given += [f"effective_batch_size={effective_batch_size}"] if effective_batch_size is not None else []

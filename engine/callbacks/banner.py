@@ -1,15 +1,9 @@
 """The banner: what a run will do, printed before it starts."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
+from engine.callbacks.base import Trainer
 from engine.data.checks import can_redo
 from engine.disk import shown
 from engine.update.model_checks import count_batch_norms, draws
-
-if TYPE_CHECKING:
-    from engine.trainer import Trainer
 
 INDENT = 12
 

@@ -1,7 +1,5 @@
 """Callbacks: hooks into a run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -9,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import UserError
 
 if TYPE_CHECKING:
-    from engine.trainer import Trainer
+    from engine.trainer import Trainer as Trainer
+else:
+    Trainer = Any  # for annotations alone: this room stands below it
 
 
 class Callback:
@@ -29,10 +29,7 @@ class Callback:
         """The gradients in `p.grad` are reduced and clipped as the step takes them; also before a skipped update."""
 
     def on_update_end(self, trainer: Trainer) -> None:
-        """An update was made (or skipped) and the gradients are cleared.
-
-        `trainer.record` describes it. Numbers that are added to it are recorded: loggers come next.
-        """
+        """An update was made or skipped, and gradients are cleared. Numbers added to `trainer.record` are recorded."""
 
     def around_validation(self, trainer: Trainer) -> AbstractContextManager[None]:
         """Return the context of a validation; it is left even if the validation is interrupted."""

@@ -1,15 +1,10 @@
 """Early stopping: ends a run when a validation metric no longer improves."""
 
-from __future__ import annotations
+from typing import Any
 
-from typing import TYPE_CHECKING, Any
-
-from engine.callbacks.base import Callback, check_has_validation
+from engine.callbacks.base import Callback, Trainer, check_has_validation
 from engine.errors import UserError, check_count
 from engine.records.metric import MetricRule
-
-if TYPE_CHECKING:
-    from engine.trainer import Trainer
 
 
 class EarlyStopping(Callback):
@@ -23,7 +18,7 @@ class EarlyStopping(Callback):
         check_count("EarlyStopping.patience", patience)
         if not min_delta >= 0:
             raise UserError(f"EarlyStopping(min_delta={min_delta!r}): expected a number of at least 0.")
-        self._rule = MetricRule(f"{mode}:{metric}", "EarlyStopping")
+        self._rule = MetricRule("EarlyStopping", f"{mode}:{metric}")
         self._patience = patience
         self._least_gain = min_delta if mode == "max" else -min_delta
         self.best: float | None = None

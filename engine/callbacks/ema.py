@@ -1,29 +1,23 @@
 """Exponential moving average of the parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from engine.callbacks.base import Callback
+from engine.callbacks.base import Callback, Trainer
 from engine.errors import UserError
 from strategies import user_name
-
-if TYPE_CHECKING:
-    from engine.trainer import Trainer
 
 
 class EMA(Callback):
     """Keeps an exponential moving average of the parameters, moved once per update, and validates with it.
 
-    After each update `average = decay * average + (1 - decay) * parameter`, from the parameters before the first. At
-    the end, `model-ema.safetensors` in the `run_dir` has the averaged model. Raises UserError for a `decay` that is not
-    between 0 and 1, and for a strategy whose processes hold parts of the model.
+    After each update `average = decay * average + (1 - decay) * parameter`. At the end, `model-ema.safetensors` in the
+    `run_dir` has the averaged model. Raises UserError unless 0 < `decay` < 1, and for parts of a model on a process.
     """
 
     def __init__(self, decay: float = 0.999) -> None:

@@ -1,19 +1,14 @@
 """Learning rates that move once per epoch or by validation; those that move once per update are the task's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from engine.callbacks.base import Callback, check_has_validation
+from engine.callbacks.base import Callback, Trainer, check_has_validation
 from engine.errors import UserError
 from engine.records.metric import MetricRule
-
-if TYPE_CHECKING:
-    from engine.trainer import Trainer
 
 
 class EpochLR(Callback):
@@ -67,7 +62,7 @@ class PlateauLR(EpochLR):
         cooldown: int = 0,
         min_lr: float = 0.0,
     ) -> None:
-        self._rule = MetricRule(f"{mode}:{metric}", "PlateauLR")
+        self._rule = MetricRule("PlateauLR", f"{mode}:{metric}")
         if not 0 < factor < 1:
             raise UserError(f"PlateauLR(factor={factor!r}): give a number between 0 and 1.")
         how: Any = {"mode": mode, "factor": factor, "patience": patience, "threshold": threshold}

@@ -1,26 +1,20 @@
 """The gradient noise scale of a run, and the K that it suggests."""
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from engine.callbacks.base import Callback
+from engine.callbacks.base import Callback, Trainer
 from engine.errors import check_count
 from engine.output import say
 from engine.update.noise_scale import FIELDS, Advice, advise
-
-if TYPE_CHECKING:
-    from engine.trainer import Trainer
 
 
 class NoiseScale(Callback):
     """Measures the gradient noise scale in every n-th update, and proposes K. It never changes K.
 
     Each record gets `noise_scale` and its 95 % interval, `noise_scale_low` and `noise_scale_high`: in weight (samples,
-    tokens), over the last 50 measured updates, and NaN while unknown, as at K=1. Process 0 prints the K that it
-    proposes for the next epoch if that changes, and advice at the end of the run. Raises UserError unless
-    `every_n_updates` is a whole number of at least 1.
+    tokens), over the last 50 measured updates, and NaN while unknown, as at K=1. Process 0 prints a K for the next
+    epoch if that changes, and advice at the end. Raises UserError unless n is a whole number of at least 1.
     """
 
     def __init__(self, every_n_updates: int = 10) -> None:

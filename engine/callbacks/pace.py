@@ -1,13 +1,10 @@
 """The pace of a run: its rates, the time left, and the process that slows it down."""
 
-from __future__ import annotations
-
 from collections import deque
 from datetime import timedelta
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from engine.trainer import Trainer
+from engine.callbacks.base import Trainer
 
 
 class _Point(NamedTuple):
@@ -58,10 +55,7 @@ class Pace:
         return timedelta(seconds=round(min(ends) / rate)) if ends and rate else None
 
     def slow_process(self, trainer: Trainer) -> str:
-        """Name the process for which the others wait more than a tenth of the time, or return "".
-
-        Each process measures what it does by itself in a window: data, and all but the last backward.
-        """
+        """Name the process for whose data and compute the others wait over a tenth of the time, or return ""."""
         first, last, slowest = self._points[0], self._points[-1], trainer.slowest
         waiting = (slowest.seconds - slowest.others) * (last.update - first.update) if slowest else 0.0
         if slowest is None or waiting <= 0.1 * (last.time - first.time):

@@ -1,14 +1,9 @@
 """The trained model, written by its own library."""
 
-from __future__ import annotations
+from typing import Any
 
-from typing import TYPE_CHECKING, Any
-
-from engine.callbacks.base import Callback
+from engine.callbacks.base import Callback, Trainer
 from engine.errors import UserError
-
-if TYPE_CHECKING:
-    from engine.trainer import Trainer
 
 
 class SavePretrained(Callback):

@@ -1,7 +1,5 @@
 """A banner before the run and progress while it runs: live in a terminal, plain lines elsewhere, on process 0."""
 
-from __future__ import annotations
-
 import math
 import sys
 import textwrap
@@ -11,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from engine.callbacks.banner import banner
-from engine.callbacks.base import Callback
+from engine.callbacks.base import Callback, Trainer
 from engine.callbacks.pace import Pace
 from engine.disk import shown
 from engine.memory import peak_memory
@@ -19,8 +17,6 @@ from engine.output import Output, say
 
 if TYPE_CHECKING:
     from rich.console import Group
-
-    from engine.trainer import Trainer
 
 
 class Progress(Callback):
@@ -111,7 +107,7 @@ class Progress(Callback):
             self._live = None
 
 
-def _picture(trainer: Trainer, pace: Pace, metrics: Sequence[str], width: int) -> Group:
+def _picture(trainer: Trainer, pace: Pace, metrics: Sequence[str], width: int) -> "Group":
     """Return a line with epoch, bar and time left; below it the training and the machine, on one line if they fit."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar

@@ -13,10 +13,7 @@ from strategies import Strategy, sum_of_bits, user_name
 
 
 class Base:
-    """The parameters that are frozen when a run starts, for as long as nothing changes them.
-
-    `saved` is the state that the model is about to resume from, and `left_out` what it was saved without.
-    """
+    """The parameters that are frozen at the start, or were `left_out` of `saved`, as long as nothing changes them."""
 
     def __init__(
         self, model: nn.Module, saved: Mapping[str, Tensor], left_out: Mapping[str, str] | None, strategy: Strategy
@@ -33,10 +30,7 @@ class Base:
         self._marks = {name: _mark(p) for name, p in _named(self._model) if name in self._digests}
 
     def digests(self) -> dict[str, str]:
-        """Return the digests of the parameters that are still those of the base, by the user's own names.
-
-        All processes call it together.
-        """
+        """Return the digests of what is still the base, by the user's own names. All processes call it together."""
         frozen = [(name, p) for name, p in _named(self._model) if name in self._digests]
         changed = [name for name, p in frozen if p.requires_grad or _mark(p) != self._marks[name]]
         for names in self._strategy.compare(changed):
@@ -48,10 +42,7 @@ class Base:
 def with_base(
     model: nn.Module, saved: Mapping[str, Tensor], left_out: Mapping[str, str] | None, source: Path
 ) -> dict[str, Tensor]:
-    """Return a saved state with the parameters of `model` that were `left_out`.
-
-    Raises CheckpointError if these are not the ones that it was trained on.
-    """
+    """Return `saved` with the parameters of `model` that were `left_out`. Raises CheckpointError for another base."""
     left_out = left_out or {}
     base = {name: p.detach() for name, p in _named(model) if name in left_out}
     if differing := [name for name, known in left_out.items() if name not in base or digest(base[name]) != known]:

@@ -31,8 +31,8 @@ class Checkpointer:
         self._settings, self._strategy, self._signals = settings, strategy, signals
         run_dir = strategy.first(settings.run_dir)
         self._folder = None if run_dir is None else _real(run_dir)
-        self._rule = MetricRule(settings.keep_best) if settings.keep_best else None
-        self._writer: CheckpointWriter | None = None
+        self._rule = MetricRule("keep_best", settings.keep_best) if settings.keep_best else None
+        self._writer: CheckpointWriter | None = None  # on process 0
         self._saved_at = time.perf_counter()
         self._stalled_seconds = 0.0
         self._saved_boundary: tuple[int, int] | None = None
@@ -40,21 +40,20 @@ class Checkpointer:
         self._state = RunState()
         self._parts: RunParts
         self._found: Any = None
-        self.run_folder: RunFolder | None = None
-        """The folder, on process 0."""
+        self.run_folder: RunFolder | None = None  # on process 0
 
     def find(self) -> Checkpoint | None:
         """Return the checkpoint to resume from, if there is one. Raises CheckpointError."""
         resume = self._settings.resume
         if resume == "never" or (resume == "auto" and self._folder is None):
             return None
-        self._found = self._contents() if self._folder is not None else None
+        self._found = self._contents()
         return find_checkpoint(resume, self._folder, self._strategy)
 
     def _contents(self) -> Any:
         """Return a value that changes if another run begins or saves in the folder."""
-        assert self._folder is not None
-        return files.candidates(self._folder / "checkpoints"), (read_mark(self._folder) or {}).get("start")
+        folder = self._folder
+        return folder and (files.candidates(folder / "checkpoints"), (read_mark(folder) or {}).get("start"))
 
     def open(
         self, configuration: Mapping[str, Any], checkpoint: Checkpoint | None, state: RunState, parts: RunParts
@@ -85,27 +84,19 @@ class Checkpointer:
                 f"run_dir={str(folder)!r}: another run has written it since this one was started. Use a new folder, or "
                 "start again to resume that run."
             )
-        mark, checkpoints = read_mark(folder) or {}, folder / "checkpoints"
-        is_own = checkpoint is not None and checkpoint.path.parent.resolve() == checkpoints
-        run, branched_at = mark.get("run"), mark.get("branched_at")
-        if checkpoint is None or not is_own:
-            run, branched_at = None, state.update
-        elif run is None:
-            run = files.run_id(checkpoint.path)
+        checkpoints, run = folder / "checkpoints", None
+        own = checkpoint if checkpoint is not None and checkpoint.path.parent.resolve() == checkpoints else None
+        if own is not None:
+            run = (read_mark(folder) or {}).get("run") or files.run_id(own.path)
         run = run or uuid.uuid4().hex
-        run_folder.configure({"format": files.FORMAT, "run": run, "branched_at": branched_at}, configuration)
-        undone = run_folder.rewind(state.update, state.validated_update, branched_at)
+        run_folder.configure({"format": files.FORMAT, "run": run}, configuration)
+        undone = run_folder.rewind(state.update, state.validated_update)
         self._writer = CheckpointWriter(checkpoints, keep_last, run, run_folder.force_to_disk)
-        if checkpoint is not None:
-            self._writer.resume_from(checkpoint.path, checkpoint["best"])
-        self.log_event(
-            "start" if checkpoint is None else "resume",
-            undone=undone,
-            processes=self._strategy.data_parallel_size,
-            strategy=self._strategy.describe(),
-            torch=torch.__version__,
-            python=platform.python_version(),
-        )
+        if own is not None:
+            self._writer.resume_from(own.path, own["best"])
+        place = {"processes": self._strategy.data_parallel_size, "strategy": self._strategy.describe()}
+        versions = {"torch": torch.__version__, "python": platform.python_version()}
+        self.log_event("start" if checkpoint is None else "resume", undone=undone, **place, **versions)
 
     def _check_shared(self) -> None:
         """Raise UserError if a process does not see the folder: it could not resume from it."""
@@ -119,20 +110,11 @@ class Checkpointer:
 
     def log_event(self, event: str, **facts: Any) -> None:
         """Append what happened to events.jsonl, with the time and the position; on process 0, at boundaries only."""
-        if self.run_folder is None:
-            return
-        state = self._state
-        self.run_folder.log_event(
-            {
-                "event": event,
-                "time": datetime.now(UTC).isoformat(timespec="seconds"),
-                "update": state.update,
-                "epoch": state.epoch,
-                "samples": state.samples,
-                "seconds": round(state.elapsed, 3),
-                **facts,
-            }
-        )
+        if self.run_folder is not None:
+            state, now = self._state, datetime.now(UTC).isoformat(timespec="seconds")
+            counts = {"update": state.update, "epoch": state.epoch, "samples": state.samples}
+            place = {"time": now, **counts, "seconds": round(state.elapsed, 3)}
+            self.run_folder.log_event({"event": event, **place, **facts})
 
     def close(self) -> None:
         """Let go of the folder: another run may take it over."""
@@ -142,19 +124,21 @@ class Checkpointer:
     @property
     def newest(self) -> str:
         """The newest checkpoint, once it is written; processes other than 0 know its folder only."""
+        if (writer := self._idle_writer()) is not None and writer.newest is not None:
+            return shown(writer.newest)
+        return "none" if self._folder is None else f"in {shown(self._folder / 'checkpoints')}"
+
+    def _idle_writer(self) -> CheckpointWriter | None:
+        """Return the writer, on process 0, once nothing is being written."""
         if self._writer is not None:
             self._writer.wait()
-            if self._writer.newest is not None:
-                return shown(self._writer.newest)
-        return "none" if self._folder is None else f"in {shown(self._folder / 'checkpoints')}"
+        return self._writer
 
     def wants_save(self) -> bool:
         """Whether this process requests a save after the next update: by a signal, or by the clock of process 0."""
         minutes = self._settings.save_every_n_minutes
-        if self._folder is None:
-            return False
         is_late = minutes is not None and time.perf_counter() - self._saved_at > 60 * minutes
-        return self._signals.save_requested or (is_late and self._strategy.rank == 0)
+        return self._folder is not None and (self._signals.save_requested or (is_late and self._strategy.rank == 0))
 
     def check(self) -> None:
         """Raise UserError, on all processes, for state that no checkpoint could hold."""
@@ -177,9 +161,8 @@ class Checkpointer:
         if self._rule is None:
             return
         value = self._rule.value(self._state.metrics)
-        if self._writer is not None:
-            self._writer.wait()
-        best = self._strategy.first(self._writer.best if self._writer else None)
+        writer = self._idle_writer()
+        best = self._strategy.first(writer and writer.best)
         if self._rule.improves(value, best):
             self.save(best=value)
 
@@ -196,11 +179,15 @@ class Checkpointer:
         model, topics = snapshot(self._state, self._parts)
         if is_lost:
             self._rescue(model, topics)
-        if self._writer is not None:
-            self._writer.wait()
-            known = best if best is not None else self._writer.best
+        if (writer := self._idle_writer()) is not None and self.run_folder is not None:
+            known = best if best is not None else writer.best
             topics["best"] = None if known is None else {"value": known, "is_this": best is not None}
-            self._write(model, topics, best)
+            try:
+                self.run_folder.flush()
+            except OSError as error:  # a checkpoint never counts a record that is not on disk
+                writer.fail(self._state.update, error)
+            else:
+                writer.save(self._state.update, model, topics, best)
         took = time.perf_counter() - started
         self._stalled_seconds += took
         spent = self._parts.updater.timer.seconds_by_activity
@@ -208,25 +195,14 @@ class Checkpointer:
         self._saved_at, self._saved_boundary = time.perf_counter(), self._boundary
         self._signals.save_requested = False
 
-    def _write(self, model: Mapping[str, Any], topics: dict[str, Any], best: float | None) -> None:
-        assert self.run_folder is not None
-        assert self._writer is not None
-        try:
-            self.run_folder.flush()
-        except OSError as error:  # a checkpoint never counts a record that is not on disk
-            self._writer.fail(self._state.update, error)
-        else:
-            self._writer.save(self._state.update, model, topics, best)
-
     def _rescue(self, model: Mapping[str, Any], topics: dict[str, Any]) -> NoReturn:
         """Save beside the folder that is lost, and raise RunDirLostError on all processes."""
         way_out = ""
-        if self.run_folder is not None and self._writer is not None:
-            self._writer.wait()
+        if (writer := self._idle_writer()) is not None and self.run_folder is not None:
             try:
                 self.run_folder = self.run_folder.rescue()
                 checkpoints = self.run_folder.path / "checkpoints"
-                files.write(checkpoints, self._state.update, model, {**topics, "best": None}, self._writer.run)
+                files.write(checkpoints, self._state.update, model, {**topics, "best": None}, writer.run)
                 way_out = f"Use run_dir={str(self.run_folder.path)!r} to resume: the run is saved there."
             except Exception as error:  # as in CheckpointWriter
                 way_out = f"The run could not be saved beside it: {error}. Use the folder that was moved, if it was."
@@ -237,45 +213,31 @@ class Checkpointer:
         )
 
     def finish(self) -> None:
-        """Save, and wait until it is written; try once more if that failed.
-
-        Raises the error of the second failure on all processes: a run must not end as if it were kept.
-        """
+        """Save, and wait for it; try once more if that failed. All processes raise the error of a second failure."""
         if self._folder is None:
             return
-        self.save(is_last=True)
-        if self._has_failed():
-            self._saved_boundary = None
+        for _ in range(2):
             self.save(is_last=True)
-            self._has_failed()
-            self._raise_together(self._writer.error if self._writer else None)
+            started = time.perf_counter()
+            writer = self._idle_writer()
+            self._stalled_seconds += time.perf_counter() - started
+            if not self._strategy.first(writer is not None and writer.error is not None):
+                return
+            self._saved_boundary = None
+        self._raise_together(writer.error if writer is not None else None)
 
     def write_results(self, summary: Mapping[str, Any]) -> None:
         """Write summary and final weights, after `finish`. Raises StorageError."""
         strategy = self._strategy
         left_out = strategy.left_out = {} if self._parts.base is None else self._parts.base.digests()
         parts = strategy.state_dict() if strategy.rank == 0 or not strategy.holds_all else {}
-        if self.run_folder is not None:
+        if self.run_folder is not None and self._writer is not None:
             with writing(f"run_dir={self._settings.run_dir!r}"):
                 self.run_folder.left_out = left_out
-                self.run_folder.write("summary.json", {**summary, **self.costs})
+                costs = {"saves": self._writer.saves, "seconds_stalled_by_saves": round(self._stalled_seconds, 3)}
+                self.run_folder.write("summary.json", {**summary, **costs})
                 self.run_folder.save_weights(parts["model"])
         self.log_event("end")
-
-    def _has_failed(self) -> bool:
-        """Wait for the last save, and return whether it failed, on all processes."""
-        started = time.perf_counter()
-        if self._writer is not None:
-            self._writer.wait()
-        self._stalled_seconds += time.perf_counter() - started
-        return bool(self._strategy.first(self._writer is not None and self._writer.error is not None))
-
-    @property
-    def costs(self) -> dict[str, Any]:
-        """The number and cost of saves, for summary.json; empty on processes other than 0."""
-        if self._writer is None:
-            return {}
-        return {"saves": self._writer.saves, "seconds_stalled_by_saves": round(self._stalled_seconds, 3)}
 
     @property
     def _boundary(self) -> tuple[int, int]:

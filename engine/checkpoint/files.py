@@ -8,8 +8,7 @@
     latest                      the name of the newest: replaced when that folder is whole
 
 A folder is written under another name, forced to disk, and renamed; only then is the pointer. So whatever stops the
-writer, and at whatever moment, every folder that bears a checkpoint's name is whole, and one that disk or people have
-damaged later is noticed when it is read.
+writer, a folder of a checkpoint's name is whole, and one that was damaged later is noticed when it is read.
 """
 
 import hashlib
@@ -18,6 +17,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,7 @@ from engine.checkpoint import tree
 from engine.disk import force_to_disk, read_small, replace_text
 from engine.errors import CheckpointError
 
-FORMAT = 2
-"""Version of this format; a reader refuses any other."""
+FORMAT = 2  # version of this format; a reader refuses any other
 
 STATE, MANIFEST, POINTER = "state.json", "manifest.json", "latest"
 MODEL, TENSORS = "model.safetensors", "state.safetensors"
@@ -41,8 +40,8 @@ def write(
 ) -> Path:
     """Write a checkpoint of the run with the id `run` into `folder` and point to it; return its path.
 
-    Raises OSError, also if the folder above `folder` is missing, and then leaves no part behind. `model` maps names to
-    CPU tensors (and extra state); `state` is nested: see `tree.flatten`.
+    `model` maps names to CPU tensors (and extra state); `state` is nested: see `tree.flatten`. Raises OSError, also if
+    the folder above `folder` is missing, and then leaves no part behind.
     """
     from safetensors.torch import save_file
 
@@ -72,7 +71,7 @@ def write(
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    point_to(folder, POINTER, final.name)
+    replace_text(folder / POINTER, f"{final.name}\n")
     return final
 
 
@@ -91,10 +90,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def verify(path: Path, run: str | None = None, reads_files: bool = True) -> str:
-    """Make sure that every file is the one that was written; return a text that identifies the checkpoint.
+    """Return a text that identifies a checkpoint, each of whose files is the one that was written.
 
-    Without `reads_files` only their sizes are compared. Raises CheckpointError if one is not, or if the checkpoint is
-    of another run than that with the id `run`.
+    Raises CheckpointError if one is not (without `reads_files` by their sizes), and for one of another run than `run`.
     """
     try:
         text = read_small(path / MANIFEST)
@@ -146,16 +144,9 @@ def age(path: Path) -> tuple[int, int]:
 
 def pointed(folder: Path, pointer: str) -> str | None:
     """Return the name that a pointer holds, if it holds one."""
-    path = folder / pointer
-    try:
-        return path.read_text()[:100].strip() if path.is_file() and path.stat().st_size < 1000 else None
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-def point_to(folder: Path, pointer: str, name: str) -> None:
-    """Let `pointer` hold `name`."""
-    replace_text(folder / pointer, name + "\n")
+    with suppress(OSError, ValueError):
+        return read_small(folder / pointer)[:100].strip()
+    return None
 
 
 def remove(path: Path) -> None:

@@ -18,11 +18,10 @@ from strategies import Strategy
 
 log = logging.getLogger("tally")
 
+# The types in a position, but for a stream's `state`; that of a dataset is a pair
 DATASET_POSITION = {"epoch": int, "offset": int}
 STREAM_POSITION = {"epoch": int, "seed_index": int, "length_before": int, "taken": int, "has_ended": bool}
-"""The types in a position, but for a stream's `state`; that of a dataset is a pair."""
-LARGEST_COUNT = 1 << 53
-"""More updates, samples or seconds than any run has."""
+LARGEST_COUNT = 1 << 53  # more updates, samples or seconds than any run has
 
 
 class Checkpoint:
@@ -42,14 +41,9 @@ class Checkpoint:
         """Return the state of a topic."""
         return self._state[topic]
 
-    @property
-    def left_out(self) -> dict[str, str] | None:
-        """The digests of the frozen parameters that it was saved without, by name; None if it has the whole model."""
-        return self._state.get("left_out")
-
     def complete(self, model: nn.Module) -> None:
         """Add what it was saved without, of `model`. Raises CheckpointError if that is another base."""
-        self.model = with_base(model, self.model, self.left_out, self.path)
+        self.model = with_base(model, self.model, self["left_out"], self.path)
 
     def _check(self) -> None:
         """Check the types of all that is used: the file may come from anybody."""
@@ -81,7 +75,7 @@ class Checkpoint:
         host_rng = [[type(part) for part in one] for one in state["host_rng"]]
         _expect(len(host_rng) > 0 and all(kinds == [bool, int] for kinds in host_rng), "host_rng")
         _expect(0 <= state["updater"]["late_weight"] < math.inf, "updater.late_weight")
-        _expect(self.left_out is None or isinstance(self.left_out, dict), "left_out")
+        _expect(isinstance(state.setdefault("left_out", None), dict | None), "left_out")
         _expect(state["best"] is None or isinstance(state["best"]["value"], float), "best")
 
 
@@ -93,9 +87,8 @@ def _expect(is_so: bool, name: str) -> None:
 def find_checkpoint(resume: str, run_dir: Path | None, strategy: Strategy) -> Checkpoint | None:
     """Return the newest whole checkpoint of the run in `run_dir`, or that of the path `resume`, or None.
 
-    A path elsewhere counts only until `run_dir` has a checkpoint of its own: the same command can be given again.
-    Process 0 chooses, and logs those that it passes over; one process of each host reads it whole. Raises
-    CheckpointError for a path that is not a checkpoint, and if another process sees another disk.
+    A path elsewhere counts only until `run_dir` has one of its own. Process 0 chooses; one process of each host reads
+    it whole. Raises CheckpointError for a path that is not a checkpoint, and if a process sees another disk.
     """
     chosen: tuple[str, str] | str | None = None
     if strategy.rank == 0:

@@ -36,8 +36,7 @@ class RunParts:
     """The parts of a run that have a state, and the texts that identify it."""
 
     strategy: Strategy
-    model: nn.Module
-    """The user's own, not the prepared one."""
+    model: nn.Module  # the user's own, not the prepared one
     unsaved_buffers: UnsavedBuffers
     optimizer: Optimizer
     lr_scheduler: LRScheduler | None
@@ -45,8 +44,7 @@ class RunParts:
     updater: Updater
     callbacks: Sequence[Callback]
     identity: Mapping[str, str]
-    base: Base | None = None
-    """The frozen parameters that are left out of what is saved, if they are."""
+    base: Base | None = None  # the frozen parameters, if they are left out of what is saved
 
 
 def window_identity(settings: Settings, scheduling: Scheduling) -> dict[str, str]:
@@ -62,10 +60,7 @@ def run_identity(
     optimizer: Optimizer,
     lr_scheduler: LRScheduler | None,
 ) -> dict[str, str]:
-    """Return, as texts, everything without which a resumed run is not the run that was interrupted.
-
-    P is not part of it, nor is where the run ends.
-    """
+    """Return, as texts, what must be the same in a resumed run: neither P nor the end of the run is part of it."""
     return {
         **{name: str(getattr(settings, name)) for name, option in OPTIONS.items() if option.identity},
         **window_identity(settings, scheduling),
@@ -211,10 +206,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
             left_out = dict(json.loads((file.metadata() or {}).get(LEFT_OUT, "{}")))
     except Exception as error:
         raise CheckpointError(f"weights={str(path)!r} cannot be read: {error}. Give a .safetensors file.") from error
-    if broken := next(
-        (name for name, value in weights.items() if value.is_floating_point() and value.float().isnan().any()), None
-    ):
-        raise CheckpointError(f"weights={str(path)!r}: expected numbers, found NaN in {broken}. Use another file.")
+    if broken := [name for name, value in weights.items() if value.is_floating_point() and value.float().isnan().any()]:
+        raise CheckpointError(f"weights={str(path)!r}: expected numbers, found NaN in {broken[0]}. Use another file.")
     load_model(model, with_base(model, weights, left_out, path), path)
 
 

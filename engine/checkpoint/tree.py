@@ -20,8 +20,7 @@ TENSOR, PAIRS, COUNTER, TUPLE, FLOAT = "$tensor", "$pairs", "$counter", "$tuple"
 def flatten(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     """Return `value` as JSON values, its tensors moved to `tensors` under their path.
 
-    Raises UserError, naming the path, for anything but dictionaries, lists, tuples, texts, numbers, bools, None and
-    tensors.
+    Raises UserError, with the path, except for dictionaries, lists, tuples, texts, numbers, bools, None and tensors.
     """
     if isinstance(value, Tensor):
         while path in tensors:  # {"a": {"b": ...}, "a.b": ...}

@@ -9,32 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint import files
+from engine.disk import replace_text
 
 log = logging.getLogger("tally")
 
-BEST = "best"
-"""The pointer to the best checkpoint: its name, and the metric's value."""
+BEST = "best"  # the pointer to the best checkpoint
 
 
 class CheckpointWriter:
-    """Writes checkpoints of the run with the id `run` into `folder`, one at a time.
-
-    `first` is called before each. A save that fails is logged as an error; training continues.
-    """
+    """Writes checkpoints of one run into `folder`, each after calling `first`; a failure is logged as an error."""
 
     def __init__(
         self, folder: Path, keep_last: int, run: str | None = None, first: Callable[[], None] = lambda: None
     ) -> None:
-        self._folder = folder
-        self._keep_last = keep_last
-        self.run, self._first = run, first
+        self._folder, self._keep_last, self.run, self._first = folder, keep_last, run, first
         self._writing: threading.Thread | None = None
-        self.error: Exception | None = None
-        """The error of the last save, if it failed."""
-        self.best: float | None = None
-        """The metric of the best checkpoint, once that is there."""
+        self.error: Exception | None = None  # that of the last save
+        self.best: float | None = None  # the metric of the best checkpoint, once that is there
         self.newest: Path | None = next(iter(files.candidates(folder)), None)
-        """The newest whole checkpoint."""
         self.saves = 0
         folder.mkdir(parents=True, exist_ok=True)
         files.remove_parts(folder)
@@ -55,15 +47,13 @@ class CheckpointWriter:
             self._writing = None
 
     def resume_from(self, resumed: Path, best: Mapping[str, Any] | None) -> None:
-        """Resume from a checkpoint: newer ones in this folder are set aside, and the best is the one it knew."""
-        if resumed.parent.resolve() != self._folder.resolve():
-            return
+        """Resume from a checkpoint in this folder: newer ones are set aside, and the best is the one it knew."""
         self._set_aside(resumed)
         self.newest = resumed
         if best is not None:
             self.best = best["value"]
             if best["is_this"]:
-                files.point_to(self._folder, BEST, resumed.name)
+                replace_text(self._folder / BEST, f"{resumed.name}\n")
 
     def _write(self, update: int, model: Mapping[str, Any], state: Mapping[str, Any], best: float | None) -> None:
         try:
@@ -71,7 +61,7 @@ class CheckpointWriter:
             self.newest = files.write(self._folder, update, model, state, self.run)
             self.saves += 1
             if best is not None:
-                files.point_to(self._folder, BEST, self.newest.name)
+                replace_text(self._folder / BEST, f"{self.newest.name}\n")
                 self.best = best
             self._prune()
             self.error = None
@@ -102,4 +92,4 @@ class CheckpointWriter:
                 aside = path.with_name(f"set-aside-{path.name}-{uuid.uuid4().hex[:8]}")
                 path.rename(aside)
                 log.warning("resuming from %s: the newer %s is set aside as %s.", resumed.name, path.name, aside.name)
-        files.point_to(self._folder, files.POINTER, resumed.name)
+        replace_text(self._folder / files.POINTER, f"{resumed.name}\n")

@@ -76,8 +76,8 @@ class MapSource:
         for window in self._plan.windows(epoch, update, offset):
             count = before[window.stop] - before[window.start]
             pieces = window.count(N, P, spread)
-            micros, position = self._micros(batches, window, before), (epoch, window.stop)  # the plan knows the end
-            yield Window(window.stage, -(-pieces // P), pieces <= rank, position, count, micros=micros)
+            micros, has_more = self._micros(batches, window, before), window.stop < self._plan.samples
+            yield Window(window.stage, -(-pieces // P), pieces <= rank, (epoch, window.stop), count, has_more, micros)
 
     def _fetches(
         self, epoch: int, windows: Iterable[PlannedWindow], order: Sequence[Any], before: Sequence[int]

@@ -1,7 +1,5 @@
 """The CSV logger: tables for a spreadsheet."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +16,8 @@ class CSVLogger(GroupedLogger):
 
     def open(self, start: Start) -> None:
         super().open(start)
-        folder = start.pinned or start.folder
-        assert folder is not None
-        self._updates = _Table(folder / "metrics.csv", start.update)
-        self._validations = _Table(folder / "validation.csv", start.validated_update)
+        self._updates = _Table(self._folder / "metrics.csv", start.update)
+        self._validations = _Table(self._folder / "validation.csv", start.validated_update)
 
     def write(self, update: int, values: Mapping[str, float], is_update: bool) -> None:
         (self._updates if is_update else self._validations).append({"update": update, **values})

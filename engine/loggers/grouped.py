@@ -6,24 +6,16 @@ from typing import Any
 
 from engine.loggers.base import Logger, Start
 
-# Names that records have, and their names here; any other is one of `train/`
-GROUPED = {
-    "loss": "train/loss",
-    "grad_norm": "optim/grad_norm",
-    "lr": "optim/lr",
-    "lr_factor": "optim/lr_factor",
-    "skipped": "optim/skipped",
-    "micro_batch_size": "window/micro_batch_size",
-    "accumulate_grad_batches": "window/accumulate_grad_batches",
-    "effective_batch": "window/effective_batch",
-    "weight": "window/weight",
-    "noise_scale": "window/noise_scale",
-    "noise_scale_low": "window/noise_scale_low",
-    "noise_scale_high": "window/noise_scale_high",
-    "samples_per_second": "speed/samples_per_second",
-    "epoch": "data/epoch",
-    "samples": "data/samples",
+NOISE = ["noise_scale", "noise_scale_low", "noise_scale_high"]
+# Names that records have, by group; any other is one of `train/`
+GROUPS = {
+    "train": ["loss"],
+    "optim": ["grad_norm", "lr", "lr_factor", "skipped"],
+    "window": ["micro_batch_size", "accumulate_grad_batches", "effective_batch", "weight", *NOISE],
+    "speed": ["samples_per_second"],
+    "data": ["epoch", "samples"],
 }
+GROUPED = {name: f"{group}/{name}" for group, names in GROUPS.items() for name in names}
 
 
 class GroupedLogger(Logger):
@@ -32,6 +24,7 @@ class GroupedLogger(Logger):
     def open(self, start: Start) -> None:
         """Start, or resume."""
         self._samples, self._weight = start.record.get("samples", 0), start.weight
+        self._folder: Any = start.pinned or start.folder
 
     def log(self, record: Mapping[str, Any]) -> None:
         numbers = {name: float(value) if getattr(value, "ndim", 1) == 0 else value for name, value in record.items()}

@@ -27,11 +27,9 @@ class TensorBoardLogger(GroupedLogger):
         from torch.utils.tensorboard import SummaryWriter
 
         super().open(start)
-        folder = start.pinned or start.folder
-        assert folder is not None
         is_whole = start.validated_update == start.update  # or its validation may be there and come again
         first = start.update + 1 if is_whole else start.update
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first, flush_secs=1)
+        self.writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=first, flush_secs=1)
         if not is_whole:
             self._weight -= start.record["weight"]
             self.log(start.record)

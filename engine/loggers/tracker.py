@@ -13,11 +13,9 @@ from engine.loggers.grouped import GroupedLogger
 class TrackerLogger(GroupedLogger):
     """Logs to a tracker. Raises UserError if its module is missing.
 
-    Args:
-        run: what its `init` returned, or the name of its module, such as "wandb": process 0 then imports it, and calls
-            `init(config=..., **options)` when the run starts. `self.run` is what that returned.
-        options: for `init`, such as a project. A run of wandb with a `run_dir` has an id of its own, by which a resumed
-            run continues its history.
+    `run` is what its `init` returned, or the name of its module, such as "wandb": process 0 then imports it, and calls
+    `init(config=..., **options)` when the run starts. `self.run` is what that returned. A run of wandb with a `run_dir`
+    has an id of its own, by which a resumed run continues its history.
     """
 
     def __init__(self, run: Any, options: Mapping[str, Any] | None = None) -> None:

@@ -12,16 +12,13 @@ from weakref import WeakValueDictionary
 
 from engine.errors import RunDirTakenError
 
+# The locks of this process, by process, device and inode: `lockf` lets one process lock a file twice
 _held: MutableMapping[tuple[int, int, int], FileIO] = WeakValueDictionary()
-"""The locks of this process, by process, device and inode: `lockf` lets one process lock a file twice."""
 _trying = threading.Lock()
 
 
 def locked(path: Path, seconds: float = 5.0) -> FileIO:
-    """Open and lock a file until it is closed or this process ends. Waits a little for one that is ending.
-
-    Raises RunDirTakenError if it stays locked. If the file system has no locks, other processes are not noticed.
-    """
+    """Lock a file until it is closed. Raises RunDirTakenError if it stays locked; a file system may have no locks."""
     end = time.monotonic() + seconds
     while (file := _try(path)) is None:
         if time.monotonic() > end:

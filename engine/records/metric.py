@@ -9,7 +9,7 @@ from engine.errors import UserError
 class MetricRule:
     """Compares validations by one metric: `"min:loss"` or `"max:accuracy"`. Raises UserError for another rule."""
 
-    def __init__(self, rule: str, asked_by: str = "keep_best") -> None:
+    def __init__(self, asked_by: str, rule: str) -> None:
         self._asked_by = asked_by
         self.mode, _, self.metric = str(rule).partition(":")
         if self.mode not in ("min", "max") or not self.metric:

@@ -1,11 +1,18 @@
-"""Records: one per update and one per validation, for the loggers."""
+"""Records, one per update and one per validation, for the loggers; and the summary of a run."""
 
+import platform
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from engine.loggers.base import Logger
+from engine.state import RunState
 from engine.update.message import Outcome
+from engine.update.timing import ReductionCost
+from engine.version import __version__
+from strategies import Strategy
 
 
 class Recorder:
@@ -49,3 +56,23 @@ class Recorder:
         """Give a record to the loggers."""
         for logger in self._loggers:
             logger.log(record)
+
+
+def summarize(state: RunState, strategy: Strategy, cost: ReductionCost | None) -> dict[str, Any]:
+    """Return the content of summary.json: final metrics, counts, collectives and bytes, versions."""
+    reductions, size = strategy.reductions()
+    return {
+        **{f"validation/{name}": mean for name, mean in state.metrics.items()},
+        "loss": state.record.get("loss"),
+        "updates": state.update,
+        "skipped": state.skipped,
+        "epoch": state.epoch,
+        "samples": state.samples,
+        "seconds": round(state.seconds, 3),
+        "processes": strategy.processes,
+        "strategy": strategy.describe(),
+        "all_reduces_per_update": reductions,
+        "bytes_reduced_per_update": size,
+        "reduction": cost.summary() if cost is not None else None,
+        "versions": {"tally": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }

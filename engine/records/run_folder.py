@@ -1,7 +1,5 @@
 """A run's folder, written by process 0: configuration, one record per update, a summary, the final weights."""
 
-from __future__ import annotations
-
 import errno
 import json
 import logging
@@ -36,8 +34,7 @@ log = logging.getLogger("tally")
 class RunFolder:
     """The folder of one run: a new one, or with `takes_over` that of the run which is resumed.
 
-    Records and events go to files that stay open: they follow the folder if it is moved. Raises RunDirTakenError if
-    anything else is in it, or if another run is writing it.
+    Its open files follow the folder if it is moved. Raises RunDirTakenError if anything else is in it or writes it.
     """
 
     def __init__(self, path: str | Path, takes_over: bool = False) -> None:
@@ -52,8 +49,7 @@ class RunFolder:
         self._events: FileIO | None = None
         self._unwritten = b""
         self._is_full = False
-        self.left_out: Mapping[str, str] = {}
-        """The digests of the frozen parameters that are left out of weights."""
+        self.left_out: Mapping[str, str] = {}  # digests of the frozen parameters that are left out of weights
         try:
             _check_is_free(self.path, takes_over)  # another run may have begun before the lock, and ended
         except BaseException:
@@ -62,15 +58,12 @@ class RunFolder:
 
     def configure(self, mark: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:
         """Write config.json: what identifies the run, an id of this start, and the configuration."""
+        self.run = str(mark["run"])  # the same after each resume
         self._config = {MARK: {**mark, "start": self._start}, **configuration}
         self.write("config.json", self._config)
 
-    def rewind(self, update: int, validated_update: int, branched_at: int | None = 0) -> int:
-        """Cut updates after `update` and validations after `validated_update` from metrics.jsonl: they come again.
-
-        Returns the number of updates that were cut. Logs a warning if others are missing or stand twice near its
-        end; the history begins after `branched_at` (None: unknown). Raises OSError.
-        """
+    def rewind(self, update: int, validated_update: int) -> int:
+        """Cut records after `update` and `validated_update`, which come again; return the updates cut."""
         path = self.path / "metrics.jsonl"
         path.touch()
         with path.open("rb") as file:
@@ -85,16 +78,9 @@ class RunFolder:
         force_to_disk(part)
         part.replace(path)
         force_to_disk(self.path)
-        if faults := history.faults(end.updates, None if end.start else branched_at, update):
-            log.warning("%s is not whole: %s. Training resumes, and its curves stay so.", path, faults)
         self._metrics = path.open("a+b", buffering=0)  # a killed run keeps every line
         self._events = (self.path / EVENTS).open("a+b", buffering=0)
         return end.undone
-
-    @property
-    def run(self) -> str:
-        """The id of the run, the same after each resume."""
-        return str(self._config[MARK]["run"])
 
     @property
     def pinned(self) -> Path:
@@ -111,7 +97,7 @@ class RunFolder:
             return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
         return not is_same or (read_mark(self.path) or {}).get("start", self._start) != self._start
 
-    def rescue(self) -> RunFolder:
+    def rescue(self) -> "RunFolder":
         """Return a new folder beside a lost one, with configuration and records. Raises OSError."""
         rescued = RunFolder(next(path for path in numbered(f"{self.path}-lost") if not os.path.lexists(path)))
         rescued.write("config.json", self._config)
@@ -184,16 +170,10 @@ class RunFolder:
             self._metrics = self._events = self._directory = None
 
 
-MARK = "a run of Tally"
-"""The key of config.json that marks a folder as ours, with the ids of the run and of its newest start."""
-
-LEFT_OUT = "frozen parameters left out by Tally"
-"""The key of the metadata of weights that has their digests."""
-
+MARK = "a run of Tally"  # the key of config.json that has the ids of the run and of its newest start
+LEFT_OUT = "frozen parameters left out by Tally"  # the key of the metadata of weights that has their digests
 LOCK = ".lock"
-
-EVENTS = "events.jsonl"
-"""The file that is appended to in place: a hard link would change another file too."""
+EVENTS = "events.jsonl"  # it is appended to in place: a hard link would change another file too
 
 
 def read_mark(path: Path) -> dict[str, Any] | None:

@@ -75,10 +75,7 @@ def facts(run: Run) -> Facts:
 
 
 def time_split(run: Run) -> dict[str, float]:
-    """Return the seconds of the run by activity, without what a resume undid.
-
-    Updates count by their throughput, and are shared out by process 0's clock; validations and saves by their events.
-    """
+    """Return the seconds by activity: by throughput, events and process 0's clock, without what was undone."""
     sizes, rates = run.updates.get("effective_batch"), run.updates.get("samples_per_second")
     if sizes is None or rates is None:
         return {}
@@ -120,8 +117,7 @@ def history(run: Run) -> list[tuple[str, str, str]]:
     for event in run.happened("start", "resume", "interrupt", "fail", "end"):
         kind, reason, undone = event["event"], event.get("reason", ""), number(event.get("undone"))
         processes = f"on {event.get('processes', '?')} processes: {event.get('strategy', '?')}"
-        repeats = f"; repeats {undone:,.0f} update{'s' * (undone != 1)} made after the checkpoint"
-        lost = repeats if undone > 0 else ""
+        lost = f"; repeats {undone:,.0f} update{'s' * (undone != 1)} made after the checkpoint" if undone > 0 else ""
         what = {
             "start": f"started {processes}{lost}",
             "resume": f"resumed {processes}{lost}",

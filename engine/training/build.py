@@ -106,7 +106,7 @@ def build(
     _load_weights(model, settings, checkpoint)
     if checkpoint is not None:
         checkpoint.complete(model)
-    saved, left_out = ({}, None) if checkpoint is None else (checkpoint.model, checkpoint.left_out)
+    saved, left_out = ({}, None) if checkpoint is None else (checkpoint.model, checkpoint["left_out"])
     base = None if settings.save_frozen else Base(model, saved, left_out, strategy)
     if settings.compile_model:
         compile_in_place(model)
@@ -270,7 +270,7 @@ def first_model(task: Task, settings: Settings, strategy: Strategy, callbacks: S
 
 
 def _load_weights(model: nn.Module, settings: Settings, checkpoint: Checkpoint | None) -> None:
-    if settings.weights is not None and (checkpoint is None or checkpoint.left_out):
+    if settings.weights is not None and (checkpoint is None or checkpoint["left_out"]):
         load_weights(model, Path(settings.weights))
 
 

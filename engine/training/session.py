@@ -67,17 +67,19 @@ class Session:
             self._validate()
 
     def _run_epoch(self) -> None:
-        state, control, first_update = self._state, self._control, self._state.update
+        state, control = self._state, self._control
         seed_everything(mix(self._settings.seed, EPOCH_STREAM, state.epoch))  # for iterables that draw
         positions, self._positions = self._positions, None
         if state.started_epoch != state.epoch:
             state.started_epoch = state.epoch
             self._call("on_epoch_start")
-        is_over = False
+        is_over = has_more = False
         while True:
             self._redoes = False
             for window in self._run.source.windows(state.epoch, state.update, state.samples, positions):
-                if is_over := self._run_window(window):
+                is_over = self._run_window(window)
+                has_more = window.has_more
+                if is_over:
                     break
             if not self._redoes:
                 break
@@ -88,9 +90,9 @@ class Session:
         every = self._settings.validate_every_n_epochs
         if every is not None and (state.epoch + 1) % every == 0:
             self._validate()
-        if control.interrupted_by:
+        if control.interrupted_by or has_more:  # the run ends within the epoch
             return
-        if state.finished_epoch != state.epoch or state.update > first_update:
+        if state.finished_epoch != state.epoch:
             state.finished_epoch = state.epoch
             self._call("on_epoch_end")
         self._forget_draws()

@@ -30,8 +30,8 @@ from engine.update.message import (
 from strategies import PendingRows, Strategy
 
 ACTIVITY_TOPIC = "activity"
-RESERVED = {"update", *GROUPED}
-"""Names that every record has."""
+RESERVED = {"update", *GROUPED, *GROUPED.values(), "data/weight", "speed/weight_per_second"}
+"""Names that every record has, and those of their columns in tables."""
 NO_REDO = (
     "Use smaller micro-batches. Trainer makes them by itself for map-style data, with one device, DP or DDP, and "
     "without SyncBatchNorm."
@@ -252,9 +252,10 @@ def _flat(names: Iterable[str], pairs: Mapping[str, Pair]) -> list[float]:
 
 def _check_names(names: Iterable[str], everyone: list[list[str]], have: str) -> None:
     """Raise UserError for names that records have already, and if `everyone` has given other names than the first."""
-    if taken := [name for name in names if name in RESERVED or name.startswith(("validation/", "lr/"))]:
+    reserved = RESERVED | {f"train/{name}" for name in names}  # the column of what is logged as `name`
+    if taken := [name for name in names if name in reserved or name.startswith(("validation/", "lr/"))]:
         what = f"self.log({taken[0]!r}, ...)" if have == "logged" else f"term {taken[0]!r}"
-        raise UserError(f"{what}: every record has a field of that name. Use another name.")
+        raise UserError(f"{what}: records, or tables made of them, have a field of that name. Use another name.")
     if any({*logged} != {*everyone[0]} for logged in everyone):
         listed = "; ".join(", ".join(map(repr, logged)) or "nothing" for logged in everyone)
         raise UserError(

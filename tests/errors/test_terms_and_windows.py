@@ -74,7 +74,7 @@ class Wrong(Groups):
 
 TERMS = {
     "other names at once": "terms with different names in their first window",
-    "a name of records": "'lr'.*: every record has a field of that name",
+    "a name of records": "'lr'.*: records, or tables made of them, have a field of that name",
     "other names later": r"weights\(\) returned .*'policys'.*: expected finite numbers .*terms \['policy'",
     "negative": r"weights\(\) returned {'policy': -1.*: expected finite numbers of at least 0",
     "NaN": r"weights\(\) returned {'policy': tensor\(nan\).*: expected finite numbers of at least 0",

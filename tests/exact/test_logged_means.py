@@ -169,6 +169,21 @@ class Taken(Logs):
         return super().loss(model, batch)
 
 
+class Column(Logs):
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        self.log("train/loss", 1.0)
+        return super().loss(model, batch)
+
+
+class Columns(Logs):  # the column of `first`, which Logs has
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        self.log("train/first", 1.0)
+        return super().loss(model, batch)
+
+
+TAKEN = "records, or tables made of them, have a field of that name. Use another name"
+
+
 class Shaped(Logs):
     def loss(self, model: nn.Module, batch: Any) -> Any:
         self.log("first", batch[0][:, 0], 1)
@@ -208,7 +223,9 @@ class Evaluated(Logs):
     ("task", "message"),
     [
         (ByRank, "the processes have logged different names in their first window: 'loss_0', .*; 'loss_1', .*weight=0"),
-        (Taken, r"self.log\('lr', ...\): every record has a field of that name. Use another name"),
+        (Taken, rf"self.log\('lr', ...\): {TAKEN}"),
+        (Column, rf"self.log\('train/loss', ...\): {TAKEN}"),
+        (Columns, rf"self.log\('train/first', ...\): {TAKEN}"),
         (Shaped, r"self.log\('first', ...\) was given a tensor of shape \(2,\): expected a number or a 0-dim tensor"),
         (Negative, r"self.log\('first', weight=-1.0\): expected a finite number of at least 0"),
         (Named, r"self.log\('two\\nlines', ...\): expected a name of printable characters"),

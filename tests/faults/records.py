@@ -55,20 +55,6 @@ FAULTS = [
         f"{IDENTITY}::test_two_trainers_of_one_process_are_two_runs",
     ),
     Fault(
-        "miss a hole in the history",
-        "engine.records.history:faults",
-        "if update > due:",
-        "if False:",
-        f"{IDENTITY}::test_a_resume_tells_of_updates_that_are_missing_or_stand_twice",
-    ),
-    Fault(
-        "miss an update that stands twice",
-        "engine.records.history:faults",
-        "if update < due:",
-        "if False:",
-        f"{IDENTITY}::test_a_resume_tells_of_updates_that_are_missing_or_stand_twice",
-    ),
-    Fault(
         "follow links in a run's folder",
         "check_plain",
         "if is_shared or not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):",

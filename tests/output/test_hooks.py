@@ -16,6 +16,7 @@ from engine import Callback, Trainer
 from engine.callbacks import EarlyStopping, Progress
 from tests.kit.processes import run
 from tests.kit.reference import Regression, Samples, big_batch_run, in_order, parameters
+from tests.kit.streams import Streamed
 
 
 class Validated(Regression):
@@ -173,6 +174,26 @@ def test_the_order_is_that_of_the_docs(tmp_path: Path) -> None:
         "on_fit_end",
         "loggers close",
     ]
+
+
+class Ends(Callback):
+    def __init__(self) -> None:
+        self.ends: list[tuple[int, int]] = []
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        self.ends.append((trainer.epoch, trainer.update))
+
+
+@pytest.mark.parametrize("task", [Regression(11), Streamed(11, [[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]])])
+def test_an_epoch_ends_once_and_not_where_the_run_ends_within_it(task: Any, tmp_path: Path) -> None:
+    """Three updates an epoch: the run ends within it, is extended to its end, and then beyond it."""
+    seen = []
+    for last in (2, 3, 5):
+        ends = Ends()
+        trainer = Trainer(micro_batch_size=4, max_updates=last, callbacks=ends, run_dir=str(tmp_path / "run"))
+        trainer.fit(task)
+        seen.append(ends.ends)
+    assert seen == [[], [(0, 3)], []]
 
 
 @pytest.mark.parametrize(

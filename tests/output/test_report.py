@@ -20,7 +20,7 @@ from engine import Callback, GradientAccumulationScheduler, Trainer
 from engine.report import NotARunError, page, read
 from engine.report.__main__ import main
 from engine.report.facts import duration, facts, history, status, time_split
-from engine.report.thinning import medians, thin
+from engine.report.page import medians, thin
 from tests.kit import ROOT
 from tests.kit.killed import Full
 from tests.kit.processes import run

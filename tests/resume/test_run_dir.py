@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from engine import Callback, Trainer
+from engine.errors import UserError
 from tests.kit.hosts import until
 from tests.kit.killed import Full, N, history, same
 from tests.kit.processes import ChildError, run
@@ -83,6 +85,13 @@ def test_resume_never_wants_a_new_folder_and_a_path_is_gone_on_from(tmp_path: Pa
         assert second.update == 2 * first.update
     with pytest.raises(ValueError, match="resume='nowhere': no such checkpoint"):
         fit_elsewhere(folder, {"resume": "nowhere"})
+
+
+def test_what_writes_files_needs_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # as if it were not installed
+    with pytest.raises(UserError, match=r"expected the package safetensors.*Use pip install safetensors"):
+        Trainer(max_epochs=1, run_dir=str(tmp_path / "run"))
+    fit_elsewhere(None, {})
 
 
 def test_pretrained_weights_start_a_run_and_nothing_else(tmp_path: Path) -> None:

@@ -286,42 +286,16 @@ def test_records_are_on_disk_before_the_checkpoint_that_counts_them(
     assert saves == 3
 
 
-def without(*gone: int) -> Callable[[list[str]], list[str]]:
-    return lambda lines: [line for number, line in enumerate(lines, 1) if number not in gone]
-
-
-@pytest.mark.parametrize(
-    ("change", "fault"),
-    [
-        (without(3, 4, 5), "updates 3 to 5 are missing. Training resumes"),
-        (without(1, 12), "update 1 is missing; update 12 is missing. Training"),
-        (lambda lines: lines[:7] + lines[6:], "update 7 stands twice or out of order. Training"),
-        (lambda lines: lines[:3] + lines, "update 1 stands twice or out of order; update 2 stands"),
-        (lambda lines: [], "updates 1 to 12 are missing"),
-        (lambda lines: [*lines, "[" * 100_000 + "\n", "\0" * 50], ""),
-        (lambda lines: lines, ""),
-        (without(2, 4, 6, 8), "update 2 is missing; update 4 is missing; update 6 is missing; and 1 more. Training"),
-    ],
-)
-def test_a_resume_tells_of_updates_that_are_missing_or_stand_twice(
-    change: Callable[[list[str]], list[str]], fault: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    options = {"max_epochs": None, "validate_every_n_epochs": None}
-    fit(tmp_path / "run", **options, max_updates=12)
+def test_a_resume_cuts_what_no_record_is(tmp_path: Path) -> None:
+    fit(tmp_path / "run")
     path = tmp_path / "run" / "metrics.jsonl"
-    lines = [line for line in path.read_text().splitlines(keepends=True) if '"loss"' in line]
-    path.write_text("".join(change(lines)))
-    fit(tmp_path / "run", **options, max_updates=14)
-    assert f"metrics.jsonl is not whole: {fault}" in caplog.text if fault else "whole" not in caplog.text
+    path.write_text(path.read_text() + "[" * 100_000 + "\n" + "\0" * 50)
+    fit(tmp_path / "run", max_epochs=2)
+    assert updates(tmp_path / "run") == list(range(1, 25))
 
 
-def test_the_history_of_a_branch_begins_where_it_branched(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_history_of_a_branch_begins_where_it_branched(tmp_path: Path) -> None:
     fit(tmp_path / "run")
     for epochs in (2, 3):
         fit(tmp_path / "branch", resume=str(tmp_path / "run"), max_epochs=epochs)
     assert updates(tmp_path / "branch") == list(range(13, 37))
-    assert "whole" not in caplog.text
-    path = tmp_path / "branch" / "metrics.jsonl"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
-    fit(tmp_path / "branch", max_epochs=4)
-    assert "update 13 is missing" in caplog.text
