@@ -20,6 +20,8 @@ class RunState:
     """The weight of those samples: samples, or valid tokens."""
     micro_batch_size: int = 0
     """N: smaller than it was set if memory ran out; 0 until it is known."""
+    stream_micro_batch_size: int = 0
+    """The most samples of a micro-batch of a stream, if memory ran out; 0: they are as they come."""
     skipped: int = 0
     """Updates skipped since the start."""
     skipped_in_a_row: int = 0

@@ -51,6 +51,35 @@ class Batching:
             f"give {type(self).__name__} a method batch_size(self, batch) -> int that returns it."
         )
 
+    def split(self, batch: Any, size: int) -> Sequence[Any]:
+        """Return a ready micro-batch of a stream in pieces of at most `size` samples: memory ran out on the whole.
+
+        Here tensors, and lists without tensors, of as many rows as samples are cut, in lists, tuples and dictionaries
+        too. Raises UserError for anything else.
+        """
+        rows = self.batch_size(batch)
+        try:
+            return [_cut(batch, rows, slice(start, start + size)) for start in range(0, rows, size)]
+        except TypeError as error:
+            raise UserError(
+                f"memory ran out, and a micro-batch of {rows} samples cannot be cut: it holds {error}. Give "
+                f"{type(self).__name__} a method split(self, batch, size) that returns its pieces."
+            ) from None
+
+
+def _cut(item: Any, rows: int, part: slice) -> Any:
+    """Cut all that has `rows` rows in a micro-batch. Raises TypeError, which names what has not."""
+    if isinstance(item, Tensor) and item.ndim and len(item) == rows:
+        return item[part]
+    if type(item) is list and len(item) == rows and not [*tensors(item)]:
+        return item[part]
+    if type(item) is dict:
+        return {name: _cut(value, rows, part) for name, value in item.items()}
+    if type(item) in (list, tuple):
+        return type(item)(_cut(value, rows, part) for value in item)
+    of = f" of shape {tuple(item.shape)}" if isinstance(item, Tensor) else ""
+    raise TypeError(f"a {type(item).__name__}{of}")
+
 
 Logged = tuple[str, float | Tensor, float | Tensor | None]  # name, value and weight of one call of `Task.log`
 

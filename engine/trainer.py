@@ -138,6 +138,8 @@ class Trainer:
         if checkpoint is not None:
             self.state = restore(checkpoint, run.parts, settings.resume_with_changes)
         self.state.micro_batch_size = N
+        if self.state.stream_micro_batch_size:
+            run.cut(self.state.stream_micro_batch_size)
         self.state.start_clock()
         checkpointer.open({"task": class_path(task), **configuration}, checkpoint, self.state, run.parts)
         self.run_folder = checkpointer.run_folder

@@ -56,7 +56,7 @@ class _Pretrained(Task):
             way_out = "Use MoECausalLM, or False."
             raise UserError(f"output_router_logits=True: expected a model without a loss of its router. {way_out}")
 
-    def split(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    def without_labels(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Return the model's arguments and the labels of a micro-batch. Raises UserError if it has no labels."""
         if "labels" not in batch:
             raise UserError(
@@ -121,7 +121,7 @@ class CausalLM(_Pretrained):
         return self._predict(model, batch)[1]
 
     def _predict(self, model: nn.Module, batch: Any, **options: Any) -> tuple[Any, Loss]:
-        inputs, labels = self.split(batch)
+        inputs, labels = self.without_labels(batch)
         labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)  # a slice of logits would be copied
         found = model(**inputs, use_cache=False, **options)
         return found, _cross_entropy(found.logits.flatten(0, 1), labels.flatten())
@@ -172,7 +172,7 @@ class MaskedLM(_Pretrained):
     labels = "use collator=transformers.DataCollatorForLanguageModeling(tokenizer), or mask the samples yourself"
 
     def loss(self, model: nn.Module, batch: Any) -> Loss:
-        inputs, labels = self.split(batch)
+        inputs, labels = self.without_labels(batch)
         return _cross_entropy(model(**inputs).logits.flatten(0, 1), labels.flatten())
 
 
@@ -188,7 +188,7 @@ class Seq2SeqLM(_Pretrained):
     labels = "the target's tokens, as of tokenizer(source, text_target=target)"
 
     def loss(self, model: nn.Module, batch: Any) -> Loss:
-        inputs, labels = self.split(batch)
+        inputs, labels = self.without_labels(batch)
         shifted = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         if shifted is None:
             inputs["labels"] = labels  # such a model shifts them itself
@@ -215,11 +215,11 @@ class SequenceClassification(_Pretrained):
             raise UserError(f"{what}: expected one of several labels. Override loss() for others.")
 
     def loss(self, model: nn.Module, batch: Any) -> Loss:
-        inputs, labels = self.split(batch)
+        inputs, labels = self.without_labels(batch)
         return _cross_entropy(model(**inputs).logits, labels)
 
     def evaluate(self, model: nn.Module, batch: Any) -> Mapping[str, Loss | Tensor]:
-        inputs, labels = self.split(batch)
+        inputs, labels = self.without_labels(batch)
         logits = model(**inputs).logits
         loss = _cross_entropy(logits, labels)
         return {"loss": loss, "accuracy": Loss((logits.argmax(1) == labels).sum(), loss.weight)}

@@ -30,7 +30,7 @@ def banner(trainer: Trainer) -> str:
         where = "of all processes at a time" if strategy.needs_equal_windows else "on one process"
         lines["batch norm"] = f"{normalises} layers normalise over a micro-batch {where}, not over the window"
     changing = [*(["BatchNorm"] if normalises else []), *(["dropout"] if draws(model) else [])]
-    if changing and can_redo(strategy, trainer.plan):
+    if changing and can_redo(strategy):
         lines["memory"] = f"if it runs out, N is halved, which changes {' and '.join(changing)}"
     if not model.training:
         lines["mode"] = "eval, as configure_model() left it: dropout is off (call model.train() there)"

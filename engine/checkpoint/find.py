@@ -48,7 +48,7 @@ class Checkpoint:
     def _check(self) -> None:
         """Check the types of all that is used: the file may come from anybody."""
         state, initial = self._state, RunState()
-        state["run"].setdefault("micro_batch_size", 0)  # of a version that did not note it
+        state["run"] = {"micro_batch_size": 0, "stream_micro_batch_size": 0, **state["run"]}  # older ones lack them
         for name in shared_fields():
             value, least = state["run"][name], getattr(initial, name)
             _expect(type(value) is type(least), f"run.{name}")

@@ -27,10 +27,10 @@ def check_windows(scheduling: Mapping[int, int], strategy: Strategy) -> None:
         )
 
 
-def can_redo(strategy: Strategy, plan: Plan | None) -> bool:
-    """Whether a window that ran out of memory can run again in other micro-batches. A stream's are not kept."""
+def can_redo(strategy: Strategy) -> bool:
+    """Whether a window that ran out of memory can run again in other micro-batches."""
     can_vary = strategy.supports_variable_windows and strategy.micro_batches is None
-    return strategy.supports_redo and can_vary and plan is not None and not strategy.needs_equal_windows
+    return strategy.supports_redo and can_vary and not strategy.needs_equal_windows
 
 
 def check_auto(N: object, strategy: Strategy) -> None:

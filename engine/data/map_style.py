@@ -21,6 +21,8 @@ from strategies import MicroBatch
 class MapSource:
     """This process's windows of a map-style dataset, cut by `plan`; `collate` names a method of `batching`."""
 
+    can_be_cut = True
+
     def __init__(self, data: Any, order: Order, plan: Plan, N: int, loading: Loading, collate: str = "collate") -> None:
         batching, strategy, prefetch = loading.batching, loading.strategy, loading.prefetch
         self._order, self._plan, self._prefetch = order, plan, prefetch
@@ -46,6 +48,10 @@ class MapSource:
                 persistent_workers=loading.persistent_workers and workers > 0,
                 generator=torch.Generator(),  # its base seed must not come from the model's generator
             )
+
+    def largest(self, window: Window) -> int:
+        """Return the most samples of a micro-batch in `window`."""
+        return min(self._cut[0], window.samples or 0)
 
     def cut(self, N: int, plan: Plan | None = None) -> None:
         """Make micro-batches of N from the next call of `windows` on, in the windows of `plan` if it is given."""

@@ -14,10 +14,14 @@ from engine.data.lookahead import Lookahead, has_state
 from engine.data.window import Loading, Window
 from engine.errors import UserError
 from engine.plan.schedule import Schedule
+from engine.plan.windows import Plan
 from engine.seeds import EPOCH_STREAM, mix
 from strategies import MicroBatch
 
 log = logging.getLogger("tally")
+
+PIECE = 1 << 40
+"""From a seed index of one piece of a micro-batch to that of the next."""
 
 
 class StreamSource:
@@ -34,6 +38,17 @@ class StreamSource:
         self._has_compared = False
         self._length = 0  # micro-batches in the epoch before; 0 if unknown
         self._was_restored = False
+        self._most, self._largest = 0, 1  # samples of a micro-batch: at most, if it is cut; and of the largest so far
+        self.can_be_cut = prefetch is None and not isinstance(data, Iterator)
+        """Whether an epoch can be read again, in smaller micro-batches."""
+
+    def largest(self, window: Window) -> int:
+        """Return the most samples that a micro-batch has had, on any process."""
+        return int(max(self._strategy.gather(self._largest)))
+
+    def cut(self, N: int, plan: Plan | None = None) -> None:
+        """From the next call of `windows` on, let micro-batches have at most N samples: larger ones are cut."""
+        self._most = self._largest = N
 
     def windows(
         self, epoch: int, update: int, samples: int, positions: Sequence[Any] | None = None
@@ -88,7 +103,23 @@ class StreamSource:
             window.has_more = has_more = stream.has_next
             if is_last := index == last or not has_more:
                 window.position |= stream.position
-            yield MicroBatch(to_device(batch), batch_size(batch), index, is_last, problem)
+            if (size := batch_size(batch)) > self._largest:
+                if self._most:
+                    yield from self._pieces(batch, size, index, is_last)
+                    continue
+                self._largest = size
+            yield MicroBatch(to_device(batch), size, index, is_last, problem)
+
+    def _pieces(self, batch: Any, size: int, index: int, is_last: bool) -> Iterator[MicroBatch]:
+        """Yield a micro-batch in pieces, with seeds of their own. Raises UserError for pieces of other samples."""
+        pieces = [*self._batching.split(batch, self._most)]
+        sizes = [self._batch_size(piece) for piece in pieces]
+        if sum(sizes) != size or max(sizes) > self._most:
+            what = f"split() made pieces of {sizes} samples of a micro-batch of {size}"
+            raise UserError(f"{what}: expected all of them, at most {self._most} in each. Give each sample once.")
+        for number, piece in enumerate(pieces):
+            is_end = is_last and number == len(pieces) - 1
+            yield MicroBatch(self._to_device(piece), sizes[number], index + number * PIECE, is_end)
 
     def _check_first(self, epoch: int, stream: Lookahead) -> list[str]:
         """Return the first digests if two are equal in the first epoch. Raises UserError without any micro-batch."""

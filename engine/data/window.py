@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from engine.data.prefetch import Prefetch
 from engine.plan.schedule import Stage
+from engine.plan.windows import Plan
 from engine.task import Batching
 from strategies import MicroBatch, Strategy
 
@@ -52,6 +53,17 @@ class Window:
 
 class Source(Protocol):
     """A source of an epoch's windows."""
+
+    can_be_cut: bool
+    """Whether a window can run again in smaller micro-batches."""
+
+    def largest(self, window: Window) -> int:
+        """Return the most samples of a micro-batch in `window` on any process, or in those before."""
+        ...
+
+    def cut(self, N: int, plan: Plan | None = None) -> None:
+        """Make micro-batches of at most N from the next call of `windows` on, in the windows of `plan` if given."""
+        ...
 
     def windows(
         self, epoch: int, update: int, samples: int, positions: Sequence[Any] | None = None

@@ -26,7 +26,6 @@ from engine.checkpoint.snapshot import (
 )
 from engine.data.checks import can_redo, check_equal_windows, check_windows
 from engine.data.counting import counts_terms
-from engine.data.map_style import MapSource
 from engine.data.prefetch import OnHost, Prefetch
 from engine.data.sources import make_plan, make_source
 from engine.data.window import Loading, Source
@@ -74,14 +73,14 @@ class Run:
     validation: Validation | None
 
     def cut(self, N: int) -> None:
-        """Make micro-batches of N from now on; the samples of each window stay, and K follows."""
+        """Make micro-batches of N from now on; the samples of each window stay, and K follows, but for a stream."""
         layout = self.layout
-        layout.N, layout.schedule = N, layout.schedule.cut(N, self.parts.strategy.effective_batch)
-        if layout.plan is not None and isinstance(self.source, MapSource):
+        if layout.plan is not None:
+            layout.N, layout.schedule = N, layout.schedule.cut(N, self.parts.strategy.effective_batch)
             layout.plan = replace(layout.plan, schedule=layout.schedule)
-            self.source.cut(N, layout.plan)
-        if self.validation is not None:
-            self.validation.cut(N)
+            if self.validation is not None:
+                self.validation.cut(N)
+        self.source.cut(N, layout.plan)
 
 
 def build(
@@ -132,7 +131,8 @@ def build(
         updater = Updater(*updating)
     if counts_terms(task):
         updater.terms = JoinedTerms(updater.exchange, strategy, task.weights)
-    if can_redo(strategy, layout.plan):
+    runs_by_place = layout.plan is None and (isinstance(task, WindowTask) or counts_terms(task))
+    if can_redo(strategy) and source.can_be_cut and not runs_by_place:
         updater.allow_redo()
     task._log_entries = updater.logged
     identity = run_identity(settings, scheduling, layout.plan, optimizer, lr_scheduler)

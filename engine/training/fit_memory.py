@@ -9,7 +9,6 @@ import torch
 
 from engine.callbacks.accumulation import Scheduling
 from engine.checkpoint.find import Checkpoint
-from engine.data.map_style import MapSource
 from engine.errors import UserError, describe
 from engine.memory import is_out_of_memory, peak_memory, release
 from engine.plan.schedule import solve
@@ -99,7 +98,6 @@ def _try(run: Run, N: int, B: int) -> Trial | None:
     """Train a few windows with micro-batches of N; None if a process was interrupted."""
     strategy, updater, source, plan = run.parts.strategy, run.parts.updater, run.source, run.layout.plan
     assert plan is not None
-    assert isinstance(source, MapSource)
     samples = B if strategy.runs_twice else min(B, 2 * strategy.effective_batch(N, 1))  # K > 2 needs no more memory
     source.cut(N, Plan(plan.samples, solve({0: samples}, N, strategy.effective_batch)))
     if strategy.device.type == "cuda":

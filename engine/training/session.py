@@ -68,7 +68,6 @@ class Session:
 
     def _run_epoch(self) -> None:
         state, control = self._state, self._control
-        seed_everything(mix(self._settings.seed, EPOCH_STREAM, state.epoch))  # for iterables that draw
         positions, self._positions = self._positions, None
         if state.started_epoch != state.epoch:
             state.started_epoch = state.epoch
@@ -76,6 +75,7 @@ class Session:
         is_over = has_more = False
         while True:
             self._redoes = False
+            seed_everything(mix(self._settings.seed, EPOCH_STREAM, state.epoch))  # for iterables that draw
             for window in self._run.source.windows(state.epoch, state.update, state.samples, positions):
                 is_over = self._run_window(window)
                 has_more = window.has_more
@@ -83,7 +83,7 @@ class Session:
                     break
             if not self._redoes:
                 break
-            positions = None if state.position is None else [state.position]
+            positions = None if state.position is None else self._run.parts.strategy.gather(state.position)
         if control.interrupted_by:
             return
         self._updater.exchange.check_replicas(state.update)
@@ -108,7 +108,7 @@ class Session:
         outcome = self._updater.run(self._run.loss_of, window, state, requests)
         if outcome.out_of_memory:
             self._redoes = True
-            self._halve(window.samples or 0)
+            self._halve(window)
             return True
         if outcome.aborted:
             self._note_interruption()
@@ -133,16 +133,20 @@ class Session:
             self._recorder.restart_clock()
         return is_over
 
-    def _halve(self, samples: int) -> None:
-        """Halve N: the window, of `samples` samples, did not fit. Raises UserError on all processes if N is 1."""
-        run, state, N = self._run, self._state, min(self._run.layout.N, samples)
+    def _halve(self, window: Window) -> None:
+        """Halve N: `window` did not fit. Raises UserError on all processes if it is 1."""
+        run, state, N = self._run, self._state, self._run.source.largest(window)
         if N == 1:
             raise did_not_fit(self._updater, state.update)
-        run.cut(-(-N // 2))
-        state.micro_batch_size = run.layout.N
-        self._checkpointer.log_event("redo", micro_batch_size=state.micro_batch_size)
+        half = -(-N // 2)
+        run.cut(half)
+        if run.layout.plan is None:
+            state.stream_micro_batch_size = half
+        else:
+            state.micro_batch_size = half
+        self._checkpointer.log_event("redo", micro_batch_size=half)
         if run.parts.strategy.rank == 0:
-            log.warning(REDO, state.update, N, state.micro_batch_size)
+            log.warning(REDO, state.update, N, half)
 
     def _record_unheard(self) -> None:
         """Let `Trainer.record` have the last update, if nobody listens."""
@@ -154,8 +158,8 @@ class Session:
         state = self._state
         counts: dict[str, float] = {"update": state.update, "epoch": state.epoch, "samples": state.samples}
         counts["skipped"] = state.skipped
-        if self._run.layout.plan is not None:
-            counts["micro_batch_size"] = self._run.layout.N
+        if N := self._run.layout.N if self._run.layout.plan is not None else state.stream_micro_batch_size:
+            counts["micro_batch_size"] = N
         if self._settings.lr_rule != "none":
             counts["lr_factor"] = window.stage.lr_factor
         K = window.stage.accumulate_grad_batches

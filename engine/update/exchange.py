@@ -33,8 +33,8 @@ ACTIVITY_TOPIC = "activity"
 RESERVED = {"update", *GROUPED, *GROUPED.values(), "data/weight", "speed/weight_per_second"}
 """Names that every record has, and those of their columns in tables."""
 NO_REDO = (
-    "Use smaller micro-batches. Trainer makes them by itself for map-style data, with one device, DP or DDP, and "
-    "without SyncBatchNorm."
+    "Use smaller micro-batches. Trainer makes them by itself with one device, DP or DDP, without SyncBatchNorm, for "
+    "data that can be read again."
 )
 
 

@@ -17,7 +17,6 @@ from engine.errors import UserError
 from tests.kit.hungry import DDP, DP, HungryClip, HungryGroups, HungryRegression, HungrySequences, Single, TooLarge, fit
 from tests.kit.processes import ChildError, run
 from tests.kit.reference import Regression, Watch, big_batch_run, in_order, parameters
-from tests.kit.streams import Streamed
 from tests.kit.terms import Groups
 from tests.kit.terms import reference as terms_reference
 from tests.kit.tokens import Sequences, big_batch
@@ -190,26 +189,6 @@ def one_sample_is_too_much() -> str:
 def test_one_sample_that_does_not_fit_is_an_error_on_all_processes() -> None:
     for text in run(2, one_sample_is_too_much):
         assert text.startswith("update 0 does not fit into memory, with one sample in each micro-batch: process 1: Out")
-
-
-def streamed() -> None:
-    task = Streamed(12, [[[0, 1], [2, 3]]])
-    task.model = Fails
-    Trainer("single", accumulate_grad_batches=2, max_epochs=1).fit(task)
-
-
-class Fails(nn.Linear):
-    def __init__(self) -> None:
-        super().__init__(5, 1)
-
-    def forward(self, x: Any) -> Any:
-        raise torch.OutOfMemoryError("no more")
-
-
-def test_a_stream_ends_with_the_way_out() -> None:
-    with pytest.raises(torch.OutOfMemoryError) as caught:
-        streamed()
-    assert "Use smaller micro-batches." in caught.value.__notes__[0]
 
 
 class Wrapping(DDP):

@@ -19,6 +19,13 @@ FAULTS = [
         DRAWS,
     ),
     Fault(
+        "each piece of a stream's last micro-batch is the last",
+        "StreamSource._pieces",
+        "is_last and number == len(pieces) - 1",
+        "is_last",
+        "tests/exact/test_out_of_memory_streams.py::test_the_same_samples_make_the_same_update",
+    ),
+    Fault(
         "a stream that ends within a window has no last micro-batch",
         "StreamSource._micros",
         "index == last or not has_more",

@@ -5,6 +5,13 @@ from tests.faults.selections import AUTO, MEMORY, REDO
 
 FAULTS = [
     Fault(
+        "run a stream's window again with the samples after it",
+        "Session._run_epoch",
+        "self._run.parts.strategy.gather(state.position)",
+        "self._run.parts.strategy.gather(window.position | {'has_ended': False})",
+        "tests/exact/test_out_of_memory_streams.py::test_the_same_samples_make_the_same_update",
+    ),
+    Fault(
         "compute a metric of process 0's samples",
         "MergedMetrics.compute",
         "metric.merge_state(self._loaded(state[name]))",
