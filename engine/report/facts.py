@@ -21,7 +21,8 @@ TITLES = {
     "skipped": "Updates skipped so far",
 }
 WINDOW = ("micro_batch_size", "accumulate_grad_batches", "effective_batch", "weight")
-TOLD = ("update", "epoch", "samples", "loss", *WINDOW, "skipped")
+NOISE = ("noise_scale", "noise_scale_low", "noise_scale_high")
+TOLD = ("update", "epoch", "samples", "loss", *WINDOW, "skipped", *NOISE)
 Facts = dict[str, str]  # a table's rows: a name, and an amount
 
 
@@ -116,7 +117,8 @@ def history(run: Run) -> list[tuple[str, str, str]]:
     rows = []
     for event in run.happened("start", "resume", "interrupt", "fail", "end"):
         kind, reason, undone = event["event"], event.get("reason", ""), number(event.get("undone"))
-        processes = f"on {event.get('processes', '?')} processes: {event.get('strategy', '?')}"
+        P = event.get("processes", "?")
+        processes = f"on {P} process{'es' * (P != 1)}: {event.get('strategy', '?')}"
         lost = f"; repeats {undone:,.0f} update{'s' * (undone != 1)} made after the checkpoint" if undone > 0 else ""
         what = {
             "start": f"started {processes}{lost}",

@@ -21,6 +21,7 @@ PLACES = ("update", "samples", "epoch")
 MEASURED = "Within updates, by process 0's clock; the wait for data is measured at one micro-batch of each window."
 BESIDE = ("noise_scale_low", "noise_scale_high", "weight")  # what the plot of the noise scale shows too
 STEPS = ("accumulate_grad_batches", "effective_batch", "skipped")  # values that change in steps, and are drawn as steps
+LONG, WIDE = 60, ' class="wide"'  # a tile with more letters has a row to itself
 LEAST = 0.0005  # the smallest share of the time that has a row
 
 
@@ -117,8 +118,9 @@ def _marks(run: Run) -> list[dict[str, Any]]:
 def _facts(runs: Sequence[Run]) -> str:
     tables = [facts(run) for run in runs]
     if len(runs) == 1:
-        tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(v)}</dd></div>" for name, v in tables[0].items())
-        return f"<dl>{tiles}</dl>"
+        rows = [(escape(name), escape(value)) for name, value in tables[0].items()]
+        tiles = [f"<div{WIDE * (len(value) > LONG)}><dt>{name}</dt><dd>{value}</dd></div>" for name, value in rows]
+        return f"<dl>{''.join(tiles)}</dl>"
     return _compared(runs, tables, _names(tables))
 
 
