@@ -15,7 +15,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_map_only
 
 from engine.data.window import Window
-from engine.errors import UserError
+from engine.errors import UserError, describe
+from engine.memory import is_out_of_memory
 from engine.seeds import seed_host
 from engine.signals import Interrupted
 from engine.state import RunState
@@ -136,7 +137,15 @@ class ReplayUpdater(Updater):
         self.strategy.seed(seed)
         seed_host(seed)
         self.losses.samples = samples = sum(micro.size for micro in first.micros)
-        loss, gradients = self._joined.gradients(self._window_loss, self._parameters)
+        try:
+            loss, gradients = self._joined.gradients(self._window_loss, self._parameters)
+        except Exception as error:
+            if is_out_of_memory(error):
+                what = f"window_loss() does not fit into memory, whatever the micro-batches: {describe(error)}"
+                raise UserError(
+                    f"{what} Use a smaller effective batch, or a loss in tiles as in engine.losses."
+                ) from None
+            raise
         if self.logged and samples and self.losses.is_recorded:  # the same on all processes
             self.exchange.means.log(self.logged, MicroBatch(None, samples, 0, is_last=True))
         self.logged.clear()

@@ -191,6 +191,22 @@ def test_one_sample_that_does_not_fit_is_an_error_on_all_processes() -> None:
         assert text.startswith("update 0 does not fit into memory, with one sample in each micro-batch: process 1: Out")
 
 
+class LargeLoss(Clip):
+    def window_loss(self, outputs: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("out of memory.")
+
+
+def large_loss() -> None:
+    fit(LargeLoss(12), DDP(), 2, 12, epochs=1)
+
+
+def test_a_window_loss_that_does_not_fit_is_an_error_at_once() -> None:
+    with pytest.raises(ChildError) as caught:
+        run(2, large_loss)
+    for text in caught.value.errors.values():
+        assert "window_loss() does not fit into memory, whatever the micro-batches: " in text
+
+
 class Wrapping(DDP):
     """A wrapper of the user's own: its hooks may send anything."""
 
