@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from engine import Callback, GradientAccumulationScheduler, Task, Trainer
+from engine.callbacks import NoiseScale
 from engine.cli.main import main
 from engine.errors import UserError
 from strategies import DDPStrategy
@@ -94,6 +96,38 @@ def test_what_was_tried_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert lines[first + 2].endswith("samples/s")
     assert main([*task, *options, "--plan"]) == 2
     assert "a plan needs a number" in capsys.readouterr().err
+
+
+def test_the_search_says_nothing_of_the_noise_scale(caplog: pytest.LogCaptureFixture) -> None:
+    Trainer("single", "auto", effective_batch_size=8, max_epochs=2, callbacks=NoiseScale(1)).fit(Regression(16))
+    assert sum("noise_scale" in record.getMessage() for record in caplog.records) <= 1  # of the run, if N is 8
+
+
+class Interrupted(Regression):
+    """Is told to end in its second window: in the search."""
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        self.windows = getattr(self, "windows", 0) + 1
+        if self.windows == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return super().loss(model, batch)
+
+
+def interrupted(folder: str) -> Any:
+    trainer = Trainer("ddp", "auto", effective_batch_size=8, max_epochs=1, run_dir=folder)
+    trainer.fit(Interrupted(16) if trainer.strategy.rank == 0 else Regression(16))
+    first = trainer.interrupted_by, trainer.update, trainer.tried
+    again = Trainer("ddp", "auto", effective_batch_size=8, max_epochs=1, run_dir=folder)
+    again.fit(Regression(16))
+    return *first, again.update, bool(again.tried)
+
+
+def test_a_search_that_is_interrupted_ends_before_the_first_update(tmp_path: Path) -> None:
+    for (name, update, tried, updates, searched), expected in zip(
+        run(2, interrupted, str(tmp_path)), ("SIGTERM", "a signal to another process"), strict=True
+    ):
+        assert name == expected
+        assert (update, tried, updates, searched) == (0, [], 2, True)
 
 
 class Small(TooLarge):
