@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine import Accumulator, Trainer
+from engine.callbacks import EMA
 from engine.window_task import Added, Rows, Shared
 from strategies import DDPStrategy, FSDPStrategy, Strategy
 from tests.kit.processes import ChildError, run
@@ -67,8 +68,11 @@ class Failing(ShardedClip):
         if self.calls == self.at and dist.get_rank() == self.rank:
             if self.kind == "error":
                 raise KeyError("the label is missing")
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGKILL if self.kind == "kill" else signal.SIGTERM)
         return outputs
+
+    def predict(self, model: nn.Module, batch: Any) -> Any:
+        return super().outputs(model, batch)["image"].tensor
 
 
 @BOTH
@@ -90,6 +94,41 @@ def test_an_interruption_in_either_pass_loses_nothing(strategy: Any, at: int, tm
     assert stopped[0][1] + resumed[0][1] == whole[0][1]
     assert len(stopped[0][1]) == (at - 1) // 5
     assert torch.equal(resumed[0][0], whole[0][0])
+
+
+def averaged(at: int, folder: str) -> Any:
+    """Parameters, their average, and what the averaged model predicts; a process may be killed."""
+    average = EMA(0.9)
+    settings: dict[str, Any] = {"save_every_n_updates": 1, "keep_last_checkpoints": 9, "run_dir": folder}
+    trainer = Trainer(DDPStrategy(), 3, 3, max_epochs=2, callbacks=average, **settings)
+    trainer.fit(task := Failing(at, kind="kill"))
+    rows = trainer.predict(task, torch.utils.data.TensorDataset(task.x[:7], task.y[:7]))
+    return *(value.clone() for value in average.averages.values()), rows
+
+
+@pytest.mark.parametrize("at", [2, 9])  # in the first update's first pass; in the second one's second
+def test_a_kill_in_either_pass_leaves_the_run_that_was_not_killed(at: int, tmp_path: Path) -> None:
+    whole = run(2, averaged, 0, str(tmp_path / "whole"))
+    with pytest.raises(ChildError):
+        run(2, averaged, at, str(tmp_path / "run"), timeout=10)
+    for found, expected in zip(run(2, averaged, 0, str(tmp_path / "run")), whole, strict=True):
+        assert all(map(torch.equal, found[:-1], expected[:-1]))
+        assert str(found[-1]) == str(expected[-1])
+
+
+class OnHost(ShardedClip):
+    keeps_batches_on_host = True
+
+
+@pytest.mark.parametrize("options", [{"prefetch_to_device": True}, {"num_workers": 1}])
+def test_where_batches_wait_changes_nothing(options: dict[str, Any]) -> None:
+    expected = run(2, fit, ShardedClip(36, dropout=0.2), DDPStrategy, 3)
+    for kind in (ShardedClip, OnHost):
+        for (found, losses, _), (plain, same, _) in zip(
+            run(2, partial(fit, **options), kind(36, dropout=0.2), DDPStrategy, 3), expected, strict=True
+        ):
+            assert torch.equal(found, plain)
+            assert losses == same
 
 
 class OwnGenerator(nn.Module):
