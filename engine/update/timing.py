@@ -118,7 +118,7 @@ class UpdateTimer(NoTimer):
             return window
         # one wait is timed, at an index that follows no rhythm
         index = int(GOLDEN * update % 1.0 * window.stage.accumulate_grad_batches)
-        micros = iter(window)
+        micros = window.micros
         return chain(islice(micros, index), self._next_of(micros), micros)
 
     def last_micro_batch(self) -> None:
