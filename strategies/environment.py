@@ -88,7 +88,7 @@ def rendezvous(timeout: timedelta) -> Any:
 
 
 def check_open_files(processes: int, rank: int, lazily: bool) -> None:
-    """Raise UserError if this process may open fewer files than connections: to each other, or `lazily` to few."""
+    """Raise UserError if this process may open too few files for its connections: to all, or `lazily` to few."""
     needed = SPARE_FILES + 2 * (2 * processes.bit_length() + 2 if lazily else processes - 1)
     needed += processes if rank == 0 else 0  # its host keeps the store
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -45,7 +45,7 @@ HOW_TO_STEP = ("foreach", "fused")  # entries of groups that choose the kernel o
 def load_named_state(
     model: nn.Module, optimizer: Optimizer, saved: dict[str, Any], elsewhere: Collection[Tensor] = ()
 ) -> None:
-    """Load what `named_state` returned, but for parameters `elsewhere`. Raises UserError if it does not fit."""
+    """Load what `named_state` returned, except for `elsewhere`. Raises UserError if it does not fit."""
     names = parameter_names(model)
     groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
     saved_groups = [group["params"] for group in saved["param_groups"]]

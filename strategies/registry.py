@@ -32,7 +32,7 @@ def resolve(strategy: Strategy | str) -> Strategy:
 
 
 def find(name: str) -> type[Strategy]:
-    """Return the class of that name or class path. Raises UserError for another one, or an incomplete Strategy."""
+    """Return the class of that name or class path. Raises UserError if it is not one, or is incomplete."""
     if isinstance(name, str):
         name = NAMED.get(name, name)
     if not isinstance(name, str) or "." not in name:

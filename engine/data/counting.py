@@ -27,7 +27,7 @@ def counts_terms(task: Task) -> bool:
 
 
 def size_problem(batching: Batching, batch: Any, planned: int | None = None) -> str:
-    """Return why `batch` cannot weigh a mean, "" if it can: its size is the `planned` one, or that of all tensors."""
+    """Return why `batch` cannot weigh a mean; "" if it can: its size is as `planned`, or that of all tensors."""
     if overrides(batching, "batch_size"):
         return ""
     seen = list(dict.fromkeys(size for size, _ in tensors(batch.host if isinstance(batch, Moving) else batch)))

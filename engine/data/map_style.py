@@ -61,7 +61,7 @@ class MapSource:
     def windows(
         self, epoch: int, update: int, samples: int, positions: Sequence[Any] | None = None
     ) -> Iterator[Window]:
-        """Yield the windows of `epoch` from the first position on. Raises UserError for an order of another length."""
+        """Yield the windows of `epoch` from process 0's position on. Raises UserError for an order of other length."""
         order = check_order(self._order(epoch))
         if len(order) != self._plan.samples:
             raise UserError(

@@ -122,7 +122,7 @@ class StreamSource:
             yield MicroBatch(self._to_device(piece), sizes[number], index + number * PIECE, is_end)
 
     def _check_first(self, epoch: int, stream: Lookahead) -> list[str]:
-        """Return the first digests if two are equal in the first epoch. Raises UserError without any micro-batch."""
+        """Return the digests of the first micro-batches if two are equal. Raises UserError without any."""
         compares = stream.has_next and not self._has_compared and self._strategy.data_parallel_size > 1
         firsts = self._strategy.gather((stream.has_next, digest(stream.ahead) if compares else ""))
         self._has_compared = True

@@ -13,7 +13,7 @@ from strategies import MicroBatch, Strategy
 
 @dataclass(frozen=True)
 class Loading:
-    """How data becomes micro-batches on this process; the last three are options of torch's DataLoader."""
+    """The loading of data as micro-batches; the last three are options of torch's DataLoader."""
 
     batching: Batching
     strategy: Strategy

@@ -253,7 +253,7 @@ def compile_in_place(model: nn.Module) -> None:
 
 
 def first_model(task: Task, settings: Settings, strategy: Strategy, callbacks: Sequence[Callback]) -> nn.Module:
-    """Return the model that a run would start from; load callbacks. Raises UserError if the checkpoint is missing."""
+    """Return the model that a run would start from, and restore callbacks. Raises UserError without a checkpoint."""
     checkpoint = Checkpointer(settings, strategy, Signals()).find()
     if checkpoint is None and settings.weights is None and settings.run_dir is not None and settings.resume == "auto":
         raise UserError(

@@ -14,7 +14,7 @@ from strategies import MicroBatch
 
 
 class LossSum:
-    """Adds up losses, if `is_recorded`, and weights on their device; `scale` is what backward multiplies by."""
+    """Adds up weights and, if `is_recorded`, losses, on their device. Backward multiplies by `scale`."""
 
     def __init__(self, scale: float, is_recorded: bool) -> None:
         self.micro_batches = self.samples = 0

@@ -25,7 +25,7 @@ class MeanSums:
         self.by_name: dict[str, tuple[Number, Number]] = {}
 
     def log(self, entries: Iterable[Logged], micro: MicroBatch) -> None:
-        """Add what was logged. Raises UserError; a weight on the device that is negative or NaN makes the mean NaN."""
+        """Add what was logged. Raises UserError if it is invalid; a bad weight on the device makes the mean NaN."""
         for name, value, weight in entries:
             if weight is None and micro.size_problem:
                 raise UserError(f"self.log({name!r}, ...): {micro.size_problem} Or give log() a weight.")

@@ -62,7 +62,7 @@ class NoiseMeter:
         self._estimate = UNKNOWN
 
     def see(self, metrics: dict[str, float], norm: float, weight: float, K: int) -> dict[str, float]:
-        """Take an update's sums out of its metrics, and add the noise scale. `norm` is that before clipping."""
+        """Replace the sums in an update's metrics by the noise scale. `norm` is that before clipping."""
         square, group = metrics.pop(NORMS, math.nan), metrics.pop(WEIGHTS, math.nan)
         if weight - group > 1e-9 * weight and math.isfinite(square + norm):
             signal, noise = moments(square, 1.0, group, (norm * weight) ** 2, weight)

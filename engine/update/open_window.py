@@ -60,8 +60,8 @@ class OpenWindow(CallWindow):
     ) -> None:
         super().__init__(updater, Window(stage, 0, is_empty=False), state)
         self._loss_of, updater.terms = loss_of, None
-        atexit.register(self._report)
         updater.begin(self._window, state)
+        atexit.register(self._report)
         try:
             check_no_gradients(updater.model)
             if weights is not None:

@@ -198,11 +198,13 @@ class _ForwardState:
         self._buffers = Buffers(model)
 
     def keep(self) -> None:
-        self._buffers.keep()
+        if self._buffers.exist:
+            self._buffers.keep()
         self._python, self._numpy = random.getstate(), numpy.random.get_state()
 
     def restore(self) -> None:
-        self._buffers.restore()
+        if self._buffers.exist:
+            self._buffers.restore()
         self.restore_host()
 
     def restore_host(self) -> None:

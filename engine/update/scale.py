@@ -39,7 +39,7 @@ class Scale:
         return correction / self._loss_scale
 
     def end(self, weight: float, overflowed: bool) -> None:
-        """Learn from an update. An overflow halves float16's loss scale, many updates without one double it."""
+        """Learn from an update. An overflow halves float16's loss scale; many updates without one double it."""
         if self._is_fp16:
             self._quiet_updates = 0 if overflowed else self._quiet_updates + 1
             if overflowed:

@@ -1,4 +1,4 @@
-"""The time of updates: data, computing, reduction and step, from as few clock reads for a long window."""
+"""The time of updates by activity, from a few clock reads for each window, however long it is."""
 
 import math
 import time
@@ -99,7 +99,7 @@ NO_TIMER = NoTimer()
 
 
 class UpdateTimer(NoTimer):
-    """Adds up the times of full windows by K, the first of each apart: it warms up. Of K waits it times one."""
+    """Adds up the times of full windows by K, the first of each apart: it warms up. One wait counts for all K."""
 
     def __init__(self, strategy: Strategy) -> None:
         self._is_alone = strategy.processes == 1
@@ -118,7 +118,7 @@ class UpdateTimer(NoTimer):
             return window
         # one wait is timed, at an index that follows no rhythm
         index = int(GOLDEN * update % 1.0 * window.stage.accumulate_grad_batches)
-        micros = iter(window)
+        micros = window.micros
         return chain(islice(micros, index), self._next_of(micros), micros)
 
     def last_micro_batch(self) -> None:

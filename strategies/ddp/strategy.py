@@ -100,7 +100,7 @@ class DDPStrategy(ProcessGroupStrategy):
 
     @contextmanager
     def accumulation_context(self, is_last_microbatch: bool) -> Iterator[None]:
-        """Let DDP reduce in the last micro-batch only: it reads that in forward. Outside no forward prepares it."""
+        """Let DDP reduce in the last micro-batch only, as it reads in forward. No forward outside prepares that."""
         self._broadcast_buffers_once()
         self._ddp.require_backward_grad_sync = is_last_microbatch
         try:
@@ -128,7 +128,7 @@ class DDPStrategy(ProcessGroupStrategy):
         return self._ddp
 
     def start_window(self, most_micro_batches: int) -> None:
-        """Wrap the model again if parameters were frozen or unfrozen. Raises UserError if not on all processes."""
+        """Wrap the model again if parameters were frozen or unfrozen: on all processes, else raises UserError."""
         if [p.requires_grad for p in self._parameters] == self._requires_grad:
             return
         self._agree_on_frozen()
@@ -295,7 +295,7 @@ class DDPStrategy(ProcessGroupStrategy):
             self.join(None)  # makes gradients of zero, views of the buckets
 
     def _broadcast_buffers_once(self) -> None:
-        """Send process 0's buffers once per window. DDP's forwards would, but processes may have different numbers."""
+        """Send process 0's buffers once per window. DDP would in each forward, and their number may differ."""
         if self._has_buffers and self.broadcast_buffers and not self._buffers_are_sent:
             self._buffers_are_sent = True
             self._ddp._sync_buffers()  # type: ignore[no-untyped-call]

@@ -29,5 +29,5 @@ def depends_on(loss: Tensor, parameters: Sequence[nn.Parameter]) -> bool:
 
 
 def zero_of(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Return 0 as the sum of no row of each parameter: with gradient 0, which `p.sum() * 0` has of finite ones only."""
+    """Return 0 as a function of `parameters`, the sum of none of their rows: `p.sum() * 0` may be NaN."""
     return torch.stack([p.unsqueeze(0)[:0].sum() for p in parameters]).sum()

@@ -1,4 +1,4 @@
-"""The order of collectives in a pass under FSDP, recorded from data, so that a process without can take part."""
+"""The order of collectives under FSDP, recorded in a pass with data, so that processes without take part."""
 
 import time
 from datetime import timedelta

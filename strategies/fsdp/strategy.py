@@ -180,7 +180,7 @@ class FSDPStrategy(ProcessGroupStrategy):
         return list(dict.fromkeys(in_lists(model))) if self.wrap is None else of_classes(model, self.wrap)
 
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
-        """Step on shards, or whole parameters where an optimizer needs them. Raises UserError if that has modes."""
+        """Gather whole parameters for optimizers that need them. Raises UserError if such an optimizer has modes."""
         if parts := need_whole(optimizer):
             self._shards = GatheredSteps(optimizer, self._shard_group, parts)
 

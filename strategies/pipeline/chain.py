@@ -66,7 +66,7 @@ class Chain:
         return output
 
     def through(self, x: Tensor | None, autocast: torch.dtype | None) -> tuple[Any, TensorSpec | None]:
-        """Run a batch (`x`, on the first process) through all parts; return the output, on the last, and this spec."""
+        """Run a batch `x` of the first process through all parts. Return the output (on the last) and this spec."""
         error = spec = None
         if not self.is_first:
             x, autocast = self._receive()

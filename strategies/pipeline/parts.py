@@ -65,7 +65,7 @@ def cut(model: nn.Module, count: int, boundaries: Sequence[int] | None) -> list[
 
 
 def balanced(sizes: Sequence[int], parts: int) -> list[int]:
-    """Return the first layer of each part but the first, the largest part as small as possible. Raises UserError."""
+    """Return where each part but the first begins, so that the largest is smallest. Raises UserError."""
     if not 1 <= parts <= len(sizes):
         raise UserError(f"stages={parts}: expected at most as many stages as layers, {len(sizes)}.")
     before = list(accumulate(sizes, initial=0))

@@ -55,7 +55,7 @@ class Schedules:
         inputs: Sequence[Tensor],
         forwards: Sequence[Callable[[], tuple[Tensor, float | Tensor]]],
     ) -> None:
-        """Run a schedule for each group of equal neighbours. Raises the first error of a forward, after the last."""
+        """Run a schedule for each group of equal neighbours. Raises a forward's error after the last of them."""
         self._error = None
         for kind, neighbours in groupby(range(len(calls)), key=lambda index: calls[index][:2]):
             indices = list(neighbours)

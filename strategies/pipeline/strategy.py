@@ -148,7 +148,7 @@ class PipelineStrategy(ProcessGroupStrategy):
     def _start(
         self, window: Iterable[MicroBatch], forward: Callable[[Any], object]
     ) -> tuple[list[MicroBatch], list[Call], list[Tensor]]:
-        """Return micro-batches, calls of the model and first inputs. Raises UserError for different numbers of them."""
+        """Return the micro-batches, the calls of the model and their inputs. Raises UserError for unequal numbers."""
         micros: list[MicroBatch] = []
         inputs: list[Tensor] = []
 

@@ -239,3 +239,14 @@ def test_a_window_that_is_left_open_is_reported() -> None:
         run(2, leave_open, seconds=20, timeout=5)
     problem = "a window was left open: 1 calls of backward() count for nothing. Call update() or drop()."
     assert f"process 1 failed: {problem}" in raised.value.errors[0]
+
+
+def test_a_window_that_could_not_open_is_not_left_open() -> None:
+    strategy = find("single")("cpu")
+    model = strategy.prepare(mlp())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    accumulator, before = Accumulator(strategy, model, optimizer), atexit._ncallbacks()
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+    with pytest.raises(ValueError, match="the parameters changed during training"):
+        accumulator.open()
+    assert atexit._ncallbacks() == before
