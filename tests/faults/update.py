@@ -5,6 +5,13 @@ from tests.faults.selections import KILLED, LATE, LOGGED, NOISE, REDO, STREAMS, 
 
 FAULTS = [
     Fault(
+        "let a logged value take the column of the loss",
+        "engine.update.exchange:",
+        ", *GROUPED.values()",
+        "",
+        "tests/exact/test_logged_means.py -k cannot_be_recorded",
+    ),
+    Fault(
         "average the averages of what is logged",
         "MeanSums.log",
         "mean * count if count else 0.0, count)",
