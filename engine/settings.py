@@ -205,7 +205,7 @@ class Settings:
         if self.max_epochs is None and self.max_updates is None:
             raise UserError("max_epochs=None, max_updates=None: expected an end. Give one, such as max_epochs=10.")
         if self.micro_batch_size == AUTO and self.effective_batch_size is None:
-            raise UserError("micro_batch_size='auto': expected effective_batch_size, from which K follows. Give one.")
+            raise UserError("micro_batch_size='auto': expected an effective_batch_size, which decides K. Give one.")
         check_precision(self.precision)
         check_lr_rule(self.lr_rule, self.lr_reference_batch)
         if (self.run_dir or self.weights) and find_spec("safetensors") is None:

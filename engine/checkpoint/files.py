@@ -54,7 +54,8 @@ def write(
     extra = {name: value for name, value in model.items() if not isinstance(value, Tensor)}
     plain = tree.flatten({**state, "extra_model_state": extra}, tensors)
     part = folder / f".{final.name}.{uuid.uuid4().hex}.part"
-    folder.mkdir(exist_ok=True)
+    if not folder.is_dir():
+        folder.mkdir()
     part.mkdir()
     try:
         (part / STATE).write_text(tree.dumps(plain))
