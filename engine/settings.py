@@ -60,27 +60,24 @@ def _declares(describe: Callable[P, Option]) -> Callable[Concatenate[Any, P], An
 option = _declares(Option)  # declares a setting by its default and the arguments of `Option`
 
 
-def torch_seed(name: str, value: Any) -> None:
-    """Check for a seed that torch takes."""
+def _torch_seed(name: str, value: Any) -> None:
     check_count(name, value, 0)
     if value >= 2**64:
         raise UserError(f"{name}={value}: expected a whole number below 2**64.")
 
 
-def switch(name: str, value: object) -> None:
-    """Check for True or False."""
+def _switch(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise UserError(f"{name}={value!r}: expected True or False.")
 
 
-def positive(name: str, value: object) -> None:
-    """Check for a positive, finite number."""
+def _positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise UserError(f"{name}={value!r}: expected a positive number, or None.")
 
 
 # The checks of settings that have none of their own, by type
-CHECKS: dict[str, Check] = {"int": check_count, "float": positive, "bool": switch}
+CHECKS: dict[str, Check] = {"int": check_count, "float": _positive, "bool": _switch}
 
 
 def _size(name: str, value: object) -> None:
@@ -140,7 +137,7 @@ class Settings:
     )
     compile_model: bool = option(False, 'Compile the model in place with torch.compile ("single" and "ddp").', PLACE)
     seed: int = option(
-        0, "Seed of the parameters, the data order, dropout and augmentation.", UPDATES, torch_seed, identity=True
+        0, "Seed of the parameters, the data order, dropout and augmentation.", UPDATES, _torch_seed, identity=True
     )
     shuffle: bool = option(
         True, "Shuffle all samples in each epoch; `Task.order` gives another order.", UPDATES, identity=True
@@ -208,16 +205,11 @@ class Settings:
         if self.max_epochs is None and self.max_updates is None:
             raise UserError("max_epochs=None, max_updates=None: expected an end. Give one, such as max_epochs=10.")
         if self.micro_batch_size == AUTO and self.effective_batch_size is None:
-            raise UserError(
-                "micro_batch_size='auto': expected an effective_batch_size, from which K follows. Give one."
-            )
+            raise UserError("micro_batch_size='auto': expected an effective_batch_size, which decides K. Give one.")
         check_precision(self.precision)
         check_lr_rule(self.lr_rule, self.lr_reference_batch)
         if (self.run_dir or self.weights) and find_spec("safetensors") is None:
-            raise UserError(
-                f"run_dir={self.run_dir!r}, weights={self.weights!r}: expected the package safetensors, which writes "
-                "and reads them. Use pip install safetensors."
-            )
+            raise UserError("run_dir or weights: expected the package safetensors. Use pip install safetensors.")
         if self.run_dir is None and (self.save_every_n_updates is not None or self.keep_best):
             raise UserError("run_dir=None: save_every_n_updates and keep_best need a folder to save into. Give one.")
 

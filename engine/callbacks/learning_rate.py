@@ -48,8 +48,7 @@ class EpochLR(Callback):
 class PlateauLR(EpochLR):
     """Multiplies the learning rate by `factor` after more than `patience` validations without a better `metric`.
 
-    It is torch's ReduceLROnPlateau, with its `threshold`, `cooldown` and `min_lr`. Raises UserError as `EpochLR` does,
-    and for a metric that is missing.
+    It is torch's ReduceLROnPlateau. Raises UserError as `EpochLR` does, and for a metric that is missing.
     """
 
     def __init__(

@@ -7,10 +7,7 @@ from engine.errors import UserError
 
 
 class SavePretrained(Callback):
-    """Writes the model by its own `save_pretrained` into `run_dir/pretrained`, at the end of the run.
-
-    Models of `transformers`, `peft` and others have one. Raises UserError for a model without it, or no `run_dir`.
-    """
+    """Writes the model by its own `save_pretrained` into `run_dir/pretrained`. Raises UserError if one is missing."""
 
     def on_fit_start(self, trainer: Trainer) -> None:
         if not hasattr(trainer.model, "save_pretrained") or trainer.settings.run_dir is None:

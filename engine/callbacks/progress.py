@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 class Progress(Callback):
     """Prints a banner, and progress: a few live lines in a terminal, else a line at most every `seconds`.
 
-    `metrics` are names of what the task logs, to be shown too. Between these an update costs one look at the clock.
-    `NO_COLOR` and `TERM=dumb` are heeded.
+    `metrics` are names of what the task logs, to be shown too. `NO_COLOR` and `TERM=dumb` are heeded.
     """
 
     def __init__(self, seconds: float = 5.0, metrics: Sequence[str] = ()) -> None:

@@ -19,10 +19,8 @@ class Base:
         self, model: nn.Module, saved: Mapping[str, Tensor], left_out: Mapping[str, str] | None, strategy: Strategy
     ) -> None:
         self._model, self._strategy = model, strategy
-        frozen = {
-            name: p for name, p in _named(model) if not p.requires_grad and (left_out is None or name in left_out)
-        }
-        self._digests = {name: digest(saved.get(name, p)) for name, p in frozen.items()}
+        frozen = [(name, p) for name, p in _named(model) if not p.requires_grad]
+        self._digests = {name: digest(saved.get(name, p)) for name, p in frozen if left_out is None or name in left_out}
         self._marks: dict[str, tuple[int, int]] = {}
 
     def begin(self) -> None:

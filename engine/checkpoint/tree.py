@@ -13,8 +13,8 @@ from torch import Tensor
 
 from engine.errors import UserError
 
+# Marks of what JSON lacks: a tensor, a dictionary whose keys are not plain texts, a Counter, a tuple, nan, inf
 TENSOR, PAIRS, COUNTER, TUPLE, FLOAT = "$tensor", "$pairs", "$counter", "$tuple", "$float"
-"""Marks of what JSON lacks: a tensor, a dictionary whose keys are not plain texts, a Counter, a tuple, nan, inf."""
 
 
 def flatten(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:

@@ -112,8 +112,8 @@ class RunFolder:
         """Append one line to metrics.jsonl; if the disk is full, keep it for the next time."""
         try:
             self._unwritten += _dumps(record) + b"\n"  # a number that is not finite becomes null
-        except TypeError:
-            self._unwritten += _line(record)
+        except TypeError:  # orjson refuses text that is no UTF-8, numbers of more than 64 bits, and objects
+            self._unwritten += _dumps(_plain(record)) + b"\n"
         try:
             while self._unwritten and self._metrics is not None:  # as `flush`, without a call
                 self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
@@ -139,7 +139,7 @@ class RunFolder:
         """Append one line to events.jsonl, which no resume cuts."""
         try:
             if self._events is not None:
-                self._events.write(_line(event))
+                self._events.write(_dumps(_plain(event)) + b"\n")
         except OSError as error:
             log.error("events.jsonl could not be written: %s. Training continues without the line.", error)
 
@@ -207,11 +207,6 @@ def _check_is_free(path: Path, takes_over: bool) -> None:
     if path.exists():
         way_out = "a new folder" if takes_over else "a new folder, or resume='auto'"
         raise RunDirTakenError(f"run_dir={str(path)!r}: expected a folder that nothing else is in. Use {way_out}.")
-
-
-def _line(record: Mapping[str, Any]) -> bytes:
-    """Return a line of JSON; orjson refuses text that is no UTF-8, numbers of more than 64 bits, and objects."""
-    return _dumps(_plain(record)) + b"\n"
 
 
 def _plain(value: Any) -> Any:

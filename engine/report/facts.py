@@ -128,7 +128,7 @@ def history(run: Run) -> list[tuple[str, str, str]]:
             "end": "finished",
         }[kind]
         when = str(event.get("time", "?")).replace("T", " ").replace("+00:00", " UTC")
-        rows.append((when, f"update {_whole(event.get('update'))}", what))
+        rows.append((when, f"update {event['update']:,.0f}", what))
     return rows
 
 
@@ -175,7 +175,3 @@ def _last(column: Column | None, otherwise: float = np.nan) -> float:
 
 def _seconds(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and 0 <= value < 1e12 else 0.0
-
-
-def _whole(value: Any) -> str:
-    return f"{plotted:,.0f}" if np.isfinite(plotted := number(value)) else "?"

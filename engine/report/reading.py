@@ -45,10 +45,7 @@ class Run:
 
 
 def read(folder: str | Path) -> Run:
-    """Read the folder of a run that has ended or still runs; a line without its end is left out.
-
-    Raises NotARunError if there is no metrics.jsonl, and OSError if it cannot be read.
-    """
+    """Read the folder of a run, ended or not. Raises NotARunError without a metrics.jsonl, and OSError."""
     path = Path(folder)
     if not (path / "metrics.jsonl").is_file():
         raise NotARunError(_refusal(path))

@@ -443,7 +443,7 @@ def test_an_odd_error_is_told_to_all_and_kept(odd: str, tmp_path: Path) -> None:
 
 def test_records_keep_odd_names_and_numbers(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    folder.rewind(0, 0, None)
+    folder.rewind(0, 0)
     folder.log({"update": 1, "caf\udce9": 2.5, "long": 10**20, "longer": 10**400, "nan": float("nan")})
     folder.close()
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

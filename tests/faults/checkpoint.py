@@ -154,7 +154,7 @@ FAULTS = [
     Fault(
         "leave out again what was trained",
         "Base.__init__",
-        "(left_out is None or name in left_out)",
+        "left_out is None or name in left_out",
         "True",
         "tests/resume/test_frozen_base.py -k learned_meanwhile",
     ),

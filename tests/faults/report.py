@@ -31,11 +31,4 @@ FAULTS = [
         "value == value",
         "tests/output/test_report.py -k odd_numbers",
     ),
-    Fault(
-        "show any number in a report",
-        "engine.report.facts:_whole",
-        "plotted := number(value)",
-        "plotted := value",
-        "tests/output/test_report.py -k odd",
-    ),
 ]

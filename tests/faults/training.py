@@ -33,13 +33,6 @@ FAULTS = [
         "tests/output/test_hooks.py -k ends_once",
     ),
     Fault(
-        "let a logged value take the column of the loss",
-        "engine.update.exchange:",
-        ", *GROUPED.values()",
-        "",
-        "tests/exact/test_logged_means.py -k cannot_be_recorded",
-    ),
-    Fault(
         "let loggers come before callbacks",
         "Session._run_window",
         """            self._call("on_update_end")

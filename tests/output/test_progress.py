@@ -106,7 +106,7 @@ def test_a_terminal_of_any_width(columns: int) -> None:
     assert written.rstrip().endswith("done: 40 updates, 1 of them skipped, 40 samples")
 
 
-@pytest.mark.parametrize(("columns", "shares_a_line"), [(75, False), (140, True)])
+@pytest.mark.parametrize(("columns", "shares_a_line"), [(90, False), (140, True)])
 def test_training_and_machine_share_a_line_only_if_they_fit(columns: int, shares_a_line: bool) -> None:
     lines = re.split(r"[\r\n]+", ESCAPES.sub("\n", in_terminal(COLUMNS=str(columns))))
     training = [line for line in lines if line.startswith("loss ")]
