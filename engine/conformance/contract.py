@@ -8,22 +8,20 @@ import torch
 from torch import nn
 
 from engine.conformance import Backend, NotDeclaredError
-from engine.conformance.backend import N, declare, expect, has_whole_state, run_window, started
-from engine.conformance.reference import LR, Regression, State, deal, difference, network
+from engine.conformance.backend import N, expect, started, whole
+from engine.conformance.reference import LR, Regression, State, difference, network
 from strategies import Strategy
+from strategies.environment import started_rank
+
+DECLARED = (
+    "name", "rank", "local_rank", "data_parallel_size", "data_parallel_rank", "device", "supports_variable_windows",
+    "exact_to", "defers_reduction", "resumes_exactly",
+)  # fmt: skip
 
 
 def check_declared(backend: Backend) -> None:
     """Rank, P, device and capabilities are known before `setup`, and stay."""
-    before, after = backend.declared, backend.run(_declared_after_setup)
-    for rank, (early, late) in enumerate(zip(before, after, strict=True)):
-        for name, first, then in zip(early._fields, early, late, strict=True):
-            expect(first == then, f"process {rank}: {name} is {first} before setup() and {then} after.")
-        expect(early.rank == rank, f"process {rank}: expected rank {rank}, seen {early.rank}.")
-        variable = early.supports_variable_windows
-        expect(isinstance(variable, bool), f"supports_variable_windows is {variable!r}: expected True or False.")
-    P, processes = backend.P, backend.processes
-    shares = sorted(row.data_parallel_rank for row in before)
+    P, processes, shares = backend.P, backend.processes, sorted(backend.run(_declare))
     expected = sorted(rank % P for rank in range(processes))
     expect(
         processes % P == 0 and shares == expected,
@@ -34,15 +32,7 @@ def check_declared(backend: Backend) -> None:
 
 def check_messages(backend: Backend) -> None:
     """`exchange`, `gather` and `all_reduce` carry each process's values, in rank order."""
-    processes = range(backend.processes)
-    expected = (
-        [[rank, rank * 0.5] for rank in processes],
-        [f"from {rank}" for rank in processes],
-        [sum(processes), 0.0, max(processes)],
-    )
-    for rank, seen in enumerate(backend.run(_messages)):
-        for name, mine, theirs in zip(("exchange", "gather", "all_reduce"), seen, expected, strict=True):
-            expect(mine == theirs, f"{name} on process {rank}: expected {theirs}, seen {mine}.")
+    backend.run(_exchange_messages, range(backend.processes))
 
 
 def check_effective_batch(backend: Backend) -> None:
@@ -81,8 +71,7 @@ def check_synchronize_buffers(backend: Backend) -> None:
     """`synchronize_buffers` gives all processes the buffers of process 0."""
     if backend.processes > backend.P:
         raise NotDeclaredError("data_parallel_size < processes: each holds another part of the model")
-    for rank, seen in enumerate(backend.run(_buffers)):
-        expect(seen == 0.0, f"process {rank}: expected the 0 of process 0 in the buffer, seen {seen:g}.")
+    backend.run(_synchronize_buffers)
 
 
 class Case(NamedTuple):
@@ -94,90 +83,81 @@ class Case(NamedTuple):
     factor: float = 1.0
 
 
-class Seen(NamedTuple):
-    """The parameters before and after a window and a step of SGD, and the norm."""
-
-    before: State
-    after: State
-    norm: float
-
-
 def _check_windows(backend: Backend, cases: Sequence[Case], what: str) -> None:
     """Compare the gradients of windows, as a step of SGD shows them, with those of one big batch."""
-    limit = backend.must_be_exact()
-    pieces = deal([backend.K] * backend.P, [N])
-    task = Regression(backend.P * backend.K * N, tokens=True, pieces=pieces)
-    for rank, rows in enumerate(backend.run(_run_windows, task, cases, backend.K)):
-        for case, seen in zip(cases, rows, strict=bool(rows)):
-            gradient, norm = _expected(task, case, seen.before)
-            found = {n: (seen.before[n] - seen.after[n]) / LR for n in seen.after}
-            off = difference(found, gradient)
-            where = f"{what}, clip({case.max_norm}, {case.factor})" if case.clips else what
-            expect(
-                off <= max(limit, 1e-12),
-                f"{where}: on process {rank} the gradient is {_ratio(found, gradient)} of the one expected, off by "
-                f"{off:.1e} where {limit:g} (relative) is promised.",
-            )
-            if case.clips:
-                expect(
-                    abs(seen.norm - norm) <= limit * norm,
-                    f"{where} returned the norm {seen.norm:.6g} on process {rank}: expected {norm:.6g}, that after "
-                    "the factor and before the clipping.",
-                )
+    backend.run(_run_windows, cases, backend.K, backend.must_be_exact(), what)
 
 
-def _expected(task: Regression, case: Case, state: State) -> tuple[State, float]:
-    """Return the gradient after `case`, by one big batch, and its norm before the clipping."""
-    model = network()
-    with torch.no_grad():
-        for parameter, value in zip(model.parameters(), state.values(), strict=True):
-            parameter.copy_(value)
-    factor = float(case.scale) * float(task.weight.sum()) * case.factor
-    gradients = [g * factor for g in task.gradient(model, range(len(task.x)))]
-    norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
-    clip = 1.0 if case.max_norm is None else min(1.0, case.max_norm / (norm + 1e-6))
-    return {name: g * clip for name, g in zip(state, gradients, strict=True)}, norm
-
-
-def _ratio(found: State, expected: State) -> str:
-    mine, theirs = (float(torch.cat([v.flatten() for v in state.values()]).norm()) for state in (found, expected))
-    return f"{mine / theirs:.4g} times the length"
-
-
-def _run_windows(strategy: Strategy, task: Regression, cases: Sequence[Case], K: int) -> list[Seen]:
-    rows = []
-    with started(strategy) as own:
-        optimizer = torch.optim.SGD(own.module.parameters(), lr=LR)
+def _run_windows(strategy: Strategy, cases: Sequence[Case], K: int, limit: float, what: str) -> None:
+    seen = []
+    with started(strategy, K) as own:
         for case in cases:
-            before = strategy.state_dict()["model"]
-            scale = case.scale.to(strategy.device) if isinstance(case.scale, torch.Tensor) else case.scale
-            run_window(strategy, own, optimizer, task, K, scale)
+            before = whole(strategy, strategy.state_dict()["model"])
+            own.run_window(case.scale.to(strategy.device) if isinstance(case.scale, torch.Tensor) else case.scale)
             norm = strategy.clip(case.max_norm, case.factor).item() if case.clips else math.nan
-            optimizer.step()
-            strategy.clear_gradients()
-            rows.append(Seen(before, strategy.state_dict()["model"], norm))
-        return rows if has_whole_state(strategy) else []
+            seen.append((before, whole(strategy, own.step()["model"]), norm))
+    for case, (before, after, norm) in zip(cases, seen, strict=True):
+        if before:
+            where = f"{what}, clip({case.max_norm}, {case.factor})" if case.clips else what
+            _check_window(own.task, case, before, after, norm, limit, where)
 
 
-def _declared_after_setup(strategy: Strategy) -> Any:
+def _check_window(
+    task: Regression, case: Case, before: State, after: State, norm: float, limit: float, where: str
+) -> None:
+    model = network()
+    model.load_state_dict(dict(zip(model.state_dict(), before.values(), strict=True)))
+    factor = float(case.scale) * float(task.weight.sum()) * case.factor
+    expected_norm = task.set_gradient(model, range(len(task.x)), factor, case.max_norm)
+    gradient = {name: p.grad for name, p in zip(before, model.parameters(), strict=True) if p.grad is not None}
+    found = {name: (before[name] - after[name]) / LR for name in after}
+    off = difference(found, gradient)
+    mine, theirs = (torch.cat([v.flatten() for v in state.values()]).norm() for state in (found, gradient))
+    expect(
+        off <= max(limit, 1e-12),
+        f"{where}: the gradient is {mine / theirs:.4g} times the length of the one expected, off by {off:.1e} where "
+        f"{limit:g} (relative) is promised.",
+    )
+    expect(
+        not case.clips or abs(norm - expected_norm) <= limit * expected_norm,
+        f"{where} returned the norm {norm:.6g}: expected {expected_norm:.6g}, that after the factor and before the "
+        "clipping.",
+    )
+
+
+def _declare(strategy: Strategy) -> int:
+    """Compare the declarations before and after `setup`; return the data-parallel rank."""
+    early = {name: getattr(strategy, name) for name in DECLARED}
     with started(strategy):
-        return declare(strategy)
+        late = {name: getattr(strategy, name) for name in DECLARED}
+    for name, first in early.items():
+        expect(first == late[name], f"{name} is {first} before setup() and {late[name]} after.")
+    expect(early["rank"] == started_rank(), f"expected rank {started_rank()}, seen {early['rank']}.")
+    variable = early["supports_variable_windows"]
+    expect(isinstance(variable, bool), f"supports_variable_windows is {variable!r}: expected True or False.")
+    return int(early["data_parallel_rank"])
 
 
-def _messages(strategy: Strategy) -> Any:
+def _exchange_messages(strategy: Strategy, processes: range) -> None:
     with started(strategy):
-        rank = strategy.rank
-        receive = strategy.exchange([float(rank), rank * 0.5])
-        gathered = strategy.gather(f"from {rank}")
-        ops = ("sum", "min", "max")
-        reduced = [strategy.all_reduce(torch.tensor([float(rank)], device=strategy.device), op).item() for op in ops]
-        return receive(), gathered, reduced
+        rank, device = float(strategy.rank), strategy.device
+        receive = strategy.exchange([rank, rank * 0.5])
+        gathered = strategy.gather(f"from {strategy.rank}")
+        reduced = [strategy.all_reduce(torch.tensor([rank], device=device), op).item() for op in ("sum", "min", "max")]
+        rows = receive()
+    for name, seen, expected in (
+        ("exchange", rows, [[rank, rank * 0.5] for rank in processes]),
+        ("gather", gathered, [f"from {rank}" for rank in processes]),
+        ("all_reduce", reduced, [sum(processes), 0.0, max(processes)]),
+    ):
+        expect(seen == expected, f"{name}: expected {expected}, seen {seen}.")
 
 
-def _buffers(strategy: Strategy) -> float:
+def _synchronize_buffers(strategy: Strategy) -> None:
     with started(strategy):
         norm = nn.BatchNorm1d(3).to(strategy.device)
         assert norm.running_mean is not None
         norm.running_mean.fill_(strategy.rank)
         strategy.synchronize_buffers(norm)
-        return float(norm.running_mean.max())
+        seen = float(norm.running_mean.max())
+    expect(seen == 0.0, f"expected the 0 of process 0 in the buffer, seen {seen:g}.")

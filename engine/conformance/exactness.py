@@ -34,7 +34,7 @@ def check_weights_known_late(backend: Backend) -> None:
 def check_variable_windows(backend: Backend) -> None:
     """K changes during a run and each update stays exact; or a schedule is refused before anything starts."""
     scheduling = {0: 2, 1: backend.K, 2: 1}
-    if not backend.declared[0].supports_variable_windows:
+    if not backend.strategy.supports_variable_windows:
         for rank, said in enumerate(backend.run(_refusal, scheduling)):
             expect(bool(said), f"process {rank}: supports_variable_windows is False, and a schedule is not refused.")
         raise NotDeclaredError("supports_variable_windows = False: a schedule is refused")
@@ -81,8 +81,7 @@ def _check(backend: Backend, task: Regression, windows: Sequence[Sequence[int]],
     for rank, own in enumerate(ran):
         seen = [record["effective_batch"] for record in own.records]
         expect(seen == sizes, f"{what}: expected updates of {sizes} samples, process {rank} has seen {seen}.")
-    if backend.declared[0].exact_to is not None:
-        backend.expect_equal(ran[0].state, task.big_batches(windows, settings.get("gradient_clip_norm")), what)
+    backend.expect_equal(ran[0].state, task.big_batches(windows, settings.get("gradient_clip_norm")), what)
 
 
 def _refusal(strategy: Strategy, scheduling: Any) -> str:
