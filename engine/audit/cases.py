@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from engine.conformance.reference import Regression, network
+from engine.conformance.reference import Regression, deal, in_order, network, windows_of
 
 N, EPOCHS = 4, 2
 CASES = (
@@ -20,7 +19,6 @@ CASES = (
 )  # fmt: skip
 """The cases by name. An adapter declares the last three, since they ask more of it than K."""
 _, SHORT, RAGGED, PADDED, ZERO, UNEVEN, SCHEDULE, RESUME, ANOTHER_P = CASES
-Rows = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Case(NamedTuple):
     name: str
     P: int
     K: int
-    pieces: list[list[Rows]]
+    pieces: list[list[range]]
     samples: int
     task: Regression
     then_K: int  # noqa: N815 - of the second epoch, or of the second run
@@ -61,11 +59,10 @@ class Case(NamedTuple):
         updates: list[Planned] = []
         for epoch in range(EPOCHS):
             K = self.then_K if epoch and self.name == SCHEDULE else self.K
-            for start in range(0, len(self.pieces[0]), K):
-                given = sum(len(rows) for own in self.pieces for rows in own[start : start + K])
-                samples = min(self.P * N * K, self.samples - start * self.P * N) if from_dataset else given
+            dataset, given = in_order(self.samples, self.P * N * K), windows_of(self.pieces, K)
+            for number, rows in enumerate(dataset if from_dataset else given, 1):
                 own_K = self.then_K if updates and self.name == ANOTHER_P else K
-                updates.append(Planned(epoch, own_K, samples, start + K <= len(self.pieces[0])))
+                updates.append(Planned(epoch, own_K, len(rows), number * K <= len(self.pieces[0])))
         return updates
 
 
@@ -75,10 +72,10 @@ def make_case(name: str, P: int, dtype: torch.dtype) -> Case:
     sizes = [N] * (P * (2 * K - (name == SHORT)))
     if name == RAGGED:
         sizes[-P:] = [N // 2] * P
-    micro_batches = [tuple(range(end - size, end)) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+    micro_batches = deal([len(sizes)], sizes)[0]
     pieces, samples = [micro_batches[rank::P] for rank in range(P)], sum(sizes)
-    task = Regression(samples, tokens=True)
-    task.x, task.y, task.weight = task.x.to(dtype).double(), task.y.to(dtype).double(), torch.ones(samples).double()
+    task = Regression(samples)
+    task.x, task.y = task.x.to(dtype).double(), task.y.to(dtype).double()
     if name == PADDED:
         task.weight = torch.randint(0, 4, (samples,), generator=torch.Generator().manual_seed(1)).double()
     elif name == ZERO:
@@ -104,6 +101,7 @@ class Job:
         self.schedule = {0: self.K, 1: case.then_K} if case.name == SCHEDULE else {0: self.K}
         self.stop_after = 1 if case.then_P and not resumes else None
         self._tensors = [values.to(dtype) for values in (case.task.x, case.task.y, case.task.weight)]
+        self._total = case.task.total
         in_order = [rows for same in zip(*case.pieces, strict=False) for rows in same]
         self._pieces = case.pieces[rank] if self.P == case.P else in_order[rank :: self.P]
         self._samples = case.samples
@@ -125,5 +123,4 @@ class Job:
 
     def loss_sum(self, model: Callable[..., Any], batch: Sequence[Tensor]) -> Tensor:
         """Return the sum over the micro-batch's weight."""
-        x, y, weight = batch
-        return torch.as_tensor((weight * (model(x) - y).square().squeeze(1)).sum())
+        return self._total(model, batch)

@@ -35,12 +35,11 @@ def main(arguments: list[str]) -> int:
     try:
         strategy_class = find(given.strategy)
         options = _options(strategy_class, rest)
-        strategy_class(**options)
+        backend = Backend(strategy_class, options, given.processes, given.accumulate, given.seconds)
+        backend.strategy  # noqa: B018 - to be refused here, if it cannot be made
+        backend.attempt(_start)
     except (ValueError, TypeError) as error:
         return _refuse(str(error))
-    backend = Backend(strategy_class, options, given.processes, given.accumulate, given.seconds)
-    try:
-        backend.attempt(_start)
     except ProcessesFailedError as error:
         if refused := [text for text in error.errors.values() if text.startswith(("UserError", "ValueError"))]:
             return _refuse(f"{given.strategy} cannot be set up on {given.processes} processes: {refused[0]}")

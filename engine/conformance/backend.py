@@ -1,6 +1,6 @@
 """A strategy under test: how it is made, what it declares, and how the checks run it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -87,6 +87,11 @@ class Backend:
         """Data-parallel processes, as the strategy says."""
         return int(self.run(lambda strategy: strategy.data_parallel_size)[0])
 
+    @property
+    def B(self) -> int:  # noqa: N802 - a word of this field
+        """Samples of a full update."""
+        return self.P * N * self.K
+
     @cached_property
     def needs_equal_windows(self) -> bool:
         """Whether the strategy, once it has a model, wants as many micro-batches on each process."""
@@ -102,6 +107,12 @@ class Backend:
         if (exact_to := self.strategy.exact_to) is None:
             raise NotDeclaredError("exact_to = None: its updates are not those of one big batch")
         return exact_to
+
+    def expect_updates(self, ran: Sequence[Ran], samples: list[int], what: str) -> None:
+        """Raise BrokenPromiseError unless the updates of each process have these numbers of samples."""
+        for rank, own in enumerate(ran):
+            seen = [record["effective_batch"] for record in own.records]
+            expect(seen == samples, f"{what}: expected updates of {samples} samples, process {rank} has seen {seen}.")
 
     def expect_equal(self, found: State, expected: State, what: str) -> None:
         """Raise BrokenPromiseError unless `found` is what the strategy promises of `expected`, if it does."""

@@ -37,17 +37,14 @@ def check_messages(backend: Backend) -> None:
 
 def check_effective_batch(backend: Backend) -> None:
     """`effective_batch(N, K)` is what K micro-batches of N samples on each of the P really are."""
-    P, K = backend.P, backend.K
-    samples = P * N * K
+    P, K, samples = backend.P, backend.K, backend.B
     for rank, said in enumerate(backend.run(lambda strategy: strategy.effective_batch(N, K))):
         expect(
             said == samples,
             f"effective_batch({N}, {K}) on process {rank} says {said}, and P={P} processes with K={K} micro-batches of "
             f"N={N} have {samples}.",
         )
-    for rank, ran in enumerate(backend.fit(Regression(2 * samples), max_epochs=1)):
-        seen = [record["effective_batch"] for record in ran.records]
-        expect(seen == [samples] * 2, f"process {rank}: expected two updates of {samples} samples, seen {seen}.")
+    backend.expect_updates(backend.fit(Regression(2 * samples), max_epochs=1), [samples] * 2, "two windows")
 
 
 def check_backward(backend: Backend) -> None:

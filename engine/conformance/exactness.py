@@ -15,34 +15,29 @@ EPOCHS = 2
 def check_exact(backend: Backend) -> None:
     """An update is (sum of losses) / (sum of weights): short last windows, ragged micro-batches, clipping."""
     backend.must_be_exact()
-    B = backend.P * N * backend.K
-    for samples, max_norm in zip(_tails(backend, B), (0.05, None, 0.05), strict=False):
-        task = Regression(samples)
-        what = f"{samples} samples in updates of {B}" + (f", clipped at {max_norm}" if max_norm else "")
-        _check(backend, task, in_order(samples, B) * EPOCHS, what, gradient_clip_norm=max_norm)
+    for samples, max_norm in zip(_tails(backend, backend.B), (0.05, None, 0.05), strict=False):
+        clipped = f", clipped at {max_norm}" if max_norm else ""
+        _check(backend, Regression(samples), f"{samples} samples{clipped}", gradient_clip_norm=max_norm)
 
 
 def check_weights_known_late(backend: Backend) -> None:
     """Updates are exact if the weights are valid tokens, which are known only when the window is over."""
     backend.must_be_exact()
-    B = backend.P * N * backend.K
-    for samples in _tails(backend, B):
-        what = f"tokens of {samples} samples in updates of {B}"
-        _check(backend, Regression(samples, tokens=True), in_order(samples, B) * EPOCHS, what)
+    for samples in _tails(backend, backend.B):
+        _check(backend, Regression(samples, tokens=True), f"tokens of {samples} samples")
 
 
 def check_variable_windows(backend: Backend) -> None:
     """K changes during a run and each update stays exact; or a schedule is refused before anything starts."""
     scheduling = {0: 2, 1: backend.K, 2: 1}
     if not backend.strategy.supports_variable_windows:
-        for rank, said in enumerate(backend.run(_refusal, scheduling)):
-            expect(bool(said), f"process {rank}: supports_variable_windows is False, and a schedule is not refused.")
+        backend.run(_expect_refusal, scheduling)
         raise NotDeclaredError("supports_variable_windows = False: a schedule is refused")
-    B = backend.P * N
-    samples, what = _tails(backend, B * 2 * backend.K)[-1], f"K by epoch {scheduling}"
-    windows = [window for K in scheduling.values() for window in in_order(samples, B * K)]
+    one = backend.B // backend.K
+    samples = _tails(backend, 2 * backend.B)[-1]
+    windows = [window for K in scheduling.values() for window in in_order(samples, one * K)]
     settings = {"accumulate_grad_batches": 1, "callbacks": [GradientAccumulationScheduler(scheduling)]}
-    _check(backend, Regression(samples), windows, what, max_epochs=len(scheduling), **settings)
+    _check(backend, Regression(samples), f"K by epoch {scheduling}", windows, max_epochs=len(scheduling), **settings)
 
 
 def check_uneven_data(backend: Backend) -> None:
@@ -56,17 +51,15 @@ def check_uneven_data(backend: Backend) -> None:
         pieces = deal(lengths, [N, 1, N + 1])
         windows = windows_of(pieces, K)
         task = Regression(sum(map(len, windows)), pieces=pieces)
-        _check(backend, task, windows * EPOCHS, f"streams of {lengths} micro-batches")
+        _check(backend, task, f"streams of {lengths} micro-batches", windows * EPOCHS)
 
 
 def check_window_losses(backend: Backend) -> None:
     """A loss over a whole window, run twice, has the gradient of ONE forward of all its samples; or it is refused."""
     backend.must_be_exact()
-    B = backend.P * N * backend.K
-    task = WindowRegression(_tails(backend, B)[-1])
-    if not backend.strategy_class.supports_window_losses:
+    if not backend.strategy.supports_window_losses:
         raise NotDeclaredError("supports_window_losses = False: such a task is refused")
-    _check(backend, task, in_order(len(task.x), B) * EPOCHS, f"a loss over windows of {B}")
+    _check(backend, WindowRegression(_tails(backend, backend.B)[-1]), "a loss over whole windows")
 
 
 def _tails(backend: Backend, B: int) -> list[int]:
@@ -74,20 +67,19 @@ def _tails(backend: Backend, B: int) -> list[int]:
     return [2 * B] if backend.needs_equal_windows else [2 * B, B + B // 2 + 1, B + 1]
 
 
-def _check(backend: Backend, task: Regression, windows: Sequence[Sequence[int]], what: str, **settings: Any) -> None:
+def _check(
+    backend: Backend, task: Regression, what: str, windows: Sequence[Sequence[int]] | None = None, **settings: Any
+) -> None:
     """Train; expect each update to have its samples, and process 0 to have the parameters of big batches."""
+    windows = windows or in_order(len(task.x), backend.B) * EPOCHS
     ran = backend.fit(task, what, **{"max_epochs": EPOCHS, **settings})
-    sizes = [len(window) for window in windows]
-    for rank, own in enumerate(ran):
-        seen = [record["effective_batch"] for record in own.records]
-        expect(seen == sizes, f"{what}: expected updates of {sizes} samples, process {rank} has seen {seen}.")
+    backend.expect_updates(ran, [len(window) for window in windows], what)
     backend.expect_equal(ran[0].state, task.big_batches(windows, settings.get("gradient_clip_norm")), what)
 
 
-def _refusal(strategy: Strategy, scheduling: Any) -> str:
-    """Return the trainer's refusal of a schedule; "" if it accepts it."""
+def _expect_refusal(strategy: Strategy, scheduling: Any) -> None:
     try:
         Trainer(strategy, max_epochs=3, callbacks=GradientAccumulationScheduler(scheduling))
-    except ValueError as error:
-        return str(error)
-    return ""
+    except ValueError:
+        return
+    expect(False, "supports_variable_windows is False, and a schedule is not refused.")

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from engine.conformance.backend import Backend, BrokenPromiseError, N, expect, fit
+from engine.conformance.backend import Backend, BrokenPromiseError, expect, fit
 from engine.conformance.processes import ProcessesFailedError
 from engine.conformance.reference import Regression, in_order
 from strategies.environment import started_rank
@@ -15,9 +15,8 @@ PLANNED = "this failure was planned"
 def check_error(backend: Backend) -> None:
     """A task that raises on one process ends all of them, and the others name that process and its error."""
     failing = backend.processes - 1
-    samples = 2 * backend.P * N * backend.K
     try:
-        backend.attempt(fit, _Failing(samples, failing), {"accumulate_grad_batches": backend.K, "max_epochs": 1})
+        backend.attempt(fit, _Failing(2 * backend.B, failing), {"accumulate_grad_batches": backend.K, "max_epochs": 1})
     except ProcessesFailedError as error:
         errors = error.errors
     else:
@@ -30,9 +29,8 @@ def check_error(backend: Backend) -> None:
 
 def check_not_finite(backend: Backend) -> None:
     """An update that is not finite is skipped on all processes, and does not affect the next one."""
-    B = backend.P * N * backend.K
-    task = Regression(3 * B)
-    windows = in_order(3 * B, B)
+    task = Regression(3 * backend.B)
+    windows = in_order(len(task.x), backend.B)
     task.x[windows[1][-1]] = float("nan")
     ran = backend.fit(task, max_epochs=1)
     for rank, own in enumerate(ran):

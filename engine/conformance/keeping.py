@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from engine.conformance import Backend, NotDeclaredError
-from engine.conformance.backend import N, expect, started, whole
+from engine.conformance.backend import expect, started, whole
 from engine.conformance.reference import Regression, in_order, network
 from strategies import SingleDeviceStrategy, Strategy
 
@@ -29,7 +29,7 @@ def check_resume(backend: Backend) -> None:
     """A resumed run is, to the bit, the run that was not interrupted."""
     if not backend.strategy.resumes_exactly:
         raise NotDeclaredError("resumes_exactly = False")
-    task = Regression(2 * backend.P * N * backend.K, adam=True)
+    task = Regression(2 * backend.B, adam=True)
     with TemporaryDirectory() as folder:
         uninterrupted = backend.fit(task, max_updates=5, run_dir=f"{folder}/whole")
         backend.fit(task, max_updates=3, run_dir=f"{folder}/parts")
@@ -45,14 +45,13 @@ def check_resume(backend: Backend) -> None:
 def check_change_of_P(backend: Backend) -> None:  # noqa: N802 - a word of this field
     """A run resumed with one process and the plain strategy, and then back, trains the same model."""
     backend.must_be_exact()
-    B = backend.P * N * backend.K
-    task = Regression(3 * B)
+    task = Regression(3 * backend.B)
     single = replace(backend, strategy_class=SingleDeviceStrategy, options={}, processes=1)
     with TemporaryDirectory() as folder:
         backend.fit(task, max_updates=2, run_dir=folder)
         alone = single.fit(task, max_updates=4, run_dir=folder)
         back = backend.fit(task, max_updates=6, run_dir=folder)
-    windows = in_order(3 * B, B) * 2
+    windows = in_order(len(task.x), backend.B) * 2
     backend.expect_equal(alone[0].state, task.big_batches(windows[:4]), "2 updates, and 2 on one process")
     backend.expect_equal(back[0].state, task.big_batches(windows), "2 updates, 2 on one process, and 2 again")
 

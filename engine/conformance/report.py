@@ -2,10 +2,19 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
 from typing import NamedTuple
 
-from engine.conformance import CHECKS, Backend, BrokenPromiseError, NotDeclaredError
+from engine.conformance import contract, exactness, failures, keeping, traffic
+from engine.conformance.backend import Backend, BrokenPromiseError, NotDeclaredError
+
+Check = Callable[[Backend], None]
+CHECKS: dict[str, Check] = {
+    name.removeprefix("check_"): check
+    for module in (contract, traffic, exactness, keeping, failures)
+    for name, check in vars(module).items()
+    if name.startswith("check_")
+}
+"""The checks by name, in order."""
 
 
 class Promise(NamedTuple):
@@ -19,13 +28,12 @@ class Promise(NamedTuple):
 
 def run_checks(backend: Backend, only: Sequence[str] = ("",)) -> Iterator[Promise]:
     """Run the checks whose name has one of the words `only` in it, and yield the promise of each."""
-    for module in CHECKS:
-        for name, check in vars(import_module(module)).items():
-            if name.startswith("check_") and any(word in name for word in only):
-                yield run_check(backend, check)
+    for name, check in CHECKS.items():
+        if any(word in name for word in only):
+            yield run_check(backend, check)
 
 
-def run_check(backend: Backend, check: Callable[[Backend], None]) -> Promise:
+def run_check(backend: Backend, check: Check) -> Promise:
     """Run one check and return its promise."""
     name = check.__name__.removeprefix("check_").replace("_", " ")
     text = (check.__doc__ or "").splitlines()[0]
@@ -33,10 +41,9 @@ def run_check(backend: Backend, check: Callable[[Backend], None]) -> Promise:
         check(backend)
     except NotDeclaredError as reason:
         return Promise(name, str(reason), "not declared")
-    except BrokenPromiseError as error:
-        return Promise(name, text, "broken", str(error))
     except Exception as error:
-        return Promise(name, text, "broken", f"{type(error).__name__}: {error}")
+        kind = "" if isinstance(error, BrokenPromiseError) else f"{type(error).__name__}: "
+        return Promise(name, text, "broken", f"{kind}{error}")
     return Promise(name, text, "kept")
 
 
