@@ -55,9 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = plain(str(error), [name for action in actions for name in action.option_strings])
         return _refuse(UserError(text))
     except Exception as error:
-        if (reported := _reported(error)) is None:
-            raise
-        return _refuse(reported)
+        for ours in filter(None, (error, error.__cause__)):  # the option parser may have wrapped it
+            if isinstance(ours, tuple(STATUSES)):
+                return _refuse(ours)
+        raise
     finally:
         COMMAND.end()
 
@@ -72,10 +73,10 @@ def _run(arguments: Sequence[str]) -> int:
             print_help(make_parser())
             return 0
         parser, config = parse(rest)
-        if modes.plan and started_rank() != 0:
-            return 0
         if modes.plan:
-            _plan(parser, config, getattr(modes, "plan.processes"))
+            if started_rank() == 0:
+                with as_if_started(getattr(modes, "plan.processes") or started_processes()):
+                    print_plan(preview(*_make(parser, config)))
             return 0
     if modes.check:
         _check(parser, config)
@@ -139,12 +140,6 @@ def _make(parser: ArgumentParser, config: Namespace) -> tuple[Trainer, Task]:
     return Trainer(**vars(built.trainer)), built.task
 
 
-def _plan(parser: ArgumentParser, config: Namespace, processes: int | None) -> None:
-    """Print what the run would do with so many processes; only its data and model are made."""
-    with as_if_started(started_processes() if processes is None else processes):
-        print_plan(preview(*_make(parser, config)))
-
-
 def _check(parser: ArgumentParser, config: Namespace) -> None:
     """Run one window of all that was asked for, but keep nothing: no folder, no loggers, a little validation."""
     settings = config.trainer
@@ -164,7 +159,7 @@ def _claim_fresh_folder(config: Namespace) -> None:
     if config.trainer.run_dir != FRESH or started_rank() != 0:
         return
     link = _link_of_this_start()
-    if _is_restarted() and link.is_symlink():
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and link.is_symlink():
         config.trainer.run_dir = f"runs/{link.readlink()}"
         return
     link.unlink(missing_ok=True)  # of an earlier start by the same name
@@ -173,10 +168,6 @@ def _claim_fresh_folder(config: Namespace) -> None:
             free.mkdir(parents=True)
             config.trainer.run_dir = str(free)
             return
-
-
-def _is_restarted() -> bool:
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def _link_of_this_start() -> Path:
@@ -192,7 +183,6 @@ class _KeepCommand(Callback):
         self._config = config
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Compare the options of all processes, and keep those of process 0."""
         everyone = trainer.strategy.compare(re.sub(r" *run_dir: .*", "", self._config))
         if len(set(everyone)) > 1:
             lines = [set(config.splitlines()) for config in everyone]
@@ -216,19 +206,18 @@ class _KeepCommand(Callback):
 def _load(text: str) -> Any:
     """A file of options is TOML or YAML; a value on the command line is YAML, as in {0: 8, 4: 4}."""
     try:
-        return _with_init_args(tomllib.loads(text))
+        try:
+            loaded: Any = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as no_toml:
+            try:
+                loaded = yaml.safe_load(text)
+            except yaml.YAMLError as no_yaml:
+                why = " ".join(str(no_yaml).split())
+                raise yaml.YAMLError(f"this is neither TOML ({no_toml}) nor YAML ({why}).") from no_yaml
+            _size(loaded, {})
+        return _with_init_args(loaded)
     except RecursionError:
         raise yaml.YAMLError(TOO_DEEP) from None
-    except tomllib.TOMLDecodeError as no_toml:
-        try:
-            loaded = yaml.safe_load(text)
-            _size(loaded, {})
-        except RecursionError:
-            raise yaml.YAMLError(TOO_DEEP) from None
-        except yaml.YAMLError as no_yaml:
-            why = " ".join(str(no_yaml).split())
-            raise yaml.YAMLError(f"this is neither TOML ({no_toml}) nor YAML ({why}).") from no_yaml
-        return _with_init_args(loaded)
 
 
 TOO_DEEP = "expected options, found brackets or aliases nested too deeply. Write the options out."
@@ -260,11 +249,6 @@ def _with_init_args(content: Any) -> Any:
     return {**kept, "init_args": {**parts, **inner}} if parts or inner else kept
 
 
-def _reported(error: Exception) -> BaseException | None:
-    """Return the error that our own code raised for the user to fix; the option parser may have wrapped it."""
-    return next((one for one in (error, error.__cause__) if isinstance(one, tuple(STATUSES))), None)
-
-
 def _refuse(error: BaseException) -> int:
     """Print what is wrong, once, and return its status: process 0 does, and another one if it is still there later.
 
@@ -272,7 +256,9 @@ def _refuse(error: BaseException) -> int:
     the first.
     """
     status = next(status for kind, status in STATUSES.items() if isinstance(error, kind))
-    rank, processes = _place()
+    rank, processes = 0, 1
+    with suppress(UserError):  # the environment may not say
+        rank, processes = started_rank(), started_processes()
     has_lost_another = isinstance(error, ProcessFailureError)
     line = f"engine/run.py: {' '.join(describe(error).partition(': ')[2].split())}"
     if rank == 0:
@@ -284,11 +270,3 @@ def _refuse(error: BaseException) -> int:
     if rank != 0 and not COMMAND.stop_requested:
         print(line, file=sys.stderr, flush=True)
     return status
-
-
-def _place() -> tuple[int, int]:
-    """Return the rank and the number of processes; (0, 1) if the environment does not say."""
-    try:
-        return started_rank(), started_processes()
-    except UserError:
-        return 0, 1
