@@ -73,11 +73,11 @@ class Lightning(Hooks, Task):
 
     def configure_optimizer(self, model: nn.Module) -> Optimizer | tuple[Optimizer, LRScheduler]:
         optimizer, self._schedulers = _configured(self.module.configure_optimizers())
-        only: Any = self._schedulers[0] if len(self._schedulers) == 1 else {"interval": "epoch"}
-        is_plain = isinstance(only.get("scheduler"), LRScheduler) and not defines(self.module, "lr_scheduler_step")
-        if is_plain and (only["interval"], only["frequency"]) == ("step", 1):
-            self._schedulers = []  # the engine moves it
-            return optimizer, only["scheduler"]
+        match self._schedulers:
+            case [{"scheduler": LRScheduler() as only, "interval": "step", "frequency": 1}]:
+                if not defines(self.module, "lr_scheduler_step"):
+                    self._schedulers = []  # the engine moves it
+                    return optimizer, only
         return optimizer
 
     def train_data(self) -> Dataset[Any] | Iterable[Any]:
@@ -196,7 +196,6 @@ class Steps(nn.Module):
         vars(self).update({name: vars(module)[name] for name in shared})
 
     def forward(self, step: str, *arguments: Any) -> Any:
-        """Run the step of that name."""
         return getattr(self.own, step)(*arguments)
 
     @property
@@ -209,12 +208,10 @@ class Steps(nn.Module):
         self.own.training = mode
 
     def train(self, mode: bool = True) -> Steps:
-        """Set the module's mode."""
         self.own.train(mode)
         return self
 
     def to(self, *arguments: Any, **options: Any) -> Steps:
-        """Move the module, which may keep its device."""
         self.own.to(*arguments, **options)
         return self
 

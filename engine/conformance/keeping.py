@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from engine.conformance import Backend, NotDeclaredError
 from engine.conformance.backend import expect, started, whole
@@ -85,18 +85,10 @@ def _load_again(strategy: Strategy, K: int) -> None:
 
 
 def _difference(one: Any, other: Any) -> str:
-    """Return the name of the first part of a state that differs; "" if all are the same to the bit."""
-    for name in {**one, **other}:
-        mine, theirs = one.get(name), other.get(name)
-        if not _same(mine, theirs):
-            are_states = isinstance(mine, dict) and isinstance(theirs, dict)
-            return f"{name} {_difference(mine, theirs)}".strip() if are_states else str(name)
-    return ""
+    """Return the place of the first leaf of a state that differs; "" if all are the same to the bit."""
+    mine, theirs = ({keystr(path): leaf for path, leaf in tree_leaves_with_path(state)} for state in (one, other))
+    return next((name for name in {**mine, **theirs} if not _same(mine.get(name), theirs.get(name))), "")
 
 
 def _same(one: Any, other: Any) -> bool:
-    mine, theirs = tree_leaves(one), tree_leaves(other)
-    return len(mine) == len(theirs) and all(
-        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
-        for a, b in zip(mine, theirs, strict=True)
-    )
+    return torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else bool(one == other)

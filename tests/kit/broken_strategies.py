@@ -167,6 +167,6 @@ DEFECTS = [
         "exact weights_known_late variable_windows error",
     ),
     Defect(OwnNames, "names", "model has the names ['module.0.weight', 'module.0.bias']", "change_of_P"),
-    Defect(ForgetsOptimizer, "round_trip", "optimizer state 0.weight step is not what was saved", "resume"),
+    Defect(ForgetsOptimizer, "round_trip", "['state']['0.weight']['step'] is not what was saved", "resume"),
     Defect(HidesNaN, "not_finite", "expected to skip the second update alone, seen [0, 0, 0]"),
 ]
