@@ -18,11 +18,13 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from engine.checkpoint import files
 from engine.data.map_style import samples_before
 from engine.errors import UserError
-from engine.preview.forecast import LearningRates, StageForecast, stage_forecasts, stream_stages
+from engine.plan.schedule import Schedule
+from engine.plan.windows import Plan
+from engine.preview.forecast import LearningRates, StageForecast, stage_forecasts
 from engine.settings import AUTO, Settings, class_path
 from engine.task import Task
 from engine.trainer import Trainer
-from engine.training.build import Layout, lay_out, make_model, make_optimizer
+from engine.training.build import lay_out, make_model, make_optimizer
 from engine.update.model_checks import count_batch_norms
 from strategies import Strategy
 from strategies.environment import started_processes
@@ -34,18 +36,19 @@ def preview(trainer: Trainer, task: Task) -> Preview:
     """Return what `trainer.fit(task)` would do from its start, on the strategy's number of processes.
 
     It reads the data's length and builds model, optimizer and LR scheduler as `fit` does; `trainer` does not change.
-    Raises UserError if the task cannot be trained.
+    Raises UserError if the task cannot be trained, and for a stream, of which little is known before it has ended.
     """
     settings = trainer.settings
     if settings.micro_batch_size == AUTO:
         raise UserError("micro_batch_size='auto': a plan needs a number, which a run finds. Give one, or use --check.")
     task.prepare_data()
     layout = lay_out(task, settings, trainer.scheduling, trainer.strategy, settings.N)
+    if layout.plan is None:
+        raise UserError("train_data() is a stream: a plan expected data with a length. Use --check, which tries it.")
     model = make_model(task, settings.seed)
     optimizer, lr_scheduler = make_optimizer(task, model)
-    updates = 1 if layout.total_updates is None else layout.total_updates
-    rates = learning_rates(optimizer, lr_scheduler, updates)
-    return Preview(settings, trainer.strategy, task, layout, model, rates)
+    rates = learning_rates(optimizer, lr_scheduler, layout.plan.updates)
+    return Preview(settings, trainer.strategy, task, layout.schedule, layout.plan, model, rates)
 
 
 MOST_STEPS = 1_000_000
@@ -86,49 +89,41 @@ def learning_rates(optimizer: Optimizer, lr_scheduler: LRScheduler | None, updat
 
 @dataclass(frozen=True)
 class Preview:
-    """A run before it starts; `lrs` are those of its updates, of a stream as far as they are known."""
+    """A run before it starts; `lrs` are those of its updates."""
 
     settings: Settings
     strategy: Strategy
     task: Task
-    layout: Layout
+    schedule: Schedule
+    plan: Plan
     model: nn.Module
     lrs: LearningRates
 
     @property
-    def is_stream(self) -> bool:
-        """Whether the data has no length."""
-        return self.layout.plan is None
-
-    @property
     def is_grouped(self) -> bool:
         """Whether the task's order holds groups of samples, so that a window takes whole groups."""
-        order = None if self.is_stream else self.task.order(0)
+        order = self.task.order(0)
         return order is not None and isinstance(order[0], Sequence)
 
     @cached_property
     def stages(self) -> list[StageForecast]:
         """Return the stages that the run reaches."""
-        if self.is_stream:
-            epochs = self.settings.max_epochs if self.settings.max_updates is None else None
-            return list(stream_stages(self.layout.schedule, epochs, self.layout.total_updates, self.lrs))
-        plan, settings, P = self.layout.plan, self.settings, self.strategy.data_parallel_size
-        assert plan is not None
+        settings, P = self.settings, self.strategy.data_parallel_size
         before = (lambda epoch: samples_before(self.task.order(epoch) or ())) if self.is_grouped else None
-        return list(stage_forecasts(plan, settings.N, P, settings.spread_windows, self.lrs, before))
+        return list(stage_forecasts(self.plan, settings.N, P, settings.spread_windows, self.lrs, before))
 
     def warnings(self) -> list[str]:
         """Return warnings about the schedule, the model and the end of the run, a sentence each."""
         return [*self._of_the_schedule(), *self._of_the_model(), *self._of_the_end()]
 
     def _of_the_schedule(self) -> Iterator[str]:
-        schedule, plan, reached = self.layout.schedule, self.layout.plan, self.stages
+        schedule, samples, reached = self.schedule, self.plan.samples, self.stages
         for stage in schedule.stages[schedule.stages.index(reached[-1].stage) + 1 :]:
             K = stage.accumulate_grad_batches
             yield f"the run ends before {schedule.unit} {stage.first}, where K would become {K}."
         for B in (forecast.stage.effective_batch for forecast in reached):
-            if plan is not None and plan.samples < B:
-                epoch = f"an epoch of {plan.samples:,}"
+            if samples < B:
+                epoch = f"an epoch of {samples:,}"
                 yield f"a window of {B:,} samples is larger than {epoch}: each epoch makes one update, of all samples."
         for before, after in pairwise(reached):
             old, new = before.stage.effective_batch, after.stage.effective_batch
@@ -146,7 +141,7 @@ class Preview:
         strategy, N, norms = self.strategy, self.settings.N, count_batch_norms(self.model)
         if strategy.data_parallel_size == 1 < started_processes():
             yield f"strategy {strategy.name!r} shares samples with none of the {started_processes()} processes."
-        if norms and any(stage.accumulate_grad_batches > 1 for stage in self.layout.schedule.stages):
+        if norms and any(stage.accumulate_grad_batches > 1 for stage in self.schedule.stages):
             yield f"{norms} BatchNorm layers normalise over a micro-batch of {N}, not over the window: use GroupNorm."
 
     def _of_the_end(self) -> Iterator[str]:

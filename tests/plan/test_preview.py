@@ -227,33 +227,9 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch: pytest.MonkeyPatc
     assert "\x1b[33m" not in printed(plan, 80, force_terminal=True)
 
 
-@pytest.mark.parametrize(
-    ("options", "known"),
-    [
-        ({"max_epochs": 3}, [None]),
-        ({"max_epochs": None, "max_updates": 9}, [9]),
-        ({"max_updates": 9}, [None]),
-        (by({0: 1, 4: 2}), [None, None]),
-        (by({0: 1, 7: 2}), [None]),
-        (by({0: 1, 4: 2}, "update"), [4, None]),
-        (by({0: 1, 4: 2, 30: 1}, "update", max_epochs=None, max_updates=9), [4, 5]),
-        (by({0: 1, 4: 2}, max_epochs=None, max_updates=9), [None, None]),
-    ],
-)
-def test_a_stream_says_what_cannot_be_known(options: dict[str, Any], known: list[int | None]) -> None:
-    plan = preview(Trainer("single", micro_batch_size=N, **{"max_epochs": 3, **options}), Stream(SAMPLES))
-    assert [s.updates for s in plan.stages] == known
-    assert plan.stages[0].lr[0] == plan.lrs[0] == pytest.approx(0.01 / 3)
-    text = " ".join(printed(plan, 100).split())
-    assert "A stream has no length: what is marked ? cannot be known before it has ended" in text
-
-
-def test_the_epochs_of_a_stream_are_known_where_epochs_end_the_run() -> None:
-    options = by({0: 1, 4: 2, 7: 3})
-    plan = preview(Trainer("single", micro_batch_size=N, **options), Stream(SAMPLES))
-    assert [s.epochs for s in plan.stages] == [(0, 3), (4, 4)]
-    plan = preview(Trainer("single", micro_batch_size=N, **options, max_updates=2), Stream(SAMPLES))
-    assert [s.epochs for s in plan.stages] == [None, None, None]
+def test_a_stream_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a plan expected data with a length. Use --check"):
+        preview(Trainer("single", micro_batch_size=N, max_updates=9), Stream(SAMPLES))
 
 
 @pytest.mark.parametrize(
