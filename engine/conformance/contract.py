@@ -9,7 +9,7 @@ from torch import nn
 
 from engine.conformance import Backend, NotDeclaredError
 from engine.conformance.backend import N, expect, started, whole
-from engine.conformance.reference import LR, Regression, State, difference, network
+from engine.conformance.reference import LR, Regression, difference, network
 from strategies import Strategy
 from strategies.environment import started_rank
 
@@ -23,11 +23,9 @@ def check_declared(backend: Backend) -> None:
     """Rank, P, device and capabilities are known before `setup`, and stay."""
     P, processes, shares = backend.P, backend.processes, sorted(backend.run(_declare))
     expected = sorted(rank % P for rank in range(processes))
-    expect(
-        processes % P == 0 and shares == expected,
-        f"data_parallel_size is {P} on {processes} processes: expected the data-parallel ranks {expected}, as many "
-        f"processes each, seen {shares}.",
-    )
+    where = f"data_parallel_size is {P} on {processes} processes"
+    expect(processes % P == 0, f"{where}: expected a divisor of their number.")
+    expect(shares == expected, f"{where}: expected the data-parallel ranks {expected}, seen {shares}.")
 
 
 def check_messages(backend: Backend) -> None:
@@ -38,30 +36,29 @@ def check_messages(backend: Backend) -> None:
 def check_effective_batch(backend: Backend) -> None:
     """`effective_batch(N, K)` is what K micro-batches of N samples on each of the P really are."""
     P, K, samples = backend.P, backend.K, backend.B
+    real = f"P={P} processes with K={K} micro-batches of N={N} have {samples}"
     for rank, said in enumerate(backend.run(lambda strategy: strategy.effective_batch(N, K))):
-        expect(
-            said == samples,
-            f"effective_batch({N}, {K}) on process {rank} says {said}, and P={P} processes with K={K} micro-batches of "
-            f"N={N} have {samples}.",
-        )
+        expect(said == samples, f"effective_batch({N}, {K}) on process {rank} says {said}, and {real}.")
     backend.expect_updates(backend.fit(Regression(2 * samples), max_epochs=1), [samples] * 2, "two windows")
 
 
 def check_backward(backend: Backend) -> None:
     """After a window `p.grad` is the sum over processes and micro-batches of scale x d(loss)."""
     for scale in (0.5, torch.tensor(0.25, dtype=torch.float64)):
-        _check_windows(backend, [Case(scale)], f"scale {float(scale)} as a {type(scale).__name__}")
+        what = f"scale {float(scale)} as a {type(scale).__name__}"
+        backend.run(_run_windows, [Case(scale)], backend.K, backend.must_be_exact(), what)
 
 
 def check_clear_gradients(backend: Backend) -> None:
     """`clear_gradients` leaves nothing for the next window."""
-    _check_windows(backend, [Case(1.0), Case(0.5)], "two windows with clear_gradients() between them")
+    what = "two windows with clear_gradients() between them"
+    backend.run(_run_windows, [Case(1.0), Case(0.5)], backend.K, backend.must_be_exact(), what)
 
 
 def check_clip(backend: Backend) -> None:
     """`clip` multiplies by `factor`, clips to `max_norm` (or not), and returns the norm between the two."""
     cases = [Case(0.1, True, max_norm, factor) for max_norm in (None, 0.1, 1e6) for factor in (1.0, 0.25)]
-    _check_windows(backend, cases, "six windows")
+    backend.run(_run_windows, cases, backend.K, backend.must_be_exact(), "six windows")
 
 
 def check_synchronize_buffers(backend: Backend) -> None:
@@ -80,46 +77,31 @@ class Case(NamedTuple):
     factor: float = 1.0
 
 
-def _check_windows(backend: Backend, cases: Sequence[Case], what: str) -> None:
-    """Compare the gradients of windows, as a step of SGD shows them, with those of one big batch."""
-    backend.run(_run_windows, cases, backend.K, backend.must_be_exact(), what)
-
-
 def _run_windows(strategy: Strategy, cases: Sequence[Case], K: int, limit: float, what: str) -> None:
+    """Compare the gradients of windows, as a step of SGD shows them, with those of one big batch."""
     seen = []
     with started(strategy, K) as own:
         for case in cases:
             before = whole(strategy, strategy.state_dict()["model"])
             own.run_window(case.scale.to(strategy.device) if isinstance(case.scale, torch.Tensor) else case.scale)
             norm = strategy.clip(case.max_norm, case.factor).item() if case.clips else math.nan
-            seen.append((before, whole(strategy, own.step()["model"]), norm))
-    for case, (before, after, norm) in zip(cases, seen, strict=True):
-        if before:
-            where = f"{what}, clip({case.max_norm}, {case.factor})" if case.clips else what
-            _check_window(own.task, case, before, after, norm, limit, where)
-
-
-def _check_window(
-    task: Regression, case: Case, before: State, after: State, norm: float, limit: float, where: str
-) -> None:
-    model = network()
-    model.load_state_dict(dict(zip(model.state_dict(), before.values(), strict=True)))
-    factor = float(case.scale) * float(task.weight.sum()) * case.factor
-    expected_norm = task.set_gradient(model, range(len(task.x)), factor, case.max_norm)
-    gradient = {name: p.grad for name, p in zip(before, model.parameters(), strict=True) if p.grad is not None}
-    found = {name: (before[name] - after[name]) / LR for name in after}
-    off = difference(found, gradient)
-    mine, theirs = (torch.cat([v.flatten() for v in state.values()]).norm() for state in (found, gradient))
-    expect(
-        off <= max(limit, 1e-12),
-        f"{where}: the gradient is {mine / theirs:.4g} times the length of the one expected, off by {off:.1e} where "
-        f"{limit:g} (relative) is promised.",
-    )
-    expect(
-        not case.clips or abs(norm - expected_norm) <= limit * expected_norm,
-        f"{where} returned the norm {norm:.6g}: expected {expected_norm:.6g}, that after the factor and before the "
-        "clipping.",
-    )
+            seen.append((case, before, whole(strategy, own.step()["model"]), norm))
+    for case, before, after, norm in seen:
+        if not before:
+            return  # another process has the whole
+        where = f"{what}, clip({case.max_norm}, {case.factor})" if case.clips else what
+        model = network()
+        model.load_state_dict(dict(zip(model.state_dict(), before.values(), strict=True)))
+        factor = float(case.scale) * float(own.task.weight.sum()) * case.factor
+        expected_norm = own.task.set_gradient(model, range(len(own.task.x)), factor, case.max_norm)
+        expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found = torch.cat([(before[name] - after[name]).flatten() for name in after]) / LR
+        off, ratio = difference({"": found}, {"": expected}), float(found.norm() / expected.norm())
+        seen_there = f"the gradient is {ratio:.4g} times the length of the one expected, off by {off:.1e}"
+        expect(off <= max(limit, 1e-12), f"{where}: {seen_there} where {limit:g} (relative) is promised.")
+        needed = f"expected {expected_norm:.6g}, that after the factor and before the clipping"
+        is_right = not case.clips or abs(norm - expected_norm) <= limit * expected_norm
+        expect(is_right, f"{where} returned the norm {norm:.6g}: {needed}.")
 
 
 def _declare(strategy: Strategy) -> int:

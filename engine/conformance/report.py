@@ -7,8 +7,7 @@ from typing import NamedTuple
 from engine.conformance import contract, exactness, failures, keeping, traffic
 from engine.conformance.backend import Backend, BrokenPromiseError, NotDeclaredError
 
-Check = Callable[[Backend], None]
-CHECKS: dict[str, Check] = {
+CHECKS: dict[str, Callable[[Backend], None]] = {
     name.removeprefix("check_"): check
     for module in (contract, traffic, exactness, keeping, failures)
     for name, check in vars(module).items()
@@ -30,21 +29,15 @@ def run_checks(backend: Backend, only: Sequence[str] = ("",)) -> Iterator[Promis
     """Run the checks whose name has one of the words `only` in it, and yield the promise of each."""
     for name, check in CHECKS.items():
         if any(word in name for word in only):
-            yield run_check(backend, check)
-
-
-def run_check(backend: Backend, check: Check) -> Promise:
-    """Run one check and return its promise."""
-    name = check.__name__.removeprefix("check_").replace("_", " ")
-    text = (check.__doc__ or "").splitlines()[0]
-    try:
-        check(backend)
-    except NotDeclaredError as reason:
-        return Promise(name, str(reason), "not declared")
-    except Exception as error:
-        kind = "" if isinstance(error, BrokenPromiseError) else f"{type(error).__name__}: "
-        return Promise(name, text, "broken", f"{kind}{error}")
-    return Promise(name, text, "kept")
+            promise = Promise(name.replace("_", " "), (check.__doc__ or "").splitlines()[0], "kept")
+            try:
+                check(backend)
+            except NotDeclaredError as reason:
+                promise = promise._replace(text=str(reason), verdict="not declared")
+            except Exception as error:
+                kind = "" if isinstance(error, BrokenPromiseError) else f"{type(error).__name__}: "
+                promise = promise._replace(verdict="broken", seen=f"{kind}{error}")
+            yield promise
 
 
 def table(promises: Sequence[Promise]) -> str:

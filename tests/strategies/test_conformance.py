@@ -14,7 +14,7 @@ import pytest
 
 from engine.conformance import Backend, BrokenPromiseError, NotDeclaredError, processes
 from engine.conformance.__main__ import main
-from engine.conformance.report import CHECKS, run_check, table
+from engine.conformance.report import CHECKS, run_checks, table
 from strategies import DDPStrategy, find
 from tests.kit.broken_strategies import DEFECTS, Defect
 from tests.kit.commands import python
@@ -127,7 +127,7 @@ class NoProcesses(DDPStrategy):
 
 
 def test_what_a_check_cannot_bear_is_a_broken_promise_too() -> None:
-    text = table([run_check(Backend(NoProcesses), CHECKS["declared"])])
+    text = table([*run_checks(Backend(NoProcesses), ["declared"])])
     assert text.startswith("declared: ZeroDivisionError: ")
     assert text.endswith("1 promises: 0 kept, 1 broken, 0 not declared.")
 
