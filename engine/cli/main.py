@@ -64,17 +64,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    """Do what `main` says; return 0 or EXIT_STATUS."""
-    with (
-        nullcontext() if started_rank() == 0 else redirect_stdout(io.StringIO())
-    ):  # --help, --print_config and --plan speak once
+    speaks = started_rank() == 0  # --help, --print_config and --plan do once
+    with nullcontext() if speaks else redirect_stdout(io.StringIO()):
         modes, rest = split(arguments)
         if modes.help:
             print_help(make_parser())
             return 0
         parser, config = parse(rest)
         if modes.plan:
-            if started_rank() == 0:
+            if speaks:
                 with as_if_started(getattr(modes, "plan.processes") or started_processes()):
                     print_plan(preview(*_make(parser, config)))
             return 0
@@ -135,7 +133,6 @@ def make_parser() -> ArgumentParser:
 
 
 def _make(parser: ArgumentParser, config: Namespace) -> tuple[Trainer, Task]:
-    """Return the trainer and the task of a resolved configuration."""
     built = parser.instantiate(config)
     return Trainer(**vars(built.trainer)), built.task
 

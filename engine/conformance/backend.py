@@ -162,7 +162,7 @@ class Started:
         return self.strategy.state_dict(self.optimizer)
 
     def update(self) -> dict[str, Any]:
-        """Run a window, and step."""
+        """Run a window and step; return the state after it."""
         self.run_window(0.1)
         return self.step()
 
