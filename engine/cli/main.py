@@ -1,14 +1,13 @@
 """The command line: options to objects, one run, one message if something is wrong."""
 
 import io
-import itertools
 import os
 import re
 import sys
 import time
 import tomllib
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
 from datetime import datetime
 from pathlib import Path
@@ -211,8 +210,7 @@ def _load(text: str) -> Any:
             except yaml.YAMLError as no_yaml:
                 why = " ".join(str(no_yaml).split())
                 raise yaml.YAMLError(f"this is neither TOML ({no_toml}) nor YAML ({why}).") from no_yaml
-            _size(loaded, {})
-        return _with_init_args(loaded)
+        return _with_init_args(loaded, iter(range(MOST_VALUES)))
     except RecursionError:
         raise yaml.YAMLError(TOO_DEEP) from None
 
@@ -221,24 +219,18 @@ TOO_DEEP = "expected options, found brackets or aliases nested too deeply. Write
 MOST_VALUES = 100_000
 
 
-def _size(value: Any, known: dict[int, int]) -> int:
-    """Return the number of values in `value`, aliases written out. Raises RecursionError for too many."""
-    if isinstance(value, dict | list) and id(value) not in known:
-        within = itertools.chain(value, value.values()) if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_size(item, known) for item in within)
-    size = known.get(id(value), 1)
-    if size > MOST_VALUES:
+def _with_init_args(content: Any, budget: Iterator[int]) -> Any:
+    """Return `content` with the options that stand beside a `class_path` in its `init_args`, where the parser looks.
+
+    Raises RecursionError for more values than `budget` has numbers, aliases written out.
+    """
+    if next(budget, None) is None:
         raise RecursionError
-    return size
-
-
-def _with_init_args(content: Any) -> Any:
-    """Return `content` with the options that stand beside a `class_path` in its `init_args`, where the parser looks."""
     if isinstance(content, list):
-        return [_with_init_args(part) for part in content]
+        return [_with_init_args(part, budget) for part in content]
     if not isinstance(content, dict):
         return content
-    parts = {name: _with_init_args(part) for name, part in content.items()}
+    parts = {name: _with_init_args(part, budget) for name, part in content.items()}
     if "class_path" not in parts or not isinstance(inner := parts.get("init_args", {}), dict):
         return parts
     kept = {name: parts.pop(name) for name in ("class_path", "dict_kwargs") if name in parts}

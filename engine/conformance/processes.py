@@ -21,9 +21,7 @@ import torch._dynamo  # the first optimizer imports it: once here, not in each p
 import torch.distributed as dist
 
 GRACE = 10.0  # seconds in which the others must end when one process has failed
-ENVIRONMENT: dict[str, Any] = {
-    "MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0
-}  # fmt: skip
+ENVIRONMENT = {"MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
 FORK = multiprocessing.get_context("fork")
 
 
@@ -45,8 +43,7 @@ def run(P: int, function: Callable[..., Any], *args: Any, seconds: float) -> lis
     for rank in range(P):
         ours, theirs = FORK.Pipe(duplex=False)
         places = TemporaryFile("w+")  # noqa: SIM115 - closed below
-        environment = ENVIRONMENT | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": P, "LOCAL_WORLD_SIZE": P}
-        environment["MASTER_PORT"] = port
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": P, "LOCAL_WORLD_SIZE": P, "MASTER_PORT": port}
         child = FORK.Process(target=_child, args=(environment, theirs, places, partial(function, *args)))
         child.start()
         theirs.close()
@@ -122,11 +119,11 @@ def _receive(pipe: Any, child: Any) -> tuple[Any, str]:
     return value, error
 
 
-def _child(environment: dict[str, Any], pipe: Connection, places: IO[str], function: Callable[[], Any]) -> None:
+def _child(environment: dict[str, int], pipe: Connection, places: IO[str], function: Callable[[], Any]) -> None:
     faulthandler.register(signal.SIGUSR2, places)
     torch.set_num_threads(1)
     gc.freeze()  # what was there before the fork is not this process's to collect
-    os.environ.update({name: str(value) for name, value in environment.items()})
+    os.environ.update({name: str(value) for name, value in environment.items()}, **ENVIRONMENT)
     try:
         _end(pipe, (function(), ""))
     except BaseException as error:
