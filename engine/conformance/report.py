@@ -4,12 +4,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from engine.conformance import contract, exactness, failures, keeping, traffic
+from engine.conformance import contract, keeping, runs, traffic
 from engine.conformance.backend import Backend, BrokenPromiseError, NotDeclaredError
 
 CHECKS: dict[str, Callable[[Backend], None]] = {
     name.removeprefix("check_"): check
-    for module in (contract, traffic, exactness, keeping, failures)
+    for module in (contract, traffic, runs, keeping)
     for name, check in vars(module).items()
     if name.startswith("check_")
 }

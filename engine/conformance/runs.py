@@ -1,15 +1,20 @@
-"""Checks of whole runs against one big batch: tails, weights, schedules and streams of different lengths."""
+"""Checks of whole runs: each update is that of one big batch, whatever the data; and a failure ends all processes."""
 
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+
 from engine import GradientAccumulationScheduler
-from engine.conformance.backend import Backend, N, NotDeclaredError, expect
+from engine.conformance.backend import Backend, BrokenPromiseError, N, NotDeclaredError, expect, fit
+from engine.conformance.processes import ProcessesFailedError
 from engine.conformance.reference import Regression, WindowRegression, deal, in_order, windows_of
 from engine.trainer import Trainer
 from strategies import Strategy
+from strategies.environment import started_rank
 
 EPOCHS = 2
+PLANNED = "this failure was planned"
 
 
 def check_exact(backend: Backend) -> None:
@@ -62,6 +67,35 @@ def check_window_losses(backend: Backend) -> None:
     _check(backend, WindowRegression(_tails(backend, backend.B)[-1]), "a loss over whole windows")
 
 
+def check_error(backend: Backend) -> None:
+    """A task that raises on one process ends all of them, and the others name that process and its error."""
+    failing = backend.processes - 1
+    try:
+        backend.attempt(fit, _Failing(2 * backend.B, failing), {"accumulate_grad_batches": backend.K, "max_epochs": 1})
+    except ProcessesFailedError as error:
+        errors = error.errors
+    else:
+        raise BrokenPromiseError(f"process {failing} raised in its second micro-batch, and no process ended with that.")
+    for rank in range(backend.processes):
+        seen = errors.get(rank, "no error")
+        for words in (PLANNED, *([f"process {failing}"] if rank != failing else [])):
+            expect(words in seen, f"process {rank} ended with {seen!r}: expected {words!r} in its message.")
+
+
+def check_not_finite(backend: Backend) -> None:
+    """An update that is not finite is skipped on all processes, and does not affect the next one."""
+    task = Regression(3 * backend.B)
+    windows = in_order(len(task.x), backend.B)
+    task.x[windows[1][-1]] = float("nan")
+    ran = backend.fit(task, max_epochs=1)
+    for rank, own in enumerate(ran):
+        seen = [record["skipped"] for record in own.records]
+        expect(seen == [0, 1, 1], f"process {rank}: expected to skip the second update alone, seen {seen} (a sum).")
+    finite = all(bool(value.isfinite().all()) for value in ran[0].state.values())
+    expect(finite, "parameters are not finite after an update that should have been skipped.")
+    backend.expect_equal(ran[0].state, task.big_batches([windows[0], windows[2]]), "the updates around it")
+
+
 def _tails(backend: Backend, B: int) -> list[int]:
     """Return numbers of samples with a last window that is full, short, and one sample; only full if it must be."""
     return [2 * B] if backend.needs_equal_windows else [2 * B, B + B // 2 + 1, B + 1]
@@ -83,3 +117,17 @@ def _expect_refusal(strategy: Strategy, scheduling: Any) -> None:
     except ValueError:
         return
     expect(False, "supports_variable_windows is False, and a schedule is not refused.")
+
+
+class _Failing(Regression):
+    """Raises in the second micro-batch of one process."""
+
+    def __init__(self, samples: int, failing: int) -> None:
+        super().__init__(samples)
+        self.failing, self.seen = failing, 0
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        self.seen += 1
+        if self.seen == 2 and started_rank() == self.failing:
+            raise RuntimeError(PLANNED)
+        return super().loss(model, batch)
