@@ -22,7 +22,7 @@ from engine.cli.modes import OneWindow, options, split
 from engine.cli.parser_errors import plain
 from engine.disk import numbered, replace_text
 from engine.errors import STATUSES, ProcessFailureError, UserError, describe, writing
-from engine.preview.preview import preview
+from engine.preview.preview import Preview
 from engine.preview.table import print_plan
 from engine.settings import AUTO, OPTIONS, Settings
 from engine.signals import COMMAND, EXIT_STATUS, leave_status
@@ -73,7 +73,7 @@ def _run(arguments: Sequence[str]) -> int:
         if modes.plan:
             if speaks:
                 with as_if_started(getattr(modes, "plan.processes") or started_processes()):
-                    print_plan(preview(*_make(parser, config)))
+                    print_plan(Preview(*_make(parser, config)))
             return 0
     if modes.check:
         _check(parser, config)

@@ -5,50 +5,26 @@ from __future__ import annotations
 import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from engine.checkpoint import files
 from engine.data.map_style import samples_before
 from engine.errors import UserError
-from engine.plan.schedule import Schedule
-from engine.plan.windows import Plan
 from engine.preview.forecast import LearningRates, StageForecast, stage_forecasts
-from engine.settings import AUTO, Settings, class_path
+from engine.settings import AUTO, class_path
 from engine.task import Task
 from engine.trainer import Trainer
 from engine.training.build import lay_out, make_model, make_optimizer
 from engine.update.model_checks import count_batch_norms
-from strategies import Strategy
 from strategies.environment import started_processes
 
 JUMP = 1.5  # an effective batch that changes by this factor needs another learning rate
-
-
-def preview(trainer: Trainer, task: Task) -> Preview:
-    """Return what `trainer.fit(task)` would do from its start, on the strategy's number of processes.
-
-    It reads the data's length and builds model, optimizer and LR scheduler as `fit` does; `trainer` does not change.
-    Raises UserError if the task cannot be trained, and for a stream, of which little is known before it has ended.
-    """
-    settings = trainer.settings
-    if settings.micro_batch_size == AUTO:
-        raise UserError("micro_batch_size='auto': a plan needs a number, which a run finds. Give one, or use --check.")
-    task.prepare_data()
-    layout = lay_out(task, settings, trainer.scheduling, trainer.strategy, settings.N)
-    if layout.plan is None:
-        raise UserError("train_data() is a stream: a plan expected data with a length. Use --check, which tries it.")
-    model = make_model(task, settings.seed)
-    optimizer, lr_scheduler = make_optimizer(task, model)
-    rates = learning_rates(optimizer, lr_scheduler, layout.plan.updates)
-    return Preview(settings, trainer.strategy, task, layout.schedule, layout.plan, model, rates)
 
 
 MOST_STEPS = 1_000_000
@@ -87,17 +63,25 @@ def learning_rates(optimizer: Optimizer, lr_scheduler: LRScheduler | None, updat
     return rates
 
 
-@dataclass(frozen=True)
 class Preview:
-    """A run before it starts; `lrs` are those of its updates."""
+    """What `trainer.fit(task)` would do from its start, on the strategy's number of processes.
 
-    settings: Settings
-    strategy: Strategy
-    task: Task
-    schedule: Schedule
-    plan: Plan
-    model: nn.Module
-    lrs: LearningRates
+    It reads the data's length and builds model, optimizer and LR scheduler as `fit` does; `trainer` does not change.
+    Raises UserError if the task cannot be trained, and for a stream, of which little is known before it has ended.
+    """
+
+    def __init__(self, trainer: Trainer, task: Task) -> None:
+        self.settings, self.strategy, self.task = trainer.settings, trainer.strategy, task
+        if self.settings.micro_batch_size == AUTO:
+            raise UserError("micro_batch_size='auto': a plan needs a number, which a run finds. Give one, or --check.")
+        task.prepare_data()
+        layout = lay_out(task, self.settings, trainer.scheduling, self.strategy, self.settings.N)
+        if layout.plan is None:
+            raise UserError("train_data() is a stream: a plan expected data with a length. Use --check.")
+        self.schedule, self.plan = layout.schedule, layout.plan
+        self.model = make_model(task, self.settings.seed)
+        self.lrs = learning_rates(*make_optimizer(task, self.model), self.plan.updates)
+        """The learning rate of each update."""
 
     @property
     def is_grouped(self) -> bool:
