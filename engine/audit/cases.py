@@ -42,17 +42,32 @@ class Planned(NamedTuple):
     is_full: bool
 
 
-class Case(NamedTuple):
-    """A case on P processes: the rows of each process's micro-batches, and the number of samples of the dataset."""
+class Case:
+    """A case on P processes: the rows of each process's micro-batches, and the number of samples of the dataset.
 
-    name: str
-    P: int
-    K: int
-    pieces: list[list[range]]
-    samples: int
-    task: Regression
-    then_K: int  # noqa: N815 - of the second epoch, or of the second run
-    then_P: int | None  # noqa: N815 - of the second run, if there is one
+    K is not a multiple of P, so that no two factors are the same number. `then_K` is that of the second epoch or run,
+    `then_P` the P of the second run, if there is one.
+    """
+
+    def __init__(self, name: str, P: int, dtype: torch.dtype) -> None:
+        self.name, self.P = name, P
+        self.K = K = 4 if P == 3 else 3
+        sizes = [N] * (P * (2 * K - (name == SHORT)))
+        if name == RAGGED:
+            sizes[-P:] = [N // 2] * P
+        micro_batches = deal([len(sizes)], sizes)[0]
+        self.pieces, self.samples = [micro_batches[rank::P] for rank in range(P)], sum(sizes)
+        self.task = task = Regression(self.samples)
+        task.x, task.y = task.x.to(dtype).double(), task.y.to(dtype).double()
+        if name == PADDED:
+            task.weight = torch.randint(0, 4, (self.samples,), generator=torch.Generator().manual_seed(1)).double()
+        elif name == ZERO:
+            task.weight[P * N : 2 * P * N] = 0  # the second micro-batch of each process
+        elif name == UNEVEN:
+            del self.pieces[-1][-2:]
+            self.samples -= 1
+        self.then_P = {RESUME: P, ANOTHER_P: 1 if P > 1 else 3}.get(name)
+        self.then_K = P * K // self.then_P if self.then_P else 2
 
     def planned(self, from_dataset: bool) -> list[Planned]:
         """Return the updates of the whole run."""
@@ -64,26 +79,6 @@ class Case(NamedTuple):
                 own_K = self.then_K if updates and self.name == ANOTHER_P else K
                 updates.append(Planned(epoch, own_K, len(rows), number * K <= len(self.pieces[0])))
         return updates
-
-
-def make_case(name: str, P: int, dtype: torch.dtype) -> Case:
-    """Return the case of that name. K is not a multiple of P, so that no two factors are the same number."""
-    K = 4 if P == 3 else 3
-    sizes = [N] * (P * (2 * K - (name == SHORT)))
-    if name == RAGGED:
-        sizes[-P:] = [N // 2] * P
-    micro_batches = deal([len(sizes)], sizes)[0]
-    pieces, samples = [micro_batches[rank::P] for rank in range(P)], sum(sizes)
-    task = Regression(samples)
-    task.x, task.y = task.x.to(dtype).double(), task.y.to(dtype).double()
-    if name == PADDED:
-        task.weight = torch.randint(0, 4, (samples,), generator=torch.Generator().manual_seed(1)).double()
-    elif name == ZERO:
-        task.weight[P * N : 2 * P * N] = 0  # the second micro-batch of each process
-    elif name == UNEVEN:
-        pieces[-1], samples = pieces[-1][:-2], samples - 1
-    then_P = {RESUME: P, ANOTHER_P: 1 if P > 1 else 3}.get(name)
-    return Case(name, P, K, pieces, samples, task, P * K // then_P if then_P else 2, then_P)
 
 
 class Job:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine.audit.cases import CASES, UNEVEN, Adapter, Case, Job, make_case
+from engine.audit.cases import CASES, UNEVEN, Adapter, Case, Job
 from engine.audit.classify import EXACT, LIMITS, UNNAMED, Found, judge
 from engine.audit.recorder import Step, recorded
 from engine.conformance.processes import ProcessesFailedError, run
@@ -75,7 +75,7 @@ def audit(
     for name, value, known in (("processes", processes, (1, 2, 3, 4)), ("dtype", dtype, tuple(LIMITS))):
         if value not in known:
             raise UserError(f"{name}={value}: expected one of {', '.join(map(str, known))}.")
-    chosen = [make_case(name, processes, dtype) for name in names if processes > 1 or name != UNEVEN]
+    chosen = [Case(name, processes, dtype) for name in names if processes > 1 or name != UNEVEN]
     return Report([_found(adapter, case, dtype, seconds) for case in chosen])
 
 
