@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from engine.conformance.backend import Backend, started
+from engine.conformance.backend import Backend, needs_equal_windows
 from engine.conformance.processes import ProcessesFailedError
 from engine.conformance.report import run_checks, table
 from strategies import Strategy, find
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         options = _options(strategy_class, rest)
         backend = Backend(strategy_class, options, given.processes, given.accumulate, given.seconds)
         backend.strategy  # noqa: B018 - to be refused here, if it cannot be made
-        backend.attempt(_start)
+        backend.attempt(needs_equal_windows)  # or anything else for which it is set up
     except (ValueError, TypeError) as error:
         return _refuse(str(error))
     except ProcessesFailedError as error:
@@ -63,11 +63,6 @@ def _options(strategy_class: type[Strategy], arguments: list[str]) -> dict[str, 
     except argparse.ArgumentError as error:
         known = ", ".join(f"--{name}" for name in parser.get_defaults().as_dict()) or "no options"
         raise ValueError(f"{' '.join(str(error).split())}; {strategy_class.__name__} has {known}.") from None
-
-
-def _start(strategy: Strategy) -> None:
-    with started(strategy):
-        pass
 
 
 def _refuse(message: str) -> int:

@@ -95,12 +95,7 @@ class Backend:
     @cached_property
     def needs_equal_windows(self) -> bool:
         """Whether the strategy, once it has a model, wants as many micro-batches on each process."""
-
-        def ask(strategy: Strategy) -> bool:
-            with started(strategy):
-                return strategy.needs_equal_windows
-
-        return any(self.run(ask))
+        return any(self.run(needs_equal_windows))
 
     def must_be_exact(self) -> float:
         """Return `exact_to`. Raises NotDeclaredError if it is None."""
@@ -174,6 +169,12 @@ def started(strategy: Strategy, K: int = 1, adam: bool = False) -> Iterator[Star
     yield Started(strategy, K, adam)
     strategy.barrier()
     strategy.teardown()
+
+
+def needs_equal_windows(strategy: Strategy) -> bool:
+    """Set `strategy` up with a model, and ask it."""
+    with started(strategy):
+        return strategy.needs_equal_windows
 
 
 def fit(strategy: Strategy, task: Regression, settings: Mapping[str, Any]) -> Ran:

@@ -22,11 +22,10 @@ def check_one_reduction(backend: Backend) -> None:
         raise NotDeclaredError("defers_reduction = False: gradients cross the wire once per micro-batch")
     for K, windows in _count(backend).items():
         for rank, window in enumerate(windows):
-            expect(
-                window["reductions"] == window["said"],
-                f"process {rank}: a window of K={K} micro-batches has {window['reductions']} reductions of gradients, "
-                f"and reductions() says {window['said']}. Does accumulation_context defer them, around forward too?",
-            )
+            seen, said = window["reductions"], window["said"]
+            where = f"process {rank}: a window of K={K} micro-batches has {seen} reductions of gradients"
+            why = "Does accumulation_context defer them, around forward too?"
+            expect(seen == said, f"{where}, and reductions() says {said}. {why}")
 
 
 def check_nothing_per_microbatch(backend: Backend) -> None:
@@ -34,10 +33,8 @@ def check_nothing_per_microbatch(backend: Backend) -> None:
     by_K = _count(backend)
     for rank in range(backend.processes):
         syncs = {K: windows[rank]["syncs"] for K, windows in by_K.items()}
-        expect(
-            len(set(syncs.values())) == 1,
-            f"process {rank}: expected as many host-device syncs in each window, seen (K: syncs) {syncs}.",
-        )
+        what = f"process {rank}: expected as many host-device syncs in each window"
+        expect(len(set(syncs.values())) == 1, f"{what}, seen (K: syncs) {syncs}.")
 
 
 class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]

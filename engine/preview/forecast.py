@@ -9,8 +9,8 @@ from operator import attrgetter
 from engine.plan.schedule import Stage
 from engine.plan.windows import Plan, PlannedWindow
 
-LearningRates = Sequence[float | None]
-"""The learning rate of each update; None if it is unknown."""
+LearningRates = Callable[[int], float | None]
+"""From the number of an update to its learning rate; None if that is unknown."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def stage_forecasts(
         if offsets:
             size = offsets[-1][last.stop] - offsets[-1][last.stop - size]
         epochs, end = (first.epoch, last.epoch + last.epochs - 1), last.update + last.updates
-        lr = _scaled(lrs[first.update], stage.lr_factor), _scaled(lrs[end - 1], stage.lr_factor)
+        lr = _scaled(lrs(first.update), stage.lr_factor), _scaled(lrs(end - 1), stage.lr_factor)
         yield StageForecast(stage, epochs, end - first.update, samples, micro_batches, turns, size, lr)
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import warnings
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -31,36 +30,27 @@ MOST_STEPS = 1_000_000
 """The most steps that an LR scheduler makes for a plan. The rates of more updates are unknown without a formula."""
 
 
-class FormulaRates(Sequence[float | None]):
-    """The learning rates of `updates` updates from a formula of the update, computed where they are read."""
-
-    def __init__(self, formula: Callable[[int], float | None], updates: int) -> None:
-        self._formula, self._updates = formula, range(updates)
-
-    def __len__(self) -> int:
-        return len(self._updates)
-
-    def __getitem__(self, update: Any) -> Any:
-        return self._formula(self._updates[update])
-
-
 def learning_rates(optimizer: Optimizer, lr_scheduler: LRScheduler | None, updates: int) -> LearningRates:
-    """Return the learning rate of each update (of the first parameter group); the optimizer makes no step."""
-    rates, group = array("d"), optimizer.param_groups[0]
+    """Return the learning rate of each of `updates` updates (of the first parameter group), by its number.
+
+    A formula is asked where it is read. Another scheduler moves now; the optimizer makes no step.
+    """
+    group = optimizer.param_groups[0]
     if lr_scheduler is None:
         constant = float(group["lr"])
-        return FormulaRates(lambda update: constant, updates)
+        return lambda _: constant
     if type(lr_scheduler) is LambdaLR:
         base, factor = lr_scheduler.base_lrs[0], lr_scheduler.lr_lambdas[0]
-        return FormulaRates(lambda update: float(base * factor(update)), updates)
+        return lambda update: float(base * factor(update))
     if updates > MOST_STEPS:
-        return FormulaRates(lambda update: None, updates)
+        return lambda _: None
+    rates = array("d")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that the optimizer made no step
         for _ in range(updates):
             rates.append(float(group["lr"]))
             lr_scheduler.step()
-    return rates
+    return rates.__getitem__
 
 
 class Preview:
@@ -81,7 +71,7 @@ class Preview:
         self.schedule, self.plan = layout.schedule, layout.plan
         self.model = make_model(task, self.settings.seed)
         self.lrs = learning_rates(*make_optimizer(task, self.model), self.plan.updates)
-        """The learning rate of each update."""
+        """The learning rate of an update, by its number."""
 
     @property
     def is_grouped(self) -> bool:
@@ -129,9 +119,9 @@ class Preview:
             yield f"{norms} BatchNorm layers normalise over a micro-batch of {N}, not over the window: use GroupNorm."
 
     def _of_the_end(self) -> Iterator[str]:
-        lrs, count = self.lrs, len(self.lrs)
-        before, last = (lrs[count - 2], lrs[count - 1]) if count > 1 else (None, None)
-        some = [lrs[update] for update in range(0, count, max(1, count // 1000))]
+        lrs, count = self.lrs, self.plan.updates
+        before, last = (lrs(count - 2), lrs(count - 1)) if count > 1 else (None, None)
+        some = [lrs(update) for update in range(0, count, max(1, count // 1000))]
         if before is not None and last is not None and last > before and last >= max(lr or 0.0 for lr in some):
             end = f"the last of {count:,} updates ({last:.3g})"
             yield f"the learning rate still rises at {end}: is its warm-up longer than the run?"

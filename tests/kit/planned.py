@@ -47,5 +47,5 @@ def planned_updates(preview: Preview) -> Iterator[PlannedUpdate]:
         effective_batch = before[window.stop] - before[window.start]
         pieces = window.count(settings.micro_batch_size, P, settings.spread_windows)
         samples += effective_batch
-        lr = preview.lrs[number] * window.stage.lr_factor
+        lr = preview.lrs(number) * window.stage.lr_factor
         yield PlannedUpdate(number + 1, epoch, samples, effective_batch, lr, window.stage, pieces, -(-pieces // P))

@@ -126,7 +126,7 @@ def test_a_plan_of_a_billion_updates() -> None:
     plan = Preview(Trainer("single", micro_batch_size=N, **options), task)
     assert [s.updates for s in plan.stages] == [10**9 - 10, 10]
     assert plan.stages[0].lr[0] == 0.01 / 10**8
-    assert plan.lrs[5 * 10**8] == pytest.approx(0.01)  # half of the cosine
+    assert plan.lrs(5 * 10**8) == pytest.approx(0.01)  # half of the cosine
     assert "1,000,000,000 updates in all" in " ".join(printed(plan, 120).split())
 
 
