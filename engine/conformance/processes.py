@@ -112,11 +112,10 @@ def _serve(ours: Connection, theirs: Connection) -> NoReturn:
 
 def _receive(pipe: Any, child: Any) -> tuple[Any, str]:
     try:
-        value, error = pickle.loads(pipe.recv_bytes())
+        return pickle.loads(pipe.recv_bytes())  # type: ignore[no-any-return]
     except EOFError:
         child.join(GRACE)
         return None, f"died with exit status {child.exitcode}"
-    return value, error
 
 
 def _child(environment: dict[str, int], pipe: Connection, places: IO[str], function: Callable[[], Any]) -> None:

@@ -53,9 +53,6 @@ def stage_forecasts(
         if offsets:
             size = offsets[-1][last.stop] - offsets[-1][last.stop - size]
         epochs, end = (first.epoch, last.epoch + last.epochs - 1), last.update + last.updates
-        lr = _scaled(lrs(first.update), stage.lr_factor), _scaled(lrs(end - 1), stage.lr_factor)
-        yield StageForecast(stage, epochs, end - first.update, samples, micro_batches, turns, size, lr)
-
-
-def _scaled(lr: float | None, factor: float) -> float | None:
-    return None if lr is None else lr * factor
+        rates = lrs(first.update), lrs(end - 1)
+        first_lr, last_lr = (None if lr is None else lr * stage.lr_factor for lr in rates)
+        yield StageForecast(stage, epochs, end - first.update, samples, micro_batches, turns, size, (first_lr, last_lr))
