@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from engine import GradientAccumulationScheduler
-from engine.conformance.backend import Backend, BrokenPromiseError, N, NotDeclaredError, expect, fit
+from engine.conformance.backend import Backend, N, NotDeclaredError, expect, fit
 from engine.conformance.processes import ProcessesFailedError
 from engine.conformance.reference import Regression, WindowRegression, deal, in_order, windows_of
 from engine.trainer import Trainer
@@ -69,13 +69,12 @@ def check_window_losses(backend: Backend) -> None:
 
 def check_error(backend: Backend) -> None:
     """A task that raises on one process ends all of them, and the others name that process and its error."""
-    failing = backend.processes - 1
+    failing, errors = backend.processes - 1, dict[int, str]()
     try:
         backend.attempt(fit, _Failing(2 * backend.B, failing), {"accumulate_grad_batches": backend.K, "max_epochs": 1})
     except ProcessesFailedError as error:
         errors = error.errors
-    else:
-        raise BrokenPromiseError(f"process {failing} raised in its second micro-batch, and no process ended with that.")
+    expect(bool(errors), f"process {failing} raised in its second micro-batch, and no process ended with that.")
     for rank in range(backend.processes):
         seen = errors.get(rank, "no error")
         for words in (PLANNED, *([f"process {failing}"] if rank != failing else [])):
