@@ -54,7 +54,7 @@ def learning_rates(optimizer: Optimizer, lr_scheduler: LRScheduler | None, updat
 
 
 class Preview:
-    """What `trainer.fit(task)` would do from its start, on the strategy's number of processes.
+    """The plan of `trainer.fit(task)` from its start, on the strategy's number of processes.
 
     It reads the data's length and builds model, optimizer and LR scheduler as `fit` does; `trainer` does not change.
     Raises UserError if the task cannot be trained, and for a stream, of which little is known before it has ended.
