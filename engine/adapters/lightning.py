@@ -59,7 +59,7 @@ class Lightning(Hooks, Task):
     def configure_callbacks(self, trainer: Any) -> list[Callback]:
         self._show(View(trainer))
         found = self.module.configure_callbacks() if defines(self.module, "configure_callbacks") else []
-        return [self, *map(_translated, found if isinstance(found, list | tuple) else [found])]
+        return [self, *map(_translated, _listed(found))]
 
     def prepare_data(self) -> None:
         for source in self._sources:
@@ -73,11 +73,11 @@ class Lightning(Hooks, Task):
 
     def configure_optimizer(self, model: nn.Module) -> Optimizer | tuple[Optimizer, LRScheduler]:
         optimizer, self._schedulers = _configured(self.module.configure_optimizers())
-        only: Any = self._schedulers[0] if len(self._schedulers) == 1 else {"interval": "epoch"}
-        is_plain = isinstance(only.get("scheduler"), LRScheduler) and not defines(self.module, "lr_scheduler_step")
-        if is_plain and (only["interval"], only["frequency"]) == ("step", 1):
-            self._schedulers = []  # the engine moves it
-            return optimizer, only["scheduler"]
+        match self._schedulers:
+            case [{"scheduler": LRScheduler() as only, "interval": "step", "frequency": 1}]:
+                if not defines(self.module, "lr_scheduler_step"):
+                    self._schedulers = []  # the engine moves it
+                    return optimizer, only
         return optimizer
 
     def train_data(self) -> Dataset[Any] | Iterable[Any]:
@@ -196,7 +196,6 @@ class Steps(nn.Module):
         vars(self).update({name: vars(module)[name] for name in shared})
 
     def forward(self, step: str, *arguments: Any) -> Any:
-        """Run the step of that name."""
         return getattr(self.own, step)(*arguments)
 
     @property
@@ -209,18 +208,15 @@ class Steps(nn.Module):
         self.own.training = mode
 
     def train(self, mode: bool = True) -> Steps:
-        """Set the module's mode."""
         self.own.train(mode)
         return self
 
     def to(self, *arguments: Any, **options: Any) -> Steps:
-        """Move the module, which may keep its device."""
         self.own.to(*arguments, **options)
         return self
 
 
 def _check_module(module: object) -> None:
-    """Raise UserError that names all that cannot be carried over from the class."""
     if not isinstance(module, nn.Module) or not defines(module, "training_step"):
         refuse(type(module).__name__, "give an nn.Module with training_step and configure_optimizers")
     problems = [f"the method {name}: {way_out}" for name, way_out in WAYS_OUT.items() if defines(module, name)]
@@ -256,23 +252,26 @@ def _translated(callback: Any) -> Any:
     return callback
 
 
+def _listed(found: Any) -> list[Any]:
+    return list(found) if isinstance(found, list | tuple) else [found]
+
+
 def _configured(found: Any) -> tuple[Optimizer, list[dict[str, Any]]]:
     """Return the one optimizer, and its schedulers with when each moves. Raises UserError for others."""
-    schedulers: Any = []
-    if isinstance(found, list | tuple) and len(found) == 1:
-        found = found[0]
-    if isinstance(found, Mapping):
-        found, schedulers = found.get("optimizer"), found.get("lr_scheduler", [])
-    elif isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], list | tuple):
-        found, schedulers = found
-    optimizers = list(found) if isinstance(found, list | tuple) else [found]
+    optimizers = _listed(found)
+    schedulers: list[Any] = []
+    match optimizers:
+        case [{**options}]:
+            optimizers, schedulers = _listed(options.get("optimizer")), _listed(options.get("lr_scheduler", []))
+        case [list() | tuple() as several, given] if isinstance(found, tuple):
+            optimizers, schedulers = list(several), _listed(given)
     if len(optimizers) != 1:
         way_out = "automatic optimization has one, in Lightning too. A Task may return several that step together"
         refuse(f"{len(optimizers)} optimizers", way_out)
     if not isinstance(optimizers[0], Optimizer):
         refuse(f"configure_optimizers returning {optimizers[0]!r}", "return an optimizer")
     configs = []
-    for given in schedulers if isinstance(schedulers, list | tuple) else [schedulers]:
+    for given in schedulers:
         config = {"interval": "epoch", "frequency": 1, "monitor": None}
         config |= given if isinstance(given, Mapping) else {"scheduler": given}
         if not hasattr(config.get("scheduler"), "step") or config["interval"] not in ("step", "epoch"):
@@ -283,13 +282,10 @@ def _configured(found: Any) -> tuple[Optimizer, list[dict[str, Any]]]:
 
 def _only(loader: Any) -> Any:
     """Return the one loader. Raises UserError for several."""
-    if isinstance(loader, list | tuple) and len(loader) == 1:
-        return loader[0]
-    if isinstance(loader, Mapping) or (
-        isinstance(loader, list | tuple) and any(isinstance(x, DataLoader) for x in loader)
-    ):
+    loaders = _listed(loader)
+    if isinstance(loader, Mapping) or (len(loaders) > 1 and any(isinstance(one, DataLoader) for one in loaders)):
         refuse("several DataLoaders", "give one, as of torch.utils.data.ConcatDataset")
-    return loader
+    return loaders[0] if len(loaders) == 1 else loader
 
 
 def _shuffles_or_reads(loader: Any) -> bool:

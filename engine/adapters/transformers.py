@@ -59,13 +59,16 @@ class _Pretrained(Task):
     def without_labels(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Return the model's arguments and the labels of a micro-batch. Raises UserError if it has no labels."""
         if "labels" not in batch:
-            raise UserError(
-                f"a micro-batch of {', '.join(batch)}: {type(self).__name__} expected labels: {self.labels}."
-            )
+            what = f"a micro-batch of {', '.join(batch)}"
+            raise UserError(f"{what}: {type(self).__name__} expected labels: {self.labels}.")
         return {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
 
     def configure_optimizer(self, model: nn.Module) -> Optimizer | tuple[Optimizer, LRScheduler]:
         return AdamW(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+
+    def loss(self, model: nn.Module, batch: Any) -> Loss:
+        inputs, labels = self.without_labels(batch)
+        return _cross_entropy(model(**inputs).logits, labels)
 
     def train_data(self) -> Dataset[Any] | Iterable[Any]:
         return self.dataset
@@ -117,14 +120,13 @@ class CausalLM(_Pretrained):
         return super().collate(samples)
 
     def loss(self, model: nn.Module, batch: Any) -> Loss:
-        """Return the sum of cross-entropies and the number of predicted tokens: all but each sample's first."""
         return self._predict(model, batch)[1]
 
     def _predict(self, model: nn.Module, batch: Any, **options: Any) -> tuple[Any, Loss]:
         inputs, labels = self.without_labels(batch)
         labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)  # a slice of logits would be copied
         found = model(**inputs, use_cache=False, **options)
-        return found, _cross_entropy(found.logits.flatten(0, 1), labels.flatten())
+        return found, _cross_entropy(found.logits, labels)
 
 
 class MoECausalLM(CausalLM, WindowTask):  # type: ignore[misc]  # of the loss of one micro-batch
@@ -135,7 +137,6 @@ class MoECausalLM(CausalLM, WindowTask):  # type: ignore[misc]  # of the loss of
     """
 
     def check(self, config: Any) -> None:
-        """Raise UserError for a model without such routers."""
         coefficient, experts = (getattr(config, name, None) for name in ("router_aux_loss_coef", "num_experts_per_tok"))
         if coefficient is None or experts is None:
             what = "expected router_aux_loss_coef and num_experts_per_tok in its config"
@@ -171,10 +172,6 @@ class MaskedLM(_Pretrained):
     auto_class = "AutoModelForMaskedLM"
     labels = "use collator=transformers.DataCollatorForLanguageModeling(tokenizer), or mask the samples yourself"
 
-    def loss(self, model: nn.Module, batch: Any) -> Loss:
-        inputs, labels = self.without_labels(batch)
-        return _cross_entropy(model(**inputs).logits.flatten(0, 1), labels.flatten())
-
 
 class Seq2SeqLM(_Pretrained):
     """Predicts one sequence from another, with AdamW; an update's gradient is the mean over all predicted tokens.
@@ -194,7 +191,7 @@ class Seq2SeqLM(_Pretrained):
             inputs["labels"] = labels  # such a model shifts them itself
         elif "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = shifted(labels)
-        return _cross_entropy(model(**inputs, use_cache=False).logits.flatten(0, 1), labels.flatten())
+        return _cross_entropy(model(**inputs, use_cache=False).logits, labels)
 
 
 class SequenceClassification(_Pretrained):
@@ -214,10 +211,6 @@ class SequenceClassification(_Pretrained):
             what = f"num_labels={config.num_labels}, problem_type={config.problem_type!r}"
             raise UserError(f"{what}: expected one of several labels. Override loss() for others.")
 
-    def loss(self, model: nn.Module, batch: Any) -> Loss:
-        inputs, labels = self.without_labels(batch)
-        return _cross_entropy(model(**inputs).logits, labels)
-
     def evaluate(self, model: nn.Module, batch: Any) -> Mapping[str, Loss | Tensor]:
         inputs, labels = self.without_labels(batch)
         logits = model(**inputs).logits
@@ -233,7 +226,7 @@ def _predicted(sample: Mapping[str, Any]) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Loss:
-    """Sum in float32 or wider over all labels but -100; `logits` has one row for each label."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = nn.functional.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="sum")
+    """Sum in float32 or wider over all labels but -100; `logits` has a row for each label."""
+    wide = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    total = nn.functional.cross_entropy(wide, labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return Loss(total, (labels != IGNORED).sum())

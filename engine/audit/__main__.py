@@ -47,5 +47,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [] if os.getcwd() in sys.path else [os.getcwd()]
     sys.exit(main(sys.argv[1:]))

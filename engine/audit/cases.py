@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from engine.conformance.reference import Regression, network
+from engine.conformance.reference import Regression, deal, in_order, network, windows_of
 
 N, EPOCHS = 4, 2
 CASES = (
@@ -20,7 +19,6 @@ CASES = (
 )  # fmt: skip
 """The cases by name. An adapter declares the last three, since they ask more of it than K."""
 _, SHORT, RAGGED, PADDED, ZERO, UNEVEN, SCHEDULE, RESUME, ANOTHER_P = CASES
-Rows = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -44,49 +42,43 @@ class Planned(NamedTuple):
     is_full: bool
 
 
-class Case(NamedTuple):
-    """A case on P processes: the rows of each process's micro-batches, and the number of samples of the dataset."""
+class Case:
+    """A case on P processes: the rows of each process's micro-batches, and the number of samples of the dataset.
 
-    name: str
-    P: int
-    K: int
-    pieces: list[list[Rows]]
-    samples: int
-    task: Regression
-    then_K: int  # noqa: N815 - of the second epoch, or of the second run
-    then_P: int | None  # noqa: N815 - of the second run, if there is one
+    K is not a multiple of P, so that no two factors are the same number. `then_K` is that of the second epoch or run,
+    `then_P` the P of the second run, if there is one.
+    """
+
+    def __init__(self, name: str, P: int, dtype: torch.dtype) -> None:
+        self.name, self.P = name, P
+        self.K = K = 4 if P == 3 else 3
+        sizes = [N] * (P * (2 * K - (name == SHORT)))
+        if name == RAGGED:
+            sizes[-P:] = [N // 2] * P
+        micro_batches = deal([len(sizes)], sizes)[0]
+        self.pieces, self.samples = [micro_batches[rank::P] for rank in range(P)], sum(sizes)
+        self.task = task = Regression(self.samples)
+        task.x, task.y = task.x.to(dtype).double(), task.y.to(dtype).double()
+        if name == PADDED:
+            task.weight = torch.randint(0, 4, (self.samples,), generator=torch.Generator().manual_seed(1)).double()
+        elif name == ZERO:
+            task.weight[P * N : 2 * P * N] = 0  # the second micro-batch of each process
+        elif name == UNEVEN:
+            del self.pieces[-1][-2:]
+            self.samples -= 1
+        self.then_P = {RESUME: P, ANOTHER_P: 1 if P > 1 else 3}.get(name)
+        self.then_K = P * K // self.then_P if self.then_P else 2
 
     def planned(self, from_dataset: bool) -> list[Planned]:
         """Return the updates of the whole run."""
         updates: list[Planned] = []
         for epoch in range(EPOCHS):
             K = self.then_K if epoch and self.name == SCHEDULE else self.K
-            for start in range(0, len(self.pieces[0]), K):
-                given = sum(len(rows) for own in self.pieces for rows in own[start : start + K])
-                samples = min(self.P * N * K, self.samples - start * self.P * N) if from_dataset else given
+            dataset, given = in_order(self.samples, self.P * N * K), windows_of(self.pieces, K)
+            for number, rows in enumerate(dataset if from_dataset else given, 1):
                 own_K = self.then_K if updates and self.name == ANOTHER_P else K
-                updates.append(Planned(epoch, own_K, samples, start + K <= len(self.pieces[0])))
+                updates.append(Planned(epoch, own_K, len(rows), number * K <= len(self.pieces[0])))
         return updates
-
-
-def make_case(name: str, P: int, dtype: torch.dtype) -> Case:
-    """Return the case of that name. K is not a multiple of P, so that no two factors are the same number."""
-    K = 4 if P == 3 else 3
-    sizes = [N] * (P * (2 * K - (name == SHORT)))
-    if name == RAGGED:
-        sizes[-P:] = [N // 2] * P
-    micro_batches = [tuple(range(end - size, end)) for size, end in zip(sizes, accumulate(sizes), strict=True)]
-    pieces, samples = [micro_batches[rank::P] for rank in range(P)], sum(sizes)
-    task = Regression(samples, tokens=True)
-    task.x, task.y, task.weight = task.x.to(dtype).double(), task.y.to(dtype).double(), torch.ones(samples).double()
-    if name == PADDED:
-        task.weight = torch.randint(0, 4, (samples,), generator=torch.Generator().manual_seed(1)).double()
-    elif name == ZERO:
-        task.weight[P * N : 2 * P * N] = 0  # the second micro-batch of each process
-    elif name == UNEVEN:
-        pieces[-1], samples = pieces[-1][:-2], samples - 1
-    then_P = {RESUME: P, ANOTHER_P: 1 if P > 1 else 3}.get(name)
-    return Case(name, P, K, pieces, samples, task, P * K // then_P if then_P else 2, then_P)
 
 
 class Job:
@@ -104,6 +96,7 @@ class Job:
         self.schedule = {0: self.K, 1: case.then_K} if case.name == SCHEDULE else {0: self.K}
         self.stop_after = 1 if case.then_P and not resumes else None
         self._tensors = [values.to(dtype) for values in (case.task.x, case.task.y, case.task.weight)]
+        self._total = case.task.total
         in_order = [rows for same in zip(*case.pieces, strict=False) for rows in same]
         self._pieces = case.pieces[rank] if self.P == case.P else in_order[rank :: self.P]
         self._samples = case.samples
@@ -125,5 +118,4 @@ class Job:
 
     def loss_sum(self, model: Callable[..., Any], batch: Sequence[Tensor]) -> Tensor:
         """Return the sum over the micro-batch's weight."""
-        x, y, weight = batch
-        return torch.as_tensor((weight * (model(x) - y).square().squeeze(1)).sum())
+        return self._total(model, batch)

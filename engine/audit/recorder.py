@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from engine.audit.cases import Rows
 from engine.conformance.traffic import Calls
+
+Rows = tuple[int, ...]
 
 
 class Step(NamedTuple):

@@ -2,7 +2,6 @@
 
 import math
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,12 +11,13 @@ from typing import NamedTuple
 
 import torch
 
-from engine.audit.cases import CASES, UNEVEN, Adapter, Case, Job, make_case
+from engine.audit.cases import CASES, UNEVEN, Adapter, Case, Job
 from engine.audit.classify import EXACT, LIMITS, UNNAMED, Found, judge
 from engine.audit.recorder import Step, recorded
 from engine.conformance.processes import ProcessesFailedError, run
 from engine.errors import UserError
 from strategies import resolve
+from strategies.environment import started_rank
 
 LOST = "another process has gone"
 HEAD = ("case", "verdict", "relative error", "ranks' difference", "collectives", "bytes reduced", "seconds")
@@ -75,39 +75,35 @@ def audit(
     for name, value, known in (("processes", processes, (1, 2, 3, 4)), ("dtype", dtype, tuple(LIMITS))):
         if value not in known:
             raise UserError(f"{name}={value}: expected one of {', '.join(map(str, known))}.")
-    chosen = [make_case(name, processes, dtype) for name in names if processes > 1 or name != UNEVEN]
+    chosen = [Case(name, processes, dtype) for name in names if processes > 1 or name != UNEVEN]
     return Report([_found(adapter, case, dtype, seconds) for case in chosen])
 
 
 def _found(adapter: Adapter, case: Case, dtype: torch.dtype, seconds: float) -> Found:
-    start = time.monotonic()
+    start, both = time.monotonic(), (False, True) if case.then_P else (False,)
     try:
         with TemporaryDirectory() as folder:
-            runs = [
-                _run(adapter, case, P, dtype, seconds, folder) for P in (None, case.then_P)[: 1 + bool(case.then_P)]
-            ]
+            runs = [_run(adapter, case, resumes, dtype, seconds, folder) for resumes in both]
         found = judge(case, [[own for own, _ in one] for one in runs], runs[0][0][1], adapter.make, dtype)
     except ProcessesFailedError as error:
-        own = {
-            rank: text
-            for rank, text in error.errors.items()
-            if not text.startswith(("did not end", f"RuntimeError: {LOST}"))
-        }
-        found = Found("hang" if not own else "crash on one process" if len(own) == 1 < case.P else UNNAMED)
-        found.detail = "; ".join(f"process {rank}: {text}" for rank, text in (own or error.errors).items())
+        lost = "did not end", f"RuntimeError: {LOST}"
+        own = {rank: text for rank, text in error.errors.items() if not text.startswith(lost)}
+        verdict = "hang" if not own else "crash on one process" if len(own) == 1 < case.P else UNNAMED
+        found = Found(verdict, detail=str(ProcessesFailedError(own) if own else error))
     found.case, found.seconds = case.name, time.monotonic() - start
     return found
 
 
 def _run(
-    adapter: Adapter, case: Case, then_P: int | None, dtype: torch.dtype, seconds: float, folder: str
+    adapter: Adapter, case: Case, resumes: bool, dtype: torch.dtype, seconds: float, folder: str
 ) -> list[tuple[list[Step], bool]]:
     """Train; return each process's steps, and whether its samples came from the dataset."""
-    ended = multiprocessing.get_context("fork").Barrier(then_P or case.P)
+    P = case.then_P if resumes and case.then_P else case.P
+    ended = multiprocessing.get_context("fork").Barrier(P)
 
     def train() -> tuple[list[Step], bool]:
         torch.manual_seed(0)
-        job = Job(case, adapter.make().to(dtype), int(os.environ["RANK"]), dtype, folder, then_P is not None)
+        job = Job(case, adapter.make().to(dtype), started_rank(), dtype, folder, resumes)
         try:
             with recorded(job.model, case.task.x.to(dtype)) as steps:
                 adapter.train(job)
@@ -118,4 +114,4 @@ def _run(
             ended.wait()  # a process that others wait for does not end before them
         return steps, job.from_dataset
 
-    return run(then_P or case.P, train, seconds=seconds)
+    return run(P, train, seconds=seconds)

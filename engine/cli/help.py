@@ -45,9 +45,7 @@ def print_help(parser: ArgumentParser) -> None:
     entries |= {name: (name, text) for name, text in (START | modes).items()}
     first = [entries.pop(name) for name in FIRST]
     _section("The options used most", first, width)
-    _section(
-        "Before and instead of training", [entries.pop(name) for name in (START | modes) if name in entries], width
-    )
+    _section("Before and instead of training", [entries.pop(name) for name in START | modes if name in entries], width)
     for title in SECTIONS:
         _section(title, [entry for name, entry in entries.items() if OPTIONS[name].section == title], width)
     print(textwrap.fill(CLASSES, width, break_on_hyphens=False))

@@ -1,14 +1,13 @@
 """The command line: options to objects, one run, one message if something is wrong."""
 
 import io
-import itertools
 import os
 import re
 import sys
 import time
 import tomllib
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout, suppress
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +22,7 @@ from engine.cli.modes import OneWindow, options, split
 from engine.cli.parser_errors import plain
 from engine.disk import numbered, replace_text
 from engine.errors import STATUSES, ProcessFailureError, UserError, describe, writing
-from engine.preview.preview import preview
+from engine.preview.preview import Preview
 from engine.preview.table import print_plan
 from engine.settings import AUTO, OPTIONS, Settings
 from engine.signals import COMMAND, EXIT_STATUS, leave_status
@@ -55,27 +54,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = plain(str(error), [name for action in actions for name in action.option_strings])
         return _refuse(UserError(text))
     except Exception as error:
-        if (reported := _reported(error)) is None:
-            raise
-        return _refuse(reported)
+        for ours in filter(None, (error, error.__cause__)):  # the option parser may have wrapped it
+            if isinstance(ours, tuple(STATUSES)):
+                return _refuse(ours)
+        raise
     finally:
         COMMAND.end()
 
 
 def _run(arguments: Sequence[str]) -> int:
-    """Do what `main` says; return 0 or EXIT_STATUS."""
-    with (
-        nullcontext() if started_rank() == 0 else redirect_stdout(io.StringIO())
-    ):  # --help, --print_config and --plan speak once
+    speaks = started_rank() == 0  # --help, --print_config and --plan do once
+    with nullcontext() if speaks else redirect_stdout(io.StringIO()):
         modes, rest = split(arguments)
         if modes.help:
             print_help(make_parser())
             return 0
         parser, config = parse(rest)
-        if modes.plan and started_rank() != 0:
-            return 0
         if modes.plan:
-            _plan(parser, config, getattr(modes, "plan.processes"))
+            if speaks:
+                with as_if_started(getattr(modes, "plan.processes") or started_processes()):
+                    print_plan(Preview(*_make(parser, config)))
             return 0
     if modes.check:
         _check(parser, config)
@@ -134,15 +132,8 @@ def make_parser() -> ArgumentParser:
 
 
 def _make(parser: ArgumentParser, config: Namespace) -> tuple[Trainer, Task]:
-    """Return the trainer and the task of a resolved configuration."""
     built = parser.instantiate(config)
     return Trainer(**vars(built.trainer)), built.task
-
-
-def _plan(parser: ArgumentParser, config: Namespace, processes: int | None) -> None:
-    """Print what the run would do with so many processes; only its data and model are made."""
-    with as_if_started(started_processes() if processes is None else processes):
-        print_plan(preview(*_make(parser, config)))
 
 
 def _check(parser: ArgumentParser, config: Namespace) -> None:
@@ -164,7 +155,7 @@ def _claim_fresh_folder(config: Namespace) -> None:
     if config.trainer.run_dir != FRESH or started_rank() != 0:
         return
     link = _link_of_this_start()
-    if _is_restarted() and link.is_symlink():
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and link.is_symlink():
         config.trainer.run_dir = f"runs/{link.readlink()}"
         return
     link.unlink(missing_ok=True)  # of an earlier start by the same name
@@ -173,10 +164,6 @@ def _claim_fresh_folder(config: Namespace) -> None:
             free.mkdir(parents=True)
             config.trainer.run_dir = str(free)
             return
-
-
-def _is_restarted() -> bool:
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def _link_of_this_start() -> Path:
@@ -192,7 +179,6 @@ class _KeepCommand(Callback):
         self._config = config
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Compare the options of all processes, and keep those of process 0."""
         everyone = trainer.strategy.compare(re.sub(r" *run_dir: .*", "", self._config))
         if len(set(everyone)) > 1:
             lines = [set(config.splitlines()) for config in everyone]
@@ -216,53 +202,40 @@ class _KeepCommand(Callback):
 def _load(text: str) -> Any:
     """A file of options is TOML or YAML; a value on the command line is YAML, as in {0: 8, 4: 4}."""
     try:
-        return _with_init_args(tomllib.loads(text))
+        try:
+            loaded: Any = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as no_toml:
+            try:
+                loaded = yaml.safe_load(text)
+            except yaml.YAMLError as no_yaml:
+                why = " ".join(str(no_yaml).split())
+                raise yaml.YAMLError(f"this is neither TOML ({no_toml}) nor YAML ({why}).") from no_yaml
+        return _with_init_args(loaded, iter(range(MOST_VALUES)))
     except RecursionError:
         raise yaml.YAMLError(TOO_DEEP) from None
-    except tomllib.TOMLDecodeError as no_toml:
-        try:
-            loaded = yaml.safe_load(text)
-            _size(loaded, {})
-        except RecursionError:
-            raise yaml.YAMLError(TOO_DEEP) from None
-        except yaml.YAMLError as no_yaml:
-            why = " ".join(str(no_yaml).split())
-            raise yaml.YAMLError(f"this is neither TOML ({no_toml}) nor YAML ({why}).") from no_yaml
-        return _with_init_args(loaded)
 
 
 TOO_DEEP = "expected options, found brackets or aliases nested too deeply. Write the options out."
 MOST_VALUES = 100_000
 
 
-def _size(value: Any, known: dict[int, int]) -> int:
-    """Return the number of values in `value`, aliases written out. Raises RecursionError for too many."""
-    if isinstance(value, dict | list) and id(value) not in known:
-        within = itertools.chain(value, value.values()) if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_size(item, known) for item in within)
-    size = known.get(id(value), 1)
-    if size > MOST_VALUES:
+def _with_init_args(content: Any, budget: Iterator[int]) -> Any:
+    """Return `content` with the options that stand beside a `class_path` in its `init_args`, where the parser looks.
+
+    Raises RecursionError for more values than `budget` has numbers, aliases written out.
+    """
+    if next(budget, None) is None:
         raise RecursionError
-    return size
-
-
-def _with_init_args(content: Any) -> Any:
-    """Return `content` with the options that stand beside a `class_path` in its `init_args`, where the parser looks."""
     if isinstance(content, list):
-        return [_with_init_args(part) for part in content]
+        return [_with_init_args(part, budget) for part in content]
     if not isinstance(content, dict):
         return content
-    parts = {name: _with_init_args(part) for name, part in content.items()}
+    parts = {name: _with_init_args(part, budget) for name, part in content.items()}
     if "class_path" not in parts or not isinstance(inner := parts.get("init_args", {}), dict):
         return parts
     kept = {name: parts.pop(name) for name in ("class_path", "dict_kwargs") if name in parts}
     parts.pop("init_args", None)
     return {**kept, "init_args": {**parts, **inner}} if parts or inner else kept
-
-
-def _reported(error: Exception) -> BaseException | None:
-    """Return the error that our own code raised for the user to fix; the option parser may have wrapped it."""
-    return next((one for one in (error, error.__cause__) if isinstance(one, tuple(STATUSES))), None)
 
 
 def _refuse(error: BaseException) -> int:
@@ -272,7 +245,9 @@ def _refuse(error: BaseException) -> int:
     the first.
     """
     status = next(status for kind, status in STATUSES.items() if isinstance(error, kind))
-    rank, processes = _place()
+    rank, processes = 0, 1
+    with suppress(UserError):  # the environment may not say
+        rank, processes = started_rank(), started_processes()
     has_lost_another = isinstance(error, ProcessFailureError)
     line = f"engine/run.py: {' '.join(describe(error).partition(': ')[2].split())}"
     if rank == 0:
@@ -284,11 +259,3 @@ def _refuse(error: BaseException) -> int:
     if rank != 0 and not COMMAND.stop_requested:
         print(line, file=sys.stderr, flush=True)
     return status
-
-
-def _place() -> tuple[int, int]:
-    """Return the rank and the number of processes; (0, 1) if the environment does not say."""
-    try:
-        return started_rank(), started_processes()
-    except UserError:
-        return 0, 1

@@ -40,19 +40,16 @@ class OneWindow(Callback):
         self._has_run = False
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Tell what was built; several processes agree to stop in the window itself."""
         if trainer.strategy.rank == 0:
             print(banner(trainer), flush=True)
         if trainer.strategy.data_parallel_size > 1:
-            trainer.stop()
+            trainer.stop()  # they agree on it in the window itself
 
     def on_update_end(self, trainer: Trainer) -> None:
-        """Stop a single process, at once."""
         self._has_run = True
         trainer.stop()
 
     def on_fit_end(self, trainer: Trainer) -> None:
-        """Tell how the window went."""
         if trainer.strategy.rank == 0:
             print(self._report(trainer), flush=True)
 
@@ -61,13 +58,15 @@ class OneWindow(Callback):
             return "checked: everything was built. The run is finished, so no window was left."
         record, P = trainer.record, trainer.strategy.data_parallel_size
         processes = "1 process" if P == 1 else f"{P} processes"
-        skipped = ", and its update was skipped" if record["skipped"] else ""
-        size = (
-            f"; its outputs are {record['window_bytes']:,.0f} bytes on each process" if "window_bytes" in record else ""
-        )
-        means = "".join(f", {name} {value:.4g}" for name, value in trainer.metrics.items())
-        return (
+        text = (
             f"checked: one window of {record['effective_batch']:,} samples on {processes}: loss {record['loss']:.4f}, "
-            f"gradient norm {record['grad_norm']:.3g}{skipped}{size}"
-            f"{'; validated on a few samples' + means if means else ''}. Nothing was written."
+            f"gradient norm {record['grad_norm']:.3g}"
         )
+        if record["skipped"]:
+            text += ", and its update was skipped"
+        if "window_bytes" in record:
+            text += f"; its outputs are {record['window_bytes']:,.0f} bytes on each process"
+        if trainer.metrics:
+            means = (f"{name} {value:.4g}" for name, value in trainer.metrics.items())
+            text += ", ".join(["; validated on a few samples", *means])
+        return f"{text}. Nothing was written."

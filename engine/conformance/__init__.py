@@ -6,7 +6,4 @@ raises `BrokenPromiseError` with one sentence, or `NotDeclaredError`.
 
 from engine.conformance.backend import Backend, BrokenPromiseError, NotDeclaredError
 
-CHECKS = tuple(f"engine.conformance.{name}" for name in ("contract", "traffic", "exactness", "keeping", "failures"))
-"""The modules that hold the checks, in order."""
-
-__all__ = ["CHECKS", "Backend", "BrokenPromiseError", "NotDeclaredError"]
+__all__ = ["Backend", "BrokenPromiseError", "NotDeclaredError"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from engine.conformance.backend import Backend, started
+from engine.conformance.backend import Backend, needs_equal_windows
 from engine.conformance.processes import ProcessesFailedError
 from engine.conformance.report import run_checks, table
 from strategies import Strategy, find
@@ -35,12 +35,11 @@ def main(arguments: list[str]) -> int:
     try:
         strategy_class = find(given.strategy)
         options = _options(strategy_class, rest)
-        strategy_class(**options)
+        backend = Backend(strategy_class, options, given.processes, given.accumulate, given.seconds)
+        backend.strategy  # noqa: B018 - to be refused here, if it cannot be made
+        backend.attempt(needs_equal_windows)  # or anything else for which it is set up
     except (ValueError, TypeError) as error:
         return _refuse(str(error))
-    backend = Backend(strategy_class, options, given.processes, given.accumulate, given.seconds)
-    try:
-        backend.attempt(_start)
     except ProcessesFailedError as error:
         if refused := [text for text in error.errors.values() if text.startswith(("UserError", "ValueError"))]:
             return _refuse(f"{given.strategy} cannot be set up on {given.processes} processes: {refused[0]}")
@@ -66,16 +65,10 @@ def _options(strategy_class: type[Strategy], arguments: list[str]) -> dict[str, 
         raise ValueError(f"{' '.join(str(error).split())}; {strategy_class.__name__} has {known}.") from None
 
 
-def _start(strategy: Strategy) -> None:
-    with started(strategy):
-        pass
-
-
 def _refuse(message: str) -> int:
     print(f"{PROGRAM}: {message}", file=sys.stderr)
     return 2
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [] if os.getcwd() in sys.path else [os.getcwd()]
     sys.exit(main(sys.argv[1:]))

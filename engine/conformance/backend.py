@@ -4,21 +4,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from engine.callbacks import Callback
 from engine.conformance.processes import ProcessesFailedError, run
 from engine.conformance.reference import Regression, State, difference, network
-from engine.data.stream import StreamSource
-from engine.data.window import Loading
-from engine.plan.schedule import make_schedule
-from engine.state import RunState
 from engine.trainer import Trainer
-from engine.update.updater import UpdateOptions, Updater
 from strategies import MicroBatch, Strategy
 
 N = 2  # samples per micro-batch in every check
@@ -32,33 +25,18 @@ class NotDeclaredError(Exception):
     """The strategy does not make this promise; the message says by which declaration."""
 
 
-class Declared(NamedTuple):
-    """The declarations of a strategy on one process."""
-
-    name: str
-    rank: int
-    local_rank: int
-    data_parallel_size: int
-    data_parallel_rank: int
-    device: torch.device
-    supports_variable_windows: object
-    exact_to: float | None
-    defers_reduction: bool
-    resumes_exactly: bool
-
-
-class Started(NamedTuple):
-    """The user's module, and what `prepare` returned for it."""
-
-    module: nn.Module
-    model: nn.Module
-
-
-class Ran(NamedTuple):
+class Ran(Callback):
     """A run on one process: the record of each update, and the parameters at the end, if it has them all."""
 
-    records: list[dict[str, Any]]
-    state: State
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.state: State = {}
+
+    def on_update_end(self, trainer: Trainer) -> None:
+        self.records.append(dict(trainer.record))
+
+    def on_fit_end(self, trainer: Trainer) -> None:
+        self.state = whole(trainer.strategy, trainer.strategy.state_dict()["model"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,65 +49,72 @@ class Backend:
     K: int = 4
     seconds: float = 60.0
 
-    def run(
-        self, function: Callable[..., Any], *args: Any, processes: int | None = None, what: str = "a run"
-    ) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, what: str = "a run") -> list[Any]:
         """Call `function(strategy, *args)` on each process, with a new strategy that is not set up.
 
-        Raises BrokenPromiseError, naming `what`, if one of them fails or does not end.
+        Raises BrokenPromiseError if a process does, and, naming `what`, if one fails or does not end.
         """
+
+        def judged(strategy: Strategy) -> tuple[Any, str]:
+            try:
+                return function(strategy, *args), ""
+            except BrokenPromiseError as broken:
+                return None, str(broken)
+
         try:
-            return self.attempt(function, *args, processes=processes)
+            rows = self.attempt(judged)
         except ProcessesFailedError as error:
             raise BrokenPromiseError(f"{what}: expected all processes to end without an error, seen {error}.") from None
+        for rank, (_, broken) in enumerate(rows):
+            expect(not broken, f"process {rank}: {broken}")
+        return [value for value, _ in rows]
 
-    def attempt(self, function: Callable[..., Any], *args: Any, processes: int | None = None) -> list[Any]:
+    def attempt(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Do the same if a failure is expected. Raises ProcessesFailedError."""
-        P = self.processes if processes is None else processes
-        return run(P, lambda: function(self.strategy_class(**self.options), *args), seconds=self.seconds)
+        return run(self.processes, lambda: function(self.strategy_class(**self.options), *args), seconds=self.seconds)
 
-    def fit(self, task: Regression, what: str = "a run", strategy: str | None = None, **settings: Any) -> list[Ran]:
-        """Train in order, N samples a micro-batch, on all processes, or on one with a strategy of ours.
-
-        Raises BrokenPromiseError, naming `what`, if that fails or does not end.
-        """
-        settings = {"micro_batch_size": N, "accumulate_grad_batches": self.K, "shuffle": False, **settings}
-        processes = None if strategy is None else 1
-        return self.run(lambda own: fit(strategy or own, task, settings), processes=processes, what=what)
+    def fit(self, task: Regression, what: str = "a run", **settings: Any) -> list[Ran]:
+        """Train on all processes, as `fit`. Raises BrokenPromiseError, naming `what`, if that fails."""
+        return self.run(fit, task, {"accumulate_grad_batches": self.K, **settings}, what=what)
 
     @cached_property
-    def declared(self) -> list[Declared]:
-        """The strategy's declarations on each process, before `setup`."""
-        return self.run(declare)
+    def strategy(self) -> Strategy:
+        """A strategy that is not set up, for its declarations."""
+        return self.strategy_class(**self.options)
 
-    @property
+    @cached_property
     def P(self) -> int:  # noqa: N802 - a word of this field
         """Data-parallel processes, as the strategy says."""
-        return self.declared[0].data_parallel_size
+        return int(self.run(lambda strategy: strategy.data_parallel_size)[0])
+
+    @property
+    def B(self) -> int:  # noqa: N802 - a word of this field
+        """Samples of a full update."""
+        return self.P * N * self.K
 
     @cached_property
     def needs_equal_windows(self) -> bool:
         """Whether the strategy, once it has a model, wants as many micro-batches on each process."""
-
-        def ask(strategy: Strategy) -> bool:
-            with started(strategy):
-                return strategy.needs_equal_windows
-
-        return any(self.run(ask))
+        return any(self.run(needs_equal_windows))
 
     def must_be_exact(self) -> float:
         """Return `exact_to`. Raises NotDeclaredError if it is None."""
-        if (exact_to := self.declared[0].exact_to) is None:
+        if (exact_to := self.strategy.exact_to) is None:
             raise NotDeclaredError("exact_to = None: its updates are not those of one big batch")
         return exact_to
 
+    def expect_updates(self, ran: Sequence[Ran], samples: list[int], what: str) -> None:
+        """Raise BrokenPromiseError unless the updates of each process have these numbers of samples."""
+        for rank, own in enumerate(ran):
+            seen = [record["effective_batch"] for record in own.records]
+            expect(seen == samples, f"{what}: expected updates of {samples} samples, process {rank} has seen {seen}.")
+
     def expect_equal(self, found: State, expected: State, what: str) -> None:
-        """Raise BrokenPromiseError unless `found` is what the strategy promises of `expected`."""
-        limit = self.must_be_exact()
-        expect(
-            (off := difference(found, expected)) <= limit,
-            f"{what}: expected what one big batch gives within {limit:g} (relative), seen {off:.1e}.",
-        )
+        """Raise BrokenPromiseError unless `found` is what the strategy promises of `expected`, if it does."""
+        if (limit := self.strategy.exact_to) is not None:
+            off = difference(found, expected)
+            says = f"{what}: expected what one big batch gives within {limit:g} (relative), seen {off:.1e}."
+            expect(off <= limit, says)
 
 
 def expect(holds: bool, sentence: str) -> None:
@@ -138,62 +123,65 @@ def expect(holds: bool, sentence: str) -> None:
         raise BrokenPromiseError(sentence)
 
 
-def declare(strategy: Strategy) -> Declared:
-    """Return the declarations of `strategy`."""
-    return Declared(*(getattr(strategy, name) for name in Declared._fields))
+def whole(strategy: Strategy, state: dict[str, Any]) -> dict[str, Any]:
+    """Return `state` if it is that of the whole model on this process, as it always is on process 0; else {}."""
+    return state if strategy.holds_all or strategy.rank == 0 else {}
+
+
+class Started:
+    """A strategy with a model and an optimizer, and windows of K micro-batches of tokens outside of any run."""
+
+    def __init__(self, strategy: Strategy, K: int, adam: bool) -> None:
+        self.strategy, self.K = strategy, K
+        self.task = Regression(strategy.data_parallel_size * K * N, tokens=True, adam=adam)
+        module = network()
+        self.model = strategy.prepare(module)
+        self.optimizer = self.task.configure_optimizer(module)
+
+    def run_window(self, scale: float | Tensor) -> None:
+        """Run a window, as the engine does, with `scale` for its losses."""
+
+        def forward(micro: MicroBatch) -> tuple[Tensor, float | Tensor]:
+            self.strategy.seed(0)
+            return self.task.total(self.model, micro.batch), scale
+
+        places = range(self.strategy.data_parallel_rank * self.K * N, len(self.task.x), N)[: self.K]
+        batches = [self.strategy.to_device(self.task.batch(range(place, place + N))) for place in places]
+        self.strategy.start_window(self.K)
+        self.strategy.run_window([MicroBatch(b, N, 0, b is batches[-1]) for b in batches], forward)
+
+    def step(self) -> dict[str, Any]:
+        """Step, clear the gradients, and return the state of model and optimizer."""
+        self.optimizer.step()
+        self.strategy.clear_gradients()
+        return self.strategy.state_dict(self.optimizer)
+
+    def update(self) -> dict[str, Any]:
+        """Run a window and step; return the state after it."""
+        self.run_window(0.1)
+        return self.step()
 
 
 @contextmanager
-def started(strategy: Strategy) -> Iterator[Started]:
-    """Set `strategy` up, yield the network, and tear `strategy` down on all processes together."""
+def started(strategy: Strategy, K: int = 1, adam: bool = False) -> Iterator[Started]:
+    """Set `strategy` up with a model, and tear it down on all processes together."""
     strategy.setup()
-    module = network()
-    yield Started(module, strategy.prepare(module))
+    yield Started(strategy, K, adam)
     strategy.barrier()
     strategy.teardown()
 
 
-def has_whole_state(strategy: Strategy) -> bool:
-    """Whether `state_dict` on this process is that of the whole model, as it always is on process 0."""
-    return strategy.holds_all or strategy.rank == 0
+def needs_equal_windows(strategy: Strategy) -> bool:
+    """Set `strategy` up with a model, and ask it."""
+    with started(strategy):
+        return strategy.needs_equal_windows
 
 
-def run_window(
-    strategy: Strategy, own: Started, optimizer: Optimizer, task: Regression, K: int, scale: float | Tensor
-) -> None:
-    """Run one window of `task`, a stream, as the engine does, but with `scale` for its losses."""
+def fit(strategy: Strategy, task: Regression, settings: Mapping[str, Any]) -> Ran:
+    """Train in order, N samples a micro-batch, and return the run of this process."""
+    ran = Ran()
+    trainer = Trainer(strategy, **{"micro_batch_size": N, "shuffle": False, **settings})
+    trainer.callbacks.append(ran)
     task.rank = strategy.data_parallel_rank
-    updater = Updater(strategy, own.model, optimizer, None, UpdateOptions())
-
-    def forward(micro: MicroBatch) -> tuple[Tensor, float | Tensor]:
-        updater.before_forward(micro)
-        loss = task.loss(own.model, micro.batch)
-        return loss if isinstance(loss, Tensor) else loss.sum, scale
-
-    schedule = make_schedule(N, strategy.effective_batch, {0: K})
-    source = StreamSource(task.train_data(), schedule, Loading(task, strategy))
-    window = next(source.windows(0, 0, 0))
-    updater.begin(window, RunState())
-    strategy.run_window(window, forward)
-
-
-def fit(strategy: Strategy | str, task: Regression, settings: Mapping[str, Any]) -> Ran:
-    """Train and return the run of this process."""
-    keep = _Keep()
-    callbacks: Sequence[Callback] = settings.get("callbacks", ())
-    trainer = Trainer(strategy, **{**settings, "callbacks": [*callbacks, keep]})
-    task.rank = trainer.strategy.data_parallel_rank
     trainer.fit(task)
-    return keep.ran
-
-
-class _Keep(Callback):
-    def __init__(self) -> None:
-        self.ran = Ran([], {})
-
-    def on_update_end(self, trainer: Trainer) -> None:
-        self.ran.records.append(dict(trainer.record))
-
-    def on_fit_end(self, trainer: Trainer) -> None:
-        state = trainer.strategy.state_dict()["model"]
-        self.ran.state.update(state if has_whole_state(trainer.strategy) else {})
+    return ran

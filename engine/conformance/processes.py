@@ -10,6 +10,8 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from tempfile import TemporaryFile
 from typing import IO, Any, NoReturn
@@ -19,6 +21,8 @@ import torch._dynamo  # the first optimizer imports it: once here, not in each p
 import torch.distributed as dist
 
 GRACE = 10.0  # seconds in which the others must end when one process has failed
+ENVIRONMENT = {"MASTER_ADDR": "localhost", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+FORK = multiprocessing.get_context("fork")
 
 
 class ProcessesFailedError(Exception):
@@ -34,13 +38,13 @@ def run(P: int, function: Callable[..., Any], *args: Any, seconds: float) -> lis
 
     Raises ProcessesFailedError, after `seconds` at the latest.
     """
-    context = multiprocessing.get_context("fork")
-    port, alive = _start_store()
+    port, store = _start_store()
     children: dict[Any, Any] = {}
     for rank in range(P):
-        ours, theirs = context.Pipe(duplex=False)
+        ours, theirs = FORK.Pipe(duplex=False)
         places = TemporaryFile("w+")  # noqa: SIM115 - closed below
-        child = context.Process(target=_child, args=(rank, P, port, theirs, places, function, args))
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": P, "LOCAL_WORLD_SIZE": P, "MASTER_PORT": port}
+        child = FORK.Process(target=_child, args=(environment, theirs, places, partial(function, *args)))
         child.start()
         theirs.close()
         children[ours] = rank, child, places
@@ -66,7 +70,7 @@ def run(P: int, function: Callable[..., Any], *args: Any, seconds: float) -> lis
                 child.join()
             pipe.close()
             places.close()
-        os.close(alive)
+        store.close()
     if errors:
         raise ProcessesFailedError(errors)
     return results
@@ -84,63 +88,43 @@ def _place(child: Any, places: IO[str]) -> str:
     return f"it is at {', and in it '.join(told)}"
 
 
-def _start_store() -> tuple[int, int]:
-    """Start a store in a process of its own; return its port, and the descriptor that keeps it while it is open.
+def _start_store() -> tuple[int, Connection]:
+    """Start a store in a process of its own; return its port, and the pipe that keeps it while it is open.
 
     A store's thread looks up addresses under a lock of glibc. A process forked meanwhile inherits the locked lock, and
     waits forever when it looks up an address.
     """
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    life, alive = os.pipe()
-    context.Process(target=_serve, args=(theirs, life, alive), daemon=True).start()
+    ours, theirs = FORK.Pipe()
+    FORK.Process(target=_serve, args=(ours, theirs), daemon=True).start()
     theirs.close()
-    os.close(life)
-    return int(ours.recv()), alive
+    return int(ours.recv()), ours
 
 
-def _serve(pipe: Connection, life: int, alive: int) -> NoReturn:
-    """Keep a store until the processes that could use it have ended."""
+def _serve(ours: Connection, theirs: Connection) -> NoReturn:
+    """Keep a store until the processes that could use it have ended, which all hold `ours`."""
+    ours.close()
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    pipe.send(store.port)
-    os.close(alive)
-    os.read(life, 1)
+    theirs.send(store.port)
+    with suppress(EOFError):
+        theirs.recv()
     os._exit(0)
 
 
 def _receive(pipe: Any, child: Any) -> tuple[Any, str]:
     try:
-        value, error = pickle.loads(pipe.recv_bytes())
+        return pickle.loads(pipe.recv_bytes())  # type: ignore[no-any-return]
     except EOFError:
         child.join(GRACE)
         return None, f"died with exit status {child.exitcode}"
-    return value, error
 
 
-def _child(
-    rank: int,
-    P: int,
-    port: int,
-    pipe: Connection,
-    places: IO[str],
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-) -> None:
+def _child(environment: dict[str, int], pipe: Connection, places: IO[str], function: Callable[[], Any]) -> None:
     faulthandler.register(signal.SIGUSR2, places)
     torch.set_num_threads(1)
     gc.freeze()  # what was there before the fork is not this process's to collect
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(P),
-        LOCAL_WORLD_SIZE=str(P),
-        MASTER_ADDR="localhost",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",
-        TORCHELASTIC_RESTART_COUNT="0",
-    )
+    os.environ.update({name: str(value) for name, value in environment.items()}, **ENVIRONMENT)
     try:
-        _end(pipe, (function(*args), ""))
+        _end(pipe, (function(), ""))
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f" ({os.path.basename(last.filename)}, line {last.lineno})"

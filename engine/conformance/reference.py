@@ -1,6 +1,8 @@
 """The model and data of the checks, and the reference: one big batch, in plain torch in float64."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate, cycle, islice, pairwise, starmap
 from typing import Any
 
 import torch
@@ -32,19 +34,13 @@ class Regression(Task):
     """
 
     def __init__(
-        self,
-        samples: int,
-        tokens: bool = False,
-        adam: bool = False,
-        pieces: Sequence[Sequence[Sequence[int]]] | None = None,
+        self, samples: int, tokens: bool = False, adam: bool = False, pieces: Sequence[Sequence[Sequence[int]]] = ()
     ) -> None:
         generator = torch.Generator().manual_seed(samples)
         self.x = torch.randn(samples, 5, generator=generator, dtype=torch.float64)
         self.y = torch.sin(3 * self.x.sum(1, keepdim=True))
         self.weight = (torch.arange(samples) * 3 % 4 if tokens else torch.ones(samples)).double()
-        self.tokens = tokens
-        self.adam = adam
-        self.pieces = pieces
+        self.tokens, self.adam, self.pieces = tokens, adam, pieces
         self.rank = 0  # this data-parallel process: which of the pieces it reads
 
     def configure_model(self) -> nn.Module:
@@ -54,35 +50,53 @@ class Regression(Task):
         return torch.optim.AdamW(model.parameters()) if self.adam else torch.optim.SGD(model.parameters(), lr=LR)
 
     def train_data(self) -> Any:
-        return TensorDataset(self.x, self.y, self.weight) if self.pieces is None else _Stream(self)
+        return self if self.pieces else TensorDataset(self.x, self.y, self.weight)
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.batch, self.pieces[self.rank])
+
+    def batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return these samples as a batch."""
+        return self.x[list(rows)], self.y[list(rows)], self.weight[list(rows)]
+
+    def total(self, model: Callable[..., Any], batch: Sequence[Tensor]) -> Tensor:
+        """Return the sum of losses."""
+        x, y, weight = batch
+        return torch.as_tensor((weight * (model(x) - y).square().squeeze(1)).sum())
 
     def loss(self, model: nn.Module, batch: Any) -> Loss | Tensor:
-        x, y, weight = batch
-        errors = (model(x) - y).square().squeeze(1)
-        return Loss((weight * errors).sum(), weight.sum()) if self.tokens else errors.mean()
+        total, weight = self.total(model, batch), batch[2].sum()
+        return Loss(total, weight) if self.tokens else total / weight
+
+    def mean(self, model: nn.Module, rows: Sequence[int]) -> Tensor:
+        """Return the loss of ONE batch of these samples."""
+        batch = self.batch(rows)
+        return self.total(model, batch) / batch[2].sum()
 
     def gradient(self, model: nn.Module, rows: Sequence[int]) -> list[Tensor]:
         """Return the gradient of ONE batch of these samples."""
-        x, y, weight = (values[list(rows)] for values in (self.x, self.y, self.weight))
-        loss = (weight * (model(x) - y).square().squeeze(1)).sum() / weight.sum()
-        return list(torch.autograd.grad(loss, list(model.parameters())))
+        return list(torch.autograd.grad(self.mean(model, rows), list(model.parameters())))
+
+    def set_gradient(
+        self, model: nn.Module, rows: Sequence[int], factor: float = 1.0, max_norm: float | None = None
+    ) -> float:
+        """Give `model` the gradient of ONE batch, times `factor` and clipped; return its norm between the two."""
+        for parameter, gradient in zip(model.parameters(), self.gradient(model, rows), strict=True):
+            parameter.grad = gradient * factor
+        return float(nn.utils.clip_grad_norm_(model.parameters(), math.inf if max_norm is None else max_norm))
 
     def big_batches(self, windows: Sequence[Sequence[int]], max_norm: float | None = None) -> State:
         """Return the parameters after one SGD update for each window that has a weight, each made of one big batch."""
         model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
         for rows in windows:
-            if not self.weight[list(rows)].sum():
-                continue
-            gradients = self.gradient(model, rows)
-            norm = float(torch.sqrt(sum((g.square().sum() for g in gradients), torch.zeros(()))))
-            clip = 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
-            with torch.no_grad():
-                for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-                    parameter.sub_(LR * clip * gradient)
-        return {name: parameter.detach() for name, parameter in model.named_parameters()}
+            if self.weight[list(rows)].sum():
+                self.set_gradient(model, rows, max_norm=max_norm)
+                optimizer.step()
+        return dict(model.state_dict())
 
 
-class WindowRegression(Regression, WindowTask):
+class WindowRegression(WindowTask, Regression):
     """Squared errors, and the variance of the outputs over the window, which no micro-batch knows."""
 
     def outputs(self, model: nn.Module, batch: Any) -> Mapping[str, Output]:
@@ -94,24 +108,8 @@ class WindowRegression(Regression, WindowTask):
         guess = outputs["guess"]
         return outputs["error"] / len(guess) + (guess - guess.mean()).square().mean()
 
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        return WindowTask.loss(self, model, batch)
-
-    def gradient(self, model: nn.Module, rows: Sequence[int]) -> list[Tensor]:
-        batch = self.x[list(rows)], self.y[list(rows)], None
-        return list(torch.autograd.grad(self.loss(model, batch), list(model.parameters())))
-
-
-class _Stream:
-    """The ready micro-batches of one process."""
-
-    def __init__(self, task: Regression) -> None:
-        self._task = task
-
-    def __iter__(self) -> Iterator[Any]:
-        task = self._task
-        for rows in (task.pieces or [])[task.rank]:
-            yield task.x[list(rows)], task.y[list(rows)], task.weight[list(rows)]
+    def mean(self, model: nn.Module, rows: Sequence[int]) -> Tensor:
+        return self.loss(model, self.batch(rows))
 
 
 def in_order(samples: int, effective_batch: int) -> list[range]:
@@ -121,18 +119,12 @@ def in_order(samples: int, effective_batch: int) -> list[range]:
 
 def deal(lengths: Sequence[int], sizes: Sequence[int]) -> list[list[range]]:
     """Return, for each process, `length` micro-batches of samples in ascending order, whose sizes cycle."""
-    pieces: list[list[range]] = []
-    sample = number = 0
-    for length in lengths:
-        pieces.append([])
-        for _ in range(length):
-            size = sizes[number % len(sizes)]
-            pieces[-1].append(range(sample, sample + size))
-            sample, number = sample + size, number + 1
-    return pieces
+    ends = accumulate(islice(cycle(sizes), sum(lengths)), initial=0)
+    pieces = starmap(range, pairwise(ends))
+    return [list(islice(pieces, length)) for length in lengths]
 
 
-def windows_of(pieces: Sequence[Sequence[range]], K: int) -> list[list[int]]:
+def windows_of(pieces: Sequence[Sequence[Sequence[int]]], K: int) -> list[list[int]]:
     """Return the samples of each update: micro-batches uK to uK+K-1 of every process."""
     longest = max(len(own) for own in pieces)
     return [

@@ -2,10 +2,18 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
 from typing import NamedTuple
 
-from engine.conformance import CHECKS, Backend, BrokenPromiseError, NotDeclaredError
+from engine.conformance import contract, keeping, runs, traffic
+from engine.conformance.backend import Backend, BrokenPromiseError, NotDeclaredError
+
+CHECKS: dict[str, Callable[[Backend], None]] = {
+    name.removeprefix("check_"): check
+    for module in (contract, traffic, runs, keeping)
+    for name, check in vars(module).items()
+    if name.startswith("check_")
+}
+"""The checks by name, in order."""
 
 
 class Promise(NamedTuple):
@@ -19,25 +27,17 @@ class Promise(NamedTuple):
 
 def run_checks(backend: Backend, only: Sequence[str] = ("",)) -> Iterator[Promise]:
     """Run the checks whose name has one of the words `only` in it, and yield the promise of each."""
-    for module in CHECKS:
-        for name, check in vars(import_module(module)).items():
-            if name.startswith("check_") and any(word in name for word in only):
-                yield run_check(backend, check)
-
-
-def run_check(backend: Backend, check: Callable[[Backend], None]) -> Promise:
-    """Run one check and return its promise."""
-    name = check.__name__.removeprefix("check_").replace("_", " ")
-    text = (check.__doc__ or "").splitlines()[0]
-    try:
-        check(backend)
-    except NotDeclaredError as reason:
-        return Promise(name, str(reason), "not declared")
-    except BrokenPromiseError as error:
-        return Promise(name, text, "broken", str(error))
-    except Exception as error:
-        return Promise(name, text, "broken", f"{type(error).__name__}: {error}")
-    return Promise(name, text, "kept")
+    for name, check in CHECKS.items():
+        if any(word in name for word in only):
+            promise = Promise(name.replace("_", " "), (check.__doc__ or "").splitlines()[0], "kept")
+            try:
+                check(backend)
+            except NotDeclaredError as reason:
+                promise = promise._replace(text=str(reason), verdict="not declared")
+            except Exception as error:
+                kind = "" if isinstance(error, BrokenPromiseError) else f"{type(error).__name__}: "
+                promise = promise._replace(verdict="broken", seen=f"{kind}{error}")
+            yield promise
 
 
 def table(promises: Sequence[Promise]) -> str:

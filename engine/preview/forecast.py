@@ -6,25 +6,25 @@ from functools import cache
 from itertools import groupby
 from operator import attrgetter
 
-from engine.plan.schedule import Schedule, Stage
+from engine.plan.schedule import Stage
 from engine.plan.windows import Plan, PlannedWindow
 
-LearningRates = Sequence[float | None]
-"""The learning rate of each update; None if it is unknown."""
+LearningRates = Callable[[int], float | None]
+"""From the number of an update to its learning rate; None if that is unknown."""
 
 
 @dataclass(frozen=True)
 class StageForecast:
-    """One stage of the schedule, as far as the run reaches it. None: unknown, for a stream."""
+    """One stage of the schedule, as far as the run reaches it."""
 
     stage: Stage
-    epochs: tuple[int, int] | None = None  # the first and the last, from 0
-    updates: int | None = None
-    samples: int | None = None
-    micro_batches: int | None = None
-    turns: int | None = None  # reductions that there would be with one at each micro-batch
-    last_window: int | None = None  # samples of the stage's last update
-    lr: tuple[float | None, float | None] = (None, None)  # the learning rate of its first and its last update
+    epochs: tuple[int, int]  # the first and the last, from 0
+    updates: int
+    samples: int
+    micro_batches: int
+    turns: int  # reductions that there would be with one at each micro-batch
+    last_window: int  # samples of the stage's last update
+    lr: tuple[float | None, float | None]  # the learning rate of its first and its last update
 
 
 def stage_forecasts(
@@ -53,31 +53,6 @@ def stage_forecasts(
         if offsets:
             size = offsets[-1][last.stop] - offsets[-1][last.stop - size]
         epochs, end = (first.epoch, last.epoch + last.epochs - 1), last.update + last.updates
-        lr = _scaled(lrs[first.update], stage.lr_factor), _scaled(lrs[end - 1], stage.lr_factor)
-        yield StageForecast(stage, epochs, end - first.update, samples, micro_batches, turns, size, lr)
-
-
-def _scaled(lr: float | None, factor: float) -> float | None:
-    return None if lr is None else lr * factor
-
-
-def stream_stages(
-    schedule: Schedule, epochs: int | None, total: int | None, lrs: LearningRates
-) -> Iterator[StageForecast]:
-    """Yield what is known of each stage of a stream, which ends after `epochs` or `total` updates, if known."""
-    for stage, following in zip(schedule.stages, [*schedule.stages[1:], None], strict=True):
-        counts = schedule.unit == "update"
-        start = stage.first if counts or stage.first == 0 else None
-        stop = total if following is None else following.first if counts else None
-        if start is not None and total is not None:
-            if start >= total:
-                return
-            stop = None if stop is None else min(stop, total)
-        updates, span = None if start is None or stop is None else stop - start, None
-        if schedule.unit == "epoch" and epochs is not None:
-            if stage.first >= epochs:
-                return
-            span = stage.first, min(epochs, epochs if following is None else following.first) - 1
-        at = (start, None if stop is None else stop - 1)
-        lr = tuple(_scaled(lrs[u], stage.lr_factor) if u is not None and u < len(lrs) else None for u in at)
-        yield StageForecast(stage, span, updates, lr=(lr[0], lr[1]))
+        rates = lrs(first.update), lrs(end - 1)
+        first_lr, last_lr = (None if lr is None else lr * stage.lr_factor for lr in rates)
+        yield StageForecast(stage, epochs, end - first.update, samples, micro_batches, turns, size, (first_lr, last_lr))

@@ -1,6 +1,6 @@
 """A preview as text: a table, or a few lines for each stage if the table is too wide."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from rich.console import Console
@@ -10,7 +10,6 @@ from rich.text import Text
 from engine.preview.forecast import StageForecast
 from engine.preview.preview import Preview
 
-UNKNOWN = "?"
 SHOWN = 20
 """Stages, and warnings, that are shown from the start and from the end."""
 T = TypeVar("T")
@@ -40,7 +39,7 @@ def print_plan(preview: Preview, console: Console | None = None) -> None:
                 lines.add_row(name.replace("-\n", "-").replace("\n", " "), cell(forecast))
             console.print(lines)
             console.print()
-    console.print(Text(" ".join([*_updates(preview), *_bytes(preview)])))
+    console.print(Text(_totals(preview)))
     warnings, others = _ends(preview.warnings())
     for warning in warnings:
         console.print(Text(f"! {warning}", style="yellow"))
@@ -63,79 +62,51 @@ def size(count: int) -> str:
 
 
 def _columns(preview: Preview) -> dict[str, Cell]:
-    sent, unit = preview.strategy.bytes_to_reduce(preview.model), preview.layout.schedule.unit
+    sent, unit = preview.strategy.bytes_to_reduce(preview.model), preview.schedule.unit
     columns: dict[str, Cell] = {} if unit == "epoch" else {f"from\n{unit}": lambda s: f"{s.stage.first:,}"}
     columns |= {
-        "epochs": lambda s: _span(s.epochs),
+        "epochs": lambda s: "-".join(str(epoch) for epoch in dict.fromkeys(s.epochs)),
         "K": lambda s: str(s.stage.accumulate_grad_batches),
         "effective\nbatch": lambda s: _batch(preview, s),
-        "updates": lambda s: _number(s.updates),
-        "micro-\nbatches": lambda s: _number(s.micro_batches),
-        "last\nwindow": lambda s: _number(s.last_window),
-        "first\nLR": lambda s: _number(s.lr[0], ".2g"),
-        "last\nLR": lambda s: _number(s.lr[1], ".2g"),
+        "updates": lambda s: f"{s.updates:,}",
+        "micro-\nbatches": lambda s: f"{s.micro_batches:,}",
+        "last\nwindow": lambda s: f"{s.last_window:,}",
+        "first\nLR": lambda s: _rate(s.lr[0]),
+        "last\nLR": lambda s: _rate(s.lr[1]),
     }
     if sent:
-        columns["reduced"] = lambda s: UNKNOWN if s.updates is None else size(s.updates * sent)
-        columns["saved"] = lambda s: _saved(s.updates, s.turns)
+        columns["reduced"] = lambda s: size(s.updates * sent)
+        columns["saved"] = lambda s: f"{1 - s.updates / s.turns:.0%}"
     return columns
 
 
 def _header(preview: Preview) -> str:
-    plan, strategy, settings = preview.layout.plan, preview.strategy, preview.settings
-    P = strategy.data_parallel_size
+    strategy, settings, P = preview.strategy, preview.settings, preview.strategy.data_parallel_size
     processes = "1 process" if P == 1 else f"{P} processes"
     epochs = "" if settings.max_epochs is None else f", {settings.max_epochs:,} epochs"
-    if plan is None:
-        return f"{strategy.name}: {processes}, streams of ready micro-batches{epochs}"
-    what = "samples" if not preview.is_grouped else "groups of samples"
-    return f"{strategy.name}: {processes}, N {settings.N}, {plan.samples:,} {what} per epoch{epochs}"
+    what = "groups of samples" if preview.is_grouped else "samples"
+    return f"{strategy.name}: {processes}, N {settings.N}, {preview.plan.samples:,} {what} per epoch{epochs}"
 
 
-def _updates(preview: Preview) -> Iterator[str]:
-    total, at_most = preview.layout.total_updates, preview.settings.max_updates
-    if preview.is_stream:
-        known = "" if total is None else f"{total:,} updates in all. "
-        known = known or ("" if at_most is None else f"At most {at_most:,} updates. ")
-        yield f"{known}A stream has no length: what is marked {UNKNOWN} cannot be known before it has ended."
-    else:
-        yield f"{total:,} updates in all, of {sum(s.samples or 0 for s in preview.stages):,} samples."
-
-
-def _bytes(preview: Preview) -> Iterator[str]:
-    strategy = preview.strategy
-    sent = strategy.bytes_to_reduce(preview.model)
+def _totals(preview: Preview) -> str:
+    strategy, sent = preview.strategy, preview.strategy.bytes_to_reduce(preview.model)
+    updates, samples, turns = (sum(getattr(s, n) for s in preview.stages) for n in ("updates", "samples", "turns"))
+    text = f"{updates:,} updates in all, of {samples:,} samples."
     if sent is None:
-        yield f"What strategy {strategy.name!r} sends is not known before it is set up."
-    elif not sent:
-        yield "One process reduces nothing."
-    elif preview.is_stream:
-        yield f"Each update reduces {size(sent)} on each process."
-    else:
-        updates, turns = (sum(getattr(s, name) or 0 for s in preview.stages) for name in ("updates", "turns"))
-        yield (
-            f"Each reduces {size(sent)} on each process, {size(updates * sent)} in all; with a reduction at each "
-            f"micro-batch it would be {size(turns * sent)}: deferring saves {_saved(updates, turns)}."
-        )
+        return f"{text} What strategy {strategy.name!r} sends is not known before it is set up."
+    if not sent:
+        return f"{text} One process reduces nothing."
+    return (
+        f"{text} Each reduces {size(sent)} on each process, {size(updates * sent)} in all; with a reduction at each "
+        f"micro-batch it would be {size(turns * sent)}: deferring saves {1 - updates / turns:.0%}."
+    )
 
 
 def _batch(preview: Preview, forecast: StageForecast) -> str:
-    if preview.is_stream:
-        return UNKNOWN
-    if preview.is_grouped and forecast.samples and forecast.updates:
+    if preview.is_grouped:
         return f"~{forecast.samples / forecast.updates:,.0f}"
     return f"{forecast.stage.effective_batch:,}"
 
 
-def _span(epochs: tuple[int, int] | None) -> str:
-    if epochs is None:
-        return UNKNOWN
-    return str(epochs[0]) if epochs[0] == epochs[1] else f"{epochs[0]}-{epochs[1]}"
-
-
-def _number(value: float | None, shape: str = ",") -> str:
-    return UNKNOWN if value is None else format(value, shape)
-
-
-def _saved(updates: int | None, turns: int | None) -> str:
-    return UNKNOWN if not updates or not turns else f"{1 - updates / turns:.0%}"
+def _rate(lr: float | None) -> str:
+    return "?" if lr is None else f"{lr:.2g}"

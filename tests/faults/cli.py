@@ -13,8 +13,8 @@ FAULTS = [
     ),
     Fault(
         "write out aliases that multiply",
-        "engine.cli.main:_size",
-        "if size > MOST_VALUES:",
+        "_with_init_args",
+        "if next(budget, None) is None:",
         "if False:",
         f"'{FOREIGN}::test_an_option_file_is_read_or_refused_in_a_line[aliases]'",
     ),

@@ -11,7 +11,7 @@ FAULTS = [
         "s.updates * stage.effective_batch",
         PREVIEW,
     ),
-    Fault("plan the learning rate one update late", "stage_forecasts", "lrs[end - 1]", "lrs[end - 2]", PREVIEW),
+    Fault("plan the learning rate one update late", "stage_forecasts", "lrs(end - 1)", "lrs(end - 2)", PREVIEW),
     Fault(
         "take the micro-batches of a full window for those of the last",
         "stage_forecasts",

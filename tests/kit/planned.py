@@ -39,7 +39,7 @@ def all_windows(plan: Plan) -> Iterator[tuple[int, PlannedWindow]]:
 
 def planned_updates(preview: Preview) -> Iterator[PlannedUpdate]:
     """Yield every update of the run."""
-    plan, settings, P = preview.layout.plan, preview.settings, preview.strategy.data_parallel_size
+    plan, settings, P = preview.plan, preview.settings, preview.strategy.data_parallel_size
     assert plan is not None
     samples = 0
     for number, (epoch, window) in enumerate(all_windows(plan)):
@@ -47,5 +47,5 @@ def planned_updates(preview: Preview) -> Iterator[PlannedUpdate]:
         effective_batch = before[window.stop] - before[window.start]
         pieces = window.count(settings.micro_batch_size, P, settings.spread_windows)
         samples += effective_batch
-        lr = preview.lrs[number] * window.stage.lr_factor
+        lr = preview.lrs(number) * window.stage.lr_factor
         yield PlannedUpdate(number + 1, epoch, samples, effective_batch, lr, window.stage, pieces, -(-pieces // P))

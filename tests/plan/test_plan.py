@@ -80,7 +80,7 @@ def test_stretches_and_forecasts_are_sums_of_all_windows(
         assert windows[s.update + s.updates - 1][0] == s.epoch + s.epochs - 1
         assert windows[s.update + s.updates - 1][1].stop == s.stop
     lrs = [1.0 / (1 + update) for update in range(len(windows))]
-    for forecast in stage_forecasts(plan, N, P, spread, lrs):
+    for forecast in stage_forecasts(plan, N, P, spread, lrs.__getitem__):
         own = [(number, epoch, w) for number, (epoch, w) in enumerate(windows) if w.stage == forecast.stage]
         counts = [window.count(N, P, spread) for _, _, window in own]
         assert (forecast.updates, forecast.epochs) == (len(own), (own[0][1], own[-1][1]))

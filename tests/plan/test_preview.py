@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from engine import GradientAccumulationScheduler, Trainer
-from engine.preview.preview import Preview, preview
+from engine.preview.preview import Preview
 from engine.preview.table import print_plan, size
 from strategies.environment import as_if_started
 from tests.kit.planned import PlannedUpdate, planned_updates
@@ -78,7 +78,7 @@ def train(P: int, task: Any, case: dict[str, Any], folder: str) -> int:
 def test_the_plan_is_what_the_run_does(task: type[Regression], name: str, P: int, tmp_path: Path) -> None:
     case = CASES[name]
     with as_if_started(P):
-        plan = preview(Trainer("single" if P == 1 else "ddp", micro_batch_size=N, **case), task(SAMPLES))
+        plan = Preview(Trainer("single" if P == 1 else "ddp", micro_batch_size=N, **case), task(SAMPLES))
         updates, stretches = list(planned_updates(plan)), plan.stages
         sent = plan.strategy.bytes_to_reduce(plan.model)
     seen = run(P, train, P, task(SAMPLES), case, str(tmp_path / "run"), group=P > 1)
@@ -110,7 +110,7 @@ def as_recorded(update: PlannedUpdate) -> dict[str, Any]:
 def test_a_plan_of_the_user_s_example_for_64_processes() -> None:
     with as_if_started(64):
         options = by({0: 8, 4: 4, 8: 1}, max_epochs=12)
-        plan = preview(Trainer(micro_batch_size=2, **options), WithLR(1500))
+        plan = Preview(Trainer(micro_batch_size=2, **options), WithLR(1500))
         stages = [(s.epochs, s.stage.accumulate_grad_batches, s.stage.effective_batch) for s in plan.stages]
     assert stages == [((0, 3), 8, 1024), ((4, 7), 4, 512), ((8, 11), 1, 128)]
     assert [s.updates for s in plan.stages] == [4 * 2, 4 * 3, 4 * 12]
@@ -123,10 +123,10 @@ def test_a_plan_of_a_billion_updates() -> None:
     task = WithLR(SAMPLES)
     task.warmup = 10**8
     options = by({0: 1, 10**9 - 10: 2}, "update", max_epochs=None, max_updates=10**9)
-    plan = preview(Trainer("single", micro_batch_size=N, **options), task)
+    plan = Preview(Trainer("single", micro_batch_size=N, **options), task)
     assert [s.updates for s in plan.stages] == [10**9 - 10, 10]
     assert plan.stages[0].lr[0] == 0.01 / 10**8
-    assert plan.lrs[5 * 10**8] == pytest.approx(0.01)  # half of the cosine
+    assert plan.lrs(5 * 10**8) == pytest.approx(0.01)  # half of the cosine
     assert "1,000,000,000 updates in all" in " ".join(printed(plan, 120).split())
 
 
@@ -137,16 +137,16 @@ def test_a_learning_rate_that_would_take_too_many_steps_is_unknown(monkeypatch: 
             return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 3)
 
     trainer = Trainer("single", micro_batch_size=N, max_epochs=1)
-    assert preview(trainer, Steps(SAMPLES)).stages[0].lr == (0.01, pytest.approx(1e-5))
+    assert Preview(trainer, Steps(SAMPLES)).stages[0].lr == (0.01, pytest.approx(1e-5))
     monkeypatch.setattr("engine.preview.preview.MOST_STEPS", 11)
-    plan = preview(trainer, Steps(SAMPLES))
+    plan = Preview(trainer, Steps(SAMPLES))
     assert plan.stages[0].lr == (None, None)
     assert "?" in printed(plan, 120)
 
 
 def test_a_plan_of_many_stages_shows_the_first_and_the_last() -> None:
     options = by({update: 1 + update % 3 for update in range(0, 900, 2)}, "update", max_epochs=None, max_updates=900)
-    text = printed(preview(Trainer("single", micro_batch_size=N, **options), Regression(SAMPLES)), 120)
+    text = printed(Preview(Trainer("single", micro_batch_size=N, **options), Regression(SAMPLES)), 120)
     assert len(text.splitlines()) < 150
     assert "Left out: 410 stages" in text
 
@@ -155,7 +155,7 @@ def test_a_plan_changes_nothing_of_the_trainer() -> None:
     trainer = Trainer("single", micro_batch_size=N, max_epochs=1)
     trainer.fit(WithLR(SAMPLES))
     model, update = trainer.model, trainer.update
-    preview(trainer, WithLR(9))
+    Preview(trainer, WithLR(9))
     assert trainer.model is model
     assert trainer.update == update == trainer.total_updates
 
@@ -194,7 +194,7 @@ class Follows(WithLR):
     ],
 )
 def test_what_a_plan_warns_of(task: type[Regression], options: dict[str, Any], expected: Sequence[str]) -> None:
-    found = preview(Trainer("single", micro_batch_size=N, **options), task(SAMPLES)).warnings()
+    found = Preview(Trainer("single", micro_batch_size=N, **options), task(SAMPLES)).warnings()
     assert len(found) == len(expected), found
     for text, pattern in zip(found, expected, strict=True):
         assert re.search(pattern, text), text
@@ -209,7 +209,7 @@ def printed(plan: Preview, width: int, **console: Any) -> str:
 @pytest.mark.parametrize("width", [40, 120])
 def test_a_plan_reads_well_in_any_width(width: int) -> None:
     with as_if_started(2):
-        text = printed(preview(Trainer(micro_batch_size=N, **CASES["by epoch"]), WithLR(SAMPLES)), width)
+        text = printed(Preview(Trainer(micro_batch_size=N, **CASES["by epoch"]), WithLR(SAMPLES)), width)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
     words = text.split()
@@ -219,7 +219,7 @@ def test_a_plan_reads_well_in_any_width(width: int) -> None:
 
 
 def test_colours_are_for_terminals_that_want_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = preview(Trainer("single", micro_batch_size=N, **by({0: 1, 1: 2})), Regression(SAMPLES))
+    plan = Preview(Trainer("single", micro_batch_size=N, **by({0: 1, 1: 2})), Regression(SAMPLES))
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert "\x1b[33m" in printed(plan, 80, force_terminal=True, color_system="standard")
     assert "\x1b" not in printed(plan, 80)
@@ -227,33 +227,9 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch: pytest.MonkeyPatc
     assert "\x1b[33m" not in printed(plan, 80, force_terminal=True)
 
 
-@pytest.mark.parametrize(
-    ("options", "known"),
-    [
-        ({"max_epochs": 3}, [None]),
-        ({"max_epochs": None, "max_updates": 9}, [9]),
-        ({"max_updates": 9}, [None]),
-        (by({0: 1, 4: 2}), [None, None]),
-        (by({0: 1, 7: 2}), [None]),
-        (by({0: 1, 4: 2}, "update"), [4, None]),
-        (by({0: 1, 4: 2, 30: 1}, "update", max_epochs=None, max_updates=9), [4, 5]),
-        (by({0: 1, 4: 2}, max_epochs=None, max_updates=9), [None, None]),
-    ],
-)
-def test_a_stream_says_what_cannot_be_known(options: dict[str, Any], known: list[int | None]) -> None:
-    plan = preview(Trainer("single", micro_batch_size=N, **{"max_epochs": 3, **options}), Stream(SAMPLES))
-    assert [s.updates for s in plan.stages] == known
-    assert plan.stages[0].lr[0] == plan.lrs[0] == pytest.approx(0.01 / 3)
-    text = " ".join(printed(plan, 100).split())
-    assert "A stream has no length: what is marked ? cannot be known before it has ended" in text
-
-
-def test_the_epochs_of_a_stream_are_known_where_epochs_end_the_run() -> None:
-    options = by({0: 1, 4: 2, 7: 3})
-    plan = preview(Trainer("single", micro_batch_size=N, **options), Stream(SAMPLES))
-    assert [s.epochs for s in plan.stages] == [(0, 3), (4, 4)]
-    plan = preview(Trainer("single", micro_batch_size=N, **options, max_updates=2), Stream(SAMPLES))
-    assert [s.epochs for s in plan.stages] == [None, None, None]
+def test_a_stream_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a plan expected data with a length. Use --check"):
+        Preview(Trainer("single", micro_batch_size=N, max_updates=9), Stream(SAMPLES))
 
 
 @pytest.mark.parametrize(

@@ -7,25 +7,17 @@ import sys
 import time
 from collections.abc import Callable
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.conformance import CHECKS, Backend, BrokenPromiseError, NotDeclaredError, processes
+from engine.conformance import Backend, BrokenPromiseError, NotDeclaredError, processes
 from engine.conformance.__main__ import main
-from engine.conformance.report import run_check, table
+from engine.conformance.report import CHECKS, run_checks, table
 from strategies import DDPStrategy, find
 from tests.kit.broken_strategies import DEFECTS, Defect
 from tests.kit.commands import python
-
-NAMES = {
-    name.removeprefix("check_"): check
-    for module in CHECKS
-    for name, check in vars(import_module(module)).items()
-    if name.startswith("check_")
-}
 
 
 @cache
@@ -33,7 +25,7 @@ def backend(name: str, processes: int, **options: Any) -> Backend:
     return Backend(find(name), options, processes)
 
 
-@pytest.mark.parametrize("check", NAMES.values(), ids=NAMES)
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 def test_ddp_keeps_every_promise(check: Callable[[Backend], None]) -> None:
     check(backend("ddp", 2))
 
@@ -56,7 +48,7 @@ def test_ours_keep_every_promise(ours: Backend) -> None:
 def red(subject: Backend) -> list[str]:
     """The names of the promises that are broken, in the kit's order."""
     broken = []
-    for name, check in NAMES.items():
+    for name, check in CHECKS.items():
         try:
             check(subject)
         except BrokenPromiseError:
@@ -73,7 +65,7 @@ def with_defect(defect: Defect) -> Backend:
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.strategy.__name__)
 def test_a_defect_is_red_in_the_right_place_and_says_what_was_seen(defect: Defect) -> None:
     with pytest.raises(BrokenPromiseError) as raised:
-        NAMES[defect.check](with_defect(defect))
+        CHECKS[defect.check](with_defect(defect))
     assert defect.says in str(raised.value)
 
 
@@ -86,7 +78,7 @@ def test_a_defect_is_red_in_the_right_place_and_says_what_was_seen(defect: Defec
 )
 def test_a_defect_is_red_wherever_it_must(defect: Defect, check: str) -> None:
     with pytest.raises(BrokenPromiseError):
-        NAMES[check](with_defect(defect))
+        CHECKS[check](with_defect(defect))
 
 
 class ReducesOften(DDPStrategy):
@@ -113,7 +105,7 @@ class ReducesOften(DDPStrategy):
 )
 def test_what_is_not_declared_is_not_checked(name: str, reason: str) -> None:
     with pytest.raises(NotDeclaredError, match=reason):
-        NAMES[name](Backend(ReducesOften))
+        CHECKS[name](Backend(ReducesOften))
 
 
 def hangs(strategy: Any) -> None:
@@ -135,7 +127,7 @@ class NoProcesses(DDPStrategy):
 
 
 def test_what_a_check_cannot_bear_is_a_broken_promise_too() -> None:
-    text = table([run_check(Backend(NoProcesses), NAMES["declared"])])
+    text = table([*run_checks(Backend(NoProcesses), ["declared"])])
     assert text.startswith("declared: ZeroDivisionError: ")
     assert text.endswith("1 promises: 0 kept, 1 broken, 0 not declared.")
 
@@ -166,7 +158,7 @@ def test_the_command_ends_with_a_table_and_its_status_tells(tmp_path: Path, loss
     assert lines[-4].startswith("broken " if lossy else "kept ")
     assert lines[-3].startswith("not declared  variable windows  supports_variable_windows = False")
     if lossy:
-        assert lines[2].startswith("clip: six windows, clip(None, 1.0) returned the norm")
+        assert lines[2].startswith("clip: process 0: six windows, clip(None, 1.0) returned the norm")
 
 
 @pytest.mark.parametrize(
