@@ -55,6 +55,7 @@ class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
+        self.sizes: Counter[tuple[int, bool]] = Counter()  # reductions by bytes, and whether they scatter
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, _, name = func._schema.name.partition("::")
@@ -63,7 +64,9 @@ class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if namespace in GROUPS and "reduce" in name:
             sizes = [leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
             self.counts["reductions"] += bool(sizes)
-            self.counts["reduced_bytes"] += max(sizes, default=0) if "scatter" in name else sum(sizes)
+            moved = [max(sizes, default=0)] if "scatter" in name else sizes
+            self.counts["reduced_bytes"] += sum(moved)
+            self.sizes.update((size, "scatter" in name) for size in moved)
         return func(*args, **(kwargs or {}))
 
 
