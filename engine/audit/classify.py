@@ -104,7 +104,8 @@ class _Judge:
             alone = verdict == EXACT or (is_planned and self._some_processes_are_exact())
             verdict = "replicas differ" if alone else UNNAMED
         several = [update[0] for update in self.steps if len(update) > 1 and len(update[0].micro_batches) > 1]
-        if several and all(step.repeated_bytes >= size * len(step.micro_batches) for step in several):
+        most = [(step.reduced_bytes - step.bytes_once) / len(step.micro_batches) for step in several]
+        if several and min(most) >= size > max(step.bytes_once for step in several):
             found.detail = "" if verdict in (EXACT, UNNAMED) else f"{verdict}, and reduced at each micro-batch"
             verdict = "reduced at each micro-batch" if verdict == EXACT else UNNAMED
         found.verdict = verdict

@@ -20,7 +20,7 @@ class Step(NamedTuple):
     micro_batches: list[Rows]
     collectives: int
     reduced_bytes: int
-    repeated_bytes: int  # of reductions as large as a gradient at most, as many as micro-batches
+    bytes_once: int  # of the reductions that do not recur with each micro-batch
 
 
 @contextmanager
@@ -53,9 +53,8 @@ def recorded(model: nn.Module, x: Tensor) -> Iterator[list[Step]]:
             trained.update(rows[at] for rows, live in seen for at in live)
             rows_of = [tuple(row for at, row in enumerate(r) if at in live or row not in trained) for r, live in seen]
             micro_batches = list(filter(None, rows_of))
-            n, whole = len(micro_batches), sum(p.nbytes for p in parameters)
-            repeated = sum(size[0] * k for size, k in calls.sizes.items() if k >= n and (size[1] or size[0] <= whole))
-            traffic = calls.counts["collectives"], calls.counts["reduced_bytes"], repeated
+            once = sum(size * (number % max(len(micro_batches), 1)) for size, number in calls.sizes.items())
+            traffic = calls.counts["collectives"], calls.counts["reduced_bytes"], once
             steps.append(Step(_flat(parameters), gradients, micro_batches, *traffic))
             stepped.clear()
         stepped.append(optimizer)

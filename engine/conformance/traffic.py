@@ -55,7 +55,7 @@ class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
-        self.sizes: Counter[tuple[int, bool]] = Counter()  # reductions by bytes, and whether they scatter
+        self.sizes: Counter[int] = Counter()  # reductions, by bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, _, name = func._schema.name.partition("::")
@@ -66,7 +66,7 @@ class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.counts["reductions"] += bool(sizes)
             moved = [max(sizes, default=0)] if "scatter" in name else sizes
             self.counts["reduced_bytes"] += sum(moved)
-            self.sizes.update((size, "scatter" in name) for size in moved)
+            self.sizes.update(moved)
         return func(*args, **(kwargs or {}))
 
 
