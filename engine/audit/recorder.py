@@ -41,21 +41,21 @@ def recorded(model: nn.Module, x: Tensor) -> Iterator[list[Step]]:
             seen.append((tuple(known.get(value, -1) for value in args[0][:, 0].tolist()), live))
 
     def keep(optimizer: Optimizer) -> None:
-        parameters: list[Tensor] = list(model.parameters())
+        traffic = calls.counts["collectives"], calls.counts["reduced_bytes"]
         held = {p: None for group in optimizer.param_groups for p in group["params"]}
-        if not any(p in held for p in parameters):  # the trainer trains a copy
-            parameters = list(held)
+        is_copy = not any(p in held for p in model.parameters())
+        parameters: list[Tensor] = list(held if is_copy else model.parameters())
         gradients = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
-        if steps and not seen and optimizer not in stepped:  # one more of the same update
+        same = [step for step in steps[-1:] if not seen and step.gradient.shape == gradients.shape]
+        if same and optimizer not in stepped:  # one more of the same update
             is_held = _flat([torch.full_like(p, p in held) for p in parameters]) > 0
             steps[-1] = steps[-1]._replace(gradient=gradients.where(is_held, steps[-1].gradient))
         elif seen or any(p.grad is not None for p in held):  # a step without gradients changes nothing
             trained.update(rows[at] for rows, live in seen for at in live)
-            rows_of = [tuple(row for at, row in enumerate(r) if at in live or row not in trained) for r, live in seen]
-            micro_batches = list(filter(None, rows_of))
+            kept = (tuple(row for at, row in enumerate(r) if at in live or row not in trained) for r, live in seen)
+            micro_batches = list(filter(None, kept))
             once = sum(size * (number % max(len(micro_batches), 1)) for size, number in calls.sizes.items())
-            traffic = calls.counts["collectives"], calls.counts["reduced_bytes"], once
-            steps.append(Step(_flat(parameters), gradients, micro_batches, *traffic))
+            steps.append(Step(_flat(parameters), gradients, micro_batches, *traffic, once))
             stepped.clear()
         stepped.append(optimizer)
         for counts in (seen, calls.counts, calls.sizes):

@@ -11,7 +11,7 @@ from tests.kit.variant_loops import VARIANTS
 EVERYDAY = (
     "two_optimizers",
     "two_passes_of_each",
-    "a_masked_copy_for_an_idle_process",
+    "masked_copies_for_what_is_missing",
     "logs_reduced_at_each_micro_batch",
     "windows_of_k_plus_1",
     "the_first_tail_unread",

@@ -53,7 +53,7 @@ FAULTS = [
         "recorded",
         "live.update(gradient.nonzero()[:, 0].tolist())",
         "live.update(range(len(gradient)))",
-        f"'{VARIANT}[a_masked_copy_for_an_idle_process]'",
+        f"'{VARIANT}[masked_copies_for_what_is_missing]'",
     ),
     Fault(
         "audit: take a second optimizer's step for an update",

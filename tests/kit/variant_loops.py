@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from engine.audit import CASES
 from tests.kit.broken_loops import total, windows
@@ -38,19 +37,19 @@ def start(job: Any) -> tuple[list[Any], torch.optim.Optimizer]:
     return parameters, torch.optim.SGD(parameters, lr=0.05)
 
 
-def epochs(job: Any) -> Iterator[tuple[list[Any], Tensor]]:
+def epochs(job: Any) -> Iterator[tuple[list[Any], float]]:
     """Yield each window with its weight over all processes."""
     for epoch in range(job.epochs):
         for window in windows(job, epoch, frozenset()):
             yield window, weight(window)
 
 
-def weight(window: list[Any]) -> Tensor:
+def weight(window: list[Any]) -> float:
     """Return the window's weight over all processes."""
-    return total(sum((batch[2].sum() for batch in window), torch.zeros(())))
+    return total(sum((batch[2].sum() for batch in window), torch.zeros(())).double()).item()
 
 
-def backward(job: Any, window: list[Any], W: float | Tensor) -> None:
+def backward(job: Any, window: list[Any], W: float) -> None:
     """Add the gradient of the window's losses over W."""
     for batch in window:
         (job.loss_sum(job.model, batch) / W).backward()
@@ -143,7 +142,7 @@ def the_first_twice(job: Any) -> None:
 
 
 @variant(UNEVEN, "exact")
-def a_masked_copy_for_an_idle_process(job: Any) -> None:
+def masked_copies_for_what_is_missing(job: Any) -> None:
     parameters, optimizer = start(job)
     x, y, ones = job.micro_batches[0]
     for window, W in epochs(job):
@@ -153,10 +152,11 @@ def a_masked_copy_for_an_idle_process(job: Any) -> None:
 
 
 @variant(UNEVEN, "exact")
-def zeros_for_an_idle_process(job: Any) -> None:
+def zeros_for_what_is_missing(job: Any) -> None:
     parameters, optimizer = start(job)
+    zeros = [0 * values for values in job.micro_batches[0]]
     for window, W in epochs(job):
-        backward(job, window or [[0 * values for values in job.micro_batches[0]]], W)
+        backward(job, [*window, *[zeros] * (job.K - len(window))], W)
         update(parameters, optimizer)
 
 
@@ -211,24 +211,28 @@ def a_hook_that_sums_at_each_micro_batch(job: Any) -> None:
 
 @variant(SHORT, NOT_NAMED)
 def windows_of_k_plus_1(job: Any) -> None:
-    endless(job, job.K + 1, job.K)
+    endless(job, job.K + 1)
 
 
 @variant(SHORT, "tail carried into the next epoch")
 def windows_across_epochs(job: Any) -> None:
-    endless(job, job.K, job.K)
+    endless(job, job.K)
 
 
 @variant(SHORT, NOT_NAMED)
 def windows_of_2_k(job: Any) -> None:
-    endless(job, 2 * job.K, 2 * job.K)
+    parameters, optimizer = start(job)
+    stream = iter(job.micro_batches * job.epochs)
+    while window := list(islice(stream, 2 * job.K)):
+        backward(job, window, weight(window))
+        update(parameters, optimizer)
 
 
-def endless(job: Any, length: int, divisor: int) -> None:
-    """Cut the micro-batches of all epochs into windows."""
+def endless(job: Any, length: int) -> None:
+    """Cut the micro-batches of all epochs into windows, and divide by K."""
     parameters, optimizer = start(job)
     for i, batch in enumerate(job.micro_batches * job.epochs, 1):
-        (job.loss(job.model, batch) / divisor / job.P).backward()
+        (job.loss(job.model, batch) / job.K / job.P).backward()
         if i % length == 0:
             update(parameters, optimizer)
 
