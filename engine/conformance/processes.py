@@ -77,13 +77,13 @@ def run(P: int, function: Callable[..., Any], *args: Any, seconds: float) -> lis
 
 
 def _place(child: Any, places: IO[str]) -> str:
-    """Return the position of a process's main thread: its innermost frame outside torch, and its innermost."""
+    """Return the position of a process's main thread: innermost frame outside torch and audit, and innermost."""
     os.kill(child.pid, signal.SIGUSR2)
     time.sleep(0.3)
     places.seek(0)
     thread = places.read().rpartition("(most recent call first):")[2]
     frames = re.findall(r'File "(.*)", line (\d+) in (\S+)', thread) or [("nowhere", "0", "?")]
-    ours = next((frame for frame in frames if "/torch/" not in frame[0]), frames[0])
+    ours = next((frame for frame in frames if not re.search("/torch/|/engine/audit/", frame[0])), frames[0])
     told = [f"{os.path.basename(file)}, line {line}, in {name}" for file, line, name in {ours: 1, frames[0]: 1}]
     return f"it is at {', and in it '.join(told)}"
 

@@ -43,6 +43,7 @@ class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
+        self.sizes: Counter[int] = Counter()  # reductions, by bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, _, name = func._schema.name.partition("::")
@@ -51,7 +52,9 @@ class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if namespace in GROUPS and "reduce" in name:
             sizes = [leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
             self.counts["reductions"] += bool(sizes)
-            self.counts["reduced_bytes"] += max(sizes, default=0) if "scatter" in name else sum(sizes)
+            moved = [max(sizes, default=0)] if "scatter" in name else sizes
+            self.counts["reduced_bytes"] += sum(moved)
+            self.sizes.update(moved)
         return func(*args, **(kwargs or {}))
 
 
