@@ -142,7 +142,7 @@ FAULTS = [
     Fault(
         "run an epoch again instead of a window",
         "Session._run_epoch",
-        "positions = None if state.position is None else [state.position]",
+        "positions = None if state.position is None else self._run.parts.strategy.gather(state.position)",
         "positions = None",
         REDO,
     ),
