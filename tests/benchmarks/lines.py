@@ -5,9 +5,8 @@ python -m tests.benchmarks.lines
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
-
-from tests.benchmarks.logical_lines import logical_lines
 
 FOLDER = Path(__file__).parent / "beside"
 JOBS = {
@@ -15,6 +14,10 @@ JOBS = {
     "predict": "predictions for each sample once, in order, over all processes",
     "lora": "LoRA: only what is trained is saved, and the model's own `save_pretrained`",
     "own_loop": "your own loop, resumed in the middle of an epoch",
+    "muon": "Muon for matrices and AdamW for the rest, with one norm to clip",
+    "gan": "a generator and a critic that learn in turn",
+    "metrics": "AUROC, F1 and a confusion matrix of a validation, early stopping, the best checkpoint",
+    "translation": "a translation model of `transformers`, weighted by tokens",
 }
 
 
@@ -22,6 +25,16 @@ def programs(job: str) -> dict[str, Path]:
     """Return the programs of a job by engine, Tally first."""
     found = {path.stem.removeprefix(f"{job}_"): path for path in FOLDER.glob(f"{job}_*.py")}
     return dict(sorted(found.items(), key=lambda item: item[0] != "tally"))
+
+
+def logical_lines(source: str) -> int:
+    """Return the number of statements, without imports and docstrings; a text that stands alone is a docstring."""
+    statements = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
+    return sum(not isinstance(node, ast.Import | ast.ImportFrom) and not _is_text(node) for node in statements)
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def table() -> str:

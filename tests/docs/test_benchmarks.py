@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from tests.benchmarks.cases import NAMED
 from tests.benchmarks.exactness import continued, exactness
 from tests.benchmarks.footprint import LAYERS, footprint, least
-from tests.benchmarks.logical_lines import table
 from tests.benchmarks.run import DOCS, PAGES
-from tests.kit import ROOT
 
 
 def test_a_strategy_is_exact_and_goes_on_elsewhere() -> None:
@@ -33,9 +29,3 @@ def test_each_script_has_its_place_on_a_page() -> None:
     for name, page in PAGES.items():
         text = (DOCS / page).read_text()
         assert text.index(f"<!-- {name} -->\n") < text.index(f"<!-- /{name} -->\n")
-
-
-def test_the_logical_lines_of_a_page_are_those_that_it_names() -> None:
-    page = "docs/optimizers.md"
-    rows = re.findall(r"^\| `\w+\.py` \| \d+ \|$", (ROOT / page).read_text(), re.MULTILINE)
-    assert rows == table(page)

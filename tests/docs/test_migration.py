@@ -72,7 +72,6 @@ AFTER = [
     ("docs/from-a-plain-loop.md", 1),
     ("docs/from-a-plain-loop.md", 2),
     ("docs/from-lightning.md", 1),
-    ("docs/from-accelerate.md", 1),
 ]
 
 
