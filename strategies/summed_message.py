@@ -68,7 +68,7 @@ class SummedMessage(Thread):
         return words
 
     def _gathered(self) -> list[list[float]]:
-        """Return the values of all: what was received goes on in ever larger pieces, log2(processes) of them."""
+        """Return the values of all, by log2(processes) messages: each sends on all that was received before."""
         rows, distance = torch.tensor([self._values], dtype=torch.float64), 1
         while distance < self._processes:
             piece = rows[: self._processes - distance]
