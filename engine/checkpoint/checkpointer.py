@@ -136,9 +136,11 @@ class Checkpointer:
 
     def wants_save(self) -> bool:
         """Whether this process requests a save after the next update: by a signal, or by the clock of process 0."""
+        if self._folder is None:
+            return False
         minutes = self._settings.save_every_n_minutes
         is_late = minutes is not None and time.perf_counter() - self._saved_at > 60 * minutes
-        return self._folder is not None and (self._signals.save_requested or (is_late and self._strategy.rank == 0))
+        return self._signals.save_requested or (is_late and self._strategy.rank == 0)
 
     def check(self) -> None:
         """Raise UserError, on all processes, for state that no checkpoint could hold."""
