@@ -27,16 +27,11 @@ Compute = Callable[[nn.Module, Any], Mapping[str, Any]]
 class MicroBatch:
     """One micro-batch of a window: the input of one forward and backward."""
 
-    batch: Any
-    """The data, on the device."""
-    size: int
-    """Its samples."""
-    seed_index: int
-    """The index, in the epoch, by which the random draws of its forward are seeded."""
-    is_last: bool
-    """Whether it is the last one of this process in the window, so that the update follows."""
-    size_problem: str = ""
-    """Why `size` cannot weigh a mean over its samples; "" if it can."""
+    batch: Any  # the data, on the device
+    size: int  # its samples
+    seed_index: int  # the index, in the epoch, by which the random draws of its forward are seeded
+    is_last: bool  # whether it is the last one of this process in the window, so that the update follows
+    size_problem: str = ""  # why `size` cannot weigh a mean over its samples; "" if it can
 
 
 class Strategy(HostMessages, Reruns, ABC):

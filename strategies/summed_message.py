@@ -9,10 +9,8 @@ from torch import Tensor
 
 from strategies.exact_sums import LIMBS, from_limbs, to_limbs
 
-MAXIMA = 3
-"""The last numbers of a message, of which the maximum is taken, not the sum."""
-TAG = 1
-"""Apart from the other messages of the group, some of which may be under way."""
+MAXIMA = 3  # the last numbers of a message, of which the maximum is taken, not the sum
+TAG = 1  # apart from the other messages of the group, some of which may be under way
 
 
 class SummedMessage(Thread):

@@ -31,10 +31,8 @@ from engine.trainer import Trainer
 from strategies.environment import as_if_started, started_processes, started_rank
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 10.0
-"""Seconds that a process leaves to another one whose error says more, or the same."""
-FRESH = "runs/%Y%m%d-%H%M%S"
-"""The `run_dir` of a run that names none: a new folder, called after the time of its start."""
+PATIENCE = 10.0  # seconds that a process leaves to another one whose error says more, or the same
+FRESH = "runs/%Y%m%d-%H%M%S"  # the `run_dir` of a run that names none: a new folder, called after the time of its start
 DEFAULT = ROOT / "launch" / "recipes" / "digits" / "digits.toml"
 
 

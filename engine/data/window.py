@@ -33,14 +33,10 @@ class Window:
     stage: Stage
     most_micro_batches: int
     """The largest number of micro-batches that any process can have in it; the same number on all processes."""
-    is_empty: bool
-    """Whether this process has no micro-batch in it."""
-    position: Any = None
-    """This process's position in its data after the window; `Source.windows` resumes from it."""
-    samples: int | None = None
-    """Samples over all processes; None for a stream until `close`."""
-    has_more: bool = False
-    """Whether this process has data after it; after `close`, whether any process has."""
+    is_empty: bool  # whether this process has no micro-batch in it
+    position: Any = None  # this process's position in its data after the window; `Source.windows` resumes from it
+    samples: int | None = None  # samples over all processes; None for a stream until `close`
+    has_more: bool = False  # whether this process has data after it; after `close`, whether any process has
     micros: Iterator[MicroBatch] = iter(())
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -54,8 +50,7 @@ class Window:
 class Source(Protocol):
     """A source of an epoch's windows."""
 
-    can_be_cut: bool
-    """Whether a window can run again in smaller micro-batches."""
+    can_be_cut: bool  # whether a window can run again in smaller micro-batches
 
     def largest(self, window: Window) -> int:
         """Return the most samples of a micro-batch in `window` on any process, or in those before."""

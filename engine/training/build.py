@@ -55,11 +55,9 @@ class Layout:
 
     N: int
     schedule: Schedule
-    plan: Plan | None
-    """Every window of the run, for map-style data."""
+    plan: Plan | None  # every window of the run, for map-style data
     data: Any
-    total_updates: int | None
-    """The exact number of updates; None for a stream that is bounded by epochs."""
+    total_updates: int | None  # the exact number of updates; None for a stream that is bounded by epochs
 
 
 @dataclass(frozen=True)

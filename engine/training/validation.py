@@ -39,8 +39,7 @@ class Validation:
         self._logged: list[Logged] = []
         self._seed, self._precision = settings.seed, settings.precision
         self._stream: Iterable[Any] | None = None
-        self.samples: int | None = None
-        """The samples of map-style data."""
+        self.samples: int | None = None  # the samples of map-style data
         if not is_map_style(data):
             check_stream(data, strategy)
             self._stream = data

@@ -17,8 +17,7 @@ class LossSum:
     """Adds up weights and, if `is_recorded`, losses, on their device. Backward multiplies by `scale`."""
 
     def __init__(self, scale: float, is_recorded: bool) -> None:
-        self.micro_batches = self.samples = 0
-        """Micro-batches, and their samples, whose loss has been added."""
+        self.micro_batches = self.samples = 0  # micro-batches, and their samples, whose loss has been added
         self.scale, self.is_recorded = scale, is_recorded
         self._weight = 0.0
         self._device_weight: Tensor | None = None

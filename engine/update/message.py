@@ -22,29 +22,21 @@ class Message(NamedTuple):
     """One process's part in a window: the header of its message, eleven doubles per update."""
 
     weight: float = 0.0
-    loss: float = 0.0
-    """The sum of its losses."""
+    loss: float = 0.0  # the sum of its losses
     samples: float = 0.0
-    has_more: float = 0.0
-    """Whether it has data after this window."""
-    stop: float = 0.0
-    """Whether it requests the end of the run after this update."""
-    save: float = 0.0
-    """Whether it requests a checkpoint after this update."""
-    abort: float = 0.0
-    """Whether it was interrupted: this update is not made."""
+    has_more: float = 0.0  # whether it has data after this window
+    stop: float = 0.0  # whether it requests the end of the run after this update
+    save: float = 0.0  # whether it requests a checkpoint after this update
+    abort: float = 0.0  # whether it was interrupted: this update is not made
     failed: float = 0.0
-    has_new_names: float = 0.0
-    """Whether it has logged a name that the processes have not agreed on."""
-    out_of_memory: float = 0.0
-    """Whether its memory ran out: the window runs again, in smaller micro-batches."""
+    has_new_names: float = 0.0  # whether it has logged a name that the processes have not agreed on
+    out_of_memory: float = 0.0  # whether its memory ran out: the window runs again, in smaller micro-batches
     local_seconds: float = 0.0
     """Seconds of a window up to this message, on average of the last ten or so: nothing in them waits for others."""
 
 
 HEADER = len(Message._fields)
-MAXIMA = 3
-"""The numbers at a message's end."""
+MAXIMA = 3  # the numbers at a message's end
 MOST_PROCESSES = 1 << 20
 
 
@@ -53,8 +45,7 @@ class Slowest(NamedTuple):
 
     process: int
     seconds: float
-    others: float
-    """The mean of all others, in seconds."""
+    others: float  # the mean of all others, in seconds
 
 
 def slowness(seconds: float, rank: int) -> float:

@@ -55,8 +55,7 @@ class JoinedOutputs:
 
     def __init__(self, strategy: Strategy) -> None:
         self._strategy = strategy
-        self.bytes = 0
-        """The bytes of the outputs of the largest process in the last window."""
+        self.bytes = 0  # the bytes of the outputs of the largest process in the last window
 
     def join(self, own: Mapping[int, Outputs] | None) -> bool:
         """Gather the outputs of all processes; `own` is None if this one failed. Return whether all have them."""
