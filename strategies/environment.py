@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,7 +11,6 @@ import torch.distributed as dist
 
 from strategies.errors import UserError
 
-SPARE_FILES = 128  # open files of a process beside its connections: libraries, data, logs
 _groups = itertools.count()
 _boards = itertools.count()
 
@@ -85,18 +83,6 @@ def rendezvous(timeout: timedelta) -> Any:
         raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']!r}: expected a port from 1 to 65535. {_WAY_OUT}")
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
     return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-
-
-def check_open_files(processes: int, rank: int, lazily: bool) -> None:
-    """Raise UserError if this process may open too few files for its connections: to all, or `lazily` to few."""
-    needed = SPARE_FILES + 2 * (2 * processes.bit_length() + 2 if lazily else processes - 1)
-    needed += processes if rank == 0 else 0  # its host keeps the store
-    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit != resource.RLIM_INFINITY and limit < needed:
-        raise UserError(
-            f"{processes} processes: expected at least {needed} open files for process {rank}, seen a limit of "
-            f"{limit} (of {most}). Use ulimit -n {needed} before the start, on this host."
-        )
 
 
 def new_store() -> Any:

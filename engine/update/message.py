@@ -59,19 +59,7 @@ def slowest(largest: float, seconds: float, processes: int) -> Slowest:
     return Slowest(int(rank), microseconds / 1e6, (seconds - microseconds / 1e6) / (processes - 1))
 
 
-class Agreed(NamedTuple):
-    """The sums of the messages of all processes."""
-
-    weight: float
-    loss: float
-    samples: float
-    has_more: float
-    stop: float
-    save: float
-    abort: float
-    failed: float = 0.0
-    has_new_names: float = 0.0
-    out_of_memory: float = 0.0
+Agreed = Message  # the sums of those of all processes, without `local_seconds`
 
 
 class Outcome(NamedTuple):
@@ -105,7 +93,7 @@ NO_REQUESTS = Requests()
 
 def agree(rows: Sequence[Sequence[float]]) -> Agreed:
     """Return the sums of messages."""
-    return Agreed(*map(total, list(zip(*rows, strict=True))[: len(Agreed._fields)]))
+    return Agreed(*map(total, list(zip(*rows, strict=True))[: HEADER - 1]))
 
 
 def total(values: Sequence[float]) -> float:

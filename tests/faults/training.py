@@ -65,21 +65,21 @@ FAULTS = [
     Fault(
         "keep K instead of the effective batch on another P",
         "lay_out",
-        "checkpoint is not None and _has_same_windows(checkpoint, window_identity(settings, scheduling))",
+        "checkpoint is not None and _has_same_windows(checkpoint, snapshot.window_identity(settings, scheduling))",
         "False",
         "tests/resume/test_resume.py::test_a_run_goes_on_with_another_number_of_processes",
     ),
     Fault(
         "validate a new model instead of a checkpoint's",
         "first_model",
-        "load_checkpoint(model, checkpoint, strategy.device)",
+        "snapshot.load_checkpoint(model, checkpoint, strategy.device)",
         "pass",
         "tests/output/test_validate.py::test_it_is_the_trained_model_or_the_one_that_was_named",
     ),
     Fault(
         "validate a checkpoint without its average",
         "first_model",
-        'restore_callbacks(callbacks, checkpoint["callbacks"])',
+        'snapshot.restore_callbacks(callbacks, checkpoint["callbacks"])',
         "pass",
         "tests/output/test_validate.py::test_it_is_the_trained_model_or_the_one_that_was_named",
     ),
@@ -142,7 +142,7 @@ FAULTS = [
     Fault(
         "run an epoch again instead of a window",
         "Session._run_epoch",
-        "positions = None if state.position is None else [state.position]",
+        "positions = None if state.position is None else self._run.parts.strategy.gather(state.position)",
         "positions = None",
         REDO,
     ),
