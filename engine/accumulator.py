@@ -68,12 +68,9 @@ class Accumulator:
         if B is not None and K != 1:
             raise UserError(f"accumulate_grad_batches={K} and effective_batch_size={B} both set the window length.")
         if strategy.micro_batches is not None:
-            raise UserError(
-                f"strategy {strategy.name!r} runs whole windows, which a loop of your own cannot. Use Trainer."
-            )
-        optimizer, lr_scheduler = check_optimizer(
-            optimizer if lr_scheduler is None else (optimizer, lr_scheduler), model
-        )
+            raise UserError(f"strategy {strategy.name!r} runs whole windows, which your own loop cannot. Use Trainer.")
+        given = optimizer if lr_scheduler is None else (optimizer, lr_scheduler)
+        optimizer, lr_scheduler = check_optimizer(given, model)
         strategy.prepare_optimizer(optimizer)
         self._strategy, self._max_epochs, self._max_updates = strategy, max_epochs, max_updates
         self._data, self._cut = iter(()) if data is None else data, (batching or Batching(), N, seed, shuffle, B)

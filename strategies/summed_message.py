@@ -67,7 +67,7 @@ class SummedMessage(Thread):
         return words
 
     def _gathered(self) -> list[list[float]]:
-        """Return the values of all: what was received goes on in ever larger pieces, log2(processes) of them."""
+        """Return the values of all: what was received is passed on in ever larger pieces, log2(processes) of them."""
         rows, distance = torch.tensor([self._values], dtype=torch.float64), 1
         while distance < self._processes:
             piece = rows[: self._processes - distance]

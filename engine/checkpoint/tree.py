@@ -53,9 +53,7 @@ def check_saveable(state: Mapping[str, Any]) -> None:
     try:
         flatten(state, tensors)
     except RecursionError:
-        raise UserError(
-            "the state of a callback, a stream or the LR scheduler contains itself: expected a tree."
-        ) from None
+        raise UserError("the state of a callback, stream or LR scheduler contains itself: expected a tree.") from None
     for path, tensor in tensors.items():
         is_dense = tensor.layout == torch.strided and not tensor.is_quantized
         if not is_dense or not _has_dtype(tensor.dtype):

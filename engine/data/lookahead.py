@@ -77,9 +77,7 @@ class Lookahead:
             self._state = deepcopy(self._data.state_dict())
 
     def _skip(self, count: int) -> None:
-        log.warning(
-            "reading %d micro-batches again and dropping them: the stream has no state_dict to resume from", count
-        )
+        log.warning("reading %d micro-batches again and dropping them: the stream has no state_dict to load", count)
         for number in range(count):
             if next(self._items, self) is self:
                 raise UserError(

@@ -70,10 +70,8 @@ class Schedule:
     def cut(self, N: int, effective_batch: Callable[[int, int], int]) -> Schedule:
         """Return the same effective batches in micro-batches of N: K is that of the busiest process."""
         share = effective_batch(N, 1)
-        Ks = [-(-stage.effective_batch // share) for stage in self.stages]
-        return replace(
-            self, stages=tuple(replace(s, accumulate_grad_batches=K) for s, K in zip(self.stages, Ks, strict=True))
-        )
+        stages = (replace(s, accumulate_grad_batches=-(-s.effective_batch // share)) for s in self.stages)
+        return replace(self, stages=tuple(stages))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what decides the samples of each update, whatever P and K are."""

@@ -119,9 +119,7 @@ class Validation:
             elif isinstance(metric, Tensor) and metric.ndim == 0:
                 self._means.log([(name, metric, None)], self._micro)
             else:
-                raise UserError(
-                    f"evaluate() returned {metric!r} for {name!r}: expected a 0-dim tensor, or Loss(sum, weight)."
-                )
+                raise UserError(f"evaluate() returned {metric!r} for {name!r}: expected a 0-dim tensor or a Loss.")
         self._means.log(self._logged, self._micro)
         self._count += 1
         return {}

@@ -35,9 +35,7 @@ class LossSum:
         elif isinstance(loss, Loss):
             value, share = loss.sum, 1
             if not isinstance(value, Tensor):
-                raise UserError(
-                    f"the loss's sum is a {type(value).__name__}: expected a tensor. Return Loss(sum, weight)."
-                )
+                raise UserError(f"Loss(sum, weight) has a {type(value).__name__} as sum: expected a tensor.")
             self._add_weight(loss.weight)
         else:
             more = " For several terms count weights() too, or use a TermTask." if isinstance(loss, Mapping) else ""

@@ -142,9 +142,7 @@ class ReplayUpdater(Updater):
         except Exception as error:
             if is_out_of_memory(error):
                 what = f"window_loss() does not fit into memory, whatever the micro-batches: {describe(error)}"
-                raise UserError(
-                    f"{what} Use a smaller effective batch, or a loss in tiles as in engine.losses."
-                ) from None
+                raise UserError(f"{what} Use a smaller effective batch, or tiles as in engine.losses.") from None
             raise
         if self.logged and samples and self.losses.is_recorded:  # the same on all processes
             self.exchange.means.log(self.logged, MicroBatch(None, samples, 0, is_last=True))

@@ -30,9 +30,7 @@ def check_outputs(outputs: Any, micro: MicroBatch) -> Outputs:
         raise UserError(micro.size_problem)
     for name, output in outputs.items():
         if type(output) not in (Rows, Added, Shared) or not isinstance(output.tensor, Tensor):
-            raise UserError(
-                f"outputs()[{name!r}] is a {type(output).__name__}: expected Rows, Added or Shared(tensor)."
-            )
+            raise UserError(f"outputs()[{name!r}] is a {type(output).__name__}: expected Rows, Added or Shared.")
         if output.tensor.is_complex():
             raise UserError(f"outputs()[{name!r}] is complex: expected real numbers. Use torch.view_as_real.")
         shape = tuple(output.tensor.shape)
