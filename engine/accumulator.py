@@ -238,7 +238,7 @@ class OwnWindow(CallWindow):
                     yield micro.batch
                 if self._micro is not None:
                     raise UserError(
-                        "backward was not called for a micro-batch. Call it for each; Loss(0 * loss, 0) leaves one out."
+                        "backward was not called for a micro-batch. Call it, with Loss(0 * loss, 0) to leave it out."
                     )
         except Exception as error:
             self.fail(error)
@@ -247,9 +247,7 @@ class OwnWindow(CallWindow):
         """Add the micro-batch's gradient: of a mean over its samples (0-dim tensor), of a `Loss`, or of terms."""
         try:
             if self._micro is None:
-                raise UserError(
-                    "backward was called twice for a micro-batch, or for none. Add up the losses of one micro-batch."
-                )
+                raise UserError("backward was called twice for a micro-batch, or for none. Add up the losses of one.")
             micro, self._micro = self._micro, None
             self._updater.strategy.backward(*self._updater.after_forward(loss, micro))
             self._is_complete = micro.is_last

@@ -1,6 +1,5 @@
 """Nested state as JSON and tensors, and back: nothing that is read is imported, called or executed."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -103,11 +102,6 @@ def copied(value: Any) -> Any:
     tensors: dict[str, Tensor] = {}
     plain = flatten(value, tensors)
     return restore(plain, {path: t.detach().to("cpu", copy=True).contiguous() for path, t in tensors.items()})
-
-
-def dumps(value: Any) -> str:
-    """Return JSON that holds every float to the bit."""
-    return json.dumps(value, allow_nan=False, indent=1)
 
 
 def _join(path: str, part: object) -> str:

@@ -35,7 +35,7 @@ class MapSource:
         self._batching = batching if collates or overrides(batching, "batch_size") else None
         in_memory = type(data) is TensorDataset and not collates
         own = getattr(batching, collate)
-        self._fetch = TensorFetch(data) if in_memory else Fetch(data, loading.seed, own, seeds_samples=loading.spread)
+        self._fetch = TensorFetch(data) if in_memory else Fetch(data, loading.seed, own, seeds_each=loading.spread)
         pins = strategy.device.type == "cuda" if loading.pin_memory is None else loading.pin_memory
         workers = loading.num_workers
         if workers or pins:  # it costs a profiler range for each piece

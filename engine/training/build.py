@@ -100,8 +100,8 @@ def build(
     if settings.compile_model:
         compile_in_place(model)
     is_recorded = bool(callbacks or settings.loggers or settings.run_dir is not None)
-    configuration = {**configuration, "the names of task.validation_metrics": [*task.validation_metrics]}
-    _check_agreement(strategy, configuration, layout, model, is_recorded)
+    more = {"the names of task.validation_metrics": [*task.validation_metrics], "whether anything listens": is_recorded}
+    _check_agreement(strategy, {**configuration, **more}, layout, model)
     strategy.runs_twice = isinstance(task, WindowTask)
     prepared = strategy.prepare(model)
     check_equal_windows(strategy, layout.plan, N, settings.spread_windows)
@@ -255,15 +255,12 @@ def _load_weights(model: nn.Module, settings: Settings, checkpoint: Checkpoint |
         snapshot.load_weights(model, Path(settings.weights))
 
 
-def _check_agreement(
-    strategy: Strategy, configuration: Mapping[str, Any], layout: Layout, model: nn.Module, is_recorded: bool
-) -> None:
+def _check_agreement(strategy: Strategy, configuration: Mapping[str, Any], layout: Layout, model: nn.Module) -> None:
     """Compare what all processes are about to train. Raises UserError on all of them, naming what differs and where."""
     facts = {
         **configuration,
         "the number of training samples": layout.plan.samples if layout.plan else None,
         **{f"the shape of {name}": tuple(p.shape) for name, p in model.named_parameters()},
-        "whether anything listens": is_recorded,
     }
     everyone = strategy.compare({name: str(value) for name, value in facts.items()})
     differences = [

@@ -114,6 +114,4 @@ def check_norms(norms: Sequence[float], update: int) -> None:
     """Compare the gradient norms of the update before `update`. Raises ReplicaError if one differs."""
     if differ(norms):
         listed = ", ".join(f"{norm!r} on process {rank}" for rank, norm in enumerate(norms))
-        raise ReplicaError(
-            f"the processes' models have diverged: the gradient norm of update {update - 1} is {listed}. {CAUSES}"
-        )
+        raise ReplicaError(f"the models have diverged: the gradient norm of update {update - 1} is {listed}. {CAUSES}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from strategies.ddp.compression import DTYPES, EXACT_TO, cast_and_reduce, check_hook
+from strategies.ddp.compression import DTYPES, EXACT_TO, cast_and_reduce
 from strategies.ddp.unfinished import SentBuckets
 from strategies.ddp.wrapper import Wrapper, depends_on, zero_of
 from strategies.errors import MODEL_NOT_CALLED, UserError
@@ -86,7 +86,9 @@ class DDPStrategy(ProcessGroupStrategy):
             if option in REFUSED:
                 raise _refusal(option)
             raise TypeError(f"DDPStrategy has no option {option!r}.")
-        check_hook(communication_hook)
+        if communication_hook is not None and communication_hook not in DTYPES:
+            what = f"communication_hook={communication_hook!r}: expected one of {', '.join(DTYPES)}, or None"
+            raise UserError(f"{what}. To use another hook, override DDPStrategy.wrap and register it there.")
         super().__init__(timeout_seconds, device)
         self.find_unused_parameters = find_unused_parameters
         self.gradient_as_bucket_view = gradient_as_bucket_view
