@@ -15,9 +15,7 @@ class StatusBoard(HostMessages):
     """One process's access to the store: each of `size` processes writes, and all read without the writer's help."""
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
-        self._store = store
-        self._rank = rank
-        self._size = size
+        self._store, self._rank, self._size = store, rank, size
         self._unanswered: threading.Thread | None = None
 
     def post(self, topic: str, text: str) -> None:

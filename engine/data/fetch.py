@@ -34,10 +34,8 @@ class Fetch(Dataset[Any]):
     """
 
     def __init__(self, dataset: Any, seed: int, collate: Callable[[list[Any]], Any], seeds_each: bool = False) -> None:
-        self._dataset = dataset
-        self._collate = collate
-        self._seed = seed
-        self._seeds_each = seeds_each
+        self._dataset, self._collate = dataset, collate
+        self._seed, self._seeds_each = seed, seeds_each
         self._collates_all = getattr(collate, "__func__", None) is Batching.collate
         self._fetches_pieces = callable(getattr(dataset, "__getitems__", None))
 

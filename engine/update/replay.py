@@ -32,7 +32,7 @@ class ReplayUpdater(Updater):
     First pass: a forward of each micro-batch; the last keeps its graph. The outputs are gathered, and each process
     takes the gradient of the loss with respect to its own. The last micro-batch's backward comes first. Second pass:
     forward and backward of the others, with the draws and buffers of the first pass; the last of them is reduced.
-    `window_loss` is that of a `WindowTask`, `keeps_on_host` its `keeps_batches_on_host`; the rest are those of `Updater`.
+    `window_loss` is that of a `WindowTask`, `keeps_on_host` its `keeps_batches_on_host`; the rest are `Updater`'s.
     """
 
     def __init__(self, window_loss: Callable[[Mapping[str, Tensor]], Tensor], keeps_on_host: bool, *args: Any) -> None:

@@ -38,10 +38,7 @@ class Schedules:
     """Runs micro-batches through a chain. An error waits until the schedule ends: the others are in it too."""
 
     def __init__(self, name: ScheduleName, chain: Chain, model: PipelinedModel, seed: Callable[[int], None]) -> None:
-        self._name = name
-        self._chain = chain
-        self._model = model
-        self._seed = seed
+        self._name, self._chain, self._model, self._seed = name, chain, model, seed
         self._built: dict[tuple[Any, ...], Any] = {}
         self._specs: dict[tuple[Any, ...], list[TensorSpec]] = {}
         self._run: Run

@@ -63,9 +63,7 @@ class PipelineStrategy(ProcessGroupStrategy):
             raise UserError(f"schedule={schedule!r}: expected one of {', '.join(get_args(ScheduleName))}.")
         check_count("stages", stages, 2, "Use 'single' or 'ddp' for a model on one process.")
         check_count("micro_batches", micro_batches)
-        self.stages = stages
-        self.schedule = schedule
-        self.micro_batches = micro_batches
+        self.stages, self.schedule, self.micro_batches = stages, schedule, micro_batches
         self.boundaries = None if boundaries is None else list(boundaries)
         if not takes(schedule, stages, micro_batches):
             least = f"expected at least {stages} for {schedule} over {stages} stages"
@@ -104,9 +102,10 @@ class PipelineStrategy(ProcessGroupStrategy):
             for ranks, backend in kinds
         ]
         self._ranks = pipelines[self.data_parallel_rank]
+        self._copies = self._groups[2]  # the processes with the same part in all pipelines
 
     def teardown(self) -> None:
-        for part in ("_chain", "_schedules"):
+        for part in ("_chain", "_schedules", "_copies"):
             vars(self).pop(part, None)
         gc.collect()  # the users of the groups must be gone before them
         if not self._owns_group and dist.is_initialized():
@@ -177,11 +176,6 @@ class PipelineStrategy(ProcessGroupStrategy):
         if self._schedules.broken is not None:
             raise self._schedules.broken
         return super().exchange(values)
-
-    @property
-    def _copies(self) -> dist.ProcessGroup:
-        """The processes with the same part in all pipelines."""
-        return self._groups[2]
 
     def _share_buffers(self) -> None:
         """Send the buffers of the first pipeline (BatchNorm's statistics) to all."""
