@@ -66,12 +66,10 @@ def as_if_started(processes: int) -> Iterator[None]:
 
 
 def rendezvous(timeout: timedelta) -> Any:
-    """Return the store of a new process group: torchrun's, under a prefix that no earlier group used.
-
-    A restarted or second group that read the addresses of the first would wait for processes that are gone. If
-    torchrun's agent keeps one store for all restarts, the prefix holds their number. If each restart makes a store, it
-    must not: agents that joined at different times have different numbers.
-    """
+    """Return the store of a new process group: torchrun's, under a prefix that no earlier group used."""
+    # A restarted or second group that read the addresses of the first would wait for processes that are gone. If
+    # torchrun's agent keeps one store for all restarts, the prefix holds their number. If each restart makes a store,
+    # it must not: agents that joined at different times have different numbers.
     keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if keeps_store else "new"
     name = f"tally/{restart}/{next(_groups)}"

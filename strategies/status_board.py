@@ -46,10 +46,7 @@ class StatusBoard(HostMessages):
         return texts[0].decode() if texts else ""
 
     def _patiently(self, use_store: Callable[[], object], seconds: float = PATIENCE) -> None:
-        """Use the store for at most `seconds`, and not at all while it does not answer: TCP would wait for minutes.
-
-        The interpreter's end waits for the thread once more: one that returned from the store later would abort it.
-        """
+        """Use the store for at most `seconds`, and not at all while it does not answer: TCP would wait for minutes."""
 
         def attempt() -> None:
             with suppress(RuntimeError):
@@ -62,4 +59,5 @@ class StatusBoard(HostMessages):
         thread.join(seconds)
         if thread.is_alive():
             self._unanswered = thread
+            # wait once more at the interpreter's end: a thread that returned from the store later would abort it
             atexit.register(thread.join, PATIENCE)

@@ -223,12 +223,10 @@ def check_compiles(compile_model: bool, strategy: Strategy) -> None:
 
 
 def compile_in_place(model: nn.Module) -> None:
-    """Let calls of `model` run what torch's default backend makes of it.
-
-    `nn.Module.compile` compiles nothing of a torch class (`nn.Sequential`): torch never traces that frame unwrapped.
-    """
+    """Let calls of `model` run what torch's default backend makes of it."""
     import torch._dynamo  # slow to import: only here
 
+    # nothing of a torch class (`nn.Sequential`) would be compiled: torch never traces that frame unwrapped
     with torch._dynamo.config.patch(wrap_top_frame=True):
         model.compile()
 

@@ -15,11 +15,8 @@ EXACT_TO = {"fp16": 1e-2, "bf16": 1e-1}
 
 
 def cast_and_reduce(dtype: torch.dtype, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """Start the reduction of a bucket, in `dtype`, to the mean over the processes. DDP calls it once per bucket.
-
-    The mean is formed before the cast, in full precision. torch's own hooks cast first and then divide, which overflows
-    at a P-th of the value and rounds twice.
-    """
+    """Start the reduction of a bucket, in `dtype`, to the mean over the processes. DDP calls it once per bucket."""
+    # torch's own hooks cast first and then divide, which overflows at a P-th of the value and rounds twice
     buffer = bucket.buffer()
     narrow = buffer.div_(dist.get_world_size()).to(dtype)
 

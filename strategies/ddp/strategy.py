@@ -260,16 +260,14 @@ class DDPStrategy(ProcessGroupStrategy):
         return sum(sizes) + (next(model.parameters()).element_size() if self.find_unused_parameters else 0)
 
     def _agree_on_frozen(self) -> None:
-        """Raise UserError unless all processes have frozen and unfrozen the same parameters.
-
-        Processes that have not are in their window. They take the message for one of a process that failed.
-        """
+        """Raise UserError unless all processes have frozen and unfrozen the same parameters."""
         self._broadcast_buffers_once()
         rows = self.exchange([math.nan] * self.message_length)()
         before = zip(self._model.named_parameters(), self._requires_grad, strict=True)
         if not any(p.requires_grad for p in self._parameters):
             raise UserError("all parameters are frozen: expected one that requires grad. Leave one out.")
         changed = [user_name(name) for (name, p), required in before if p.requires_grad != required]
+        # processes without a change are in their window, and take the message for one of a process that failed
         if not all(math.isnan(row[0]) for row in rows):
             for parameter, required in zip(self._parameters, self._requires_grad, strict=True):
                 parameter.requires_grad_(required)
@@ -285,10 +283,8 @@ class DDPStrategy(ProcessGroupStrategy):
         gc.collect()
 
     def _fix_buckets(self) -> None:
-        """Make DDP rebuild its buckets now, and not in a process's second synchronised forward.
-
-        A resumed process would sum its first window in another order than the uninterrupted run: other bits at P >= 3.
-        """
+        """Make DDP rebuild its buckets now, and not in a process's second synchronised forward."""
+        # a resumed process would sum its first window in another order than the uninterrupted run: other bits at P >= 3
         if not self.find_unused_parameters:
             self.join(None)
             super().clear_gradients()
