@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from engine.data.checks import check_order
 from engine.data.counting import overrides, size_problem
 from engine.data.fetch import Fetch, Piece, TensorFetch
-from engine.data.window import Loading, Window
+from engine.data.window import Loading, Positions, Window
 from engine.errors import UserError
 from engine.order import KeyedPermutation, Order
 from engine.plan.windows import Plan, PlannedWindow
@@ -58,9 +58,7 @@ class MapSource:
         self._cut = N, *self._cut[1:]
         self._plan = plan or self._plan
 
-    def windows(
-        self, epoch: int, update: int, samples: int, positions: Sequence[Any] | None = None
-    ) -> Iterator[Window]:
+    def windows(self, epoch: int, update: int, samples: int, positions: Positions = None) -> Iterator[Window]:
         """Yield the windows of `epoch` from process 0's position on. Raises UserError for an order of other length."""
         order = check_order(self._order(epoch))
         if len(order) != self._plan.samples:

@@ -10,6 +10,8 @@ from engine.plan.windows import Plan
 from engine.task import Batching
 from strategies import MicroBatch, Strategy
 
+Positions = Sequence[Any] | None  # of all processes' last windows, by rank; None starts the epoch
+
 
 @dataclass(frozen=True)
 class Loading:
@@ -60,11 +62,6 @@ class Source(Protocol):
         """Make micro-batches of at most N from the next call of `windows` on, in the windows of `plan` if given."""
         ...
 
-    def windows(
-        self, epoch: int, update: int, samples: int, positions: Sequence[Any] | None = None
-    ) -> Iterator[Window]:
-        """Yield the windows of `epoch`, `update` updates and `samples` samples into the run.
-
-        `positions` are those of all processes' last windows, by rank; None starts the epoch.
-        """
+    def windows(self, epoch: int, update: int, samples: int, positions: Positions = None) -> Iterator[Window]:
+        """Yield the windows of `epoch`, `update` updates and `samples` samples into the run."""
         ...

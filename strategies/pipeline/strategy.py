@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._utils import _take_tensors
 from torch.optim import Optimizer
 
-from strategies.base import MicroBatch
+from strategies.base import Compute, MicroBatch
 from strategies.environment import started_processes
 from strategies.errors import UserError, check_count
 from strategies.host_messages import PendingRows
@@ -213,9 +213,7 @@ class PipelineStrategy(ProcessGroupStrategy):
 
     # Evaluation
 
-    def evaluate(
-        self, compute: Callable[[nn.Module, Any], Mapping[str, Any]], model: nn.Module, batch: Any
-    ) -> Mapping[str, Any]:
+    def evaluate(self, compute: Compute, model: nn.Module, batch: Any) -> Mapping[str, Any]:
         """Return `compute(model, batch)` on the last process of a pipeline, and {} on the others."""
         if not self._is_prepared(model):
             self.prepare(model)
