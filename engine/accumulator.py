@@ -68,12 +68,9 @@ class Accumulator:
         if B is not None and K != 1:
             raise UserError(f"accumulate_grad_batches={K} and effective_batch_size={B} both set the window length.")
         if strategy.micro_batches is not None:
-            raise UserError(
-                f"strategy {strategy.name!r} runs whole windows, which a loop of your own cannot. Use Trainer."
-            )
-        optimizer, lr_scheduler = check_optimizer(
-            optimizer if lr_scheduler is None else (optimizer, lr_scheduler), model
-        )
+            raise UserError(f"strategy {strategy.name!r} runs whole windows, which your own loop cannot. Use Trainer.")
+        given = optimizer if lr_scheduler is None else (optimizer, lr_scheduler)
+        optimizer, lr_scheduler = check_optimizer(given, model)
         strategy.prepare_optimizer(optimizer)
         self._strategy, self._max_epochs, self._max_updates = strategy, max_epochs, max_updates
         self._data, self._cut = iter(()) if data is None else data, (batching or Batching(), N, seed, shuffle, B)
@@ -241,7 +238,7 @@ class OwnWindow(CallWindow):
                     yield micro.batch
                 if self._micro is not None:
                     raise UserError(
-                        "backward was not called for a micro-batch. Call it for each; Loss(0 * loss, 0) leaves one out."
+                        "backward was not called for a micro-batch. Call it, with Loss(0 * loss, 0) to leave it out."
                     )
         except Exception as error:
             self.fail(error)
@@ -250,9 +247,7 @@ class OwnWindow(CallWindow):
         """Add the micro-batch's gradient: of a mean over its samples (0-dim tensor), of a `Loss`, or of terms."""
         try:
             if self._micro is None:
-                raise UserError(
-                    "backward was called twice for a micro-batch, or for none. Add up the losses of one micro-batch."
-                )
+                raise UserError("backward was called twice for a micro-batch, or for none. Add up the losses of one.")
             micro, self._micro = self._micro, None
             self._updater.strategy.backward(*self._updater.after_forward(loss, micro))
             self._is_complete = micro.is_last

@@ -123,25 +123,15 @@ class Settings:
     max_epochs: int | None = option(None, "Epochs after which the run ends; this or `max_updates` is needed.", END)
     max_updates: int | None = option(None, "Updates after which the run ends; or `max_epochs`, if that is first.", END)
     max_time: float | None = option(None, "Seconds of training after which the run ends with the current update.", END)
-    lr_rule: str = option(
-        "none", 'Scale the learning rate with the effective batch: "none", "linear" or "sqrt".', LR, identity=True
-    )
-    lr_reference_batch: int | None = option(
-        None, "The effective batch, in samples, of the task's learning rate.", LR, identity=True
-    )
-    gradient_clip_norm: float | None = option(
-        None, "Clip the 2-norm of an update's whole gradient to this.", UPDATES, identity=True
-    )
+    lr_rule: str = option("none", 'Scale the LR by the effective batch: "none", "linear" or "sqrt".', LR, identity=True)
+    lr_reference_batch: int | None = option(None, "The effective batch of the task's learning rate.", LR, identity=True)
+    gradient_clip_norm: float | None = option(None, "Clip an update's gradient to this 2-norm.", UPDATES, identity=True)
     precision: str | None = option(
         None, 'Autocast to "fp32", "bf16" or "fp16"; None keeps the dtype of the model.', PLACE, identity=True
     )
     compile_model: bool = option(False, 'Compile the model in place with torch.compile ("single" and "ddp").', PLACE)
-    seed: int = option(
-        0, "Seed of the parameters, the data order, dropout and augmentation.", UPDATES, _torch_seed, identity=True
-    )
-    shuffle: bool = option(
-        True, "Shuffle all samples in each epoch; `Task.order` gives another order.", UPDATES, identity=True
-    )
+    seed: int = option(0, "Seed of parameters, data order, dropout, augmentation.", UPDATES, _torch_seed, identity=True)
+    shuffle: bool = option(True, "Shuffle each epoch; `Task.order` gives another order.", UPDATES, identity=True)
     spread_windows: bool = option(
         False, "Cut windows into equally many pieces for all processes; draws then depend on P.", WINDOWS, identity=True
     )
@@ -155,18 +145,13 @@ class Settings:
         None, "The folder to write, seen by all hosts; None writes nothing.", KEEPING, _folder, is_recorded=False
     )
     resume: str = option(
-        "auto",
-        '"auto" resumes from `run_dir`, "never" wants a new folder; or a path of a checkpoint.',
-        KEEPING,
-        _resume,
+        "auto", '"auto" resumes from `run_dir`, "never" wants a new folder; or a checkpoint path.', KEEPING, _resume
     )
     resume_with_changes: bool = option(False, "Resume even if data, seed, windows or optimizer have changed.", KEEPING)
     weights: str | None = option(None, "A .safetensors file of weights that a new run starts from.", KEEPING, _weights)
     save_frozen: bool = option(True, "Save frozen parameters too; False notes their digests instead.", KEEPING)
     save_every_n_updates: int | None = option(None, "Save a checkpoint after each n-th update.", KEEPING)
-    save_every_n_minutes: float | None = option(
-        10.0, "Save when the last checkpoint is so old; None: not by time.", KEEPING
-    )
+    save_every_n_minutes: float | None = option(10.0, "Save when the newest is so old; None: not by time.", KEEPING)
     keep_last_checkpoints: int = option(2, "The number of newest checkpoints to keep.", KEEPING)
     keep_best: str | None = option(
         None, 'Keep the best checkpoint by a validation mean: "min:loss", "max:accuracy".', KEEPING, MetricRule
@@ -179,20 +164,12 @@ class Settings:
     skip_nonfinite_updates: bool = option(
         True, "Skip an update, on all processes, if its gradient norm is not finite.", UPDATES, identity=True
     )
-    stop_after_n_skipped: int | None = option(
-        100, "End with an error after so many non-finite updates in a row.", UPDATES
-    )
-    num_workers: int = option(
-        0, "Worker processes of torch's DataLoader (map-style data).", LOADING, partial(check_count, least=0)
-    )
+    stop_after_n_skipped: int | None = option(100, "Raise an error after so many non-finite updates in a row.", UPDATES)
+    num_workers: int = option(0, "Workers of torch's DataLoader (map-style).", LOADING, partial(check_count, least=0))
     pin_memory: bool | None = option(None, "Pin memory, as in torch's DataLoader; None pins for CUDA.", LOADING)
     persistent_workers: bool = option(True, "Keep workers between epochs, as in torch's DataLoader.", LOADING)
-    prefetch_to_device: bool = option(
-        False, "Move the next micro-batch to the device during the current one; holds two more.", LOADING
-    )
-    deterministic: bool = option(
-        False, "Use only algorithms that give the same bits each time; raises for an operation without one.", PLACE
-    )
+    prefetch_to_device: bool = option(False, "Move the next micro-batch to the device ahead; holds two more.", LOADING)
+    deterministic: bool = option(False, "Use only algorithms that give the same bits, or raise an error.", PLACE)
     tf32: bool | None = option(None, "Whether float32 products may use TF32; None leaves torch's setting.", PLACE)
     progress: bool = option(False, "Print a banner and progress, on process 0.", OUTPUT, is_recorded=False)
 

@@ -27,16 +27,7 @@ from engine.settings import Settings, class_path, takes
 from engine.signals import Signals
 from engine.state import Control, RunState
 from engine.task import Task
-from engine.training.build import (
-    Layout,
-    build,
-    check_class,
-    check_compiles,
-    first_model,
-    hyperparameters,
-    means,
-    prepare_data,
-)
+from engine.training.build import Layout, build, check_compiles, first_model, hyperparameters, means, prepare_data
 from engine.training.fit_memory import Trial, build_to_fit
 from engine.training.heartbeat import Heartbeat
 from engine.training.prediction import Prediction
@@ -230,7 +221,7 @@ class Trainer:
                 prepare_data(task, self.strategy)
                 if self._trained is None:
                     self.model = first_model(task, self.settings, self.strategy, self.callbacks)
-                check_class(task, self._trained)
+                _check_class(task, self._trained)
                 self.task = task
                 with around_validation(self):
                     yield
@@ -343,3 +334,12 @@ class Trainer:
 
     def _progress(self) -> tuple[int, int]:
         return self.update, self._updater.losses.micro_batches if self._updater is not None else 0
+
+
+def _check_class(task: Task, trained: type[Task] | None) -> None:
+    """Raise UserError for a task of another class than the one `trained`, if there was one."""
+    if trained is not None and not (isinstance(task, trained) or issubclass(trained, type(task))):
+        raise UserError(
+            f"task={type(task).__name__}: this trainer has trained {trained.__name__}. Give a task of that class, or "
+            "use another Trainer."
+        )

@@ -2,8 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,6 @@ from strategies.errors import UserError
 from strategies.gradient_norm import norm_of
 from strategies.host_messages import HostMessages
 from strategies.optimizer_state import copy_of, load_named_state, named_state, user_module, user_name
-from strategies.reruns import Reruns
 from strategies.to_device import move
 
 Compute = Callable[[nn.Module, Any], Mapping[str, Any]]
@@ -27,19 +26,14 @@ Compute = Callable[[nn.Module, Any], Mapping[str, Any]]
 class MicroBatch:
     """One micro-batch of a window: the input of one forward and backward."""
 
-    batch: Any
-    """The data, on the device."""
-    size: int
-    """Its samples."""
-    seed_index: int
-    """The index, in the epoch, by which the random draws of its forward are seeded."""
-    is_last: bool
-    """Whether it is the last one of this process in the window, so that the update follows."""
-    size_problem: str = ""
-    """Why `size` cannot weigh a mean over its samples; "" if it can."""
+    batch: Any  # the data, on the device
+    size: int  # its samples
+    seed_index: int  # the index, in the epoch, by which the random draws of its forward are seeded
+    is_last: bool  # whether it is the last one of this process in the window, so that the update follows
+    size_problem: str = ""  # why `size` cannot weigh a mean over its samples; "" if it can
 
 
-class Strategy(HostMessages, Reruns, ABC):
+class Strategy(HostMessages, ABC):
     """Devices, processes and their collectives. Subclass it, or a built-in one, for a new backend.
 
     Only `accumulation_context`, `effective_batch` and `supports_variable_windows` must be given; every other method
@@ -66,6 +60,18 @@ class Strategy(HostMessages, Reruns, ABC):
 
     evaluates_alone: bool = True
     """Whether a process can stop validating while the others continue."""
+
+    supports_window_losses = True
+    """Whether it can run a window twice, for a loss over all outputs of the window."""
+
+    supports_open_windows = True
+    """Whether processes can call forward and backward differently often, before a pass without data reduces."""
+
+    runs_twice = False
+    """Whether each window runs twice; the engine sets it before `prepare`."""
+
+    supports_redo: bool = False
+    """Whether a window that ran out of memory on a process can run again, on all, in smaller micro-batches."""
 
     message_length = 0
     """The numbers in each message of an engine by `exchange`; the engine sets it."""
@@ -235,6 +241,30 @@ class Strategy(HostMessages, Reruns, ABC):
     def evaluate(self, compute: Compute, model: nn.Module, batch: Any) -> Mapping[str, Any]:
         """Return `compute(model, batch)`, or {} if another process has it. `model` is the user's, in eval mode."""
         return compute(model, batch)
+
+    # Windows that run again: for a loss over all outputs, or because memory ran out
+
+    @contextmanager
+    def first_pass(self) -> Iterator[None]:
+        """The context of a forward that keeps no graph, because its micro-batch runs again."""
+        with self.accumulation_context(False), torch.no_grad():
+            yield
+
+    def end_first_pass(self, has_output: bool) -> None:
+        """Called on all processes after the forwards of the first pass; then they exchange their outputs.
+
+        The last forward keeps its graph. `has_output` is False on a process without data, or whose first pass failed.
+        """
+
+    def finish_reduction(self) -> bool:
+        """Let the others finish a window whose last backward failed here, with a gradient norm that is not finite.
+
+        Return False if that cannot be done: they then wait in vain. Needed by several processes with `supports_redo`.
+        """
+        return False
+
+    def restart_reduction(self) -> None:
+        """Called on all processes after a window that ran out of memory: it may have left a reduction unfinished."""
 
     # Between processes
 

@@ -9,8 +9,7 @@ class Buffers:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [module._buffers for module in model.modules()]
-        self.exist = any(self._modules)
-        """Whether the model registers a buffer."""
+        self.exist = any(self._modules)  # whether the model registers a buffer
         self._kept: list[dict[str, Tensor | None]] = []
         self._copies: list[Tensor] = []
         self._kinds: list[tuple[torch.Size, torch.dtype]] = []

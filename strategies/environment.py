@@ -2,9 +2,7 @@
 
 import itertools
 import os
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
@@ -12,7 +10,6 @@ import torch.distributed as dist
 
 from strategies.errors import UserError
 
-SPARE_FILES = 128  # open files of a process beside its connections: libraries, data, logs
 _groups = itertools.count()
 _boards = itertools.count()
 
@@ -53,27 +50,18 @@ def _number(name: str, otherwise: int, least: int = 0, below: int | None = None)
     return value
 
 
-@contextmanager
-def as_if_started(processes: int) -> Iterator[None]:
+def as_if_started(processes: int) -> AbstractContextManager[Any]:
     """Make strategies answer as on process 0 of `processes`, to plan for them. No strategy may be set up."""
-    started = {"WORLD_SIZE": str(processes), "RANK": "0", "LOCAL_RANK": "0"}
-    before = {name: os.environ[name] for name in started if name in os.environ}
-    os.environ |= started
-    try:
-        yield
-    finally:
-        for name in started:
-            del os.environ[name]
-        os.environ |= before
+    from unittest.mock import patch  # slow to import: only here
+
+    return patch.dict(os.environ, WORLD_SIZE=str(processes), RANK="0", LOCAL_RANK="0")
 
 
 def rendezvous(timeout: timedelta) -> Any:
-    """Return the store of a new process group: torchrun's, under a prefix that no earlier group used.
-
-    A restarted or second group that read the addresses of the first would wait for processes that are gone. If
-    torchrun's agent keeps one store for all restarts, the prefix holds their number. If each restart makes a store, it
-    must not: agents that joined at different times have different numbers.
-    """
+    """Return the store of a new process group: torchrun's, under a prefix that no earlier group used."""
+    # A restarted or second group that read the addresses of the first would wait for processes that are gone. If
+    # torchrun's agent keeps one store for all restarts, the prefix holds their number. If each restart makes a store,
+    # it must not: agents that joined at different times have different numbers.
     keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if keeps_store else "new"
     name = f"tally/{restart}/{next(_groups)}"
@@ -85,18 +73,6 @@ def rendezvous(timeout: timedelta) -> Any:
         raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']!r}: expected a port from 1 to 65535. {_WAY_OUT}")
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
     return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-
-
-def check_open_files(processes: int, rank: int, lazily: bool) -> None:
-    """Raise UserError if this process may open too few files for its connections: to all, or `lazily` to few."""
-    needed = SPARE_FILES + 2 * (2 * processes.bit_length() + 2 if lazily else processes - 1)
-    needed += processes if rank == 0 else 0  # its host keeps the store
-    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit != resource.RLIM_INFINITY and limit < needed:
-        raise UserError(
-            f"{processes} processes: expected at least {needed} open files for process {rank}, seen a limit of "
-            f"{limit} (of {most}). Use ulimit -n {needed} before the start, on this host."
-        )
 
 
 def new_store() -> Any:

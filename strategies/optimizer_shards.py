@@ -24,8 +24,7 @@ class OptimizerShards:
     def __init__(self, optimizer: Optimizer, group: dist.ProcessGroup, parts: Sequence[Optimizer] = ()) -> None:
         parts = parts or parts_of(optimizer)
         held = [p for part in parts for g in part.param_groups for p in g["params"] if p.requires_grad]
-        self.held = set(held)
-        """Parameters whose steps are divided."""
+        self.held = set(held)  # parameters whose steps are divided
         self._group = group
         self._shares = divide(held, dist.get_world_size(group))
         self.elsewhere = self.held.difference(self._shares[dist.get_rank(group)])

@@ -62,9 +62,7 @@ def load_named_state(
     for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         kernel = {name: group[name] for name in HOW_TO_STEP if name in group}
         loaded.append({**saved_group, **kernel, "params": [number[name] for name in saved_group["params"]]})
-    optimizer.load_state_dict(
-        {"state": {number[name]: state for name, state in states.items()}, "param_groups": loaded}
-    )
+    optimizer.load_state_dict({"state": {number[n]: state for n, state in states.items()}, "param_groups": loaded})
     for name, state in states.items():  # torch has kept it, or cast all but `step` to the parameter's dtype
         loaded_state = optimizer.state[flat[number[name]]]
         for key, value in state.items():

@@ -61,9 +61,7 @@ class Optimizers(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raise UserError: the group would be of no optimizer."""
         if self.optimizers:
-            raise UserError(
-                "add_param_group: expected a single optimizer. Call it on the one that shall step the group."
-            )
+            raise UserError("add_param_group: expected a single optimizer. Call it on the one that steps the group.")
 
 
 def parts_of(optimizer: Optimizer) -> list[Optimizer]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Literal
@@ -12,14 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from strategies.base import Strategy
-from strategies.environment import (
-    check_open_files,
-    new_store,
-    rendezvous,
-    started_local_rank,
-    started_processes,
-    started_rank,
-)
+from strategies.environment import new_store, rendezvous, started_local_rank, started_processes, started_rank
 from strategies.errors import UserError
 from strategies.host_messages import HostMessages, PendingRows
 from strategies.optimizer_shards import OptimizerShards
@@ -28,6 +22,7 @@ from strategies.status_board import StatusBoard
 from strategies.summed_message import SummedMessage
 from strategies.torch_internals import check_torch, is_lost_contact
 
+SPARE_FILES = 128  # open files of a process beside its connections: libraries, data, logs
 LARGEST_MESH = 64
 """The most processes that connect each to each at the start. More connect to those that they send to, log2 of them."""
 
@@ -103,7 +98,7 @@ class ProcessGroupStrategy(Strategy):
         lazily = self.processes > LARGEST_MESH
         if lazily:
             os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
-        check_open_files(self.processes, self.rank, lazily)
+        _check_open_files(self.processes, self.rank, lazily)
         if not dist.is_initialized():
             self._owns_group = True
             store = rendezvous(self.timeout)
@@ -232,3 +227,15 @@ class ProcessGroupStrategy(Strategy):
             dist.recv_object_list(received, src=source, group=self._host_group)
             values += received
         return values
+
+
+def _check_open_files(processes: int, rank: int, lazily: bool) -> None:
+    """Raise UserError if this process may open too few files for its connections: to all, or `lazily` to few."""
+    needed = SPARE_FILES + 2 * (2 * processes.bit_length() + 2 if lazily else processes - 1)
+    needed += processes if rank == 0 else 0  # its host keeps the store
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        raise UserError(
+            f"{processes} processes: expected at least {needed} open files for process {rank}, seen a limit of "
+            f"{limit} (of {most}). Use ulimit -n {needed} before the start, on this host."
+        )

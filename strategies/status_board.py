@@ -15,9 +15,7 @@ class StatusBoard(HostMessages):
     """One process's access to the store: each of `size` processes writes, and all read without the writer's help."""
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
-        self._store = store
-        self._rank = rank
-        self._size = size
+        self._store, self._rank, self._size = store, rank, size
         self._unanswered: threading.Thread | None = None
 
     def post(self, topic: str, text: str) -> None:
@@ -48,10 +46,7 @@ class StatusBoard(HostMessages):
         return texts[0].decode() if texts else ""
 
     def _patiently(self, use_store: Callable[[], object], seconds: float = PATIENCE) -> None:
-        """Use the store for at most `seconds`, and not at all while it does not answer: TCP would wait for minutes.
-
-        The interpreter's end waits for the thread once more: one that returned from the store later would abort it.
-        """
+        """Use the store for at most `seconds`, and not at all while it does not answer: TCP would wait for minutes."""
 
         def attempt() -> None:
             with suppress(RuntimeError):
@@ -64,4 +59,5 @@ class StatusBoard(HostMessages):
         thread.join(seconds)
         if thread.is_alive():
             self._unanswered = thread
+            # wait once more at the interpreter's end: a thread that returned from the store later would abort it
             atexit.register(thread.join, PATIENCE)

@@ -7,12 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from strategies.exact_sums import LIMBS, from_limbs, to_limbs
-
-MAXIMA = 3
-"""The last numbers of a message, of which the maximum is taken, not the sum."""
-TAG = 1
-"""Apart from the other messages of the group, some of which may be under way."""
+# Numbers are sent as limbs of 32 bits each, from 2^-192 up to 2^64, which processes can add in any order: no addition
+# rounds, since a double holds the sum of 2^21 limbs exactly
+LIMBS, LIMB, FRACTION = 8, 32, 192
+MAXIMA = 3  # the last numbers of a message, of which the maximum is taken, not the sum
+TAG = 1  # apart from the other messages of the group, some of which may be under way
 
 
 class SummedMessage(Thread):
@@ -107,3 +106,17 @@ def _from_words(words: Sequence[float]) -> list[float]:
 def _added(words: Tensor, others: Tensor) -> Tensor:
     maxima = torch.maximum(words[-MAXIMA:], others[-MAXIMA:])
     return torch.cat([words[:-MAXIMA] + others[:-MAXIMA], maxima])
+
+
+def to_limbs(value: float) -> list[float]:
+    """Return a number as limbs, the lowest first. Raises ValueError or OverflowError if they cannot hold it exactly."""
+    numerator, denominator = value.as_integer_ratio()
+    whole, sign = abs(numerator) << FRACTION + 1 - denominator.bit_length(), -1.0 if numerator < 0 else 1.0
+    if whole >> LIMB * LIMBS:
+        raise OverflowError(f"{value!r} is 2^64 or more.")
+    return [sign * (whole >> LIMB * i & 0xFFFFFFFF) for i in range(LIMBS)]
+
+
+def from_limbs(limbs: Sequence[float]) -> float:
+    """Return the number of limbs, or of sums of limbs, rounded once."""
+    return sum(int(limb) << LIMB * i for i, limb in enumerate(limbs)) / (1 << FRACTION)

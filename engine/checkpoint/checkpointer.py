@@ -55,9 +55,7 @@ class Checkpointer:
         folder = self._folder
         return folder and (files.candidates(folder / "checkpoints"), (read_mark(folder) or {}).get("start"))
 
-    def open(
-        self, configuration: Mapping[str, Any], checkpoint: Checkpoint | None, state: RunState, parts: RunParts
-    ) -> None:
+    def open(self, config: Mapping[str, Any], checkpoint: Checkpoint | None, state: RunState, parts: RunParts) -> None:
         """Make or take over the folder, on process 0. Raises RunDirTakenError or OSError on all processes."""
         self._state, self._parts = state, parts
         if parts.base is not None:
@@ -68,7 +66,7 @@ class Checkpointer:
         if self._strategy.rank == 0:
             try:
                 with writing(f"run_dir={str(self._folder)!r}"):
-                    self._open(self._folder, configuration, checkpoint)
+                    self._open(self._folder, config, checkpoint)
             except OSError as error:
                 problem = error
         self._raise_together(problem)

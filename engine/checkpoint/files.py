@@ -58,7 +58,7 @@ def write(
         folder.mkdir()
     part.mkdir()
     try:
-        (part / STATE).write_text(tree.dumps(plain))
+        (part / STATE).write_text(json.dumps(plain, allow_nan=False, indent=1))
         save_file(weights, part / MODEL)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / TENSORS)
         files = {name: {"size": (part / name).stat().st_size, "sha256": _sha256(part / name)} for name in FILES}

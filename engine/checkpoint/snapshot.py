@@ -18,7 +18,7 @@ from engine.checkpoint import tree
 from engine.checkpoint.base import Base, with_base
 from engine.checkpoint.buffers import UnsavedBuffers, take_shapes
 from engine.checkpoint.find import Checkpoint
-from engine.errors import CheckpointError, UserError
+from engine.errors import CheckpointError, UserError, describe
 from engine.optimizers import evaluated
 from engine.plan.schedule import Schedule, differences, solve
 from engine.plan.windows import Plan
@@ -118,9 +118,7 @@ def check_snapshot(state: RunState, parts: RunParts) -> None:
     problem = None
     try:
         if other := [key for key in parts.optimizer.state if not isinstance(key, Tensor)]:
-            raise UserError(
-                f"the optimizer's state has the key {other[0]!r}: expected parameters. Keep it in a parameter group."
-            )
+            raise UserError(f"the optimizer's state has key {other[0]!r}: expected parameters. Keep it in a group.")
         tree.check_saveable(
             {
                 "model": parts.model.state_dict(),
@@ -164,9 +162,7 @@ def restore(checkpoint: Checkpoint, parts: RunParts, allows_changes: bool) -> Ru
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(
-            f"checkpoint {checkpoint.path} does not fit this run: {type(error).__name__}: {error}"
-        ) from error
+        raise CheckpointError(f"checkpoint {checkpoint.path} does not fit this run: {describe(error)}") from error
 
 
 def restore_callbacks(callbacks: Sequence[Callback], saved: Sequence[Any]) -> None:

@@ -1,6 +1,5 @@
 """Nested state as JSON and tensors, and back: nothing that is read is imported, called or executed."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -53,9 +52,7 @@ def check_saveable(state: Mapping[str, Any]) -> None:
     try:
         flatten(state, tensors)
     except RecursionError:
-        raise UserError(
-            "the state of a callback, a stream or the LR scheduler contains itself: expected a tree."
-        ) from None
+        raise UserError("the state of a callback, stream or LR scheduler contains itself: expected a tree.") from None
     for path, tensor in tensors.items():
         is_dense = tensor.layout == torch.strided and not tensor.is_quantized
         if not is_dense or not _has_dtype(tensor.dtype):
@@ -105,11 +102,6 @@ def copied(value: Any) -> Any:
     tensors: dict[str, Tensor] = {}
     plain = flatten(value, tensors)
     return restore(plain, {path: t.detach().to("cpu", copy=True).contiguous() for path, t in tensors.items()})
-
-
-def dumps(value: Any) -> str:
-    """Return JSON that holds every float to the bit."""
-    return json.dumps(value, allow_nan=False, indent=1)
 
 
 def _join(path: str, part: object) -> str:

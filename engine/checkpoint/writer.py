@@ -47,8 +47,16 @@ class CheckpointWriter:
             self._writing = None
 
     def resume_from(self, resumed: Path, best: Mapping[str, Any] | None) -> None:
-        """Resume from a checkpoint in this folder: newer ones are set aside, and the best is the one it knew."""
-        self._set_aside(resumed)
+        """Resume from a checkpoint in this folder, with the best that it knew.
+
+        Newer ones are renamed: they are damaged, or of an abandoned branch.
+        """
+        for path in files.candidates(self._folder):
+            if files.age(path) < files.age(resumed):
+                aside = path.with_name(f"set-aside-{path.name}-{uuid.uuid4().hex[:8]}")
+                path.rename(aside)
+                log.warning("resuming from %s: the newer %s is set aside as %s.", resumed.name, path.name, aside.name)
+        replace_text(self._folder / files.POINTER, f"{resumed.name}\n")
         self.newest = resumed
         if best is not None:
             self.best = best["value"]
@@ -84,12 +92,3 @@ class CheckpointWriter:
         for path in files.candidates(self._folder):
             if path not in newest and path.name != best and path != self.newest:
                 files.remove(path)
-
-    def _set_aside(self, resumed: Path) -> None:
-        """Rename checkpoints newer than the one that is resumed: damaged, or of an abandoned branch."""
-        for path in files.candidates(self._folder):
-            if files.age(path) < files.age(resumed):
-                aside = path.with_name(f"set-aside-{path.name}-{uuid.uuid4().hex[:8]}")
-                path.rename(aside)
-                log.warning("resuming from %s: the newer %s is set aside as %s.", resumed.name, path.name, aside.name)
-        replace_text(self._folder / files.POINTER, f"{resumed.name}\n")

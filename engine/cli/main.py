@@ -31,10 +31,8 @@ from engine.trainer import Trainer
 from strategies.environment import as_if_started, started_processes, started_rank
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 10.0
-"""Seconds that a process leaves to another one whose error says more, or the same."""
-FRESH = "runs/%Y%m%d-%H%M%S"
-"""The `run_dir` of a run that names none: a new folder, called after the time of its start."""
+PATIENCE = 10.0  # seconds that a process leaves to another one whose error says more, or the same
+FRESH = "runs/%Y%m%d-%H%M%S"  # the `run_dir` of a run that names none: a new folder, called after the time of its start
 DEFAULT = ROOT / "launch" / "recipes" / "digits" / "digits.toml"
 
 
@@ -239,11 +237,7 @@ def _with_init_args(content: Any, budget: Iterator[int]) -> Any:
 
 
 def _refuse(error: BaseException) -> int:
-    """Print what is wrong, once, and return its status: process 0 does, and another one if it is still there later.
-
-    torchrun ends all processes, with the status of the first that failed: one that has only lost another lets it be
-    the first.
-    """
+    """Print what is wrong, once, and return its status: process 0 does, and another one if it is still there later."""
     status = next(status for kind, status in STATUSES.items() if isinstance(error, kind))
     rank, processes = 0, 1
     with suppress(UserError):  # the environment may not say
@@ -252,6 +246,7 @@ def _refuse(error: BaseException) -> int:
     line = f"engine/run.py: {' '.join(describe(error).partition(': ')[2].split())}"
     if rank == 0:
         print(line, file=sys.stderr, flush=True)
+    # torchrun ends all, with the status of the first that failed: one that has only lost another lets it be the first
     if processes > 1 and (rank != 0 or has_lost_another):
         end = time.monotonic() + PATIENCE * (1.5 if has_lost_another else 1)
         while time.monotonic() < end and not COMMAND.stop_requested:

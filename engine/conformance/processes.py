@@ -89,11 +89,9 @@ def _place(child: Any, places: IO[str]) -> str:
 
 
 def _start_store() -> tuple[int, Connection]:
-    """Start a store in a process of its own; return its port, and the pipe that keeps it while it is open.
-
-    A store's thread looks up addresses under a lock of glibc. A process forked meanwhile inherits the locked lock, and
-    waits forever when it looks up an address.
-    """
+    """Start a store in a process of its own; return its port, and the pipe that keeps it while it is open."""
+    # a store's thread looks up addresses under a lock of glibc: a process forked meanwhile inherits the locked lock,
+    # and waits forever when it looks up an address
     ours, theirs = FORK.Pipe()
     FORK.Process(target=_serve, args=(ours, theirs), daemon=True).start()
     theirs.close()

@@ -126,10 +126,8 @@ def deal(lengths: Sequence[int], sizes: Sequence[int]) -> list[list[range]]:
 
 def windows_of(pieces: Sequence[Sequence[Sequence[int]]], K: int) -> list[list[int]]:
     """Return the samples of each update: micro-batches uK to uK+K-1 of every process."""
-    longest = max(len(own) for own in pieces)
-    return [
-        [row for own in pieces for piece in own[start : start + K] for row in piece] for start in range(0, longest, K)
-    ]
+    starts = range(0, max(len(own) for own in pieces), K)
+    return [[row for own in pieces for piece in own[start : start + K] for row in piece] for start in starts]
 
 
 def difference(found: State, expected: State) -> float:

@@ -30,16 +30,12 @@ class Fetch(Dataset[Any]):
 
     torch's, Python's and numpy's generators are seeded before each piece from (seed, epoch, position), and restored
     after: random augmentation depends on N, but not on P, K, workers or what was fetched before, nor does what
-    `collate` draws. `seeds_samples` seeds before each sample, for pieces that P cuts.
+    `collate` draws. `seeds_each` seeds before each sample, for pieces that P cuts.
     """
 
-    def __init__(
-        self, dataset: Any, seed: int, collate: Callable[[list[Any]], Any], seeds_samples: bool = False
-    ) -> None:
-        self._dataset = dataset
-        self._collate = collate
-        self._seed = seed
-        self._seeds_samples = seeds_samples
+    def __init__(self, dataset: Any, seed: int, collate: Callable[[list[Any]], Any], seeds_each: bool = False) -> None:
+        self._dataset, self._collate = dataset, collate
+        self._seed, self._seeds_each = seed, seeds_each
         self._collates_all = getattr(collate, "__func__", None) is Batching.collate
         self._fetches_pieces = callable(getattr(dataset, "__getitems__", None))
 
@@ -62,7 +58,7 @@ class Fetch(Dataset[Any]):
         dataset, samples = self._dataset, []
         try:
             for place, index in enumerate(piece.indices, piece.start):
-                if self._seeds_samples:
+                if self._seeds_each:
                     self._seed_all(piece.epoch, place)
                 samples.append(dataset[index])
         except (IndexError, KeyError) as error:

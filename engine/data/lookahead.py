@@ -28,8 +28,7 @@ class Lookahead:
         self._has_state = has_state(data)
         self._state: Any = None
         self._error: Exception | None = None
-        self.ahead: Any = None
-        """The item that was read ahead; None if nothing was read, or an error in its place."""
+        self.ahead: Any = None  # the item that was read ahead; None if nothing was read, or an error in its place
         self._taken = 0
         self.has_next = True
         if position is not None and position["has_ended"]:
@@ -78,9 +77,7 @@ class Lookahead:
             self._state = deepcopy(self._data.state_dict())
 
     def _skip(self, count: int) -> None:
-        log.warning(
-            "reading %d micro-batches again and dropping them: the stream has no state_dict to resume from", count
-        )
+        log.warning("reading %d micro-batches again and dropping them: the stream has no state_dict to load", count)
         for number in range(count):
             if next(self._items, self) is self:
                 raise UserError(

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from engine.data.checks import check_order
 from engine.data.counting import overrides, size_problem
 from engine.data.fetch import Fetch, Piece, TensorFetch
-from engine.data.window import Loading, Window
+from engine.data.window import Loading, Positions, Window
 from engine.errors import UserError
 from engine.order import KeyedPermutation, Order
 from engine.plan.windows import Plan, PlannedWindow
@@ -35,7 +35,7 @@ class MapSource:
         self._batching = batching if collates or overrides(batching, "batch_size") else None
         in_memory = type(data) is TensorDataset and not collates
         own = getattr(batching, collate)
-        self._fetch = TensorFetch(data) if in_memory else Fetch(data, loading.seed, own, seeds_samples=loading.spread)
+        self._fetch = TensorFetch(data) if in_memory else Fetch(data, loading.seed, own, seeds_each=loading.spread)
         pins = strategy.device.type == "cuda" if loading.pin_memory is None else loading.pin_memory
         workers = loading.num_workers
         if workers or pins:  # it costs a profiler range for each piece
@@ -58,9 +58,7 @@ class MapSource:
         self._cut = N, *self._cut[1:]
         self._plan = plan or self._plan
 
-    def windows(
-        self, epoch: int, update: int, samples: int, positions: Sequence[Any] | None = None
-    ) -> Iterator[Window]:
+    def windows(self, epoch: int, update: int, samples: int, positions: Positions = None) -> Iterator[Window]:
         """Yield the windows of `epoch` from process 0's position on. Raises UserError for an order of other length."""
         order = check_order(self._order(epoch))
         if len(order) != self._plan.samples:

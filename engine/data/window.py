@@ -10,6 +10,8 @@ from engine.plan.windows import Plan
 from engine.task import Batching
 from strategies import MicroBatch, Strategy
 
+Positions = Sequence[Any] | None  # of all processes' last windows, by rank; None starts the epoch
+
 
 @dataclass(frozen=True)
 class Loading:
@@ -33,14 +35,10 @@ class Window:
     stage: Stage
     most_micro_batches: int
     """The largest number of micro-batches that any process can have in it; the same number on all processes."""
-    is_empty: bool
-    """Whether this process has no micro-batch in it."""
-    position: Any = None
-    """This process's position in its data after the window; `Source.windows` resumes from it."""
-    samples: int | None = None
-    """Samples over all processes; None for a stream until `close`."""
-    has_more: bool = False
-    """Whether this process has data after it; after `close`, whether any process has."""
+    is_empty: bool  # whether this process has no micro-batch in it
+    position: Any = None  # this process's position in its data after the window; `Source.windows` resumes from it
+    samples: int | None = None  # samples over all processes; None for a stream until `close`
+    has_more: bool = False  # whether this process has data after it; after `close`, whether any process has
     micros: Iterator[MicroBatch] = iter(())
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -54,8 +52,7 @@ class Window:
 class Source(Protocol):
     """A source of an epoch's windows."""
 
-    can_be_cut: bool
-    """Whether a window can run again in smaller micro-batches."""
+    can_be_cut: bool  # whether a window can run again in smaller micro-batches
 
     def largest(self, window: Window) -> int:
         """Return the most samples of a micro-batch in `window` on any process, or in those before."""
@@ -65,11 +62,6 @@ class Source(Protocol):
         """Make micro-batches of at most N from the next call of `windows` on, in the windows of `plan` if given."""
         ...
 
-    def windows(
-        self, epoch: int, update: int, samples: int, positions: Sequence[Any] | None = None
-    ) -> Iterator[Window]:
-        """Yield the windows of `epoch`, `update` updates and `samples` samples into the run.
-
-        `positions` are those of all processes' last windows, by rank; None starts the epoch.
-        """
+    def windows(self, epoch: int, update: int, samples: int, positions: Positions = None) -> Iterator[Window]:
+        """Yield the windows of `epoch`, `update` updates and `samples` samples into the run."""
         ...

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from engine.errors import UserError, check_count
 
 Unit = Literal["epoch", "update", "sample"]
+EffectiveBatch = Callable[[int, int], int]  # a strategy's: from N and K to the samples of a full window
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +68,11 @@ class Schedule:
         """The first sample, update or epoch of each stage."""
         return [stage.first for stage in self.stages]
 
-    def cut(self, N: int, effective_batch: Callable[[int, int], int]) -> Schedule:
+    def cut(self, N: int, effective_batch: EffectiveBatch) -> Schedule:
         """Return the same effective batches in micro-batches of N: K is that of the busiest process."""
         share = effective_batch(N, 1)
-        Ks = [-(-stage.effective_batch // share) for stage in self.stages]
-        return replace(
-            self, stages=tuple(replace(s, accumulate_grad_batches=K) for s, K in zip(self.stages, Ks, strict=True))
-        )
+        stages = (replace(s, accumulate_grad_batches=-(-s.effective_batch // share)) for s in self.stages)
+        return replace(self, stages=tuple(stages))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what decides the samples of each update, whatever P and K are."""
@@ -81,23 +80,17 @@ class Schedule:
 
 
 def make_schedule(
-    N: int,
-    effective_batch: Callable[[int, int], int],
-    scheduling: Mapping[int, int],
-    unit: Unit = "epoch",
-    effective_batch_size: int | None = None,
+    N: int, effective_batch: EffectiveBatch, scheduling: Mapping[int, int], unit: Unit = "epoch", B: int | None = None
 ) -> Schedule:
-    """Return the stages of `{first: K}`, or of one effective batch; `effective_batch(N, K)` is the strategy's."""
-    if effective_batch_size is not None:
-        return solve({0: effective_batch_size}, N, effective_batch)
+    """Return the stages of `{first: K}`, or of one effective batch B; `effective_batch(N, K)` is the strategy's."""
+    if B is not None:
+        return solve({0: B}, N, effective_batch)
     return Schedule(tuple(Stage(first, K, effective_batch(N, K)) for first, K in scheduling.items()), unit)
 
 
-def solve(
-    effective_batches: Mapping[int, int], N: int, effective_batch: Callable[[int, int], int], unit: Unit = "epoch"
-) -> Schedule:
+def solve(batches: Mapping[int, int], N: int, effective_batch: EffectiveBatch, unit: Unit = "epoch") -> Schedule:
     """Return the stages of `{first: samples of a full window}`: K follows."""
-    return Schedule(tuple(Stage(first, 1, B) for first, B in effective_batches.items()), unit).cut(N, effective_batch)
+    return Schedule(tuple(Stage(first, 1, B) for first, B in batches.items()), unit).cut(N, effective_batch)
 
 
 def differences(here: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:

@@ -52,14 +52,11 @@ ENDLESS = 1 << 62  # more epochs, updates or samples than any run has
 class Stretch(NamedTuple):
     """Windows of one stage in a row: the same ones, from `start` to `stop`, in each of `epochs` epochs."""
 
-    epoch: int
-    """Its first."""
-    update: int
-    """The updates before it."""
+    epoch: int  # its first
+    update: int  # the updates before it
     start: int
     stop: int
-    windows: int
-    """In each epoch."""
+    windows: int  # in each epoch
     epochs: int
     stage: Stage
 

@@ -71,8 +71,7 @@ class Preview:
         self.schedule, self.plan = layout.schedule, layout.plan
         self.model = make_model(task, self.settings.seed)
         optimizing = check_optimizer(task.configure_optimizer(self.model), self.model)
-        self.lrs = learning_rates(*optimizing, self.plan.updates)
-        """The learning rate of an update, by its number."""
+        self.lrs = learning_rates(*optimizing, self.plan.updates)  # the learning rate of an update, by its number
 
     @property
     def is_grouped(self) -> bool:

@@ -10,8 +10,7 @@ from rich.text import Text
 from engine.preview.forecast import StageForecast
 from engine.preview.preview import Preview
 
-SHOWN = 20
-"""Stages, and warnings, that are shown from the start and from the end."""
+SHOWN = 20  # stages, and warnings, that are shown from the start and from the end
 T = TypeVar("T")
 Cell = Callable[[StageForecast], str]  # returns the cell of a column for a stage
 

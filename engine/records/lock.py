@@ -22,9 +22,7 @@ def locked(path: Path, seconds: float = 5.0) -> FileIO:
     end = time.monotonic() + seconds
     while (file := _try(path)) is None:
         if time.monotonic() > end:
-            raise RunDirTakenError(
-                f"run_dir={str(path.parent)!r}: another run is writing it. Wait for it, or use a new folder."
-            )
+            raise RunDirTakenError(f"run_dir={str(path.parent)!r}: another run is writing it. Wait, or use a new one.")
         time.sleep(0.1)
     return file
 

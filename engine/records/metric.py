@@ -19,9 +19,7 @@ class MetricRule:
         """Return the metric that decides. Raises UserError if it is missing."""
         if self.metric not in metrics:
             known = ", ".join(metrics)
-            raise UserError(
-                f"{self._asked_by}={self.mode}:{self.metric}: evaluate() returns {known}. Use one of these."
-            )
+            raise UserError(f"{self._asked_by}={self.mode}:{self.metric}: evaluate() returns {known}. Use one.")
         return float(metrics[self.metric])
 
     def improves(self, value: float, best: float | None) -> bool:

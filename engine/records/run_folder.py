@@ -120,9 +120,7 @@ class RunFolder:
             self._is_full = False
         except OSError as error:
             if not self._is_full:
-                log.error(
-                    "metrics.jsonl could not be written: %s. Training continues and keeps the lines for later.", error
-                )
+                log.error("metrics.jsonl could not be written: %s. Training continues and keeps the lines.", error)
             self._is_full = True
 
     def flush(self) -> None:

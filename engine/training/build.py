@@ -11,19 +11,11 @@ from torch import nn
 from engine.callbacks.accumulation import Scheduling
 from engine.callbacks.base import Callback
 from engine.callbacks.noise_scale import NoiseScale
+from engine.checkpoint import snapshot
 from engine.checkpoint.base import Base
 from engine.checkpoint.buffers import UnsavedBuffers
 from engine.checkpoint.checkpointer import Checkpointer
 from engine.checkpoint.find import Checkpoint
-from engine.checkpoint.snapshot import (
-    RunParts,
-    load_checkpoint,
-    load_weights,
-    restore_callbacks,
-    run_identity,
-    saved_schedule,
-    window_identity,
-)
 from engine.data.checks import can_redo, check_equal_windows, check_windows
 from engine.data.counting import counts_terms
 from engine.data.prefetch import OnHost, Prefetch
@@ -55,11 +47,9 @@ class Layout:
 
     N: int
     schedule: Schedule
-    plan: Plan | None
-    """Every window of the run, for map-style data."""
+    plan: Plan | None  # every window of the run, for map-style data
     data: Any
-    total_updates: int | None
-    """The exact number of updates; None for a stream that is bounded by epochs."""
+    total_updates: int | None  # the exact number of updates; None for a stream that is bounded by epochs
 
 
 @dataclass(frozen=True)
@@ -67,7 +57,7 @@ class Run:
     """A run that is built: what is trained, by what, on what."""
 
     layout: Layout
-    parts: RunParts
+    parts: snapshot.RunParts
     source: Source
     loss_of: LossOf
     validation: Validation | None
@@ -110,8 +100,8 @@ def build(
     if settings.compile_model:
         compile_in_place(model)
     is_recorded = bool(callbacks or settings.loggers or settings.run_dir is not None)
-    configuration = {**configuration, "the names of task.validation_metrics": [*task.validation_metrics]}
-    _check_agreement(strategy, configuration, layout, model, is_recorded)
+    more = {"the names of task.validation_metrics": [*task.validation_metrics], "whether anything listens": is_recorded}
+    _check_agreement(strategy, {**configuration, **more}, layout, model)
     strategy.runs_twice = isinstance(task, WindowTask)
     prepared = strategy.prepare(model)
     check_equal_windows(strategy, layout.plan, N, settings.spread_windows)
@@ -135,9 +125,9 @@ def build(
     if can_redo(strategy) and source.can_be_cut and not runs_by_place:
         updater.allow_redo()
     task._log_entries = updater.logged
-    identity = run_identity(settings, scheduling, layout.plan, optimizer, lr_scheduler)
+    identity = snapshot.run_identity(settings, scheduling, layout.plan, optimizer, lr_scheduler)
     state = strategy, model, UnsavedBuffers(model), optimizer, lr_scheduler, layout.schedule, updater
-    parts = RunParts(*state, callbacks, identity, base)
+    parts = snapshot.RunParts(*state, callbacks, identity, base)
     return Run(layout, parts, source, autocast(forward, settings.precision, strategy.device.type), validation)
 
 
@@ -158,7 +148,7 @@ def prepare_data(task: Task, strategy: Strategy) -> None:
 
 def known_micro_batch_size(settings: Settings, scheduling: Scheduling, checkpoint: Checkpoint | None) -> int:
     """Return the N that a run resumes with: it may have become smaller; else that of the settings, 0 for "auto"."""
-    is_same = checkpoint is not None and _has_same_windows(checkpoint, window_identity(settings, scheduling))
+    is_same = checkpoint is not None and _has_same_windows(checkpoint, snapshot.window_identity(settings, scheduling))
     if checkpoint is not None and is_same and (N := int(checkpoint["run"]["micro_batch_size"])):
         return N
     return 0 if settings.micro_batch_size == AUTO else settings.N
@@ -177,8 +167,8 @@ def lay_out(
     B = settings.effective_batch_size
     schedule = make_schedule(settings.N, strategy.effective_batch, scheduling.by_start, scheduling.unit, B)
     schedule = schedule.cut(N, strategy.effective_batch)
-    if checkpoint is not None and _has_same_windows(checkpoint, window_identity(settings, scheduling)):
-        asked, schedule = schedule, saved_schedule(checkpoint, N, strategy)
+    if checkpoint is not None and _has_same_windows(checkpoint, snapshot.window_identity(settings, scheduling)):
+        asked, schedule = schedule, snapshot.saved_schedule(checkpoint, N, strategy)
         if strategy.rank == 0 and schedule != asked:
             Ks = [", ".join(str(stage.accumulate_grad_batches) for stage in s.stages) for s in (schedule, asked)]
             log.warning("the effective batch stays that of the checkpoint: K is %s on these processes, not %s.", *Ks)
@@ -215,15 +205,6 @@ def means(
     return validation.run(model) or {}
 
 
-def check_class(task: Task, trained: type[Task] | None) -> None:
-    """Raise UserError for a task of another class than the one `trained`, if there was one."""
-    if trained is not None and not (isinstance(task, trained) or issubclass(trained, type(task))):
-        raise UserError(
-            f"task={type(task).__name__}: this trainer has trained {trained.__name__}. Give a task of that class, or "
-            "use another Trainer."
-        )
-
-
 def make_model(task: Task, seed: int) -> nn.Module:
     """Make the model, from the run's seed. Raises UserError for one that cannot be trained."""
     seed_everything(seed)
@@ -242,12 +223,10 @@ def check_compiles(compile_model: bool, strategy: Strategy) -> None:
 
 
 def compile_in_place(model: nn.Module) -> None:
-    """Let calls of `model` run what torch's default backend makes of it.
-
-    `nn.Module.compile` compiles nothing of a torch class (`nn.Sequential`): torch never traces that frame unwrapped.
-    """
+    """Let calls of `model` run what torch's default backend makes of it."""
     import torch._dynamo  # slow to import: only here
 
+    # nothing of a torch class (`nn.Sequential`) would be compiled: torch never traces that frame unwrapped
     with torch._dynamo.config.patch(wrap_top_frame=True):
         model.compile()
 
@@ -264,25 +243,22 @@ def first_model(task: Task, settings: Settings, strategy: Strategy, callbacks: S
     model = task.configure_model().to(strategy.device)
     _load_weights(model, settings, checkpoint)
     if checkpoint is not None:
-        load_checkpoint(model, checkpoint, strategy.device)
-        restore_callbacks(callbacks, checkpoint["callbacks"])
+        snapshot.load_checkpoint(model, checkpoint, strategy.device)
+        snapshot.restore_callbacks(callbacks, checkpoint["callbacks"])
     return model
 
 
 def _load_weights(model: nn.Module, settings: Settings, checkpoint: Checkpoint | None) -> None:
     if settings.weights is not None and (checkpoint is None or checkpoint["left_out"]):
-        load_weights(model, Path(settings.weights))
+        snapshot.load_weights(model, Path(settings.weights))
 
 
-def _check_agreement(
-    strategy: Strategy, configuration: Mapping[str, Any], layout: Layout, model: nn.Module, is_recorded: bool
-) -> None:
+def _check_agreement(strategy: Strategy, configuration: Mapping[str, Any], layout: Layout, model: nn.Module) -> None:
     """Compare what all processes are about to train. Raises UserError on all of them, naming what differs and where."""
     facts = {
         **configuration,
         "the number of training samples": layout.plan.samples if layout.plan else None,
         **{f"the shape of {name}": tuple(p.shape) for name, p in model.named_parameters()},
-        "whether anything listens": is_recorded,
     }
     everyone = strategy.compare({name: str(value) for name, value in facts.items()})
     differences = [

@@ -25,10 +25,8 @@ class Trial(NamedTuple):
     """A micro-batch size that was tried."""
 
     N: int
-    memory: int
-    """The most bytes that a process had held by then: see `peak_memory`."""
-    samples_per_second: float
-    """Over all processes; 0 if memory ran out on one of them."""
+    memory: int  # the most bytes that a process had held by then: see `peak_memory`
+    samples_per_second: float  # over all processes; 0 if memory ran out on one of them
 
     def __str__(self) -> str:
         rate = f"{self.samples_per_second:,.0f} samples/s" if self.samples_per_second else "did not fit"

@@ -66,8 +66,7 @@ class Outputs:
         self._parts: list[dict[str, Any]] = []
         self._kinds: dict[str, str] = {}
         self._done = self._bytes = self._files = 0
-        self.whole: Any = None
-        """All outputs, once they are in memory."""
+        self.whole: Any = None  # all outputs, once they are in memory
 
     def open(self) -> None:
         """Make the folder. Raises UserError for one that is in use."""

@@ -39,8 +39,7 @@ class Validation:
         self._logged: list[Logged] = []
         self._seed, self._precision = settings.seed, settings.precision
         self._stream: Iterable[Any] | None = None
-        self.samples: int | None = None
-        """The samples of map-style data."""
+        self.samples: int | None = None  # the samples of map-style data
         if not is_map_style(data):
             check_stream(data, strategy)
             self._stream = data
@@ -120,9 +119,7 @@ class Validation:
             elif isinstance(metric, Tensor) and metric.ndim == 0:
                 self._means.log([(name, metric, None)], self._micro)
             else:
-                raise UserError(
-                    f"evaluate() returned {metric!r} for {name!r}: expected a 0-dim tensor, or Loss(sum, weight)."
-                )
+                raise UserError(f"evaluate() returned {metric!r} for {name!r}: expected a 0-dim tensor or a Loss.")
         self._means.log(self._logged, self._micro)
         self._count += 1
         return {}

@@ -17,8 +17,7 @@ class LossSum:
     """Adds up weights and, if `is_recorded`, losses, on their device. Backward multiplies by `scale`."""
 
     def __init__(self, scale: float, is_recorded: bool) -> None:
-        self.micro_batches = self.samples = 0
-        """Micro-batches, and their samples, whose loss has been added."""
+        self.micro_batches = self.samples = 0  # micro-batches, and their samples, whose loss has been added
         self.scale, self.is_recorded = scale, is_recorded
         self._weight = 0.0
         self._device_weight: Tensor | None = None
@@ -36,9 +35,7 @@ class LossSum:
         elif isinstance(loss, Loss):
             value, share = loss.sum, 1
             if not isinstance(value, Tensor):
-                raise UserError(
-                    f"the loss's sum is a {type(value).__name__}: expected a tensor. Return Loss(sum, weight)."
-                )
+                raise UserError(f"Loss(sum, weight) has a {type(value).__name__} as sum: expected a tensor.")
             self._add_weight(loss.weight)
         else:
             more = " For several terms count weights() too, or use a TermTask." if isinstance(loss, Mapping) else ""

@@ -13,8 +13,7 @@ from engine.task import Logged
 from strategies import MicroBatch
 
 Number = float | Tensor
-Pair = tuple[float, float]
-"""A sum and its weight."""
+Pair = tuple[float, float]  # a sum and its weight
 
 
 class MeanSums:

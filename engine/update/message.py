@@ -22,29 +22,21 @@ class Message(NamedTuple):
     """One process's part in a window: the header of its message, eleven doubles per update."""
 
     weight: float = 0.0
-    loss: float = 0.0
-    """The sum of its losses."""
+    loss: float = 0.0  # the sum of its losses
     samples: float = 0.0
-    has_more: float = 0.0
-    """Whether it has data after this window."""
-    stop: float = 0.0
-    """Whether it requests the end of the run after this update."""
-    save: float = 0.0
-    """Whether it requests a checkpoint after this update."""
-    abort: float = 0.0
-    """Whether it was interrupted: this update is not made."""
+    has_more: float = 0.0  # whether it has data after this window
+    stop: float = 0.0  # whether it requests the end of the run after this update
+    save: float = 0.0  # whether it requests a checkpoint after this update
+    abort: float = 0.0  # whether it was interrupted: this update is not made
     failed: float = 0.0
-    has_new_names: float = 0.0
-    """Whether it has logged a name that the processes have not agreed on."""
-    out_of_memory: float = 0.0
-    """Whether its memory ran out: the window runs again, in smaller micro-batches."""
+    has_new_names: float = 0.0  # whether it has logged a name that the processes have not agreed on
+    out_of_memory: float = 0.0  # whether its memory ran out: the window runs again, in smaller micro-batches
     local_seconds: float = 0.0
     """Seconds of a window up to this message, on average of the last ten or so: nothing in them waits for others."""
 
 
 HEADER = len(Message._fields)
-MAXIMA = 3
-"""The numbers at a message's end."""
+MAXIMA = 3  # the numbers at a message's end
 MOST_PROCESSES = 1 << 20
 
 
@@ -53,8 +45,7 @@ class Slowest(NamedTuple):
 
     process: int
     seconds: float
-    others: float
-    """The mean of all others, in seconds."""
+    others: float  # the mean of all others, in seconds
 
 
 def slowness(seconds: float, rank: int) -> float:
@@ -68,19 +59,7 @@ def slowest(largest: float, seconds: float, processes: int) -> Slowest:
     return Slowest(int(rank), microseconds / 1e6, (seconds - microseconds / 1e6) / (processes - 1))
 
 
-class Agreed(NamedTuple):
-    """The sums of the messages of all processes."""
-
-    weight: float
-    loss: float
-    samples: float
-    has_more: float
-    stop: float
-    save: float
-    abort: float
-    failed: float = 0.0
-    has_new_names: float = 0.0
-    out_of_memory: float = 0.0
+Agreed = Message  # the sums of those of all processes, without `local_seconds`
 
 
 class Outcome(NamedTuple):
@@ -114,7 +93,7 @@ NO_REQUESTS = Requests()
 
 def agree(rows: Sequence[Sequence[float]]) -> Agreed:
     """Return the sums of messages."""
-    return Agreed(*map(total, list(zip(*rows, strict=True))[: len(Agreed._fields)]))
+    return Agreed(*map(total, list(zip(*rows, strict=True))[: HEADER - 1]))
 
 
 def total(values: Sequence[float]) -> float:
@@ -135,6 +114,4 @@ def check_norms(norms: Sequence[float], update: int) -> None:
     """Compare the gradient norms of the update before `update`. Raises ReplicaError if one differs."""
     if differ(norms):
         listed = ", ".join(f"{norm!r} on process {rank}" for rank, norm in enumerate(norms))
-        raise ReplicaError(
-            f"the processes' models have diverged: the gradient norm of update {update - 1} is {listed}. {CAUSES}"
-        )
+        raise ReplicaError(f"the models have diverged: the gradient norm of update {update - 1} is {listed}. {CAUSES}")

@@ -56,8 +56,7 @@ class NoiseMeter:
 
     def __init__(self, every: int, speaks: bool) -> None:
         self.every, self._speaks = every, speaks
-        self.is_due = False
-        """Whether the current update is measured."""
+        self.is_due = False  # whether the current update is measured
         self._pairs: deque[tuple[float, float]] = deque(maxlen=KEPT)
         self._estimate = UNKNOWN
 

@@ -15,9 +15,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 def check_precision(precision: str | None) -> None:
     """Raise UserError for an unknown precision."""
     if precision is not None and precision not in get_args(Precision):
-        raise UserError(
-            f"precision={precision!r}: expected one of {', '.join(get_args(Precision))}, or None for the model's own."
-        )
+        raise UserError(f"precision={precision!r}: expected one of {', '.join(get_args(Precision))} or None.")
 
 
 def autocast(function: Callable[..., Any], precision: str | None, device_type: str) -> Callable[..., Any]:

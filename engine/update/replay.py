@@ -32,14 +32,12 @@ class ReplayUpdater(Updater):
     First pass: a forward of each micro-batch; the last keeps its graph. The outputs are gathered, and each process
     takes the gradient of the loss with respect to its own. The last micro-batch's backward comes first. Second pass:
     forward and backward of the others, with the draws and buffers of the first pass; the last of them is reduced.
-    `window_loss` and `keeps_batches_on_host` are those of `WindowTask`; the other arguments are those of `Updater`.
+    `window_loss` is that of a `WindowTask`, `keeps_on_host` its `keeps_batches_on_host`; the rest are `Updater`'s.
     """
 
-    def __init__(
-        self, window_loss: Callable[[Mapping[str, Tensor]], Tensor], keeps_batches_on_host: bool, *args: Any
-    ) -> None:
+    def __init__(self, window_loss: Callable[[Mapping[str, Tensor]], Tensor], keeps_on_host: bool, *args: Any) -> None:
         super().__init__(*args)
-        self._window_loss, self._keeps_on_host = window_loss, keeps_batches_on_host
+        self._window_loss, self._keeps_on_host = window_loss, keeps_on_host
         self.scale.is_final, self.exchange.sends_at_start = True, False
         self._joined = JoinedOutputs(self.strategy)
         self._before: list[_ForwardState] = []  # the state before the first forward of each micro-batch, by index
@@ -142,9 +140,7 @@ class ReplayUpdater(Updater):
         except Exception as error:
             if is_out_of_memory(error):
                 what = f"window_loss() does not fit into memory, whatever the micro-batches: {describe(error)}"
-                raise UserError(
-                    f"{what} Use a smaller effective batch, or a loss in tiles as in engine.losses."
-                ) from None
+                raise UserError(f"{what} Use a smaller effective batch, or tiles as in engine.losses.") from None
             raise
         if self.logged and samples and self.losses.is_recorded:  # the same on all processes
             self.exchange.means.log(self.logged, MicroBatch(None, samples, 0, is_last=True))

@@ -19,8 +19,7 @@ class Scale:
 
     def __init__(self, precision: str | None) -> None:
         self._is_fp16 = precision == "fp16"
-        self.is_final = False
-        """Whether the gradient needs no division: that of a window's loss."""
+        self.is_final = False  # whether the gradient needs no division: that of a window's loss
         self._loss_scale, self._quiet_updates = 2.0**16 if self._is_fp16 else 1.0, 0
         self._late_weight = 0.0  # the weight of the update before, if it was not the number of samples
         self._expected = self._unit = 1.0

@@ -15,8 +15,7 @@ from engine.update.exchange import Exchange
 from strategies import MicroBatch, Strategy
 
 Weights = Mapping[str, float]
-WeightsOf = Callable[[Any], Weights]
-"""From a batch on the host to the weights of its terms, as `Task.weights`."""
+WeightsOf = Callable[[Any], Weights]  # from a batch on the host to the weights of its terms, as `Task.weights`
 
 
 class JoinedTerms:

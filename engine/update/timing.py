@@ -20,14 +20,10 @@ HIDDEN = 0.05  # a reduction that costs less than this share of an update is cal
 class ReductionCost(NamedTuple):
     """The time of one update on one process, in seconds, and the K that would hide the reduction."""
 
-    accumulate_grad_batches: int
-    """K, with which this was measured."""
-    micro_batch: float
-    """Forward and backward of a micro-batch that is not synchronised, with its data."""
-    reduction: float
-    """The extra time of the last micro-batch: the reduction, and waiting for other processes."""
-    step: float
-    """The time after that: clipping, and the optimizer's step."""
+    accumulate_grad_batches: int  # K, with which this was measured
+    micro_batch: float  # forward and backward of a micro-batch that is not synchronised, with its data
+    reduction: float  # the extra time of the last micro-batch: the reduction, and waiting for other processes
+    step: float  # the time after that: clipping, and the optimizer's step
 
     def share(self, K: int) -> float:
         """Return the share of an update that the reduction costs, in windows of K."""

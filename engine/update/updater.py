@@ -41,8 +41,7 @@ class UpdateOptions:
     skip_nonfinite_updates: bool = True
     precision: str | None = None
     seed: int = 0
-    is_recorded: bool = True
-    """Whether anybody wants the loss, the gradient norm and what is logged."""
+    is_recorded: bool = True  # whether anybody wants the loss, the gradient norm and what is logged
     updates: int | None = None
     """The updates of the run: the first and the last are recorded in any case; None if their number is unknown."""
     noise_scale_every_n_updates: int | None = None
@@ -64,13 +63,11 @@ class Updater:
         self.strategy, self.model = strategy, model
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.options = options
-        self.lr = 0.0
-        """The learning rate of the last update (of the first parameter group)."""
+        self.lr = 0.0  # the learning rate of the last update (of the first parameter group)
         self.lr_of_groups: dict[str, float] = {}
         """The learning rate of each group, under `lr/NAME`, if there are several."""
         self._group_names: list[str] = []
-        self.losses = LossSum(1.0, options.is_recorded)
-        """The losses of the current window."""
+        self.losses = LossSum(1.0, options.is_recorded)  # the losses of the current window
         self.scale = Scale(options.precision)
         self.signals = signals or Signals()
         self.exchange = Exchange(strategy, self.signals)
@@ -84,8 +81,7 @@ class Updater:
         self.rollback = Rollback(buffers, self.host_rng) if self.host_rng or buffers.exist else None
         self.timer = timer
         self._last_update = (options.updates or 0) - 1
-        self.logged: list[Logged] = []
-        """The values that the forward of the current micro-batch has logged."""
+        self.logged: list[Logged] = []  # the values that the forward of the current micro-batch has logged
         self.on_gradients: Callable[[], None] | None = None
         """Called when the gradients are reduced, corrected and clipped, before the step."""
         self._skips_nonfinite = options.skip_nonfinite_updates or options.precision == "fp16"

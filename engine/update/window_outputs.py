@@ -30,9 +30,7 @@ def check_outputs(outputs: Any, micro: MicroBatch) -> Outputs:
         raise UserError(micro.size_problem)
     for name, output in outputs.items():
         if type(output) not in (Rows, Added, Shared) or not isinstance(output.tensor, Tensor):
-            raise UserError(
-                f"outputs()[{name!r}] is a {type(output).__name__}: expected Rows, Added or Shared(tensor)."
-            )
+            raise UserError(f"outputs()[{name!r}] is a {type(output).__name__}: expected Rows, Added or Shared.")
         if output.tensor.is_complex():
             raise UserError(f"outputs()[{name!r}] is complex: expected real numbers. Use torch.view_as_real.")
         shape = tuple(output.tensor.shape)
@@ -55,8 +53,7 @@ class JoinedOutputs:
 
     def __init__(self, strategy: Strategy) -> None:
         self._strategy = strategy
-        self.bytes = 0
-        """The bytes of the outputs of the largest process in the last window."""
+        self.bytes = 0  # the bytes of the outputs of the largest process in the last window
 
     def join(self, own: Mapping[int, Outputs] | None) -> bool:
         """Gather the outputs of all processes; `own` is None if this one failed. Return whether all have them."""

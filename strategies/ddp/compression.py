@@ -9,19 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket  # torch.distributed has it, without types
 
-from strategies.errors import UserError
-
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 EXACT_TO = {"fp16": 1e-2, "bf16": 1e-1}
 """Largest relative difference of an update from that of one big batch, by the hook's name."""
 
 
 def cast_and_reduce(dtype: torch.dtype, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """Start the reduction of a bucket, in `dtype`, to the mean over the processes. DDP calls it once per bucket.
-
-    The mean is formed before the cast, in full precision. torch's own hooks cast first and then divide, which overflows
-    at a P-th of the value and rounds twice.
-    """
+    """Start the reduction of a bucket, in `dtype`, to the mean over the processes. DDP calls it once per bucket."""
+    # torch's own hooks cast first and then divide, which overflows at a P-th of the value and rounds twice
     buffer = bucket.buffer()
     narrow = buffer.div_(dist.get_world_size()).to(dtype)
 
@@ -30,12 +25,3 @@ def cast_and_reduce(dtype: torch.dtype, bucket: GradBucket) -> torch.futures.Fut
 
     reduction: torch.futures.Future[Any] = dist.all_reduce(narrow, async_op=True).get_future()
     return reduction.then(receive)
-
-
-def check_hook(name: str | None) -> None:
-    """Raise UserError for an unknown hook."""
-    if name is not None and name not in DTYPES:
-        raise UserError(
-            f"communication_hook={name!r}: expected one of {', '.join(DTYPES)}, or None. To use another hook, override "
-            "DDPStrategy.wrap and register it there."
-        )

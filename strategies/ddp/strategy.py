@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from strategies.ddp.compression import DTYPES, EXACT_TO, cast_and_reduce, check_hook
+from strategies.ddp.compression import DTYPES, EXACT_TO, cast_and_reduce
 from strategies.ddp.unfinished import SentBuckets
 from strategies.ddp.wrapper import Wrapper, depends_on, zero_of
 from strategies.errors import MODEL_NOT_CALLED, UserError
@@ -86,7 +86,9 @@ class DDPStrategy(ProcessGroupStrategy):
             if option in REFUSED:
                 raise _refusal(option)
             raise TypeError(f"DDPStrategy has no option {option!r}.")
-        check_hook(communication_hook)
+        if communication_hook is not None and communication_hook not in DTYPES:
+            what = f"communication_hook={communication_hook!r}: expected one of {', '.join(DTYPES)}, or None"
+            raise UserError(f"{what}. To use another hook, override DDPStrategy.wrap and register it there.")
         super().__init__(timeout_seconds, device)
         self.find_unused_parameters = find_unused_parameters
         self.gradient_as_bucket_view = gradient_as_bucket_view
@@ -258,16 +260,14 @@ class DDPStrategy(ProcessGroupStrategy):
         return sum(sizes) + (next(model.parameters()).element_size() if self.find_unused_parameters else 0)
 
     def _agree_on_frozen(self) -> None:
-        """Raise UserError unless all processes have frozen and unfrozen the same parameters.
-
-        Processes that have not are in their window. They take the message for one of a process that failed.
-        """
+        """Raise UserError unless all processes have frozen and unfrozen the same parameters."""
         self._broadcast_buffers_once()
         rows = self.exchange([math.nan] * self.message_length)()
         before = zip(self._model.named_parameters(), self._requires_grad, strict=True)
         if not any(p.requires_grad for p in self._parameters):
             raise UserError("all parameters are frozen: expected one that requires grad. Leave one out.")
         changed = [user_name(name) for (name, p), required in before if p.requires_grad != required]
+        # processes without a change are in their window, and take the message for one of a process that failed
         if not all(math.isnan(row[0]) for row in rows):
             for parameter, required in zip(self._parameters, self._requires_grad, strict=True):
                 parameter.requires_grad_(required)
@@ -283,10 +283,8 @@ class DDPStrategy(ProcessGroupStrategy):
         gc.collect()
 
     def _fix_buckets(self) -> None:
-        """Make DDP rebuild its buckets now, and not in a process's second synchronised forward.
-
-        A resumed process would sum its first window in another order than the uninterrupted run: other bits at P >= 3.
-        """
+        """Make DDP rebuild its buckets now, and not in a process's second synchronised forward."""
+        # a resumed process would sum its first window in another order than the uninterrupted run: other bits at P >= 3
         if not self.find_unused_parameters:
             self.join(None)
             super().clear_gradients()

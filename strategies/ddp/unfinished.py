@@ -8,12 +8,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class SentBuckets:
-    """Counts the buckets that this process has sent in a window, each of which is one collective if `is_exact`.
-
-    The reducer's own count is of another window. With NCCL it is untested, and so not supported.
-    """
+    """Counts the buckets that this process has sent in a window, each of which is one collective if `is_exact`."""
 
     def __init__(self, is_exact: bool) -> None:
+        # the reducer's own count is of another window; with NCCL this is untested, and so not supported
         self._is_counted = is_exact and dist.get_backend() == "gloo"
         self._before = 0
 

@@ -25,8 +25,7 @@ class Passes:
     ) -> None:
         self._root, self._order, self._on_window = root, order, on_window
         self._reduces_each, self._reshards = reduces_each, reshard_after_forward is not False
-        self.is_last = False
-        """Whether this process's last micro-batch of the window runs."""
+        self.is_last = False  # whether this process's last micro-batch of the window runs
         self._is_closing: bool | None = None
         self._made, self._most, self._forwards = 0, 0, 0
 

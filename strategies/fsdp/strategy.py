@@ -162,17 +162,13 @@ class FSDPStrategy(ProcessGroupStrategy):
             part.set_force_sum_reduction_for_comms(True)
         reduce_unused(self._root)
         named = {name: part for name, part in named.items() if part._get_fsdp_state()._fsdp_param_group is not None}
-        self._order = CollectiveOrder(
-            self._root, named, new_store(), self.data_parallel_size, self.timeout, frees is False
-        )
+        self._order = CollectiveOrder(self._root, named, new_store(), self.processes, self.timeout, frees is False)
         self._parameters = list(model.parameters())
         self._requires_grad = [p.requires_grad for p in self._parameters]
         self._buffers = Buffers(model)
         parts = [p for group in self._order.groups.values() for p in group.fsdp_params]
         self._trainable = [p for p in parts if p.sharded_param.requires_grad]
-        self._passes = Passes(
-            self._root, self._order, self.reduce == "micro_batch", frees, self._broadcast_buffers_once
-        )
+        self._passes = Passes(self._root, self._order, not self.defers_reduction, frees, self._broadcast_buffers_once)
         return model
 
     def units(self, model: nn.Module) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from strategies.pipeline.parts import Call, Part, PipelinedModel, TensorSpec, ze
 from strategies.torch_internals import check_activations, expect_gradient
 
 ScheduleName = Literal["GPipe", "1F1B"]
+Forward = Callable[[], tuple[Tensor, float | Tensor]]  # returns a micro-batch's loss and the scale of its gradient
 
 # Schedules that stay built. Each keeps its receive buffers: for full windows, short ones, and ragged micro-batches
 KEPT = 4
@@ -30,7 +31,7 @@ class Run(NamedTuple):
 
     calls: Sequence[Call]
     inputs: Sequence[Tensor]  # on the first process; elsewhere empty
-    forwards: Sequence[Callable[[], tuple[Tensor, float | Tensor]]]
+    forwards: Sequence[Forward]
     specs: Sequence[TensorSpec]  # the output of each part
 
 
@@ -38,10 +39,7 @@ class Schedules:
     """Runs micro-batches through a chain. An error waits until the schedule ends: the others are in it too."""
 
     def __init__(self, name: ScheduleName, chain: Chain, model: PipelinedModel, seed: Callable[[int], None]) -> None:
-        self._name = name
-        self._chain = chain
-        self._model = model
-        self._seed = seed
+        self._name, self._chain, self._model, self._seed = name, chain, model, seed
         self._built: dict[tuple[Any, ...], Any] = {}
         self._specs: dict[tuple[Any, ...], list[TensorSpec]] = {}
         self._run: Run
@@ -49,12 +47,7 @@ class Schedules:
         # The error that ended a schedule before its end: in a backward, or in another process
         self.broken: Exception | None = None
 
-    def run(
-        self,
-        calls: Sequence[Call],
-        inputs: Sequence[Tensor],
-        forwards: Sequence[Callable[[], tuple[Tensor, float | Tensor]]],
-    ) -> None:
+    def run(self, calls: Sequence[Call], inputs: Sequence[Tensor], forwards: Sequence[Forward]) -> None:
         """Run a schedule for each group of equal neighbours. Raises a forward's error after the last of them."""
         self._error = None
         for kind, neighbours in groupby(range(len(calls)), key=lambda index: calls[index][:2]):

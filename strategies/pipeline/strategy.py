@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._utils import _take_tensors
 from torch.optim import Optimizer
 
-from strategies.base import MicroBatch
+from strategies.base import Compute, MicroBatch
 from strategies.environment import started_processes
 from strategies.errors import UserError, check_count
 from strategies.host_messages import PendingRows
@@ -63,9 +63,7 @@ class PipelineStrategy(ProcessGroupStrategy):
             raise UserError(f"schedule={schedule!r}: expected one of {', '.join(get_args(ScheduleName))}.")
         check_count("stages", stages, 2, "Use 'single' or 'ddp' for a model on one process.")
         check_count("micro_batches", micro_batches)
-        self.stages = stages
-        self.schedule = schedule
-        self.micro_batches = micro_batches
+        self.stages, self.schedule, self.micro_batches = stages, schedule, micro_batches
         self.boundaries = None if boundaries is None else list(boundaries)
         if not takes(schedule, stages, micro_batches):
             least = f"expected at least {stages} for {schedule} over {stages} stages"
@@ -104,9 +102,10 @@ class PipelineStrategy(ProcessGroupStrategy):
             for ranks, backend in kinds
         ]
         self._ranks = pipelines[self.data_parallel_rank]
+        self._copies = self._groups[2]  # the processes with the same part in all pipelines
 
     def teardown(self) -> None:
-        for part in ("_chain", "_schedules"):
+        for part in ("_chain", "_schedules", "_copies"):
             vars(self).pop(part, None)
         gc.collect()  # the users of the groups must be gone before them
         if not self._owns_group and dist.is_initialized():
@@ -178,11 +177,6 @@ class PipelineStrategy(ProcessGroupStrategy):
             raise self._schedules.broken
         return super().exchange(values)
 
-    @property
-    def _copies(self) -> dist.ProcessGroup:
-        """The processes with the same part in all pipelines."""
-        return self._groups[2]
-
     def _share_buffers(self) -> None:
         """Send the buffers of the first pipeline (BatchNorm's statistics) to all."""
         if self.data_parallel_size > 1:
@@ -219,9 +213,7 @@ class PipelineStrategy(ProcessGroupStrategy):
 
     # Evaluation
 
-    def evaluate(
-        self, compute: Callable[[nn.Module, Any], Mapping[str, Any]], model: nn.Module, batch: Any
-    ) -> Mapping[str, Any]:
+    def evaluate(self, compute: Compute, model: nn.Module, batch: Any) -> Mapping[str, Any]:
         """Return `compute(model, batch)` on the last process of a pipeline, and {} on the others."""
         if not self._is_prepared(model):
             self.prepare(model)

@@ -36,8 +36,8 @@ from engine import Task, Trainer
 from engine.order import SLICE, KeyedPermutation
 from engine.update.message import HEADER, MAXIMA
 from strategies import DDPStrategy
-from strategies.exact_sums import LIMBS
 from strategies.process_group import LARGEST_MESH
+from strategies.summed_message import LIMBS
 from tests.benchmarks.problem import at_updates, loss_fn, make_model, make_optimizer
 from tests.kit.processes import run
 

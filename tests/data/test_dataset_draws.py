@@ -67,7 +67,7 @@ def test_generators_are_seeded_once_a_piece(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_piece_that_P_cuts_draws_as_any_other() -> None:
     task = Keeps()
-    samples = Fetch(task.train_data(), 0, list, seeds_samples=True)
+    samples = Fetch(task.train_data(), 0, list, seeds_each=True)
     whole = samples.__getitems__(Piece(0, 0, [24, 25, 26, 27]))
     halves = [samples.__getitems__(Piece(0, start, [24 + start, 25 + start])) for start in (0, 2)]
     assert [sample[3] for sample in whole] == [sample[3] for sample in sum(halves, [])]

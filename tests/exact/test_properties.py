@@ -291,7 +291,7 @@ def test_updates_are_counted(scheduling: dict[int, int], unit: str, samples: int
 @examples(500)
 def test_an_effective_batch_is_cut_alike_for_any_P(samples: int, N: int, P: int, B: int) -> None:
     def cut(P: int, spread: bool = False) -> list[list[list[tuple[int, int, bool]]]]:
-        plan = Plan(samples, make_schedule(N, lambda N, K: P * N * K, {}, effective_batch_size=B), max_epochs=1)
+        plan = Plan(samples, make_schedule(N, lambda N, K: P * N * K, {}, B=B), max_epochs=1)
         return [[list(w.micro_batches(N, rank, P, spread)) for rank in range(P)] for w in plan.windows(0, 0)]
 
     for [alone], shares, spread in zip(cut(1), cut(P), cut(P, spread=True), strict=True):

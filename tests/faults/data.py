@@ -91,7 +91,7 @@ FAULTS = [
     Fault(
         "draw by pieces that P cuts",
         "Fetch._fetch",
-        "if self._seeds_samples:",
+        "if self._seeds_each:",
         "if False:",
         "tests/data/test_dataset_draws.py::test_a_piece_that_P_cuts_draws_as_any_other",
     ),

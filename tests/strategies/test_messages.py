@@ -16,8 +16,7 @@ import torch.distributed as dist
 from engine import Callback, Trainer
 from strategies import DDPStrategy, FSDPStrategy, UserError
 from strategies import process_group as module
-from strategies.environment import check_open_files
-from strategies.process_group import ProcessGroupStrategy
+from strategies.process_group import ProcessGroupStrategy, _check_open_files
 from tests.kit.processes import ChildError, run
 from tests.kit.reference import Regression, big_batch_run, in_order
 
@@ -124,11 +123,11 @@ def test_the_first_failure_is_one_key() -> None:
 def test_a_limit_of_open_files_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 4096))
     for processes, rank, lazily in ((64, 0, False), (10_000, 1, True), (400, 1, False), (800, 0, True)):
-        check_open_files(processes, rank, lazily)
+        _check_open_files(processes, rank, lazily)
     with pytest.raises(UserError, match=r"10000 processes: expected at least .* process 0, seen a limit of 1024"):
-        check_open_files(10_000, 0, lazily=True)
+        _check_open_files(10_000, 0, lazily=True)
     with pytest.raises(UserError, match="Use ulimit -n 1126 before the start"):
-        check_open_files(500, 1, lazily=False)
+        _check_open_files(500, 1, lazily=False)
 
 
 def sockets() -> int:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from engine import Callback, Trainer
 from strategies import DDPStrategy, FSDPStrategy
-from strategies.exact_sums import from_limbs, to_limbs
+from strategies.summed_message import from_limbs, to_limbs
 from tests.kit import hungry
 from tests.kit.processes import ChildError, run
 from tests.kit.reference import Regression, Watch, big_batch_run, in_order
