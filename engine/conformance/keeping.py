@@ -12,7 +12,7 @@ from torch.utils._pytree import keystr, tree_leaves_with_path
 from engine.conformance import Backend, NotDeclaredError
 from engine.conformance.backend import expect, started, whole
 from engine.conformance.reference import Regression, in_order, network
-from strategies import SingleDeviceStrategy, Strategy
+from strategies import Strategy, find
 
 
 def check_names(backend: Backend) -> None:
@@ -46,7 +46,7 @@ def check_change_of_P(backend: Backend) -> None:  # noqa: N802 - a word of this 
     """A run resumed with one process and the plain strategy, and then back, trains the same model."""
     backend.must_be_exact()
     task = Regression(3 * backend.B)
-    single = replace(backend, strategy_class=SingleDeviceStrategy, options={}, processes=1)
+    single = replace(backend, strategy_class=find("single"), options={}, processes=1)
     with TemporaryDirectory() as folder:
         backend.fit(task, max_updates=2, run_dir=folder)
         alone = single.fit(task, max_updates=4, run_dir=folder)
