@@ -166,6 +166,8 @@ class Hooks(Callback):
         self._move("epoch", trainer.epoch + 1, trainer.metrics)
 
     def on_fit_end(self, trainer: Any) -> None:
+        if trainer.state.finished_epoch != trainer.state.started_epoch:  # Lightning ends an epoch that has stopped, too
+            self._call("on_train_epoch_end")
         self._call("on_train_end")
         self._call("on_fit_end")
         self._call("teardown", "fit")

@@ -114,6 +114,16 @@ def test_hooks_are_called_where_lightning_calls_them() -> None:
     assert {event[0] for event in there} == {*HOOKS, "training_step", "validation_step"}
 
 
+def test_an_epoch_that_max_updates_ends_has_the_hook_of_its_end() -> None:
+    events: list[Any] = []
+    fit(recording(Duck, events), max_epochs=None, max_updates=2)
+    assert [name for name, *_ in events if name.startswith("on_train_e")] == [
+        "on_train_epoch_start",
+        "on_train_epoch_end",
+        "on_train_end",
+    ]
+
+
 @pytest.mark.parametrize("P", [1, 2])
 def test_what_training_logs_is_the_mean_over_the_window_and_all_processes(P: int) -> None:
     def step(self: Any, batch: Any, batch_idx: int) -> Any:
