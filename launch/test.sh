@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Test: launch/test.sh [pytest options], on four workers, which wait much. Without options three cases of each everyday
+# Test: launch/test.sh [pytest options], on four workers, which wait much. Without options two cases of each everyday
 # test; --all is every case, as is a folder that is named; --quick the first of each file, --changed those of what git says
 # has changed, `-m slow` what takes long, --costs what each costs.
 set -euo pipefail
