@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from strategies import DDPStrategy, DPStrategy, FSDPStrategy, PipelineStrategy, SingleDeviceStrategy, Strategy
-from strategies.single import NOTHING_TO_DEFER
 
 
 class Layer(nn.Module):
@@ -32,7 +31,7 @@ class DDPAtOnce(DDPStrategy):
     defers_reduction = False
 
     def accumulation_context(self, is_last_microbatch: bool) -> AbstractContextManager[Any]:
-        return NOTHING_TO_DEFER
+        return super().accumulation_context(True)
 
 
 class Case(NamedTuple):
