@@ -105,12 +105,12 @@ class StreamSource:
                 window.position |= stream.position
             if (size := batch_size(batch)) > self._largest:
                 if self._most:
-                    yield from self._pieces(batch, size, index, is_last)
+                    yield from self._pieces(batch, size, index, is_last, problem)
                     continue
                 self._largest = size
             yield MicroBatch(to_device(batch), size, index, is_last, problem)
 
-    def _pieces(self, batch: Any, size: int, index: int, is_last: bool) -> Iterator[MicroBatch]:
+    def _pieces(self, batch: Any, size: int, index: int, is_last: bool, problem: str) -> Iterator[MicroBatch]:
         """Yield a micro-batch in pieces, with seeds of their own. Raises UserError for pieces of other samples."""
         pieces = [*self._batching.split(batch, self._most)]
         sizes = [self._batch_size(piece) for piece in pieces]
@@ -119,7 +119,7 @@ class StreamSource:
             raise UserError(f"{what}: expected all of them, at most {self._most} in each. Give each sample once.")
         for number, piece in enumerate(pieces):
             is_end = is_last and number == len(pieces) - 1
-            yield MicroBatch(self._to_device(piece), sizes[number], index + number * PIECE, is_end)
+            yield MicroBatch(self._to_device(piece), sizes[number], index + number * PIECE, is_end, problem)
 
     def _check_first(self, epoch: int, stream: Lookahead) -> list[str]:
         """Return the digests of the first micro-batches if two are equal. Raises UserError without any."""

@@ -26,7 +26,7 @@ FAULTS = [
         "tests/exact/test_merged_metrics.py -k counts_once",
     ),
     Fault(
-        "end an epoch that goes on",
+        "end an epoch that has more windows",
         "Session._run_epoch",
         "if control.interrupted_by or has_more:",
         "if control.interrupted_by:",
