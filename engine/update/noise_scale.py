@@ -9,15 +9,13 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 log = logging.getLogger("tally")
 
 NORMS, WEIGHTS = "noise scale: squared norms", "noise scale: weights"
 """The names under which the message has (Q, V) and (V2, V)."""
 FIELDS = ("noise_scale", "noise_scale_low", "noise_scale_high")
 KEPT = 50  # the measured updates that are averaged: the last ones
-UNKNOWN = (math.nan,) * 3
+UNKNOWN = dict.fromkeys(FIELDS, math.nan)
 FREE = 0.1
 """The share of the noise scale up to which a batch costs at most a tenth more samples than the smallest would."""
 
@@ -31,19 +29,24 @@ def moments(Q: float, V: float, V2: float, T: float, W: float) -> tuple[float, f
     return (T * V - Q * W) / (V * W**2 - W * V2), (Q * W**2 - T * V2) / (V * W**2 - W * V2)
 
 
-def ratio(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
-    """Return the noise scale of (W tr S, W |G|^2) by update, and its 95 % interval, by jackknife over the updates.
+def ratio(noise: Sequence[float], signal: Sequence[float]) -> tuple[float, float, float]:
+    """Return the noise scale of W tr S and W |G|^2 by update, and its 95 % interval, by jackknife over the updates.
 
     It is 0 without noise, and infinity without a signal. The jackknife takes the angle whose tangent is the ratio,
     which stays bounded if one of the two averages is nearly 0.
     """
-    noise, signal = np.array(pairs).T
-    N, D, n = noise.sum(), signal.sum(), len(pairs)
-    with np.errstate(invalid="ignore"):  # one update, or equal ones, give no interval
-        scale = noise.std() / signal.std()
-    margin = 1.96 * math.sqrt((n - 1) * np.arctan2(N - noise, (D - signal) * scale).var())
-    angle = math.atan2(N, D * scale)
-    return _tangent(math.atan2(N, D)), scale * _tangent(angle - margin), scale * _tangent(angle + margin)
+    N, D, atan2 = sum(noise), sum(signal), math.atan2
+    scale = _deviation(noise) / (_deviation(signal) or math.nan)  # one update, or equal ones, give no interval
+    without = [atan2(N - n, (D - d) * scale) for n, d in zip(noise, signal, strict=True)]
+    margin = 1.96 * math.sqrt(len(noise) - 1) * _deviation(without)
+    angle = atan2(N, D * scale)
+    return _tangent(atan2(N, D)), scale * _tangent(angle - margin), scale * _tangent(angle + margin)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Return the standard deviation of `values`, which are the whole population."""
+    n = len(values)
+    return math.dist(values, [sum(values) / n] * n) / math.sqrt(n)
 
 
 def _tangent(angle: float) -> float:
@@ -57,32 +60,43 @@ class NoiseMeter:
     def __init__(self, every: int, speaks: bool) -> None:
         self.every, self._speaks = every, speaks
         self.is_due = False  # whether the current update is measured
-        self._pairs: deque[tuple[float, float]] = deque(maxlen=KEPT)
+        self._noise: deque[float] = deque(maxlen=KEPT)  # W tr S of each measured update
+        self._signal: deque[float] = deque(maxlen=KEPT)  # W |G|^2
         self._estimate = UNKNOWN
 
-    def see(self, metrics: dict[str, float], norm: float, weight: float, K: int) -> dict[str, float]:
-        """Replace the sums in an update's metrics by the noise scale. `norm` is that before clipping."""
+    def see(self, metrics: dict[str, float], norm: float, weight: float, K: int, scale: float) -> dict[str, float]:
+        """Replace the sums in an update's metrics by the noise scale.
+
+        `norm` is that before clipping; `scale` is what backward has multiplied the sums of losses by.
+        """
+        if not self.is_due:
+            return metrics | (self._estimate if K > 1 else UNKNOWN)
         square, group = metrics.pop(NORMS, math.nan), metrics.pop(WEIGHTS, math.nan)
         if weight - group > 1e-9 * weight and math.isfinite(square + norm):
-            signal, noise = moments(square, 1.0, group, (norm * weight) ** 2, weight)
-            self._pairs.append((weight * noise, weight * signal))
-            self._estimate = ratio(self._pairs)
-        elif self._speaks and self.is_due and (K == 1 or not self._pairs):
+            signal, noise = moments(square / scale**2, 1.0, group, (norm * weight) ** 2, weight)
+            self._noise.append(weight * noise)
+            self._signal.append(weight * signal)
+            self._estimate = self._estimated()
+        elif self._speaks and (K == 1 or not self._noise):
             self._speaks = False
             log.warning(
                 "noise_scale is unknown: it takes K >= 2, gradients that stay on their process until the last "
                 "micro-batch (single, dp, ddp), and a loss of each micro-batch."
             )
-        return {**metrics, **dict(zip(FIELDS, UNKNOWN if K == 1 else self._estimate, strict=True))}
+        return metrics | (self._estimate if K > 1 else UNKNOWN)
+
+    def _estimated(self) -> dict[str, float]:
+        return dict(zip(FIELDS, ratio(self._noise, self._signal), strict=True))
 
     def state_dict(self) -> list[Any]:
         """Return what the next estimate needs."""
-        return [list(pair) for pair in self._pairs]
+        return [list(pair) for pair in zip(self._noise, self._signal, strict=True)]
 
     def load_state_dict(self, state: Iterable[Sequence[float]]) -> None:
         """Load what `state_dict` returned."""
-        self._pairs = deque(((noise, signal) for noise, signal in state), KEPT)
-        self._estimate = ratio(self._pairs) if self._pairs else UNKNOWN
+        pairs = list(state)
+        self._noise, self._signal = (deque((pair[i] for pair in pairs), KEPT) for i in (0, 1))
+        self._estimate = self._estimated() if pairs else UNKNOWN
 
 
 class Advice(NamedTuple):

@@ -158,9 +158,8 @@ class Updater:
         """Put this process's part of Q, V and V2 into the message: see `noise_scale.moments`. No host-device sync."""
         has_one_weight = self.losses.micro_batches and self.terms is None
         norm = self.strategy.own_norm() if has_one_weight else None
-        square, weight = (0.0, 0.0) if norm is None else ((norm.double() / self.losses.scale) ** 2, self.losses.weight)
-        self.exchange.means.add(NORMS, square, weight)
-        self.exchange.means.add(WEIGHTS, weight * weight, weight)
+        square, weight = (0.0, 0.0) if norm is None else (norm.double().square(), self.losses.weight)
+        self.exchange.means.by_name |= {NORMS: (square, weight), WEIGHTS: (weight * weight, weight)}
 
     def after_forward(self, loss: Loss | Tensor | Terms, micro: MicroBatch) -> tuple[Tensor, float]:
         """Add a micro-batch's loss to the window's; return the tensor and the scale that backward needs."""
@@ -218,7 +217,8 @@ class Updater:
         mean = agreed.loss / agreed.weight if self.losses.is_recorded and agreed.weight else math.nan
         stop, save, metrics = agreed.stop > 0, agreed.save > 0, self.exchange.metrics
         if self.noise is not None:
-            metrics = self.noise.see(metrics, norm, agreed.weight, window.stage.accumulate_grad_batches)
+            K = window.stage.accumulate_grad_batches
+            metrics = self.noise.see(metrics, norm, agreed.weight, K, self.losses.scale)
         return Outcome(agreed.weight, mean, samples, norm, skipped, overflowed, stop, save, metrics=metrics)
 
     def _undo(self, out_of_memory: bool) -> Outcome:

@@ -35,11 +35,17 @@ Run = Callable[[str, int, Event, Event], object]
 
 
 def compare(
-    script: str, description: str, names: Sequence[str], run: Run, check: Callable[[list[str]], list[str]]
+    script: str,
+    description: str,
+    names: Sequence[str],
+    run: Run,
+    check: Callable[[list[str]], list[str]],
+    bases: Sequence[str] = (),
 ) -> None:
-    """Print what a micro-batch costs each of `names`, beside the first of them: the command line of `script`.
+    """Print what a micro-batch costs each of `names`, beside the last of `bases` so far: the command line of `script`.
 
-    `check` gets those that were chosen, and returns those that can be measured.
+    Without `bases` it is the first of `names`. `check` gets those that were chosen, and returns those that can be
+    measured.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls-only", action="store_true", help="do not count instructions")
@@ -60,7 +66,7 @@ def compare(
             counted = [count(script, name) for name in names]
         else:
             print("This processor's counter cannot be read, and valgrind is not installed: calls only.\n")
-    _print_table(names, called, counted)
+    _print_table(names, called, counted, bases or names[:1])
 
 
 def calls(run: Run, name: str, K: int) -> float:
@@ -135,13 +141,17 @@ def _after_a_collection(start: Event) -> Event:
     return begin
 
 
-def _print_table(names: Sequence[str], called: list[list[float]], counted: list[list[float]] | None) -> None:
-    print(f"Per micro-batch, over {MEASURED} of them; in brackets: over that of *{names[0]}*.\n")
+def _print_table(
+    names: Sequence[str], called: list[list[float]], counted: list[list[float]] | None, bases: Sequence[str]
+) -> None:
+    print(f"Per micro-batch, over {MEASURED} of them; in brackets: over that of *{'* or *'.join(bases)}*.\n")
     print("| contender | K | calls | instructions |\n| --- | --: | --: | --: |")
     for k, K in enumerate(WINDOWS):
+        base = 0
         for i, name in enumerate(names):
-            in_calls = f"{called[i][k]:.1f} ({called[i][k] / called[0][k]:.2f})"
+            base = i if name in bases else base
+            in_calls = f"{called[i][k]:.1f} ({called[i][k] / called[base][k]:.2f})"
             in_instructions = "not counted"
             if counted:
-                in_instructions = f"{counted[i][k]:,.0f} ({counted[i][k] / counted[0][k]:.3f})"
+                in_instructions = f"{counted[i][k]:,.0f} ({counted[i][k] / counted[base][k]:.3f})"
             print(f"| {name} | {K} | {in_calls} | {in_instructions} |")

@@ -1,8 +1,9 @@
-"""The cost of the noise scale per micro-batch at K=4, on the small model of overhead.py: calls and instructions.
+"""The cost of the noise scale per micro-batch at K=4, on two small models: calls and instructions.
 
     python tests/benchmarks/noise_scale.py [--calls-only]
 
-The first, which all are compared with, has a callback that does nothing, and so the same records.
+The models are that of overhead.py, which is a single layer, and a transformer. The first of each, with which the others
+are compared, has a callback that does nothing, and so the same records.
 """
 
 from __future__ import annotations
@@ -14,25 +15,42 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from engine import Callback
+from torch import nn
+
+from engine import Callback, Trainer
 from engine.callbacks import NoiseScale
 from tests.benchmarks import counting
-from tests.benchmarks.contenders.tally import everything_off
+from tests.benchmarks.contenders.tally import Linear
 from tests.benchmarks.counting import Event
-from tests.benchmarks.problem import Feed
+from tests.benchmarks.problem import FEATURES, Feed, N
+
+
+class Transformer(Linear):
+    """Two layers, 128 wide: of FEATURES numbers it predicts as many."""
+
+    def configure_model(self) -> nn.Module:
+        layer = nn.TransformerEncoderLayer(128, 4, 512, dropout=0.0, batch_first=True)
+        layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        return nn.Sequential(nn.Unflatten(1, (FEATURES, 1)), nn.Linear(1, 128), layers, nn.Linear(128, 1), nn.Flatten())
+
 
 CALLBACKS = {
     "without": Callback,
     "every 10th update": lambda: NoiseScale(10),
     "every update": lambda: NoiseScale(1),
 }
+MODELS = {"one layer": Linear, "transformer": Transformer}
+RUNS = {f"{model}, {how}": (model, how) for model in MODELS for how in CALLBACKS}
 
 
 def run(name: str, K: int, start: Event, stop: Event) -> None:
+    model, how = RUNS[name]
+    trainer = Trainer("single", N, K, max_epochs=1, skip_nonfinite_updates=False, callbacks=CALLBACKS[how]())
     with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):  # the advice at the end
-        everything_off(Feed(start, stop), K, callbacks=CALLBACKS[name]())
+        trainer.fit(MODELS[model](Feed(start, stop)))
 
 
 if __name__ == "__main__":
     counting.WINDOWS = (4,)
-    counting.compare(__file__, str(__doc__), list(CALLBACKS), run, list)
+    bases = [name for name, (_, how) in RUNS.items() if how == "without"]
+    counting.compare(__file__, str(__doc__), list(RUNS), run, list, bases)

@@ -308,8 +308,8 @@ FAULTS = [
     Fault(
         "take the weights of the noise scale for equal",
         "Updater._note_own_gradient",
-        "add(WEIGHTS, weight * weight, weight)",
-        "add(WEIGHTS, weight, float(bool(weight)))",
+        "WEIGHTS: (weight * weight, weight)",
+        "WEIGHTS: (weight, float(bool(weight)))",
         f"{NOISE} -k equations",
     ),
     Fault(
@@ -329,14 +329,14 @@ FAULTS = [
     Fault(
         "average the ratios of updates, not their parts",
         "engine.update.noise_scale:ratio",
-        "return _tangent(math.atan2(N, D)),",
-        "return float((noise / signal).mean()),",
+        "return _tangent(atan2(N, D)),",
+        "return sum(n / d for n, d in zip(noise, signal)) / len(noise),",
         f"{NOISE} -k interval",
     ),
     Fault(
         "forget the noise scale at a resume",
         "NoiseMeter.state_dict",
-        "[list(pair) for pair in self._pairs]",
+        "[list(pair) for pair in zip(self._noise, self._signal, strict=True)]",
         "[]",
         f"{NOISE} -k resumed",
     ),
