@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from strategies.errors import UserError
 
-TESTED = "2.11, 2.13 and 2.15"  # the tested versions of torch
+TESTED = "2.10 to 2.15"  # the tested versions of torch
 
 # Used by `strategies.ddp.strategy`
 DDP = (
@@ -107,8 +107,9 @@ def end_fsdp_backward(root: Any) -> None:
     state._root_post_backward_final_callback()
 
 
+VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 # Before it, a stage of a pipeline passes on floating-point numbers only, and fails if they have no gradient
-IS_BEFORE_2_13 = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+IS_BEFORE_2_13 = VERSION < (2, 13)
 
 
 def check_activations(dtypes: Sequence[torch.dtype]) -> None:
@@ -119,6 +120,14 @@ def check_activations(dtypes: Sequence[torch.dtype]) -> None:
                 f"part {part} of the pipeline returned {dtype}: expected floating-point numbers with torch "
                 f"{torch.__version__}. Set other boundaries, or use torch 2.13."
             )
+
+
+def make_schedule(kind: Any, stage: Any, count: int) -> Any:
+    """Return a pipeline's schedule of `count` micro-batches, whose loss the last stage has computed already."""
+    least = stage.num_stages if VERSION < (2, 11) else 1  # torch 2.10 refuses fewer, though it runs them
+    schedule = kind(stage, max(count, least), lambda loss, target: loss, scale_grads=False)
+    schedule._n_microbatches = count
+    return schedule
 
 
 def expect_gradient(activation: torch.Tensor) -> None:

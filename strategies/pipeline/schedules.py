@@ -10,7 +10,7 @@ from torch import Tensor
 from strategies.errors import UserError
 from strategies.pipeline.chain import Chain
 from strategies.pipeline.parts import Call, Part, PipelinedModel, TensorSpec, zeros
-from strategies.torch_internals import check_activations, expect_gradient
+from strategies.torch_internals import check_activations, expect_gradient, make_schedule
 
 ScheduleName = Literal["GPipe", "1F1B"]
 Forward = Callable[[], tuple[Tensor, float | Tensor]]  # returns a micro-batch's loss and the scale of its gradient
@@ -119,4 +119,4 @@ class Schedules:
         )
         is_1f1b = self._name == "1F1B" and takes(self._name, len(chain.ranks), count)
         schedule = pipelining.Schedule1F1B if is_1f1b else pipelining.ScheduleGPipe
-        return schedule(stage, count, lambda loss, target: loss, scale_grads=False)  # the last part has computed it
+        return make_schedule(schedule, stage, count)

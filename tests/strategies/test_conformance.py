@@ -158,7 +158,8 @@ def test_the_command_ends_with_a_table_and_its_status_tells(tmp_path: Path, loss
     assert lines[-4].startswith("broken " if lossy else "kept ")
     assert lines[-3].startswith("not declared  variable windows  supports_variable_windows = False")
     if lossy:
-        assert lines[2].startswith("clip: process 0: six windows, clip(None, 1.0) returned the norm")
+        says = "clip: process 0: six windows, clip(None, 1.0) returned the norm"
+        assert any(line.startswith(says) for line in lines)
 
 
 @pytest.mark.parametrize(
