@@ -11,4 +11,5 @@ if [ "$(cat .venv/.requirements 2>/dev/null)" != "$wanted" ]; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$extras]"
     echo "$wanted" > .venv/.requirements
 fi
+unset PYTHONDONTWRITEBYTECODE # or each process would compile all code again
 PATH="$PWD/.venv/bin:$PATH"
