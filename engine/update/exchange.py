@@ -15,7 +15,6 @@ from engine.update.means import MeanSums, Pair
 from engine.update.message import (
     CAUSES,
     HEADER,
-    MAXIMA,
     Agreed,
     Message,
     Requests,
@@ -27,7 +26,7 @@ from engine.update.message import (
     slowness,
     total,
 )
-from strategies import PendingRows, Strategy
+from strategies import MAXIMA, PendingRows, Strategy
 
 ACTIVITY_TOPIC = "activity"
 RESERVED = {"update", *GROUPED, *GROUPED.values(), "data/weight", "speed/weight_per_second"}

@@ -36,7 +36,6 @@ class Message(NamedTuple):
 
 
 HEADER = len(Message._fields)
-MAXIMA = 3  # the numbers at a message's end
 MOST_PROCESSES = 1 << 20
 
 

@@ -34,8 +34,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine import Task, Trainer
 from engine.order import SLICE, KeyedPermutation
-from engine.update.message import HEADER, MAXIMA
-from strategies import DDPStrategy
+from engine.update.message import HEADER
+from strategies import MAXIMA, DDPStrategy
 from strategies.process_group import LARGEST_MESH
 from strategies.summed_message import LIMBS
 from tests.benchmarks.problem import at_updates, loss_fn, make_model, make_optimizer

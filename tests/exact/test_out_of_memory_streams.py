@@ -117,9 +117,26 @@ class Loses(Odd):
         return super().split(batch, size)[:-1]
 
 
+class Pairs(Streamed):
+    """Micro-batches with a part that has two rows for each sample: who counts them does not know their samples."""
+
+    def train_data(self) -> Any:
+        class Paired(Stream):
+            def __iter__(self) -> Iterator[Any]:
+                for batch in super().__iter__():
+                    yield {**batch, "pairs": torch.zeros(2 * len(batch["x"]))}
+
+        return Paired(self, self.pieces[0])
+
+    def split(self, batch: Any, size: int) -> Any:
+        pairs = batch.pop("pairs").split(2 * size)
+        return [{**piece, "pairs": own} for piece, own in zip(super().split(batch, size), pairs, strict=True)]
+
+
 @pytest.mark.parametrize(
     ("kind", "error", "text"),
     [
+        (Pairs, UserError, "is a mean over an unknown number of samples"),
         (Once, torch.OutOfMemoryError, "as a test wants it"),
         (Odd, UserError, r"it holds a Tensor of shape \(\). Give HungryTask a method split\(self, batch, size\)"),
         (Loses, UserError, r"split\(\) made pieces of \[3\] samples of a micro-batch of 6: expected all of them"),
@@ -133,7 +150,7 @@ def test_what_cannot_be_cut_ends_the_run(kind: type[Task], error: Any, text: str
             return super().loss(model, batch)
 
     task = HungryTask(12, [[[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]])
-    task.at = {0: ("middle", 0)}
+    task.at = {0: ("forward" if kind is Pairs else "middle", 0)}  # the others' losses are refused before
     trainer = Trainer(Single(), accumulate_grad_batches=2, max_epochs=1)
     if error is None:
         trainer.fit(task)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
@@ -107,6 +108,7 @@ def test_every_strategy_takes_one_model_at_a_time(kind: type[Strategy]) -> None:
                     strategy.prepare(networks()[0])
                 except ValueError as error:
                     texts.append(str(error))
+            dist.barrier()  # or one would leave while the other still connects to it
             strategy.teardown()
         return texts
 

@@ -1,4 +1,4 @@
-"""Write the table of promises into docs/testing.md: the docstrings of the folders of tests/, and of their files.
+"""Write the table of promises into docs/testing.md: the docstrings of the folders of tests/.
 
 python -m tests.kit.promises
 """
@@ -26,10 +26,8 @@ def promises() -> dict[Path, list[Path]]:
 
 
 def table() -> str:
-    rows = ["| promise, and how it is shown | `launch/test.sh` with |", "| --- | --- |"]
-    for folder, files in promises().items():
-        rows.append(f"| **{first_line(folder / '__init__.py')}** | **`tests/{folder.name}`** |")
-        rows += [f"| {first_line(file)} | `tests/{folder.name}/{file.name}` |" for file in files]
+    rows = ["| promise | `launch/test.sh` with |", "| --- | --- |"]
+    rows += [f"| {first_line(folder / '__init__.py')} | `tests/{folder.name}` |" for folder in promises()]
     return "\n" + "\n".join(rows) + "\n\n"
 
 
