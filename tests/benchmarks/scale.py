@@ -41,7 +41,7 @@ from strategies.summed_message import LIMBS
 from tests.benchmarks.problem import at_updates, loss_fn, make_model, make_optimizer
 from tests.kit.processes import run
 
-PROCESSES = (2, 4, 8, 16, 32, 64)
+PROCESSES = (2, 8, 16, 64)
 LARGE = (64, 1024, 10_000)
 N, FEATURES, WARM_UP, MEASURED = 2, 32, 10, 60
 MESSAGES = 100  # of the engine, alone

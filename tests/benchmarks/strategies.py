@@ -79,10 +79,10 @@ def long_windows() -> Rows:
 
 
 def hooks_of_ddp() -> Rows:
-    yield "hook", "collectives", "bytes per update", "off", "accuracy"
+    yield "hook", "bytes per update", "off", "accuracy"
     for name in hooks.HOOKS:
         found = hooks.hooked(name)
-        yield name, found.collectives, f"{found.bytes:,}", f"{found.off:.1e}", f"{100 * found.accuracy:.1f} %"
+        yield name, f"{found.bytes:,}", f"{found.off:.1e}", f"{100 * found.accuracy:.1f} %"
 
 
 def print_table(caption: str, rows: Rows, text_columns: int = 1) -> None:
