@@ -73,10 +73,11 @@ def measure(engine: Engine) -> dict[str, Any]:
 
 
 def cell(row: dict[str, Any], details: bool) -> str:
-    """Return a verdict, and the relative error if it is known."""
+    """Return a verdict, and the relative error of one that is not exact if it is known."""
     if row["detail"] == "a gradient is not finite":
         return "NaN"
-    return f"{row['verdict']} ({row['error']:.0e})" if details and row["error"] is not None else str(row["verdict"])
+    is_sized = details and row["verdict"] != "exact" and row["error"] is not None
+    return f"{row['verdict']} ({row['error']:.0e})" if is_sized else str(row["verdict"])
 
 
 def table(figures: dict[str, Any], cases: tuple[str, ...], details: bool) -> str:
