@@ -1,0 +1,174 @@
+"""A small GPT-2 of transformers: CPU seconds and tokens/s of Tally and other trainers, beside the plain loop.
+
+    python tests/benchmarks/gpt2.py [--repetitions 5] [--updates 8] [--only NAME ...]
+
+All train the same model on the same tokens with the same AdamW, and end with the same parameters, which is checked. CPU
+seconds are user and system time of all of a run's processes, from the second update to the last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parameters_to_vector
+from torch.optim import AdamW
+from torch.utils.data import DataLoader, DistributedSampler
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from engine import Trainer
+from engine.adapters import CausalLM
+from tests.benchmarks.problem import at_updates
+from tests.kit import processes
+
+N, K, LR = 4, 4, 5e-5
+WARM_UP = 2  # updates that are not measured
+TOLERANCE = 1e-3  # in float32, of the way that the parameters went: Adam enlarges the rounding of tiny gradients
+OFF = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
+SMALL = GPT2Config(vocab_size=16_000, n_positions=128, n_embd=128, n_layer=2, n_head=4, **OFF)
+SMALLEST = GPT2Config(vocab_size=64, n_positions=8, n_embd=16, n_layer=1, n_head=2, **OFF)
+
+
+class Job(NamedTuple):
+    """What a contender is given: to train `model` on `data`, for one epoch in order, in each of P processes."""
+
+    model: Any
+    data: Any  # samples of "input_ids" and "labels"
+    P: int
+    folder: str
+
+
+def loader(job: Job) -> DataLoader[Any]:
+    return DataLoader(job.data, N, sampler=DistributedSampler(job.data, shuffle=False) if job.P > 1 else None)
+
+
+def plain(job: Job) -> None:
+    model = DistributedDataParallel(job.model) if job.P > 1 else job.model
+    optimizer = AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+    for i, batch in enumerate(loader(job), start=1):
+        is_last = i % K == 0
+        with nullcontext() if is_last or job.P == 1 else model.no_sync():
+            (model(**batch).loss / K).backward()
+        if is_last:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def tally(job: Job, **options: Any) -> None:
+    trainer = Trainer(micro_batch_size=N, accumulate_grad_batches=K, max_epochs=1, shuffle=False, **options)
+    trainer.fit(CausalLM(job.model, job.data, lr=LR))
+
+
+def transformers_trainer(job: Job) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        job.folder, per_device_train_batch_size=N, gradient_accumulation_steps=K, num_train_epochs=1, learning_rate=LR,
+        lr_scheduler_type="constant", optim="adamw_torch", max_grad_norm=0, train_sampling_strategy="sequential",
+        use_cpu=True, ddp_backend="gloo" if job.P > 1 else None, report_to="none",
+    )  # fmt: skip
+    Trainer(job.model, arguments, train_dataset=job.data).train()
+
+
+def lightning(job: Job) -> None:
+    from lightning.pytorch import LightningModule, Trainer
+
+    class Module(LightningModule):
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
+            return self.model(**batch).loss
+
+        def configure_optimizers(self) -> AdamW:
+            return AdamW(self.parameters(), lr=LR, weight_decay=0.0)
+
+    module = Module()
+    module.model = job.model
+    where = {"accelerator": "cpu", "devices": job.P, "strategy": "ddp" if job.P > 1 else "auto"}
+    trainer = Trainer(**where, max_epochs=1, accumulate_grad_batches=K, default_root_dir=job.folder)
+    trainer.fit(module, loader(job))
+
+
+CONTENDERS: dict[str, Callable[[Job], None]] = {
+    "plain loop": plain,
+    "Tally, everything off": lambda job: tally(job, skip_nonfinite_updates=False),
+    "Tally as shipped": lambda job: tally(job, run_dir=f"{job.folder}/run", progress=True),
+    "transformers.Trainer": transformers_trainer,
+    "Lightning": lightning,
+}
+
+
+def in_a_process(name: str, job: Job) -> tuple[int, list[float], Tensor]:
+    """Return the updates, this process's and the clock's seconds per measured one, and the parameters at the end."""
+    os.environ.update(LOCAL_WORLD_SIZE=str(job.P), MASTER_ADDR="127.0.0.1")  # as torchrun does
+    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if job.P == 1 else ():  # nor was there a torchrun
+        del os.environ[variable]
+    times: list[tuple[float, float]] = []
+    see = dict.fromkeys(range(1, len(job.data)), lambda: times.append((time.process_time(), time.perf_counter())))
+    with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null), at_updates(see):
+        CONTENDERS[name](job)
+    seconds = numpy.subtract(times[-1], times[WARM_UP - 1]) / (len(times) - WARM_UP)
+    return len(times), seconds.tolist(), parameters_to_vector(job.model.parameters()).detach()
+
+
+def compare(names: list[str], config: GPT2Config, P: int, updates: int, repetitions: int) -> dict[str, Any]:
+    """Return CPU seconds per update, and tokens/s, of each one's runs in turn. The first is the plain loop.
+
+    Raises AssertionError if a process makes another number of updates, or ends with other parameters.
+    """
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).train()
+    start = parameters_to_vector(model.parameters()).detach()
+    rows = torch.randint(config.vocab_size, (updates * P * K * N, config.n_positions))
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    runs: dict[str, list[Any]] = {name: [] for name in names}
+    end: Any = None
+    for name in names * repetitions:
+        with tempfile.TemporaryDirectory() as folder:
+            job = Job(model, data, P, folder)
+            found = processes.run(P, in_a_process, name, job, seconds=900, timeout=300, group=P > 1)
+        end = found[0][-1] if end is None else end
+        for made, _, parameters in found:
+            error = ((parameters - end).norm() / (end - start).norm()).item()
+            assert made == updates, f"{name}, P={P}: {made} updates, not {updates}"
+            assert error < TOLERANCE, f"{name}, P={P}: parameters differ by {error:.1e} of the way that they went"
+        runs[name].append((sum(cpu for _, (cpu, _), _ in found), rows.numel() / updates / found[0][1][1]))
+    return {name: numpy.array(found) for name, found in runs.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--updates", type=int, default=8, help=f"of a run; the first {WARM_UP} are not measured")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
+    options = parser.parse_args()
+    sys.path.remove(str(Path(__file__).resolve().parent))  # transformers would take its datasets.py for a package
+    torch.set_num_threads(1)
+    names = list(dict.fromkeys(["plain loop", *options.only]))
+    print(f"Medians of {options.repetitions} runs of each in turn, {options.updates - WARM_UP} updates of each.")
+    print(f"Before, the load of the machine was {os.getloadavg()[1]:.1f} on {os.cpu_count()} cores.\n")
+    print(
+        "| P | contender | CPU s an update | ratio | from, to | tokens/s | ratio |\n| --: | ---" + " | --:" * 5 + " |"
+    )
+    for P in (1, 2):
+        runs = compare(names, SMALL, P, options.updates, options.repetitions)
+        for name in names:
+            (cpu, speed), shares = numpy.median(runs[name], 0), runs[name] / runs["plain loop"]
+            (cpu_ratio, ratio), (least, _), (most, _) = numpy.median(shares, 0), shares.min(0), shares.max(0)
+            ratios = f"{cpu_ratio:.2f} | {least:.2f} to {most:.2f} | {speed:,.0f} | {ratio:.2f}"
+            print(f"| {P} | {name} | {cpu:.3f} | {ratios} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
