@@ -20,7 +20,8 @@ FOLDER = Path(__file__).resolve().parent
 DOCS = FOLDER.parents[1] / "docs"
 PAGES = {
     **dict.fromkeys(
-        ("overhead", "datasets", "in_memory", "memory", "start", "wire", "scaling", "checkpoints"), "benchmarks.md"
+        ("gpt2", "overhead", "datasets", "in_memory", "memory", "start", "wire", "scaling", "checkpoints"),
+        "benchmarks.md",
     ),
     "scale": "scale.md",
     "strategies": "strategies.md",
