@@ -1,13 +1,15 @@
 """A small GPT-2 of transformers: CPU seconds and tokens/s of Tally and other trainers, beside the plain loop.
 
-    python tests/benchmarks/gpt2.py [--repetitions 5] [--updates 8] [--only NAME ...]
+    python tests/benchmarks/gpt2.py [--repetitions 2] [--updates 20] [--only NAME ...]
 
-All make the same updates of the same model, which is checked. CPU seconds are user and system time of all processes.
+All make the same updates of the same model, which is checked, and take turns: an update each. CPU seconds are user and
+system time of all processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -21,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, DistributedSampler
@@ -34,7 +37,6 @@ from tests.kit import processes
 N, K, LR = 4, 4, 5e-5
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**33), "OMP_NUM_THREADS": "1"}
 """Keeps freed memory: otherwise the chance of a heap's layout decides how often glibc gives it back to the system."""
-WARM_UP = 2  # updates that are not measured
 TOLERANCE = 1e-3  # of the way that parameters of float32 went: Adam enlarges the rounding of tiny gradients
 OFF = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
 SMALL = GPT2Config(vocab_size=16_000, n_positions=128, n_embd=128, n_layer=2, n_head=4, **OFF)
@@ -107,45 +109,62 @@ CONTENDERS: dict[str, Callable[[Job], None]] = {
 }
 
 
-def in_a_process(name: str, job: Job) -> tuple[int, list[float], torch.Tensor]:
-    """Return the updates, this process's and the clock's seconds per measured one, and the parameters at the end."""
-    os.environ.update(LOCAL_WORLD_SIZE=str(job.P), MASTER_ADDR="127.0.0.1")  # as torchrun does
-    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if job.P == 1 else ():  # nor was there a torchrun
+def in_a_process(names: list[str], job: Job, updates: int, turns: list[Any]) -> tuple[int, Any, torch.Tensor]:
+    """Train as one of `names`, each update in its turn; return their number, seconds of each, and the parameters."""
+    number, rank = divmod(int(os.environ["RANK"]), job.P)
+    ours, following = turns[number * job.P + rank], turns[(number * job.P + rank + job.P) % len(turns)]
+    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         del os.environ[variable]
-    times: list[tuple[float, float]] = []
-    see = dict.fromkeys(range(1, len(job.data)), lambda: times.append((time.process_time(), time.perf_counter())))
-    with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null), at_updates(see):
-        CONTENDERS[name](job)
-    spent = numpy.subtract(times[-1], times[WARM_UP - 1]) / (len(times) - WARM_UP)
-    return len(times), spent.tolist(), torch.nn.utils.parameters_to_vector(job.model.parameters()).detach()
+    if job.P > 1:  # as torchrun does
+        os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", MASTER_ADDR="127.0.0.1")
+        os.environ.update(dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), f"{job.P}"))
+        dist.init_process_group("gloo", f"file://{job.folder}/store{number}", rank=rank, world_size=job.P)
+    clocks: list[tuple[float, float]] = []  # the process's and the wall's, at each end and each beginning
+
+    def see() -> None:
+        clocks.append((time.process_time(), time.perf_counter()))
+        if len(clocks) > 1:
+            following.release()
+        if len(clocks) < 2 * updates - 1:
+            ours.acquire()
+        clocks.append((time.process_time(), time.perf_counter()))
+
+    events = dict.fromkeys(range(1, len(job.data)), see)
+    try:
+        with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null), at_updates(events):
+            CONTENDERS[names[number]](job._replace(folder=f"{job.folder}/{number}"))
+    finally:
+        for _ in range(updates):  # nobody waits for one that has failed, or made too few
+            following.release()
+    spent = numpy.subtract(clocks[2::2], clocks[1:-1:2]).tolist()
+    return len(clocks) // 2, spent, torch.nn.utils.parameters_to_vector(job.model.parameters()).detach()
 
 
-def compare(names: list[str], config: GPT2Config, P: int, updates: int, repetitions: int) -> dict[str, Any]:
-    """Return CPU seconds per update and tokens/s of each one's runs, and check that all end with the first's model."""
+def compare(names: list[str], config: GPT2Config, P: int, updates: int) -> dict[str, Any]:
+    """Return CPU seconds and tokens/s of each one's measured updates, and check that all end with the first's model."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(config).train()
-    start = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
     rows = torch.randint(config.vocab_size, (updates * P * K * N, config.n_positions))
     data = [{"input_ids": row, "labels": row} for row in rows]
-    runs: dict[str, list[Any]] = {name: [] for name in names}
-    end: Any = None
-    for name in names * repetitions:
-        with tempfile.TemporaryDirectory() as folder:
-            job = Job(model, data, P, folder)
-            found = processes.run(P, in_a_process, name, job, seconds=900, timeout=300, group=P > 1)
-        end = found[0][-1] if end is None else end
-        for made, _, parameters in found:
-            error = ((parameters - end).norm() / (end - start).norm()).item()
-            if made != updates or error > TOLERANCE:
-                raise AssertionError(f"{name}, P={P}: {made} of {updates} updates, parameters {error:.1e} off")
-        runs[name].append((sum(cpu for _, (cpu, _), _ in found), rows.numel() / updates / found[0][1][1]))
-    return {name: numpy.array(found) for name, found in runs.items()}
+    turns = [multiprocessing.Semaphore(int(first < P)) for first in range(P * len(names))]
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(model, data, P, folder)
+        found = processes.run(len(turns), in_a_process, names, job, updates, turns, seconds=3000, group=False)
+    start, end = torch.nn.utils.parameters_to_vector(model.parameters()).detach(), found[0][-1]
+    for process, (made, _, parameters) in enumerate(found):
+        error = ((parameters - end).norm() / (end - start).norm()).item()
+        if made != updates or error > TOLERANCE:
+            name = names[process // P]
+            raise AssertionError(f"{name}, P={P}: {made} of {updates} updates, parameters {error:.1e} off")
+    spent = numpy.array([each for _, each, _ in found])[:, 1:-1].reshape(len(names), P, updates - 3, 2)
+    cpu, speed = spent[..., 0].sum(1), rows.numel() / updates / spent[:, 0, :, 1]
+    return dict(zip(names, numpy.stack([cpu, speed], -1), strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--updates", type=int, default=8, help=f"of a run; the first {WARM_UP} are not measured")
+    parser.add_argument("--repetitions", type=int, default=2)
+    parser.add_argument("--updates", type=int, default=20, help="of each, of which 3 are not measured")
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS)[1:], default=list(CONTENDERS)[1:], metavar="NAME")
     options = parser.parse_args()
     if not KEEP_MEMORY.items() <= os.environ.items():  # the allocator reads it when a process starts
@@ -154,14 +173,16 @@ def main() -> None:
     torch.set_num_threads(1)
     names = ["plain loop", *options.only]
     load = f"the machine's load was {os.getloadavg()[1]:.1f} before, on {os.cpu_count()} cores"
-    print(f"Medians of {options.repetitions} runs of {options.updates} updates of each in turn; {load}.\n")
-    print("| P | contender | CPU s an update | ratio | from, to | tokens/s | ratio |")
+    measured = options.repetitions * (options.updates - 3)
+    print(f"Medians of {measured} updates of each in turn, and the middle half; {load}.\n")
+    print("| P | contender | CPU s an update | ratio | middle half | tokens/s | ratio |")
     print("| --: | --- | --: | --: | --: | --: | --: |")
     for P in (1, 2):
-        runs = compare(names, SMALL, P, options.updates, options.repetitions)
+        runs = [compare(names, SMALL, P, options.updates) for _ in range(options.repetitions)]
+        found = {name: numpy.concatenate([run[name] for run in runs]) for name in names}
         for name in names:
-            cpu, speed = numpy.median(runs[name], 0)
-            least, middle, most = numpy.quantile(runs[name] / runs["plain loop"], (0, 0.5, 1), 0)
+            cpu, speed = numpy.median(found[name], 0)
+            least, middle, most = numpy.quantile(found[name] / found["plain loop"], (0.25, 0.5, 0.75), 0)
             ratios = f"{middle[0]:.2f} | {least[0]:.2f} to {most[0]:.2f} | {speed:,.0f} | {middle[1]:.2f}"
             print(f"| {P} | {name} | {cpu:.3f} | {ratios} |", flush=True)
 

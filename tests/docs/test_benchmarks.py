@@ -30,7 +30,7 @@ def test_a_small_gpt2_ends_alike_with_all_who_train_it(P: int) -> None:
     gpt2 = pytest.importorskip("tests.benchmarks.gpt2", reason="it needs transformers")
     names = list(gpt2.CONTENDERS)
     tiny = gpt2.GPT2Config(vocab_size=64, n_positions=8, n_embd=16, n_layer=1, n_head=2, **gpt2.OFF)
-    found = gpt2.compare(names, tiny, P, updates=3, repetitions=1)
+    found = gpt2.compare(names, tiny, P, updates=4)
     assert list(found) == names
     assert all((found[name] > 0).all() for name in names)
 
