@@ -112,13 +112,13 @@ CONTENDERS: dict[str, Callable[[Job], None]] = {
 
 def in_a_process(names: list[str], job: Job, updates: int, turns: list[Any]) -> tuple[int, Any, torch.Tensor]:
     """Train as one of `names`, each update in its turn; return their number, seconds of each, and the parameters."""
-    number, rank = divmod(int(os.environ["RANK"]), job.P)
-    ours, following = turns[number * job.P + rank], turns[(number * job.P + rank + job.P) % len(turns)]
+    process = int(os.environ["RANK"])
+    ours, following, (number, rank) = turns[process], turns[process - len(turns) + job.P], divmod(process, job.P)
     for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         del os.environ[variable]
     if job.P > 1:  # as torchrun does
-        os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", MASTER_ADDR="127.0.0.1")
-        os.environ.update(dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), f"{job.P}"))
+        group = dict.fromkeys(("RANK", "LOCAL_RANK"), rank) | dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), job.P)
+        os.environ.update({name: str(value) for name, value in group.items()}, MASTER_ADDR="127.0.0.1")
         dist.init_process_group("gloo", f"file://{job.folder}/store{number}", rank=rank, world_size=job.P)
     clocks: list[tuple[float, float]] = []  # the process's and the wall's, at each end and each beginning
 
@@ -146,17 +146,15 @@ def compare(names: list[str], config: GPT2Config, P: int, updates: int) -> dict[
     torch.manual_seed(0)
     model = GPT2LMHeadModel(config).train()
     rows = torch.randint(config.vocab_size, (updates * P * K * N, config.n_positions))
-    data = [{"input_ids": row, "labels": row} for row in rows]
     turns = [multiprocessing.Semaphore(int(first < P)) for first in range(P * len(names))]
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(model, data, P, folder)
+        job = Job(model, [{"input_ids": row, "labels": row} for row in rows], P, folder)
         found = processes.run(len(turns), in_a_process, names, job, updates, turns, seconds=3000, group=False)
     start, end = torch.nn.utils.parameters_to_vector(model.parameters()).detach(), found[0][-1]
     for process, (made, _, parameters) in enumerate(found):
         error = ((parameters - end).norm() / (end - start).norm()).item()
         if made != updates or error > TOLERANCE:
-            name = names[process // P]
-            raise AssertionError(f"{name}, P={P}: {made} of {updates} updates, parameters {error:.1e} off")
+            raise AssertionError(f"{names[process // P]}: {made} of {updates} updates, parameters {error:.1e} off")
     spent = numpy.array([each for _, each, _ in found])[:, 1:-1].reshape(len(names), P, updates - 3, 2)
     cpu, speed = spent[..., 0].sum(1), rows.numel() / updates / spent[:, 0, :, 1]
     return dict(zip(names, numpy.stack([cpu, speed], -1), strict=True))
@@ -174,8 +172,7 @@ def main() -> None:
     torch.set_num_threads(1)
     names = ["plain loop", *options.only]
     load = f"the machine's load was {os.getloadavg()[1]:.1f} before, on {os.cpu_count()} cores"
-    measured = options.repetitions * (options.updates - 3)
-    print(f"Medians of {measured} updates of each in turn, and the middle half; {load}.\n")
+    print(f"Medians of {options.repetitions * (options.updates - 3)} updates of each in turn; {load}.\n")
     print("| P | contender | CPU s an update | ratio | middle half | tokens/s | ratio |")
     print("| --: | --- | --: | --: | --: | --: | --: |")
     for P in (1, 2):
