@@ -1,20 +1,15 @@
 """Fetching the samples of one micro-batch, with random draws that depend on its place and nothing else."""
 
-import ctypes
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 from torch.utils.data import Dataset, TensorDataset, get_worker_info
 
+from engine.data.generators import generators_restored
 from engine.errors import UserError
 from engine.seeds import FETCH_STREAM, mix, seed_host
 from engine.task import Batching
-
-MT19937_BYTES = 625 * 4  # the state of numpy's default generator: 624 words, and a position
 
 
 class Piece(NamedTuple):
@@ -36,6 +31,7 @@ class Fetch(Dataset[Any]):
     def __init__(self, dataset: Any, seed: int, collate: Callable[[list[Any]], Any], seeds_each: bool = False) -> None:
         self._dataset, self._collate = dataset, collate
         self._seed, self._seeds_each = seed, seeds_each
+        self._epoch, self._epoch_seed = -1, 0
         self._collates_all = getattr(collate, "__func__", None) is Batching.collate
         self._fetches_pieces = callable(getattr(dataset, "__getitems__", None))
 
@@ -71,7 +67,9 @@ class Fetch(Dataset[Any]):
         return self._collate(samples)
 
     def _seed_all(self, epoch: int, place: int) -> None:
-        seed = mix(self._seed, FETCH_STREAM, epoch, place)
+        if epoch != self._epoch:
+            self._epoch, self._epoch_seed = epoch, mix(self._seed, FETCH_STREAM, epoch)
+        seed = mix(place, start=self._epoch_seed)
         torch.default_generator.manual_seed(seed)
         seed_host(seed)
 
@@ -85,29 +83,3 @@ class TensorFetch(Dataset[Any]):
     def __getitems__(self, piece: Piece) -> list[torch.Tensor]:
         indices = torch.tensor(piece.indices)
         return [tensor[indices] for tensor in self._tensors]
-
-
-@contextmanager
-def generators_restored() -> Iterator[None]:
-    """Restore torch's, Python's and numpy's default generators afterwards, at the cost of a few draws.
-
-    `numpy.random.get_state` is 100 times slower than a copy of the generator's memory. But numpy makes normal numbers
-    in pairs and keeps the second elsewhere. A draw that leaves the memory unchanged was the second one: it is put back.
-    """
-    torch_state, python_state = torch.default_generator.get_state(), random.getstate()
-    generator = numpy.random.get_bit_generator()  # type: ignore[attr-defined]
-    if type(generator) is not numpy.random.MT19937:
-        raise UserError(f"numpy's default generator is a {type(generator).__name__}: expected MT19937, its own.")
-    address = generator.ctypes.state_address
-    numpy_state = ctypes.string_at(address, MT19937_BYTES)
-    normal = numpy.random.standard_normal()
-    has_normal = ctypes.string_at(address, MT19937_BYTES) == numpy_state
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(torch_state)
-        random.setstate(python_state)
-        ctypes.memmove(address, numpy_state, MT19937_BYTES)
-        numpy.random.set_bit_generator(generator)  # type: ignore[attr-defined]  # forgets the second normal number
-        if has_normal:
-            numpy.random.set_state({**numpy.random.get_state(legacy=False), "has_gauss": 1, "gauss": normal})

@@ -10,7 +10,7 @@ from torch import nn
 
 from engine import Trainer
 from engine.adapters import CausalLM, MoECausalLM
-from tests.kit.processes import run
+from tests.kit.processes import on_processes
 from tests.kit.reference import Watch, parameters
 
 transformers = pytest.importorskip("transformers")
@@ -40,15 +40,6 @@ def texts() -> list[dict[str, Any]]:
     return [{"input_ids": torch.randint(1, VOCABULARY, (2 + i % 7,), generator=generator)} for i in range(SAMPLES)]
 
 
-def fit(K: int) -> Any:
-    watch = Watch()
-    options = {"accumulate_grad_batches": K, "max_epochs": 1, "shuffle": False, "callbacks": watch}
-    trainer = Trainer("ddp", N, **options)
-    trainer.fit(task := Mixture(config(), texts(), texts()[:4]))
-    metrics = trainer.validate(task)
-    return parameters(trainer.model), watch.records, metrics
-
-
 def reference(window: int) -> Any:
     """One padded batch a window. The balance is written by hand: transformers sums it in float32."""
     torch.manual_seed(0)
@@ -76,7 +67,17 @@ def reference(window: int) -> Any:
 @pytest.mark.parametrize(("P", "K"), [(1, 1), (1, 3), (2, 2)])
 def test_the_balance_is_that_of_the_window(P: int, K: int) -> None:
     wanted, records = reference(P * K * N)
-    for found, seen, metrics in run(P, fit, K):
+
+    @on_processes(P)
+    def results() -> Any:
+        watch = Watch()
+        options = {"accumulate_grad_batches": K, "max_epochs": 1, "shuffle": False, "callbacks": watch}
+        trainer = Trainer("ddp", N, **options)
+        trainer.fit(task := Mixture(config(), texts(), texts()[:4]))
+        metrics = trainer.validate(task)
+        return parameters(trainer.model), watch.records, metrics
+
+    for found, seen, metrics in results:
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
         assert [{name: record[name] for name in records[0]} for record in seen] == [
             {name: pytest.approx(value, rel=1e-12) for name, value in record.items()} for record in records

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 import engine
 from engine import Trainer
 from engine.adapters import CausalLM, MaskedLM, Seq2SeqLM, SequenceClassification
-from tests.kit.processes import ChildError, run
+from tests.kit.processes import ChildError, on_processes, run
 from tests.kit.reference import in_order, parameters
 
 transformers = pytest.importorskip("transformers")
@@ -169,12 +169,6 @@ def big_batches(task: Any, P: int, sums: Any, rows: list[Any]) -> Tensor:
     return parameters(model)
 
 
-def fit(task: Any) -> tuple[Tensor, dict[str, float]]:
-    trainer = Trainer("ddp", N, accumulate_grad_batches=K, max_epochs=2, shuffle=False)
-    trainer.fit(task)
-    return parameters(trainer.model), trainer.metrics
-
-
 CASES = {
     "all tokens": lambda: (PlainLM(gpt2(), samples(), samples()), sums_of_tokens, samples()),
     "prompts": lambda: (PlainLM(gpt2(), samples(True), samples(True)), sums_of_tokens, samples(True)),
@@ -197,7 +191,14 @@ def test_an_update_is_that_of_its_big_batch(case: str, P: int) -> None:
     reference = big_batches(task, P, sums, rows)
     torch.manual_seed(0)
     model = task.configure_model()
-    for found, metrics in run(P, fit, task):
+
+    @on_processes(P)
+    def results() -> tuple[Tensor, dict[str, float]]:
+        trainer = Trainer("ddp", N, accumulate_grad_batches=K, max_epochs=2, shuffle=False)
+        trainer.fit(task)
+        return parameters(trainer.model), trainer.metrics
+
+    for found, metrics in results:
         torch.testing.assert_close(found, reference, rtol=0, atol=1e-12)
         nn.utils.vector_to_parameters(found, model.parameters())
         total, weight = sums(model, rows)

@@ -51,13 +51,9 @@ def test_bad_usage_is_one_message_and_status_2(
     assert says in capsys.readouterr().err
 
 
-def passes(folder: Path) -> int:
-    return int(pytest.main(["-q", "-p", "no:cacheprovider", str(folder)]))
-
-
 @pytest.mark.slow
 def test_the_test_of_the_docs_passes_for_what_it_claims(tmp_path: Path) -> None:
     loop, test = blocks(PAGE)[:2]
     (tmp_path / "my_loop.py").write_text(loop)
     (tmp_path / "test_my_loop.py").write_text(test)
-    assert run(1, passes, tmp_path, group=False) == [0]
+    assert run(1, lambda: int(pytest.main(["-q", "-p", "no:cacheprovider", str(tmp_path)])), group=False) == [0]

@@ -48,7 +48,7 @@ def compare(
     measured.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls-only", action="store_true", help="do not count instructions")
+    parser.add_argument("--calls-only", action="store_true", help="count calls, not instructions")
     parser.add_argument("--valgrind", action="store_true", help="count instructions with callgrind in any case: slowly")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help="; ".join(names))
     parser.add_argument("--count", choices=names, help=argparse.SUPPRESS)
@@ -58,15 +58,13 @@ def compare(
         (_dump if options.valgrind else _print_counts)([partial(run, options.count, K) for K in WINDOWS])
         return
     names = check(list(dict.fromkeys([names[0], *options.only])))
-    called = [[calls(run, name, K) for K in WINDOWS] for name in names]
-    counted = None
     if not options.calls_only:
         count = _instructions_by_callgrind if options.valgrind or not _has_counter() else _instructions
         if count is _instructions or shutil.which("valgrind"):
-            counted = [count(script, name) for name in names]
-        else:
-            print("This processor's counter cannot be read, and valgrind is not installed: calls only.\n")
-    _print_table(names, called, counted, bases or names[:1])
+            _print_table(names, "Instructions", [count(script, name) for name in names], bases or names[:1])
+            return
+        print("This processor's counter cannot be read, and valgrind is not installed: calls only.\n")
+    _print_table(names, "Calls", [[calls(run, name, K) for K in WINDOWS] for name in names], bases or names[:1])
 
 
 def calls(run: Run, name: str, K: int) -> float:
@@ -141,17 +139,12 @@ def _after_a_collection(start: Event) -> Event:
     return begin
 
 
-def _print_table(
-    names: Sequence[str], called: list[list[float]], counted: list[list[float]] | None, bases: Sequence[str]
-) -> None:
-    print(f"Per micro-batch, over {MEASURED} of them; in brackets: over that of *{'* or *'.join(bases)}*.\n")
-    print("| contender | K | calls | instructions |\n| --- | --: | --: | --: |")
-    for k, K in enumerate(WINDOWS):
-        base = 0
-        for i, name in enumerate(names):
-            base = i if name in bases else base
-            in_calls = f"{called[i][k]:.1f} ({called[i][k] / called[base][k]:.2f})"
-            in_instructions = "not counted"
-            if counted:
-                in_instructions = f"{counted[i][k]:,.0f} ({counted[i][k] / counted[base][k]:.3f})"
-            print(f"| {name} | {K} | {in_calls} | {in_instructions} |")
+def _print_table(names: Sequence[str], what: str, found: list[list[float]], bases: Sequence[str]) -> None:
+    over = f"over that of *{'* or *'.join(bases)}*"
+    print(f"{what} per micro-batch, over {MEASURED} of them; in brackets: {over}.\n")
+    print(f"| contender | {' | '.join(f'K={K}' for K in WINDOWS)} |\n| --- |{' --: |' * len(WINDOWS)}")
+    base = found[0]
+    for name, counts in zip(names, found, strict=True):
+        base = counts if name in bases else base
+        cells = [f"{count:,.0f} ({count / of_base:.3f})" for count, of_base in zip(counts, base, strict=True)]
+        print(f"| {name} | {' | '.join(cells)} |")

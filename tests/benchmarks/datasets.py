@@ -142,16 +142,18 @@ def main() -> None:
     parser.add_argument("--without-workers", action="store_true", help="leave out the row with two workers")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"Medians of {options.repetitions} runs of each in turn, K=1.\n")
-    print("| dataset | N | workers | plain, us a sample | Tally | ratio |\n| --- | --: | --: | --: | --: | --: |")
+    sizes = ((1, 0), (16, 0), (64, 0), (16, 2))[: 3 if options.without_workers else 4]
+    print(f"us a sample of the plain loop, of Tally (ratio): K=1, medians of {options.repetitions} runs in turn.\n")
+    columns = " | ".join(f"N={N}" + (f", {workers} workers" if workers else "") for N, workers in sizes)
+    print(f"| dataset | {columns} |\n| --- |{' --: |' * len(sizes)}")
     for name in options.only:
-        for N, workers in ((1, 0), (16, 0), (64, 0), (16, 2))[: 3 if options.without_workers else 4]:
+        cells = []
+        for N, workers in sizes:
             data = DATASETS[name](options.samples * (8 if workers else 1) // (4 if N == 1 else 1))
-            rows = [[cpu_seconds(f, data, N, workers) for f in (plain, tally)] for _ in range(options.repetitions)]
-            ours = statistics.median(row[1] for row in rows)
-            theirs = statistics.median(row[0] for row in rows)
-            ratio = f"{1e6 * theirs:.1f} | {1e6 * ours:.1f} | {ours / theirs:.2f}"
-            print(f"| {name} | {N} | {workers} | {ratio} |", flush=True)
+            runs = ([cpu_seconds(f, data, N, workers) for f in (plain, tally)] for _ in range(options.repetitions))
+            theirs, ours = (1e6 * statistics.median(times) for times in zip(*runs, strict=True))
+            cells.append(f"{theirs:.1f}, {ours:.1f} ({ours / theirs:.2f})")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

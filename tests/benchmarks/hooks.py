@@ -31,12 +31,12 @@ class Hooked(NamedTuple):
 class AsSent(DDPStrategy):
     """Keeps the first gradient."""
 
-    first: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
 
     def clip(self, max_norm: float | None, factor: float = 1.0) -> torch.Tensor:
         norm = super().clip(max_norm, factor)
-        if self.first is None:
-            self.first = torch.cat([p.grad.double().flatten() for p in self._parameters if p.grad is not None])
+        if self.kept is None:
+            self.kept = torch.cat([p.grad.double().flatten() for p in self._parameters if p.grad is not None])
         return norm
 
 
@@ -50,8 +50,8 @@ class Told(Callback):
 def first_gradient(options: dict[str, Any]) -> torch.Tensor:
     strategy = AsSent(device="cpu", **options)
     Trainer(strategy, 16, 2, max_updates=1).fit(Digits())
-    assert strategy.first is not None
-    return strategy.first
+    assert strategy.kept is not None
+    return strategy.kept
 
 
 def train(options: dict[str, Any]) -> Hooked:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "beside"
 JOBS = {
-    "tokens": "each token counts once, over windows and processes",
-    "predict": "predictions for each sample once, in order, over all processes",
-    "lora": "LoRA: only what is trained is saved, and the model's own `save_pretrained`",
+    "tokens": "each token counts once",
+    "predict": "predictions, each sample once and in order",
+    "lora": "LoRA: only what is trained is saved",
     "own_loop": "your own loop, resumed in the middle of an epoch",
-    "muon": "Muon for matrices and AdamW for the rest, with one norm to clip",
-    "gan": "a generator and a critic that learn in turn",
-    "metrics": "AUROC, F1 and a confusion matrix of a validation, early stopping, the best checkpoint",
-    "translation": "a translation model of `transformers`, weighted by tokens",
+    "muon": "Muon and AdamW, with one norm to clip",
+    "gan": "a GAN",
+    "metrics": "AUROC, F1 and a confusion matrix, early stopping, the best checkpoint",
+    "translation": "a translation model, weighted by tokens",
 }
 
 

@@ -18,7 +18,9 @@ LEFT, UNIT, ROW, TOP = 180, 60, 42, 40
 
 def plot(table: str) -> str:
     """Return an SVG of the instructions in overhead.py's table, over the textbook's loop."""
-    rows = re.findall(r"^\| (.+?) \| (\d+) \| [^|]* \| [\d,]+ \(([\d.]+)\) \|$", table, re.MULTILINE)
+    cells = r"^\| (.+?) \| [\d,]+ \(([\d.]+)\) \| [\d,]+ \(([\d.]+)\) \|$"
+    found = re.findall(cells, table, re.MULTILINE)
+    rows = [(name, K, ratios[i]) for i, K in enumerate("18") for name, *ratios in found]
     names = list(dict.fromkeys(name for name, _, _ in rows))
     places = {K: (13 * i, f"K{K}") for i, K in enumerate(dict.fromkeys(K for _, K, _ in rows))}
     height, width = TOP + len(names) * ROW, LEFT + 60 + UNIT * max(float(ratio) for *_, ratio in rows)

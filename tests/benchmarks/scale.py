@@ -41,7 +41,7 @@ from strategies.summed_message import LIMBS
 from tests.benchmarks.problem import at_updates, loss_fn, make_model, make_optimizer
 from tests.kit.processes import run
 
-PROCESSES = (2, 4, 8, 16, 32, 64)
+PROCESSES = (2, 8, 16, 64)
 LARGE = (64, 1024, 10_000)
 N, FEATURES, WARM_UP, MEASURED = 2, 32, 10, 60
 MESSAGES = 100  # of the engine, alone
@@ -115,8 +115,7 @@ def plain() -> None:
         loss_fn(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
-    dist.barrier()
-    dist.destroy_process_group()
+    dist.barrier()  # the process ends with its group: destroying that before the wrapper hangs now and then
 
 
 def tally() -> None:
@@ -182,15 +181,15 @@ def measured(P: int) -> dict[str, dict[str, float]]:
 
 def print_measured(results: dict[int, dict[str, dict[str, float]]]) -> None:
     print("| P | per update: messages, plain | Tally | kB, plain | Tally | CPU us, plain | Tally |", end=" ")
-    print("the message alone: messages | kB | main thread us | all us |")
-    print("| --: " * 11 + "|")
+    print("the message alone: messages | kB | main thread us |")
+    print("| --: " * 10 + "|")
     for P, found in results.items():
         pair = [found["plain"], found["tally"]]
         cells = [f"{one['messages']:.1f}" for one in pair] + [f"{one['bytes'] / 1e3:.1f}" for one in pair]
         cells += [f"{1e6 * one['cpu']:,.0f}" for one in pair]
         own = found["message"]
         cells += [f"{own['messages']:.1f}", f"{own['bytes'] / 1e3:.1f}", f"{1e6 * own['main']:,.0f}"]
-        print(f"| {P} | " + " | ".join([*cells, f"{1e6 * own['cpu']:,.0f}"]) + " |")
+        print(f"| {P} | {' | '.join(cells)} |")
     print("\n| P | sockets, plain | Tally | up to the first update: messages, plain | Tally | CPU ms, plain | Tally |")
     print("| --: " * 7 + "|")
     for P, found in results.items():

@@ -41,14 +41,11 @@ MIB = footprint.MIB
 Rows = Iterator[tuple[object, ...]]
 
 
-def kept() -> Rows:
-    yield "strategy", "processes", "P", "effective batch", "variable windows", "off", "resumes as", "off"
-    for case in CASES:
-        P, batch, varies = exactness.declared(case)
-        off, off_after = exactness.exactness(case), exactness.continued(case)
-        name, processes = case.then or ("", 0)
-        then = f"{name}, on {processes}"
-        yield case.name, case.processes, P, batch, "yes" if varies else "no", f"{off:.0e}", then, f"{off_after:.0e}"
+def print_kept() -> None:
+    off = max(exactness.exactness(case) for case in CASES)
+    off_after = max(exactness.continued(case) for case in CASES)
+    print(f"\nEach strategy of the next table, at N={exactness.N}, K={exactness.K}: off by at most {off:.0e}.")
+    print(f"Stopped, and resumed as another or on other processes: by at most {off_after:.0e}.")
 
 
 def costs() -> Iterator[tuple[Case, dict[int, footprint.Footprint]]]:
@@ -57,40 +54,19 @@ def costs() -> Iterator[tuple[Case, dict[int, footprint.Footprint]]]:
         yield case, {K: footprint.footprint(case, K, N) for K in (SMALL, LARGE) if case.smallest_window <= K}
 
 
-def memory(found: list[tuple[Case, dict[int, footprint.Footprint]]]) -> Rows:
-    yield "strategy", f"peak K={SMALL}", f"K={LARGE}", "optimizer's state"
-    for case, at in found:
-        yield (
-            case.name,
-            f"{at[SMALL].peak:.0f}" if SMALL in at else "",
-            f"{at[LARGE].peak:.0f}",
-            f"{at[LARGE].state:.0f}",
-        )
-
-
-def traffic(found: list[tuple[Case, dict[int, footprint.Footprint]]]) -> Rows:
+def table_of(found: list[tuple[Case, dict[int, footprint.Footprint]]]) -> Rows:
+    """Peaks and bytes in MiB; the least of collectives, and messages in bytes."""
     kinds = ("gradients", "parameters", "activations")
-    yield (
-        "strategy",
-        *kinds,
-        "the least",
-        f"times, K={LARGE}",
-        f"K={SMALL}",
-        f"messages, bytes, K={LARGE}",
-        f"K={SMALL}",
-    )
+    yield "strategy", f"peak K={SMALL}", f"K={LARGE}", "optimizer's state", *kinds, "the least", "messages, bytes"
     for case, at in found:
-        if case.processes == 1:
-            continue
-        sums = {K: sum(each.given[kind] for kind in kinds) / footprint.least(case, K, N) for K, each in at.items()}
-        given, least = at[LARGE].given, footprint.least(case, LARGE, N)
-        yield (
-            case.name,
-            *(f"{given[kind] / MIB:.1f}" if given[kind] else "" for kind in kinds),
-            f"{least / MIB:.1f}",
-            *(f"{sums[K]:.2f}" if K in at else "" for K in (LARGE, SMALL)),
-            *(f"{at[K].given['messages']}" if K in at else "" for K in (LARGE, SMALL)),
-        )
+        largest = at[LARGE]
+        sent = ["", "", "", "", ""]
+        if case.processes > 1:
+            least = footprint.least(case, LARGE, N) / MIB
+            sent = [f"{largest.given[kind] / MIB:.1f}" if largest.given[kind] else "" for kind in kinds]
+            sent += [f"{least:.1f}", f"{largest.given['messages']}"]
+        peak = f"{at[SMALL].peak:.0f}" if SMALL in at else ""
+        yield case.name, peak, f"{largest.peak:.0f}", f"{largest.state:.0f}", *sent
 
 
 def long_windows() -> Rows:
@@ -103,10 +79,10 @@ def long_windows() -> Rows:
 
 
 def hooks_of_ddp() -> Rows:
-    yield "hook", "collectives", "bytes per update", "off", "accuracy"
+    yield "hook", "bytes per update", "off", "accuracy"
     for name in hooks.HOOKS:
         found = hooks.hooked(name)
-        yield name, found.collectives, f"{found.bytes:,}", f"{found.off:.1e}", f"{100 * found.accuracy:.1f} %"
+        yield name, f"{found.bytes:,}", f"{found.off:.1e}", f"{100 * found.accuracy:.1f} %"
 
 
 def print_table(caption: str, rows: Rows, text_columns: int = 1) -> None:
@@ -119,13 +95,12 @@ def print_table(caption: str, rows: Rows, text_columns: int = 1) -> None:
 
 def print_costs() -> None:
     size = f"{footprint.GRADIENTS / MIB:.0f} MiB of parameters in float32 with AdamW, N={N}"
-    found = list(costs())
-    print_table(f"MiB of peak memory: {size}.", memory(found))
-    print_table(f"MiB that an update of K={LARGE} gives to collectives: {size}.", traffic(found))
+    caption = f"MiB: {size}. Peak memory, and what an update of K={LARGE} gives to collectives."
+    print_table(caption, table_of(list(costs())))
 
 
 PARTS: dict[str, Callable[[], None]] = {
-    "kept": lambda: print_table(f"N={exactness.N}, K={exactness.K}.", kept()),
+    "kept": print_kept,
     "costs": print_costs,
     "windows": lambda: print_table(
         f"MiB of peak memory where {4 * LONG_N * LONG_WIDTH / MIB:g} MiB pass between two layers.", long_windows()

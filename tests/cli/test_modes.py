@@ -12,7 +12,7 @@ from engine import Trainer
 from engine.cli.main import main, make_parser
 from engine.cli.modes import OneWindow, split
 from tests.kit.commands import RUN, python
-from tests.kit.processes import run
+from tests.kit.processes import on_processes
 from tests.kit.reference import Regression, Watch
 
 
@@ -79,21 +79,21 @@ def test_a_check_of_what_cannot_be_is_one_line_and_2(capsys: Any) -> None:
     assert "micro_batch_size=2000: expected at most the 1437 samples of an epoch" in error
 
 
-def check(P: int) -> Any:
-    watch, task = Watch(), Regression(64)
-    Trainer(
-        "ddp" if P > 1 else "single",
-        micro_batch_size=2,
-        accumulate_grad_batches=3,
-        max_epochs=2,
-        callbacks=[watch, OneWindow()],
-    ).fit(task)
-    return [record["update"] for record in watch.records], sum(map(len, watch.samples))
-
-
 @pytest.mark.parametrize("P", [1, 2, 3])
 def test_a_check_is_one_window_on_all_processes(P: int) -> None:
-    assert run(P, check, P, group=P > 1) == [([1], 6)] * P
+    @on_processes(P, group=P > 1)
+    def results() -> Any:
+        watch, task = Watch(), Regression(64)
+        Trainer(
+            "ddp" if P > 1 else "single",
+            micro_batch_size=2,
+            accumulate_grad_batches=3,
+            max_epochs=2,
+            callbacks=[watch, OneWindow()],
+        ).fit(task)
+        return [record["update"] for record in watch.records], sum(map(len, watch.samples))
+
+    assert results == [([1], 6)] * P
 
 
 def test_modes_are_taken_out_of_the_arguments() -> None:

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import engine.data.fetch as fetch
+import engine.data.generators as generators
 from engine import Trainer
-from engine.data.fetch import Fetch, Piece, generators_restored
+from engine.data.fetch import Fetch, Piece
+from engine.data.generators import generators_restored
 from tests.kit.processes import run
 from tests.kit.reference import Regression, Samples, Watch
 
@@ -73,20 +75,38 @@ def test_a_piece_that_P_cuts_draws_as_any_other() -> None:
     assert [sample[3] for sample in whole] == [sample[3] for sample in sum(halves, [])]
 
 
+def by_numpy(seed: int) -> Any:
+    numpy.random.seed(seed)
+    return numpy.random.normal, numpy.random.random
+
+
+def by_python(seed: int) -> Any:
+    random.seed(seed)
+    return random.gauss, random.random
+
+
 @pytest.mark.parametrize("draws_before", [0, 1, 2, 3])
 @pytest.mark.parametrize("draws_within", [0, 1, 2])
-def test_normal_numbers_which_numpy_makes_in_pairs_stay_apart(draws_before: int, draws_within: int) -> None:
+@pytest.mark.parametrize("seeded", [by_numpy, by_python, "by getstate"])
+def test_normal_numbers_which_are_made_in_pairs_stay_apart(
+    draws_before: int, draws_within: int, seeded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert generators.python_address()
+    if seeded == "by getstate":  # for interpreters that keep the numbers otherwise
+        monkeypatch.setattr(generators, "python_address", lambda: 0)
+        seeded = by_python
+
     def outside(fetches: bool) -> tuple[list[float], list[float]]:
-        numpy.random.seed(1)
-        before, within = list(numpy.random.normal(size=draws_before)), []
+        normal, uniform = seeded(1)
+        before, within = [normal() for _ in range(draws_before)], []
         if fetches:
             with generators_restored():
-                numpy.random.seed(2)
-                within = list(numpy.random.normal(size=draws_within))
-        return before + list(numpy.random.normal(size=3)) + [numpy.random.random()], within
+                seeded(2)
+                within = [normal() for _ in range(draws_within)]
+        return before + [normal() for _ in range(3)] + [uniform() for _ in range(700)], within
 
-    numpy.random.seed(2)
-    expected_within = list(numpy.random.normal(size=draws_within))
+    normal, _ = seeded(2)
+    expected_within = [normal() for _ in range(draws_within)]
     with_fetch, within = outside(True)
     assert with_fetch == outside(False)[0]
     assert within == expected_within

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from engine import Loss, Trainer
-from tests.kit.processes import ChildError, run
+from tests.kit.processes import ChildError, on_processes, run
 from tests.kit.reference import Regression, Samples, Watch, big_batch_run, in_order, parameters
 
 
@@ -194,14 +194,14 @@ class BeginsLong(Loaded):
         return nn.functional.mse_loss(model(batch[0][:, 2000:]), batch[1][:, 2000:])
 
 
-def fit_beginning_long() -> int:
-    trainer = Trainer("ddp", max_epochs=1)
-    trainer.fit(BeginsLong(False))
-    return trainer.samples
-
-
 def test_streams_whose_samples_begin_alike_are_not_refused() -> None:
-    assert run(2, fit_beginning_long) == [32, 32]
+    @on_processes(2)
+    def samples() -> int:
+        trainer = Trainer("ddp", max_epochs=1)
+        trainer.fit(BeginsLong(False))
+        return trainer.samples
+
+    assert samples == [32, 32]
 
 
 class Constant(Regression):
@@ -210,14 +210,14 @@ class Constant(Regression):
         return [same, same].__iter__()  # two windows: equal streams are refused in the second
 
 
-def fit_constant() -> int:
-    trainer = Trainer("ddp", max_epochs=1)
-    trainer.fit(Constant(4))
-    return trainer.samples
-
-
 def test_micro_batches_that_may_be_equal_by_chance_are_not_refused() -> None:
-    assert run(2, fit_constant) == [16, 16]
+    @on_processes(2)
+    def samples() -> int:
+        trainer = Trainer("ddp", max_epochs=1)
+        trainer.fit(Constant(4))
+        return trainer.samples
+
+    assert samples == [16, 16]
 
 
 class BeginsAlike(Loaded):
@@ -227,11 +227,11 @@ class BeginsAlike(Loaded):
         return [next(iter(Loaded(True).train_data())), *super().train_data()].__iter__()
 
 
-def fit_begins_alike() -> int:
-    trainer = Trainer("ddp", accumulate_grad_batches=2, max_epochs=1)
-    trainer.fit(BeginsAlike(False))
-    return trainer.samples
-
-
 def test_streams_that_only_begin_alike_are_not_refused() -> None:
-    assert run(2, fit_begins_alike) == [36, 36]
+    @on_processes(2)
+    def samples() -> int:
+        trainer = Trainer("ddp", accumulate_grad_batches=2, max_epochs=1)
+        trainer.fit(BeginsAlike(False))
+        return trainer.samples
+
+    assert samples == [36, 36]

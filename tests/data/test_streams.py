@@ -30,16 +30,12 @@ LENGTHS = [[5], [5, 4], [7, 2], [5, 1, 0], [0, 1], [3, 3, 3, 3], [1, 0, 0, 9]]
 SCHEDULES = ({0: 1}, {0: 3}, {0: 8, 1: 2, 2: 1})
 
 
-def fit_schedules(samples: int, pieces: list[list[list[int]]]) -> Any:
-    return [fit_stream(samples, pieces, scheduling, 3, mlp) for scheduling in SCHEDULES]
-
-
 @pytest.mark.parametrize("sizes", [[4], [3, 5, 1, 2]], ids=["even", "ragged"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_uneven_streams_equal_one_big_batch(lengths: list[int], sizes: list[int]) -> None:
     pieces = deal(lengths, sizes)
     samples = sum(len(piece) for own in pieces for piece in own)
-    results = run(len(lengths), fit_schedules, samples, pieces)
+    results = run(len(lengths), lambda: [fit_stream(samples, pieces, scheduling, 3, mlp) for scheduling in SCHEDULES])
     for scheduling, *replicas in zip(SCHEDULES, *results, strict=True):
         Ks = [scheduling[max(f for f in scheduling if f <= epoch)] for epoch in range(3)]
         epochs = [windows_of(pieces, K) for K in Ks]
@@ -101,30 +97,25 @@ class Breaks(Streamed):
         return type("Reader", (), {"__iter__": lambda self: read()})()
 
 
-def fit_breaking(breaks_at: int, K: int) -> None:
-    task = Breaks(60, deal([5, 5, 5], [4]))
-    task.breaks_at = breaks_at
-    Trainer("ddp", accumulate_grad_batches=K, max_epochs=1).fit(task)
-
-
 @pytest.mark.parametrize("K", [1, 3])
 @pytest.mark.parametrize("breaks_at", [0, 1, 4])
 def test_a_stream_that_raises_stops_all_processes_and_names_the_rank(breaks_at: int, K: int) -> None:
+    def fit_breaking() -> None:
+        task = Breaks(60, deal([5, 5, 5], [4]))
+        task.breaks_at = breaks_at
+        Trainer("ddp", accumulate_grad_batches=K, max_epochs=1).fit(task)
+
     with pytest.raises(ChildError) as raised:
-        run(3, fit_breaking, breaks_at, K, seconds=20)
+        run(3, fit_breaking, seconds=20)
     assert raised.value.errors[1] == "OSError: the disk is gone"
     for rank in (0, 2):
         assert "process 1 failed in update" in raised.value.errors[rank]
         assert "OSError: the disk is gone" in raised.value.errors[rank]
 
 
-def fit_nothing() -> None:
-    Trainer("ddp", max_epochs=1).fit(Streamed(1, [[], []]))
-
-
 def test_streams_that_are_all_empty_are_an_error() -> None:
     with pytest.raises(ChildError, match="no micro-batch in epoch 0, on any process"):
-        run(2, fit_nothing, seconds=20)
+        run(2, lambda: Trainer("ddp", max_epochs=1).fit(Streamed(1, [[], []])), seconds=20)
 
 
 def test_a_generator_that_is_spent_is_an_error() -> None:
@@ -153,13 +144,12 @@ def test_an_iterable_dataset_of_samples_is_refused() -> None:
         Trainer("single", max_epochs=1).fit(task)
 
 
-def fit_shared_loader() -> None:
-    task = Regression(8)
-    task.train_data = lambda: DataLoader(TensorDataset(task.x), batch_size=2, shuffle=True)  # type: ignore[method-assign]
-    Trainer("ddp", max_epochs=1).fit(task)
-
-
 def test_a_loader_that_gives_all_samples_to_all_processes_is_refused() -> None:
+    def fit_shared_loader() -> None:
+        task = Regression(8)
+        task.train_data = lambda: DataLoader(TensorDataset(task.x), batch_size=2, shuffle=True)  # type: ignore[method-assign]
+        Trainer("ddp", max_epochs=1).fit(task)
+
     with pytest.raises(ChildError, match="each would be trained on once per process"):
         run(2, fit_shared_loader, seconds=20)
 

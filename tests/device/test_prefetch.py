@@ -11,7 +11,7 @@ import torch
 from engine import Trainer
 from engine.data.prefetch import Prefetch
 from strategies import SingleDeviceStrategy
-from tests.kit.processes import run
+from tests.kit.processes import on_processes, run
 from tests.kit.reference import Regression, Samples, big_batch_run, in_order, parameters
 from tests.kit.streams import Streamed, deal, windows_of
 
@@ -74,15 +74,16 @@ def fit(strategy: Any, task: Any, **settings: Any) -> Any:
     return parameters(trainer.model), task.seen
 
 
-def fit_both(strategy: str, samples: int) -> Any:
-    return [fit(strategy, Regression(samples), prefetch_to_device=ahead) for ahead in (True, False)]
-
-
 @pytest.mark.parametrize(("P", "strategy"), [(1, "single"), (2, "ddp")])
 @pytest.mark.parametrize("samples", [24, 23, 25])
 def test_datasets_train_what_one_big_batch_trains(P: int, strategy: str, samples: int) -> None:
     expected = big_batch_run(Regression(samples), [in_order(samples, P * N * K)] * 2)
-    for (found, seen), (plain, plainly_seen) in run(P, fit_both, strategy, samples):
+
+    @on_processes(P)
+    def results() -> Any:
+        return [fit(strategy, Regression(samples), prefetch_to_device=ahead) for ahead in (True, False)]
+
+    for (found, seen), (plain, plainly_seen) in results:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
         assert torch.equal(found, plain)
         assert seen == plainly_seen

@@ -17,7 +17,7 @@ from strategies import find
 from tests.kit import ROOT
 from tests.kit.commands import RUN
 from tests.kit.pages import PAGES, blocks, printed
-from tests.kit.processes import run
+from tests.kit.processes import on_processes
 from tests.kit.reference import Regression, Watch, big_batch_run, in_order, parameters
 
 
@@ -60,21 +60,22 @@ def test_a_strategy_of_the_docs_trains(tmp_path: Path, path: str) -> None:
     assert (tmp_path / "run" / "summary.json").exists()
 
 
-def fit_with(folder: Path, path: str, options: dict[str, int]) -> list[float]:
-    sys.path.insert(0, str(folder))
-    watch = Watch()
-    trainer = Trainer(find(path)(**options), micro_batch_size=4, max_epochs=4, callbacks=watch, shuffle=False)
-    trainer.fit(Regression(44))  # short last windows
-    return parameters(trainer.model).tolist()
-
-
 @pytest.mark.parametrize(
     ("path", "options"),
     [("my_hook.HalfTraffic", {}), (LOCAL_SGD, {"every": 4}), (ALL_REDUCE, {})],
 )
 def test_the_strategies_of_the_docs_train_on_two_processes(tmp_path: Path, path: str, options: dict[str, int]) -> None:
     backend(tmp_path, path)
-    one, other = run(2, fit_with, tmp_path, path, options)
+
+    @on_processes(2)
+    def results() -> list[float]:
+        sys.path.insert(0, str(tmp_path))
+        watch = Watch()
+        trainer = Trainer(find(path)(**options), micro_batch_size=4, max_epochs=4, callbacks=watch, shuffle=False)
+        trainer.fit(Regression(44))  # short last windows
+        return parameters(trainer.model).tolist()
+
+    one, other = results
     assert one == other
     reference = big_batch_run(Regression(44), [in_order(44, 8)] * 4).tolist()
     distance = max(abs(a - b) for a, b in zip(one, reference, strict=True))

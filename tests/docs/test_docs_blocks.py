@@ -24,7 +24,7 @@ from engine.cli.modes import split
 from strategies import find
 from tests.kit import ROOT
 from tests.kit.pages import PAGES, blocks, commands, write_files
-from tests.kit.processes import run
+from tests.kit.processes import on_processes, run
 
 TOPS = ("docs", "engine", "launch", "strategies", "tests")
 PEERS = {"lightning", "accelerate", "peft"}
@@ -63,15 +63,6 @@ def test_the_programs_of_a_page_run(page: str, tmp_path: Path) -> None:
         imported = set(re.findall(r"^(?:from|import) (\w+)", block, re.MULTILINE))
         if all(find_spec(name) for name in imported & PEERS):
             run(1, run_program, tmp_path, block, group=False, seconds=100)
-
-
-def check_commands(folder: Path, given: list[list[str]]) -> None:
-    within(folder)
-    for words in given:
-        try:
-            check(words)
-        except (Exception, SystemExit) as error:
-            raise AssertionError(f"{shlex.join(words)}: {error}") from error
 
 
 def check(words: list[str]) -> None:
@@ -142,7 +133,16 @@ def test_the_commands_of_a_page_can_be_given(page: str, tmp_path: Path) -> None:
     prepare(page, tmp_path)
     for block in blocks(page, "toml"):
         tomllib.loads(block)
-    run(1, check_commands, tmp_path, commands(page), group=False)
+
+    @on_processes(1, group=False)
+    def check_commands() -> None:
+        within(tmp_path)
+        for words in commands(page):
+            try:
+                check(words)
+            except (Exception, SystemExit) as error:
+                raise AssertionError(f"{shlex.join(words)}: {error}") from error
+
     elsewhere = "\n".join(blocks(page, "") + blocks(page, "text"))
     outside = re.findall(r"^(?:torchrun|python|pip|launch/\w+\.sh|tally) .*", elsewhere, re.MULTILINE)
     assert not outside, "commands outside of ```bash"

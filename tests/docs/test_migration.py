@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.kit.pages import blocks
-from tests.kit.processes import run
+from tests.kit.processes import on_processes, run
 from tests.kit.reference import in_order
 
 SAMPLES, N, K, LR = 1001, 8, 4, 0.1
@@ -57,12 +57,6 @@ def program(page: str, number: int) -> tuple[Tensor, int]:
     return line.detach(), int(found["updates"])
 
 
-def alone(page: str) -> tuple[Tensor, int]:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        del os.environ[name]
-    return program(page, 0)
-
-
 BEFORE = [
     ("docs/from-a-plain-loop.md", "torch", full_windows_only, 31),
     ("docs/from-lightning.md", "lightning.pytorch", each_divided_by_K, 32),
@@ -79,7 +73,14 @@ AFTER = [
 def test_before(page: str, package: str, rule: Any, updates: int, tmp_path: Path, monkeypatch: Any) -> None:
     pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
-    ((line, made),) = run(1, alone, page, group=False)
+
+    @on_processes(1, group=False)
+    def results() -> tuple[Tensor, int]:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            del os.environ[name]
+        return program(page, 0)
+
+    ((line, made),) = results
     torch.testing.assert_close(line.double(), trained(rule), rtol=0, atol=2e-6)
     assert made == updates
 

@@ -223,16 +223,6 @@ def test_a_run_folder_that_is_taken(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == "{}"
 
 
-def fit_differently(name: str) -> None:
-    rank = int(os.environ["RANK"])
-    options = {"seed": {"seed": rank}, "K": {"accumulate_grad_batches": 1 + rank}}.get(name, {})
-    model = (lambda: nn.Linear(5, 1 + rank).double()) if name == "model" else nn.Linear(5, 1).double
-    task = Regression(8 + rank if name == "data" else 8)
-    if name == "model":
-        task.model = model
-    fit(task, strategy="ddp", **options)
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -243,32 +233,40 @@ def fit_differently(name: str) -> None:
     ],
 )
 def test_processes_with_different_configurations(name: str, message: str) -> None:
+    def fit_differently() -> None:
+        rank = int(os.environ["RANK"])
+        options = {"seed": {"seed": rank}, "K": {"accumulate_grad_batches": 1 + rank}}.get(name, {})
+        model = (lambda: nn.Linear(5, 1 + rank).double()) if name == "model" else nn.Linear(5, 1).double
+        task = Regression(8 + rank if name == "data" else 8)
+        if name == "model":
+            task.model = model
+        fit(task, strategy="ddp", **options)
+
     with pytest.raises(ChildError, match=message) as raised:
-        run(2, fit_differently, name, seconds=20)
+        run(2, fit_differently, seconds=20)
     assert len(raised.value.errors) == 2
-
-
-def fit_failing_on_one(where: str) -> None:
-    rank = int(os.environ["RANK"])
-    task = Regression(24)
-    calls = [0]
-
-    def loss(model: nn.Module, batch: Any) -> Any:
-        calls[0] += 1
-        if where == "after forward":
-            model(batch[0])
-        if rank == 1 and calls[0] == 2:  # the last of its window, which reduces
-            raise ZeroDivisionError("of the task")
-        return nn.functional.mse_loss(model(batch[0]), batch[1])
-
-    task.loss = loss  # type: ignore[method-assign]
-    fit(task, strategy="ddp", accumulate_grad_batches=2)
 
 
 @pytest.mark.parametrize("where", ["before forward", "after forward"])
 def test_a_task_that_fails_on_one_process_stops_all_and_names_it(where: str) -> None:
+    def fit_failing_on_one() -> None:
+        rank = int(os.environ["RANK"])
+        task = Regression(24)
+        calls = [0]
+
+        def loss(model: nn.Module, batch: Any) -> Any:
+            calls[0] += 1
+            if where == "after forward":
+                model(batch[0])
+            if rank == 1 and calls[0] == 2:  # the last of its window, which reduces
+                raise ZeroDivisionError("of the task")
+            return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+        task.loss = loss  # type: ignore[method-assign]
+        fit(task, strategy="ddp", accumulate_grad_batches=2)
+
     with pytest.raises(ChildError) as raised:
-        run(2, fit_failing_on_one, where, seconds=20)
+        run(2, fit_failing_on_one, seconds=20)
     assert raised.value.errors[1] == "ZeroDivisionError: of the task"
     assert "process 1 failed in update 0: ZeroDivisionError: of the task" in raised.value.errors[0]
 

@@ -418,24 +418,24 @@ class Raises(Callback):
             raise ODD[self.odd]()
 
 
-def fit_odd(folder: str, odd: str) -> None:
-    Trainer(
-        DDPStrategy(timeout_seconds=8, device="cpu"),
-        micro_batch_size=4,
-        callbacks=Raises(odd),
-        run_dir=folder,
-        max_epochs=1,
-    ).fit(Regression(64))
-
-
 @pytest.mark.parametrize("odd", ODD)
 def test_an_odd_error_is_told_to_all_and_kept(odd: str, tmp_path: Path) -> None:
     text = describe(ODD[odd]())
     if odd == "no text":
         assert text == "UntellableError: its text raises RuntimeError"
         return
+
+    def fit_odd() -> None:
+        Trainer(
+            DDPStrategy(timeout_seconds=8, device="cpu"),
+            micro_batch_size=4,
+            callbacks=Raises(odd),
+            run_dir=str(tmp_path / "run"),
+            max_epochs=1,
+        ).fit(Regression(64))
+
     with pytest.raises(ChildError) as raised:
-        run(2, fit_odd, str(tmp_path / "run"), odd, seconds=30)
+        run(2, fit_odd, seconds=30)
     assert f"process 0 failed: {text}" in raised.value.errors[1]
     last = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[-1])
     assert (last["event"], last["reason"]) == ("fail", text)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from engine import Accumulator, Callback, Trainer
 from strategies import DDPStrategy
-from tests.kit.processes import ChildError, run
+from tests.kit.processes import ChildError, on_processes, run
 from tests.kit.reference import Regression, Watch, data, mlp, parameters
 
 
@@ -47,48 +47,45 @@ class FreezesOnOne(Callback):
             trainer.model[0 if rank() == self.on else 2].weight.requires_grad_(False)
 
 
-def freeze_on_one(at: int, on: int, other: bool) -> None:
-    task = Regression(32)
-    task.model = normed
-    trainer(callbacks=FreezesOnOne(at, on, other), accumulate_grad_batches=2).fit(task)
-
-
 @pytest.mark.parametrize("other", [False, True])
 @pytest.mark.parametrize(("at", "on"), [(0, 0), (0, 1), (1, 0), (1, 2)])
 def test_parameters_frozen_on_one_process_are_an_error_on_all(at: int, on: int, other: bool) -> None:
+    def freeze_on_one() -> None:
+        task = Regression(32)
+        task.model = normed
+        trainer(callbacks=FreezesOnOne(at, on, other), accumulate_grad_batches=2).fit(task)
+
     with pytest.raises(ChildError, match=r"requires_grad of 0\.weight changed: expected the same on all") as raised:
-        run(3, freeze_on_one, at, on, other, seconds=20)
+        run(3, freeze_on_one, seconds=20)
     assert len(raised.value.errors) == 3
     assert all("requires_grad of " in text for text in raised.value.errors.values())
 
 
-def diverge(how: str) -> None:
-    task = Regression(32)
-    callbacks: list[Callback] = [Watch()]
-    if how == "one bit":
-        callbacks.append(OneBit(2))
-    elif how == "learning rate":
-        task.lr = 0.1 * (1 + rank())
-    trainer(callbacks=callbacks).fit(task)
-
-
 @pytest.mark.parametrize("how", ["one bit", "learning rate"])
 def test_replicas_that_diverge_stop_the_run_on_all_processes(how: str) -> None:
+    def diverge() -> None:
+        task = Regression(32)
+        callbacks: list[Callback] = [Watch()]
+        if how == "one bit":
+            callbacks.append(OneBit(2))
+        elif how == "learning rate":
+            task.lr = 0.1 * (1 + rank())
+        trainer(callbacks=callbacks).fit(task)
+
     with pytest.raises(ChildError, match=r"have diverged: .* on process 0, .* on process 1") as raised:
-        run(2, diverge, how, seconds=30)
+        run(2, diverge, seconds=30)
     assert len(raised.value.errors) == 2
-
-
-def go_around(unused: bool) -> None:
-    task, net = Regression(32), mlp()
-    task.loss = lambda model, batch: nn.functional.mse_loss(net(batch[0]), batch[1])  # type: ignore[method-assign]
-    trainer(strategy=DDPStrategy(find_unused_parameters=unused)).fit(task)
 
 
 @pytest.mark.parametrize("unused", [False, True])
 def test_a_loss_of_another_model_is_an_error(unused: bool) -> None:
+    def go_around() -> None:
+        task, net = Regression(32), mlp()
+        task.loss = lambda model, batch: nn.functional.mse_loss(net(batch[0]), batch[1])  # type: ignore[method-assign]
+        trainer(strategy=DDPStrategy(find_unused_parameters=unused)).fit(task)
+
     with pytest.raises(ChildError) as raised:
-        run(2, go_around, unused, seconds=30, timeout=10)
+        run(2, go_around, seconds=30, timeout=10)
     assert all("not computed with the `model` that loss" in error for error in raised.value.errors.values())
 
 
@@ -133,45 +130,43 @@ def test_an_error_after_a_forward_with_buffers_reaches_all_processes() -> None:
     assert "process 1 failed in update 0: KeyError" in raised.value.errors[0]
 
 
-def fit_again() -> Any:
-    run_ = trainer(strategy=DDPStrategy(find_unused_parameters=True))
-    for _ in range(2):
-        run_.fit(Regression(12))
-    return parameters(run_.model)
-
-
 def test_a_second_fit_on_the_same_strategy() -> None:
-    first, second = run(2, fit_again, seconds=30)
-    assert torch.equal(first, second)
+    @on_processes(2, seconds=30)
+    def results() -> Any:
+        run_ = trainer(strategy=DDPStrategy(find_unused_parameters=True))
+        for _ in range(2):
+            run_.fit(Regression(12))
+        return parameters(run_.model)
 
-
-def validate_first() -> float:
-    task = Regression(9)
-    task.validation_data = lambda: TensorDataset(*data(9), torch.arange(9))  # type: ignore[method-assign]
-    run_ = trainer()
-    before = run_.validate(task)["loss"]
-    run_.fit(task)
-    assert run_.metrics["loss"] < before
-    return before
+    assert torch.equal(*results)
 
 
 def test_validation_before_fit() -> None:
-    assert len(set(run(2, validate_first, seconds=30))) == 1
+    @on_processes(2, seconds=30)
+    def losses() -> float:
+        task = Regression(9)
+        task.validation_data = lambda: TensorDataset(*data(9), torch.arange(9))  # type: ignore[method-assign]
+        run_ = trainer()
+        before = run_.validate(task)["loss"]
+        run_.fit(task)
+        assert run_.metrics["loss"] < before
+        return before
 
-
-def skip_the_last() -> None:
-    task, strategy = Regression(32), DDPStrategy()
-    strategy.setup()
-    model = strategy.prepare(mlp())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for window in Accumulator(strategy, model, optimizer, task.train_data(), 4, 2).windows(0):
-        for number, batch in enumerate(window):
-            if number == 0:
-                window.backward(task.loss(model, batch))
-        window.update()
+    assert len(set(losses)) == 1
 
 
 def test_a_loop_that_skips_backward_is_an_error() -> None:
+    def skip_the_last() -> None:
+        task, strategy = Regression(32), DDPStrategy()
+        strategy.setup()
+        model = strategy.prepare(mlp())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for window in Accumulator(strategy, model, optimizer, task.train_data(), 4, 2).windows(0):
+            for number, batch in enumerate(window):
+                if number == 0:
+                    window.backward(task.loss(model, batch))
+            window.update()
+
     with pytest.raises(ChildError, match="backward was not called for a micro-batch"):
         run(2, skip_the_last, seconds=30)
 
@@ -191,15 +186,14 @@ def test_a_loop_that_forgets_the_update_is_an_error() -> None:
         strategy.teardown()
 
 
-def fit_weighted_loader() -> None:
-    task = Regression(8)
-    dataset = task.train_data()
-    sampler = WeightedRandomSampler(torch.ones(8), 8)
-    task.train_data = lambda: DataLoader(dataset, batch_size=2, sampler=sampler)  # type: ignore[method-assign]
-    trainer().fit(task)
-
-
 def test_every_sampler_that_does_not_share_is_refused() -> None:
+    def fit_weighted_loader() -> None:
+        task = Regression(8)
+        dataset = task.train_data()
+        sampler = WeightedRandomSampler(torch.ones(8), 8)
+        task.train_data = lambda: DataLoader(dataset, batch_size=2, sampler=sampler)  # type: ignore[method-assign]
+        trainer().fit(task)
+
     with pytest.raises(ChildError, match="each would be trained on once per process"):
         run(2, fit_weighted_loader, seconds=30)
 

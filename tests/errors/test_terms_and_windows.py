@@ -208,33 +208,31 @@ def test_windows_of_two_processes(mistake: str) -> None:
         assert "process 1 failed" in error or at == 1 or mistake in SYMMETRICAL
 
 
-def open_on_fsdp() -> None:
-    strategy = find("fsdp")()
-    strategy.setup()
-    net = strategy.prepare(mlp())
-    Accumulator(strategy, net, torch.optim.SGD(net.parameters(), lr=0.1)).open()
-
-
 def test_fsdp_refuses_open_windows() -> None:
+    def open_on_fsdp() -> None:
+        strategy = find("fsdp")()
+        strategy.setup()
+        net = strategy.prepare(mlp())
+        Accumulator(strategy, net, torch.optim.SGD(net.parameters(), lr=0.1)).open()
+
     with pytest.raises(ChildError, match=r"strategy 'fsdp' communicates in each forward.*Use DDPStrategy"):
         run(1, open_on_fsdp)
 
 
-def leave_open() -> None:
-    at_exit: list[Any] = []
-    atexit.register = at_exit.append  # type: ignore[assignment]
-    strategy = find("ddp")()
-    strategy.setup()
-    net = strategy.prepare(mlp())
-    window = Accumulator(strategy, net, torch.optim.SGD(net.parameters(), lr=0.1)).open()
-    window.backward(Loss(net(X).sum(), 8))
-    if strategy.rank == 0:
-        window.update()
-    for function in at_exit:
-        function()
-
-
 def test_a_window_that_is_left_open_is_reported() -> None:
+    def leave_open() -> None:
+        at_exit: list[Any] = []
+        atexit.register = at_exit.append  # type: ignore[assignment]
+        strategy = find("ddp")()
+        strategy.setup()
+        net = strategy.prepare(mlp())
+        window = Accumulator(strategy, net, torch.optim.SGD(net.parameters(), lr=0.1)).open()
+        window.backward(Loss(net(X).sum(), 8))
+        if strategy.rank == 0:
+            window.update()
+        for function in at_exit:
+            function()
+
     with pytest.raises(ChildError) as raised:
         run(2, leave_open, seconds=20, timeout=5)
     problem = "a window was left open: 1 calls of backward() count for nothing. Call update() or drop()."

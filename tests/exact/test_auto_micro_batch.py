@@ -18,7 +18,7 @@ from engine.errors import UserError
 from strategies import DDPStrategy
 from tests.kit.hungry import DP, Single, TooLarge, fit
 from tests.kit.killed import same
-from tests.kit.processes import run
+from tests.kit.processes import on_processes, run
 from tests.kit.reference import Regression, Samples
 from tests.kit.streams import Streamed
 
@@ -113,18 +113,19 @@ class Interrupted(Regression):
         return super().loss(model, batch)
 
 
-def interrupted(folder: str) -> Any:
-    trainer = Trainer("ddp", "auto", effective_batch_size=8, max_epochs=1, run_dir=folder)
-    trainer.fit(Interrupted(16) if trainer.strategy.rank == 0 else Regression(16))
-    first = trainer.interrupted_by, trainer.update, trainer.tried
-    again = Trainer("ddp", "auto", effective_batch_size=8, max_epochs=1, run_dir=folder)
-    again.fit(Regression(16))
-    return *first, again.update, bool(again.tried)
-
-
 def test_a_search_that_is_interrupted_ends_before_the_first_update(tmp_path: Path) -> None:
+    @on_processes(2)
+    def results() -> Any:
+        folder = str(tmp_path)
+        trainer = Trainer("ddp", "auto", effective_batch_size=8, max_epochs=1, run_dir=folder)
+        trainer.fit(Interrupted(16) if trainer.strategy.rank == 0 else Regression(16))
+        first = trainer.interrupted_by, trainer.update, trainer.tried
+        again = Trainer("ddp", "auto", effective_batch_size=8, max_epochs=1, run_dir=folder)
+        again.fit(Regression(16))
+        return *first, again.update, bool(again.tried)
+
     for (name, update, tried, updates, searched), expected in zip(
-        run(2, interrupted, str(tmp_path)), ("SIGTERM", "a signal to another process"), strict=True
+        results, ("SIGTERM", "a signal to another process"), strict=True
     ):
         assert name == expected
         assert (update, tried, updates, searched) == (0, [], 2, True)
@@ -162,19 +163,20 @@ def test_other_values(N: Any) -> None:
         Trainer(micro_batch_size=N, max_epochs=1)
 
 
-def different() -> str:
-    rank = int(os.environ["RANK"])
-    with pytest.raises(UserError) as caught:
-        fit(Regression(SAMPLES), DDPStrategy(), "auto" if rank else 4, B)
-    return str(caught.value)
-
-
-def too_few() -> str:
-    with pytest.raises(UserError) as caught:
-        fit(Regression(1), DDPStrategy(), "auto", B)
-    return str(caught.value)
-
-
 def test_bad_input_on_two_processes() -> None:
-    assert all("micro_batch_size is 4 on process 0, auto on process 1" in text for text in run(2, different))
-    assert all("expected at least 2 samples, one for each process" in text for text in run(2, too_few))
+    @on_processes(2)
+    def different() -> str:
+        rank = int(os.environ["RANK"])
+        with pytest.raises(UserError) as caught:
+            fit(Regression(SAMPLES), DDPStrategy(), "auto" if rank else 4, B)
+        return str(caught.value)
+
+    assert all("micro_batch_size is 4 on process 0, auto on process 1" in text for text in different)
+
+    @on_processes(2)
+    def too_few() -> str:
+        with pytest.raises(UserError) as caught:
+            fit(Regression(1), DDPStrategy(), "auto", B)
+        return str(caught.value)
+
+    assert all("expected at least 2 samples, one for each process" in text for text in too_few)

@@ -8,13 +8,8 @@ import pytest
 import torch
 
 from launch.recipes.digits_bandit.train import guesses, train
-from tests.kit.processes import run
+from tests.kit.processes import on_processes
 from tests.kit.reference import parameters
-
-
-def learn(splits: Any) -> list[Any]:
-    found = [train(updates=6, images=21, calls=calls, dtype=torch.float64) for calls in splits]
-    return [(parameters(policy), curve) for policy, curve in found]
 
 
 def by_hand() -> Any:
@@ -45,7 +40,13 @@ def by_hand() -> Any:
 @pytest.mark.parametrize("P", [1, 2, 4])
 def test_the_curve_does_not_depend_on_how_the_calls_are_split(P: int) -> None:
     wanted, curve = by_hand()
-    for results in run(P, learn, [1, 3, 7]):
+
+    @on_processes(P)
+    def by_rank() -> list[Any]:
+        found = [train(updates=6, images=21, calls=calls, dtype=torch.float64) for calls in (1, 3, 7)]
+        return [(parameters(policy), curve) for policy, curve in found]
+
+    for results in by_rank:
         for found, seen in results:
             assert seen == pytest.approx(curve, rel=1e-12)
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)  # Adam amplifies rounding

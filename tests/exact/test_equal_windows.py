@@ -81,26 +81,24 @@ def test_windows_that_are_not_equal_are_refused_and_can_be_spread() -> None:
     assert torch.equal(first, second)
 
 
-def fit_stream() -> None:
-    task = Regression(32, model=Centred)
-    task.train_data = lambda: iter([])  # type: ignore[method-assign]
-    Trainer(Together(), max_epochs=1).fit(task)
-
-
 def test_streams_are_refused() -> None:
+    def fit_stream() -> None:
+        task = Regression(32, model=Centred)
+        task.train_data = lambda: iter([])  # type: ignore[method-assign]
+        Trainer(Together(), max_epochs=1).fit(task)
+
     with pytest.raises(ChildError, match="ready micro-batches may run out on one process before another"):
         run(2, fit_stream, seconds=30)
 
 
-def own_loop() -> None:
-    strategy = Together()
-    strategy.setup()
-    model = strategy.prepare(Centred())
-    data = Regression(28).train_data()
-    Accumulator(strategy, model, torch.optim.SGD(model.parameters(), lr=0.1), data, 4, {0: 1, 3: 2})
-
-
 def test_a_loop_of_one_s_own_is_told_too() -> None:
+    def own_loop() -> None:
+        strategy = Together()
+        strategy.setup()
+        model = strategy.prepare(Centred())
+        data = Regression(28).train_data()
+        Accumulator(strategy, model, torch.optim.SGD(model.parameters(), lr=0.1), data, 4, {0: 1, 3: 2})
+
     with pytest.raises(ChildError, match="in epoch 0 an update of 4 samples is 1 micro-batches on 2 processes"):
         run(2, own_loop, seconds=30)
 

@@ -12,7 +12,7 @@ from torch import nn
 from engine import Callback, Trainer
 from engine.callbacks import EMA
 from strategies.registry import find
-from tests.kit.processes import ChildError, run
+from tests.kit.processes import ChildError, on_processes, run
 from tests.kit.reference import Regression, mlp, parameters
 
 
@@ -83,15 +83,15 @@ def fit(name: str, options: dict[str, Any], callbacks: Any = None, **more: Any) 
     return trainer
 
 
-def fit_whole(name: str, options: dict[str, Any]) -> Any:
-    trainer = fit(name, options)
-    return [(n, p.detach().clone()) for n, p in trainer.model.named_parameters() if not p.is_meta]
-
-
 @pytest.mark.parametrize(("P", "name", "options"), PLACES.values(), ids=PLACES)
 def test_freezing_and_unfreezing_is_what_it_would_be_in_a_loop(P: int, name: str, options: dict[str, Any]) -> None:
+    @on_processes(P, group=P > 1)
+    def results() -> Any:
+        trainer = fit(name, options)
+        return [(n, p.detach().clone()) for n, p in trainer.model.named_parameters() if not p.is_meta]
+
     found: dict[str, Any] = {}
-    for rank_found in run(P, fit_whole, name, options, group=P > 1):
+    for rank_found in results:
         found |= dict(rank_found)
     model = mlp()
     model.load_state_dict(found)
@@ -127,34 +127,30 @@ class Grows(Callback):
             trainer.optimizer.add_param_group({"params": list(layer.parameters())})
 
 
-def fit_growing(name: str, options: dict[str, Any], how: str, update: int) -> None:
-    grows = Grows(how, update)
-    try:
-        fit(name, options, grows)
-    finally:
-        assert grows.ended_at == update, "it was found later than before the next update"
-
-
 @pytest.mark.parametrize(
     ("how", "update"), [("grown", 4), ("grown", 5), ("group", 0), ("group", 6), ("replaced", 4), ("removed", 4)]
 )
 @pytest.mark.parametrize("place", ["single", "ddp", "fsdp", "pipeline"])
 def test_parameters_that_come_or_go_are_refused(place: str, how: str, update: int) -> None:
     P, name, options = PLACES.get(place) or (2, "fsdp", {"find_unused_parameters": True})
+
+    def fit_growing() -> None:
+        grows = Grows(how, update)
+        try:
+            fit(name, options, grows)
+        finally:
+            assert grows.ended_at == update, "it was found later than before the next update"
+
     with pytest.raises(ChildError, match="the parameters changed during training") as raised:
-        run(P, fit_growing, name, options, how, update, group=P > 1, timeout=5)
+        run(P, fit_growing, group=P > 1, timeout=5)
     assert ["the parameters changed" in text for text in raised.value.errors.values()] == [True] * P
-
-
-def fit_thawing_shards() -> None:
-    fit("fsdp", {})
 
 
 def test_fsdp_refuses_to_freeze_during_training() -> None:
     with pytest.raises(
         ChildError, match=r"requires_grad of 0.weight, .* changed during training.*Use DDPStrategy"
     ) as raised:
-        run(2, fit_thawing_shards, timeout=5)
+        run(2, fit, "fsdp", {}, timeout=5)
     assert len(raised.value.errors) == 2
 
 

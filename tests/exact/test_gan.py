@@ -12,7 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from engine.order import shuffled
 from launch.recipes.digits import Digits
 from launch.recipes.digits_gan.train import NOISE, networks, train
-from tests.kit.processes import run
+from tests.kit.processes import on_processes
 
 B, LR = 96, 1e-3
 DTYPE = torch.float64
@@ -22,11 +22,6 @@ SHADE = torch.randn(64, NOISE, generator=torch.Generator().manual_seed(0), dtype
 def noise(images: Tensor) -> Tensor:
     """Noise that is a sample's own: it does not depend on how a window is cut."""
     return torch.sin(7 * images @ SHADE)
-
-
-def learn(N: int, K: int) -> list[Any]:
-    models = train(N, K, 1, LR, noise, DTYPE)
-    return [parameter.detach() for model in models for parameter in model.parameters()]
 
 
 def by_hand() -> list[Tensor]:
@@ -58,5 +53,11 @@ def step(optimizer: torch.optim.Optimizer, models: list[nn.Module], loss: Tensor
 @pytest.mark.parametrize(("P", "K"), [(1, 1), (1, 4), (2, 1), (2, 4)])
 def test_two_models_learn_in_turn_as_by_one_big_batch(P: int, K: int) -> None:
     expected = by_hand()
-    for found in run(P, learn, B // (K * P), K, group=P > 1):
+
+    @on_processes(P, group=P > 1)
+    def results() -> list[Any]:
+        models = train(B // (K * P), K, 1, LR, noise, DTYPE)
+        return [parameter.detach() for model in models for parameter in model.parameters()]
+
+    for found in results:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

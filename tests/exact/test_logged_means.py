@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from engine import Accumulator, Callback, Loss, Trainer
 from strategies import DPStrategy, PipelineStrategy, resolve
-from tests.kit.processes import ChildError, run
+from tests.kit.processes import ChildError, on_processes, run
 from tests.kit.recorders import Count
 from tests.kit.reference import Regression, Samples, Watch, in_order
 from tests.kit.streams import Stream
@@ -47,17 +47,6 @@ def strategy_of(name: str, K: int) -> Any:
     return made[name]() if name in made else name
 
 
-def fit(name: str, K: int, **options: Any) -> Any:
-    watch = Watch()
-    trainer = Trainer(
-        strategy_of(name, K),
-        **{"micro_batch_size": N, "accumulate_grad_batches": K, "max_epochs": 2, "shuffle": False, **options},
-        callbacks=watch,
-    )
-    trainer.fit(Logs(SAMPLES))
-    return watch.records, trainer.metrics
-
-
 def expected(rows: range | list[int]) -> dict[str, float]:
     x = Logs(SAMPLES).x[list(rows)]
     large = x[x[:, 0] > 0.5]
@@ -72,7 +61,15 @@ CASES = [("single", 1, 6), ("dp", 1, 6), *(("ddp", P, 6 // P) for P in (1, 2, 3)
 def test_means_are_exact_over_windows_and_processes(strategy: str, P: int, K: int) -> None:
     size = N * K * (P // 2 if strategy == "pipeline" else P)
     windows = [*in_order(SAMPLES, size), *in_order(SAMPLES, size)]
-    for records, metrics in run(P, fit, strategy, K):
+
+    @on_processes(P)
+    def results() -> Any:
+        watch = Watch()
+        trainer = Trainer(strategy_of(strategy, K), N, K, max_epochs=2, shuffle=False, callbacks=watch)
+        trainer.fit(Logs(SAMPLES))
+        return watch.records, trainer.metrics
+
+    for records, metrics in results:
         assert len(records) == len(windows)
         for record, rows in zip(records, windows, strict=True):
             for name, value in expected(rows).items():
@@ -95,14 +92,13 @@ class Streams(Logs):
         return super().loss(model, (batch["x"], *batch["nested"]) if isinstance(batch, dict) else batch)
 
 
-def fit_streams() -> Any:
-    watch, task = Watch(), Streams(SAMPLES)
-    Trainer("ddp", accumulate_grad_batches=2, max_epochs=2, callbacks=watch).fit(task)
-    return watch.records, watch.samples
-
-
 def test_processes_without_data_take_part() -> None:
-    results = run(3, fit_streams)
+    @on_processes(3)
+    def results() -> Any:
+        watch, task = Watch(), Streams(SAMPLES)
+        Trainer("ddp", accumulate_grad_batches=2, max_epochs=2, callbacks=watch).fit(task)
+        return watch.records, watch.samples
+
     for update, records in enumerate(zip(*(records for records, _ in results), strict=True)):
         rows = [index for _, samples in results for index in samples[update]]
         for record in records:
@@ -119,15 +115,16 @@ class Later(Logs):
         return super().loss(model, batch)
 
 
-def fit_later() -> Any:
-    watch = Count()
-    Trainer("ddp", N, accumulate_grad_batches=2, max_updates=3, callbacks=watch, shuffle=False).fit(Later(SAMPLES))
-    return watch.records, watch.counts
-
-
 def test_a_later_name_is_taken_from_whoever_has_it_and_agreed_on_once() -> None:
     x = Logs(SAMPLES).x
-    for records, counts in run(2, fit_later):
+
+    @on_processes(2)
+    def results() -> Any:
+        watch = Count()
+        Trainer("ddp", N, accumulate_grad_batches=2, max_updates=3, callbacks=watch, shuffle=False).fit(Later(SAMPLES))
+        return watch.records, watch.counts
+
+    for records, counts in results:
         assert [("late" in record) for record in records] == [False, True, True]
         for record, rows in zip(records[1:], ([10, 11, 14, 15], [18, 19]), strict=True):  # of the second process
             assert record["late"] == pytest.approx(x[rows, 2].mean().item(), rel=1e-12)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from engine import Callback, Loss, Trainer
-from tests.kit.processes import run
+from tests.kit.processes import on_processes, run
 from tests.kit.reference import Regression, Samples, Watch, in_order, mlp, parameters
 
 
@@ -42,14 +42,6 @@ class Explodes(Regression):
         return super().loss(model, batch) * factor
 
 
-def fit_exploding() -> Any:
-    watch = Watch()
-    before = parameters(mlp_of_seed())
-    run_ = trainer(strategy="ddp", max_epochs=1, shuffle=False, callbacks=[watch, Before()])
-    run_.fit(Explodes(24))
-    return [r["skipped"] for r in watch.records], run_.skipped, parameters(run_.model), before
-
-
 class Opposite(Regression):
     """Its losses are infinite, of one sign on one process and of the other on the other."""
 
@@ -58,14 +50,14 @@ class Opposite(Regression):
         return Loss(model(x).sum() * 0 + (math.inf if index[0] % 2 else -math.inf), len(x))
 
 
-def fit_opposite() -> int:
-    run_ = trainer(strategy="ddp", micro_batch_size=1, accumulate_grad_batches=1, shuffle=False, callbacks=Watch())
-    run_.fit(Opposite(4))
-    return run_.update if math.isnan(run_.record["loss"]) else 0
-
-
 def test_losses_that_have_no_sum_are_told_as_nan_and_end_nothing() -> None:
-    assert run(2, fit_opposite) == [4, 4]
+    @on_processes(2)
+    def updates() -> int:
+        run_ = trainer(strategy="ddp", micro_batch_size=1, accumulate_grad_batches=1, shuffle=False, callbacks=Watch())
+        run_.fit(Opposite(4))
+        return run_.update if math.isnan(run_.record["loss"]) else 0
+
+    assert updates == [4, 4]
 
 
 class Before(Callback):
@@ -84,7 +76,14 @@ def mlp_of_seed() -> nn.Module:
 
 @pytest.mark.parametrize(("P", "where"), [(1, [0, 1, 1]), (2, [1, 1])])
 def test_an_update_that_is_not_finite_is_skipped_on_all_processes(P: int, where: list[int]) -> None:
-    results = run(P, fit_exploding)
+    @on_processes(P)
+    def results() -> Any:
+        watch = Watch()
+        before = parameters(mlp_of_seed())
+        run_ = trainer(strategy="ddp", max_epochs=1, shuffle=False, callbacks=[watch, Before()])
+        run_.fit(Explodes(24))
+        return [r["skipped"] for r in watch.records], run_.skipped, parameters(run_.model), before
+
     for skipped, total, found, _ in results:
         assert skipped == where
         assert total == 1
@@ -99,14 +98,14 @@ class Frozen(Regression):
         return model
 
 
-def fit_frozen() -> Any:
-    run_ = trainer(strategy="ddp")
-    run_.fit(Frozen(30))
-    return parameters(run_.model), [p.grad is None for p in run_.model.parameters()]
-
-
 def test_frozen_parameters_stay_as_they_are() -> None:
-    for found, _ in run(2, fit_frozen):
+    @on_processes(2)
+    def results() -> Any:
+        run_ = trainer(strategy="ddp")
+        run_.fit(Frozen(30))
+        return parameters(run_.model), [p.grad is None for p in run_.model.parameters()]
+
+    for found, _ in results:
         start = parameters(mlp_of_seed())
         assert torch.equal(found[:42], start[:42])
         assert not torch.equal(found[42:], start[42:])
@@ -161,21 +160,21 @@ def test_the_order_of_events() -> None:
     ]
 
 
-def validate(samples: int, limit: int | None) -> Any:
-    task = Validated(samples)
-    task.validation_data = lambda: Samples(task.x, task.y)  # type: ignore[method-assign]
-    run_ = trainer(strategy="ddp", max_validation_samples=limit, validate_every_n_epochs=None)
-    run_.fit(task)
-    with torch.no_grad():
-        x, y = task.x[:limit], task.y[:limit]
-        exact = nn.functional.mse_loss(run_.model(x), y).item()
-    return run_.metrics["loss"], exact, run_.validate(task)["loss"], run_.model.training
-
-
 @pytest.mark.parametrize("limit", [None, 6])
 @pytest.mark.parametrize(("P", "samples"), [(1, 9), (2, 9), (3, 13), (4, 5)])
 def test_a_validation_mean_is_that_over_all_samples_once(P: int, samples: int, limit: int | None) -> None:
-    for found, exact, again, training in run(P, validate, samples, limit):
+    @on_processes(P)
+    def results() -> Any:
+        task = Validated(samples)
+        task.validation_data = lambda: Samples(task.x, task.y)  # type: ignore[method-assign]
+        run_ = trainer(strategy="ddp", max_validation_samples=limit, validate_every_n_epochs=None)
+        run_.fit(task)
+        with torch.no_grad():
+            x, y = task.x[:limit], task.y[:limit]
+            exact = nn.functional.mse_loss(run_.model(x), y).item()
+        return run_.metrics["loss"], exact, run_.validate(task)["loss"], run_.model.training
+
+    for found, exact, again, training in results:
         assert found == pytest.approx(exact, abs=1e-12)
         assert again == found
         assert training
@@ -183,7 +182,13 @@ def test_a_validation_mean_is_that_over_all_samples_once(P: int, samples: int, l
 
 @pytest.mark.parametrize("P", [1, 3])
 def test_the_loss_of_a_record_is_the_mean_over_its_window(P: int) -> None:
-    for losses, norms in run(P, fit_for_records):
+    @on_processes(P)
+    def results() -> Any:
+        watch = Watch()
+        trainer(strategy="ddp", max_epochs=1, shuffle=False, callbacks=watch).fit(Regression(29))
+        return [r["loss"] for r in watch.records], [r["grad_norm"] for r in watch.records]
+
+    for losses, norms in results:
         task, model = Regression(29), mlp_of_seed()
         for loss, norm, rows in zip(losses, norms, in_order(29, P * 8), strict=True):
             exact = nn.functional.mse_loss(model(task.x[list(rows)]), task.y[list(rows)])
@@ -193,12 +198,6 @@ def test_the_loss_of_a_record_is_the_mean_over_its_window(P: int) -> None:
             with torch.no_grad():
                 for p, g in zip(model.parameters(), gradients, strict=True):
                     p -= 0.1 * g
-
-
-def fit_for_records() -> Any:
-    watch = Watch()
-    trainer(strategy="ddp", max_epochs=1, shuffle=False, callbacks=watch).fit(Regression(29))
-    return [r["loss"] for r in watch.records], [r["grad_norm"] for r in watch.records]
 
 
 class StopsAt(Callback):

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from engine import Task, Trainer, losses
-from tests.kit.processes import run
+from tests.kit.processes import on_processes
 
 CLASSES = 4
 LENGTHS = [5, 1, 3, 2, 5, 4, 1, 1, 2, 3, 5]
@@ -83,13 +83,6 @@ class Scores(Task):
         return getattr(losses, self.function)(scores(model, batch[0], self.kind), y, **self.options)
 
 
-def fit(kind: str, strategy: str) -> Any:
-    trainer = Trainer(strategy, micro_batch_size=1, effective_batch_size=8, max_epochs=2, shuffle=False)
-    trainer.fit(Scores(kind))
-    model = trainer.model
-    return torch.cat([p.detach().flatten() for p in model.parameters()]), trainer.metrics["loss"]
-
-
 def by_torch(kind: str) -> Any:
     """Torch's own mean, of one batch an update."""
     task, data = Scores(kind), Texts(kind)
@@ -112,7 +105,15 @@ def by_torch(kind: str) -> Any:
 @pytest.mark.parametrize("kind", CASES)
 def test_an_update_is_torchs_mean_over_the_whole_batch(kind: str, strategy: str, P: int) -> None:
     parameters, metric = by_torch(kind)
-    for found, found_metric in run(P, fit, kind, strategy):
+
+    @on_processes(P)
+    def results() -> Any:
+        trainer = Trainer(strategy, micro_batch_size=1, effective_batch_size=8, max_epochs=2, shuffle=False)
+        trainer.fit(Scores(kind))
+        model = trainer.model
+        return torch.cat([p.detach().flatten() for p in model.parameters()]), trainer.metrics["loss"]
+
+    for found, found_metric in results:
         torch.testing.assert_close(found, parameters, rtol=0, atol=1e-12)
         assert found_metric == pytest.approx(metric, rel=1e-12)
 

@@ -18,7 +18,7 @@ from torchmetrics.text import BLEUScore
 from engine import Trainer
 from engine.callbacks import EarlyStopping, PlateauLR
 from strategies import PipelineStrategy
-from tests.kit.processes import ChildError, run
+from tests.kit.processes import ChildError, on_processes, run
 from tests.kit.reference import Regression, Samples
 from tests.kit.streams import Stream
 
@@ -84,16 +84,6 @@ def expected(model: nn.Module, task: Classified) -> dict[str, float]:
     }
 
 
-def fit(strategy: str, folder: str, collection: bool) -> Any:
-    made: Any = PipelineStrategy(micro_batches=2, schedule="GPipe") if strategy == "pipeline" else strategy
-    trainer = Trainer(made, 2, accumulate_grad_batches=2, max_epochs=2, keep_best="max:auroc", run_dir=folder)
-    task = Classified(collection=collection)
-    trainer.fit(task)
-    metrics = dict(trainer.metrics)
-    again = trainer.validate(Classified(own=False))
-    return metrics, again
-
-
 CASES = [("single", 1), *(("ddp", P) for P in (2, 3, 4)), ("fsdp", 2), ("pipeline", 2)]
 
 
@@ -104,7 +94,18 @@ CASES = [("single", 1), *(("ddp", P) for P in (2, 3, 4)), ("fsdp", 2), ("pipelin
 def test_each_sample_counts_once(strategy: str, P: int, collection: bool, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    results = run(P, fit, strategy, str(tmp_path / "run"), collection)
+    @on_processes(P)
+    def results() -> Any:
+        made: Any = PipelineStrategy(micro_batches=2, schedule="GPipe") if strategy == "pipeline" else strategy
+        trainer = Trainer(
+            made, 2, accumulate_grad_batches=2, max_epochs=2, keep_best="max:auroc", run_dir=str(tmp_path / "run")
+        )
+        task = Classified(collection=collection)
+        trainer.fit(task)
+        metrics = dict(trainer.metrics)
+        again = trainer.validate(Classified(own=False))
+        return metrics, again
+
     task = Classified()
     model = task.model()
     model.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"))
@@ -139,16 +140,16 @@ def test_streams_that_end_early_count_once() -> None:
         assert metrics == pytest.approx(right, rel=1e-6)
 
 
-def fit_with_rules() -> Any:
-    task = Classified()
-    callbacks = [EarlyStopping("auroc", patience=2, mode="max"), PlateauLR("spread/count", "max", patience=0)]
-    trainer = Trainer("ddp", 2, max_epochs=9, callbacks=callbacks)
-    trainer.fit(task)
-    return trainer.update, trainer.optimizer.param_groups[0]["lr"], callbacks[0].best
-
-
 def test_they_decide_over_stops_and_learning_rates() -> None:
-    first, second = run(2, fit_with_rules)
+    @on_processes(2)
+    def results() -> Any:
+        task = Classified()
+        callbacks = [EarlyStopping("auroc", patience=2, mode="max"), PlateauLR("spread/count", "max", patience=0)]
+        trainer = Trainer("ddp", 2, max_epochs=9, callbacks=callbacks)
+        trainer.fit(task)
+        return trainer.update, trainer.optimizer.param_groups[0]["lr"], callbacks[0].best
+
+    first, second = results
     assert first == second
     assert first[1] < 0.1  # the count never improves
 

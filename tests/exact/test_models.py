@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from engine import Callback, GradientAccumulationScheduler, Loss, Task, Trainer
 from engine.seeds import MODEL_STREAM, ODD, mix
 from strategies import DDPStrategy
-from tests.kit.processes import run
+from tests.kit.processes import on_processes, run
 from tests.kit.reference import Regression, big_batch_run, in_order, parameters
 
 transformers = pytest.importorskip("transformers")
@@ -214,20 +214,20 @@ def compiled_in_place(model: nn.Module) -> nn.Module:
     return model
 
 
-def fit_compiled(*arguments: Any) -> Any:
-    found = fit(*arguments)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1  # one for each kind of shape
-    return found
-
-
 @pytest.mark.slow  # test_compile.py compiles less every day
 @pytest.mark.campaign
 @pytest.mark.parametrize(("P", "strategy", "adapt"), [(1, "single", compiled_in_place), (2, "ddp", compiled)])
 def test_a_compiled_model_trains_alike_while_K_changes(P: int, strategy: str, adapt: Adapt) -> None:
     plain, Ks = Causal(n_layer=1), [2, 1]  # one layer: each new shape is seconds of compiling
     reference, names = big_batches(plain, P, Ks), list(plain.build().state_dict())
-    # compiled in the children only: a process that has compiled should not be forked
-    for found, saved in run(P, fit_compiled, Causal(adapt, n_layer=1), Ks, strategy, seconds=100):
+
+    @on_processes(P, seconds=100)  # compiled in the children only: a process that has compiled should not be forked
+    def results() -> Any:
+        found = fit(Causal(adapt, n_layer=1), Ks, strategy)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1  # one for each kind of shape
+        return found
+
+    for found, saved in results:
         torch.testing.assert_close(found, reference, rtol=0, atol=1e-12)
         assert saved == names  # without _orig_mod
 
@@ -249,15 +249,16 @@ class Mixture(nn.Module):
         return out
 
 
-def fit_mixture(samples: int, K: int) -> Tensor:
-    strategy = DDPStrategy(find_unused_parameters=True)
-    trainer = Trainer(strategy, micro_batch_size=2, accumulate_grad_batches=K, max_epochs=3, shuffle=False)
-    trainer.fit(Regression(samples, model=Mixture))
-    return parameters(trainer.model)
-
-
 def test_experts_that_most_micro_batches_leave_out() -> None:
     samples, K = 21, 2  # each micro-batch of two leaves out one of three experts at least; no big batch does
     reference = big_batch_run(Regression(samples, model=Mixture), [in_order(samples, 2 * 2 * K)] * 3)
-    for found in run(2, fit_mixture, samples, K):
+
+    @on_processes(2)
+    def results() -> Tensor:
+        strategy = DDPStrategy(find_unused_parameters=True)
+        trainer = Trainer(strategy, micro_batch_size=2, accumulate_grad_batches=K, max_epochs=3, shuffle=False)
+        trainer.fit(Regression(samples, model=Mixture))
+        return parameters(trainer.model)
+
+    for found in results:
         torch.testing.assert_close(found, reference, rtol=0, atol=1e-12)

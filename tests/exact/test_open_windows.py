@@ -12,7 +12,7 @@ from torch import nn
 
 from engine import Accumulator, Loss
 from strategies import find
-from tests.kit.processes import run
+from tests.kit.processes import on_processes, run
 from tests.kit.reference import Branches, data, mlp, parameters
 from tests.kit.terms import LR
 
@@ -81,16 +81,16 @@ def check(results: Any, expected: Any) -> None:
         assert means == [pytest.approx(mean, rel=1e-12) for mean in expected[1]]
 
 
-def several(P: int) -> Any:
-    windows = [range(10), range(10, SAMPLES), range(3)]
-    splits = [[split(rows, P, calls) for rows in windows] for calls in (1, 3, 7)]
-    return [(loop("ddp", calls, form, 0.5), form) for calls in splits for form in ("loss", "mean", "batch")]
-
-
 @pytest.mark.parametrize("P", [1, 2, 4])
 def test_one_update_in_1_3_or_7_calls(P: int) -> None:
     windows = [list(range(10)), list(range(10, SAMPLES)), list(range(3))]
-    for results in zip(*run(P, several, P), strict=True):
+
+    @on_processes(P)
+    def by_rank() -> Any:
+        splits = [[split(rows, P, calls) for rows in windows] for calls in (1, 3, 7)]
+        return [(loop("ddp", calls, form, 0.5), form) for calls in splits for form in ("loss", "mean", "batch")]
+
+    for results in zip(*by_rank, strict=True):
         form = results[0][1]
         check([found for found, _ in results], big_batch(form, windows, 0.5))
 
@@ -109,10 +109,6 @@ def test_any_split_into_calls(calls: Any, second: Any) -> None:
     check([loop("single", windows, "loss")], big_batch("loss", flat))
 
 
-def replay(examples: Any) -> Any:
-    return [loop("ddp", [calls], "loss") for calls in examples]
-
-
 @pytest.mark.parametrize("P", [2, 3])
 def test_any_split_over_processes(P: int) -> None:
     examples: list[Any] = []
@@ -123,17 +119,15 @@ def test_any_split_over_processes(P: int) -> None:
         examples.append(calls)
 
     draw()
-    for calls, *results in zip(examples, *run(P, replay, examples), strict=True):
+    by_rank = run(P, lambda: [loop("ddp", [calls], "loss") for calls in examples])
+    for calls, *results in zip(examples, *by_rank, strict=True):
         check(results, big_batch("loss", [[i for share in calls for rows in share for i in rows]]))
 
 
-def unused() -> Any:
-    windows = [[[[0], [1, 2]], [[3]]]]
-    return loop("ddp", windows, "mean", model=Branches, find_unused_parameters=True)
-
-
 def test_parameters_that_a_process_does_not_use() -> None:
-    check(run(2, unused), big_batch("mean", [[0, 1, 2, 3]], model=lambda: PerSample()))
+    windows = [[[[0], [1, 2]], [[3]]]]
+    found = run(2, lambda: loop("ddp", windows, "mean", model=Branches, find_unused_parameters=True))
+    check(found, big_batch("mean", [[0, 1, 2, 3]], model=lambda: PerSample()))
 
 
 class PerSample(Branches):
@@ -143,24 +137,24 @@ class PerSample(Branches):
         return torch.cat([super(PerSample, self).forward(part) for part in (x[:1], x[1:3], x[3:])])
 
 
-def drop_first() -> Any:
-    strategy = find("ddp")()
-    strategy.setup()
-    torch.manual_seed(0)
-    net = strategy.prepare(mlp())
-    accumulator = Accumulator(strategy, net, torch.optim.SGD(net.parameters(), lr=LR))
-    rows = list(range(strategy.rank, 10, 2))
-    for is_dropped in (True, False, True):
-        window = accumulator.open(mean)
-        window.backward((X[rows], Y[rows]), len(rows))
-        if is_dropped and strategy.rank == 0:
-            window.drop()
-        else:
-            assert window.update().aborted == is_dropped
-    return parameters(net), accumulator.update, accumulator.samples
-
-
 def test_what_one_process_drops_all_drop() -> None:
-    for found, updates, samples in run(2, drop_first):
+    @on_processes(2)
+    def results() -> Any:
+        strategy = find("ddp")()
+        strategy.setup()
+        torch.manual_seed(0)
+        net = strategy.prepare(mlp())
+        accumulator = Accumulator(strategy, net, torch.optim.SGD(net.parameters(), lr=LR))
+        rows = list(range(strategy.rank, 10, 2))
+        for is_dropped in (True, False, True):
+            window = accumulator.open(mean)
+            window.backward((X[rows], Y[rows]), len(rows))
+            if is_dropped and strategy.rank == 0:
+                window.drop()
+            else:
+                assert window.update().aborted == is_dropped
+        return parameters(net), accumulator.update, accumulator.samples
+
+    for found, updates, samples in results:
         torch.testing.assert_close(found, big_batch("mean", [list(range(10))])[0], rtol=0, atol=1e-12)
         assert (updates, samples) == (1, 10)

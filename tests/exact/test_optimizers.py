@@ -205,17 +205,13 @@ def test_a_run_that_was_interrupted_is_the_one_that_was_not(
 ) -> None:
     def leg(name: str, updates: int, strategy: Strategy = strategy, P: int = P) -> Any:
         ends = {"max_epochs": 9, "max_updates": updates, "run_dir": str(tmp_path / name)}
-        return run(P, fit_until, strategy, task, ends, group=P > 1)[0]
+        return run(P, lambda: fit(strategy, 3, task, **ends), group=P > 1)[0]
 
     leg("in two", 3)
     found = leg("in two", 6) if then is None else leg("in two", 6, then, 1)
     expected = leg("in one", 6)
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0 if then is None else 1e-12)
     assert {k: v for k, v in found[1].items() if "lr" in k} == {k: v for k, v in expected[1].items() if "lr" in k}
-
-
-def fit_until(strategy: Strategy, task: Regression, ends: dict[str, Any]) -> Any:
-    return fit(strategy, 3, task, **ends)
 
 
 class Grouped(Two):

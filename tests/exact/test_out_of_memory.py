@@ -15,7 +15,7 @@ from torch import nn
 from engine import Trainer
 from engine.errors import UserError
 from tests.kit.hungry import DDP, DP, HungryClip, HungryGroups, HungryRegression, HungrySequences, Single, TooLarge, fit
-from tests.kit.processes import ChildError, run
+from tests.kit.processes import ChildError, on_processes, run
 from tests.kit.reference import Regression, Watch, big_batch_run, in_order, parameters
 from tests.kit.terms import Groups
 from tests.kit.terms import reference as terms_reference
@@ -73,13 +73,9 @@ def test_losses_over_windows(P: int, strategy: Any) -> None:
 def test_while_terms_are_counted(P: int, strategy: Any) -> None:
     windows = [[range(start + i, start + i + N) for i in range(0, 12, N)] for start, N in ((0, 6), (12, 3))]
     expected, _ = terms_reference(Groups(24), windows)
-    for found, records, _ in run(P, terms_trained, strategy, P):
+    for found, records, _ in run(P, lambda: fit(HungryGroups(24, P - 1), strategy(), 6, 12, epochs=1, shuffle=False)):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
         assert [N for N, _, _ in records] == [6, 3]
-
-
-def terms_trained(strategy: Any, P: int) -> Any:
-    return fit(HungryGroups(24, P - 1), strategy(), 6, 12, epochs=1, shuffle=False)
 
 
 class Dropping(HungryRegression):
@@ -180,14 +176,14 @@ def test_what_did_not_fit_is_freed_before_it_runs_again() -> None:
     fit(Freed(SAMPLES, {0: ("forward", 0)}), Single(), 8, B)
 
 
-def one_sample_is_too_much() -> str:
-    with pytest.raises(UserError) as caught:
-        fit(TooLarge(SAMPLES, 0), DDP(), 4, B)
-    return str(caught.value)
-
-
 def test_one_sample_that_does_not_fit_is_an_error_on_all_processes() -> None:
-    for text in run(2, one_sample_is_too_much):
+    @on_processes(2)
+    def texts() -> str:
+        with pytest.raises(UserError) as caught:
+            fit(TooLarge(SAMPLES, 0), DDP(), 4, B)
+        return str(caught.value)
+
+    for text in texts:
         assert text.startswith("update 0 does not fit into memory, with one sample in each micro-batch: process 1: Out")
 
 
@@ -196,13 +192,9 @@ class LargeLoss(Clip):
         raise torch.OutOfMemoryError("out of memory.")
 
 
-def large_loss() -> None:
-    fit(LargeLoss(12), DDP(), 2, 12, epochs=1)
-
-
 def test_a_window_loss_that_does_not_fit_is_an_error_at_once() -> None:
     with pytest.raises(ChildError) as caught:
-        run(2, large_loss)
+        run(2, lambda: fit(LargeLoss(12), DDP(), 2, 12, epochs=1))
     for text in caught.value.errors.values():
         assert "window_loss() does not fit into memory, whatever the micro-batches: " in text
 

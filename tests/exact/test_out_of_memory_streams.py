@@ -15,7 +15,7 @@ from engine import Callback, Loss, Trainer
 from engine.errors import UserError
 from engine.task import Task
 from tests.kit.hungry import DDP, DP, Hungry, Single
-from tests.kit.processes import ChildError, run
+from tests.kit.processes import ChildError, on_processes, run
 from tests.kit.reference import Regression, Watch, big_batch_run, parameters
 from tests.kit.streams import Stream, Streamed, deal, windows_of
 
@@ -40,15 +40,6 @@ class HungryStream(Hungry, Streamed):
         return Loss(((model(x) - y) ** 2).sum(), len(x))
 
 
-def trained(P: int, strategy: Any, at: Any, weighs: bool, folder: str | None = None, updates: Any = None) -> Any:
-    watch, task = Watch(), HungryStream(P, at, weighs)
-    settings: dict[str, Any] = {"accumulate_grad_batches": K, "max_epochs": EPOCHS, "run_dir": folder}
-    trainer = Trainer(strategy(), callbacks=watch, max_updates=updates, keep_last_checkpoints=9, **settings)
-    trainer.fit(task)
-    sizes = [record.get("micro_batch_size") for record in watch.records]
-    return parameters(trainer.model), sizes, [record["effective_batch"] for record in watch.records]
-
-
 @pytest.mark.parametrize("weighs", [False, True])
 @pytest.mark.parametrize(("P", "strategy"), WAYS)
 def test_the_same_samples_make_the_same_update(P: int, strategy: Any, weighs: bool) -> None:
@@ -56,7 +47,17 @@ def test_the_same_samples_make_the_same_update(P: int, strategy: Any, weighs: bo
     task = HungryStream(P, at)
     windows = windows_of(task.deal, K)
     expected = big_batch_run(task, [windows] * EPOCHS)
-    for found, sizes, effective in run(P, trained, P, strategy, at, weighs):
+
+    @on_processes(P)
+    def results() -> Any:
+        watch, task = Watch(), HungryStream(P, at, weighs)
+        settings: dict[str, Any] = {"accumulate_grad_batches": K, "max_epochs": EPOCHS}
+        trainer = Trainer(strategy(), callbacks=watch, keep_last_checkpoints=9, **settings)
+        trainer.fit(task)
+        sizes = [record.get("micro_batch_size") for record in watch.records]
+        return parameters(trainer.model), sizes, [record["effective_batch"] for record in watch.records]
+
+    for found, sizes, effective in results:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
         assert sizes == [3, 2, 2, 1, 1, 1]
         assert effective == [len(rows) for rows in windows] * EPOCHS

@@ -14,7 +14,7 @@ from torch.utils.data import default_collate
 
 from engine import Trainer
 from engine.callbacks import EMA
-from tests.kit.processes import ChildError, run
+from tests.kit.processes import ChildError, on_processes, run
 from tests.kit.reference import Regression, Samples
 
 SAMPLES = 11
@@ -123,13 +123,13 @@ class Echo(Predicted):
         return batch[:, 0]
 
 
-def predict_streams() -> Any:
-    predictor = trainer("ddp")
-    return predictor.predict(Echo(20), Shares(predictor.strategy.rank))
-
-
 def test_streams_take_turns() -> None:
-    found, nothing = run(2, predict_streams)
+    @on_processes(2)
+    def results() -> Any:
+        predictor = trainer("ddp")
+        return predictor.predict(Echo(20), Shares(predictor.strategy.rank))
+
+    found, nothing = results
     assert found[::2].tolist() == [0, 1, 11, 21]
     assert nothing is None
 
@@ -178,11 +178,6 @@ class ListOfAll(Predicted):
         return batch[2].tolist()
 
 
-def refused(kind: type[Predicted], samples: Any, folder: str | None) -> None:
-    task = kind(20)
-    trainer("ddp").predict(task, samples(task), folder)
-
-
 REFUSED = {
     "memory": (Predicted, lambda task: Many(task.x, task.y), None, "all predictions, and a copy .* need 3200.0 GB"),
     "shapes": (Ragged, data, None, r"rows of .*\(3,\).* after rows of .*\(2,\).*: expected the same. Pad them"),
@@ -198,8 +193,13 @@ REFUSED = {
 def test_what_cannot_be_predicted_is_an_error_on_all_processes(case: str, tmp_path: Path) -> None:
     kind, samples, folder, message = REFUSED[case]
     (tmp_path / "file").touch()
+
+    def refused() -> None:
+        task = kind(20)
+        trainer("ddp").predict(task, samples(task), folder and str(tmp_path / folder))
+
     with pytest.raises(ChildError) as raised:
-        run(2, refused, kind, samples, folder and str(tmp_path / folder), timeout=10)
+        run(2, refused, timeout=10)
     assert len(raised.value.errors) == 2
     for error in raised.value.errors.values():
         assert re.search(message, error), error

@@ -262,15 +262,12 @@ def test_any_run_of_several_processes(P: int, number: int) -> None:
     @given(st.lists(cases(P), min_size=1, max_size=20))
     @examples(number, shrinks=MORE > 0)
     def search(batch: list[Case]) -> None:
-        for case, *replicas in zip(batch, *run(P, fit_all, batch, seconds=120), strict=True):
+        by_rank = run(P, lambda: [fit(case) for case in batch], seconds=120)
+        for case, *replicas in zip(batch, *by_rank, strict=True):
             note(f"in {case}")  # the last of these is the one that failed
             check(case, replicas)
 
     search()
-
-
-def fit_all(batch: list[Case]) -> list[Run]:
-    return [fit(case) for case in batch]
 
 
 # Arithmetic that test_plan.py does not ask for

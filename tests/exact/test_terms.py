@@ -34,12 +34,8 @@ def numbers(task: Groups) -> Groups:
     return task
 
 
-def fit_forms(tasks: Any, strategy: Any, K: int) -> Any:
-    return {name: fit(task, strategy, K, 0.5) for name, task in tasks.items()}
-
-
 def check_forms(P: int, K: int, strategy: Any, tasks: dict[str, Any]) -> None:
-    results = run(P, fit_forms, tasks, strategy, K)
+    results = run(P, lambda: {name: fit(task, strategy, K, 0.5) for name, task in tasks.items()})
     for name, task in tasks.items():
         check([found[name] for found in results], reference(task, cut(len(task.x), P * N * K) * 2, clip=0.5))
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from engine import Loss, Trainer
 from engine.order import within_budget
-from tests.kit.processes import ChildError, run
+from tests.kit.processes import ChildError, on_processes, run
 from tests.kit.reference import Watch, in_order, parameters
 from tests.kit.tokens import Sequences, big_batch
 
@@ -36,10 +36,6 @@ def fit(task: Sequences, K: int, max_norm: float | None) -> Any:
 FORMS = [(as_tensor, max_norm) for as_tensor in (True, False) for max_norm in (None, 0.2)]
 
 
-def fit_forms(K: int) -> Any:
-    return [fit(masked(as_tensor), K, max_norm) for as_tensor, max_norm in FORMS]
-
-
 def masked(as_tensor: bool) -> Sequences:
     return Sequences(43, masked=range(12, 25), as_tensor=as_tensor)
 
@@ -47,7 +43,12 @@ def masked(as_tensor: bool) -> Sequences:
 @pytest.mark.parametrize(("P", "K"), [(1, 1), (1, 5), (2, 1), (2, 3), (3, 2), (4, 1), (4, 2)])
 def test_tokens_weigh_alike_wherever_they_are(P: int, K: int) -> None:
     windows = in_order(43, P * 3 * K)
-    for (as_tensor, max_norm), *replicas in zip(FORMS, *run(P, fit_forms, K), strict=True):
+
+    @on_processes(P)
+    def by_rank() -> Any:
+        return [fit(masked(as_tensor), K, max_norm) for as_tensor, max_norm in FORMS]
+
+    for (as_tensor, max_norm), *replicas in zip(FORMS, *by_rank, strict=True):
         task = masked(as_tensor)
         reference, losses = big_batch(task, windows, 3, max_norm)
         for found, records in replicas:
@@ -70,17 +71,16 @@ class Weighs(Sequences):
         return Loss(super().loss(model, batch).sum, self.weight)
 
 
-def fit_weight(weight: Any) -> None:
-    task = Weighs(12)
-    task.weight = weight
-    fit(task, 2, None)
-
-
 @pytest.mark.parametrize("weight", [-1, math.nan, math.inf, torch.tensor(-1.0), torch.tensor(math.nan)])
 @pytest.mark.parametrize("P", [1, 2])
 def test_a_weight_that_is_none_is_an_error_on_all_processes(P: int, weight: Any) -> None:
+    def fit_weight() -> None:
+        task = Weighs(12)
+        task.weight = weight
+        fit(task, 2, None)
+
     with pytest.raises(ChildError, match="expected a finite number of at least 0") as raised:
-        run(P, fit_weight, weight, seconds=20)
+        run(P, fit_weight, seconds=20)
     assert len(raised.value.errors) == P
 
 
@@ -132,14 +132,15 @@ def test_micro_batches_of_a_token_budget(P: int, K: int) -> None:
             windows.append([i for group in groups[start : start + P * K] for i in group])
             sizes.append(len(windows[-1]))
     reference, losses = big_batch(task, windows, 1, None)
-    for found, records in run(P, fit_grouped, task, K):
+
+    @on_processes(P)
+    def results() -> Any:
+        watch = Watch()
+        trainer = Trainer("ddp", micro_batch_size=1, accumulate_grad_batches=K, max_epochs=3, callbacks=watch)
+        trainer.fit(task)
+        return parameters(trainer.model), watch.records
+
+    for found, records in results:
         torch.testing.assert_close(found, reference, rtol=0, atol=1e-12)
         torch.testing.assert_close([r["loss"] for r in records], losses, rtol=1e-12, atol=0)
         assert [r["effective_batch"] for r in records] == sizes
-
-
-def fit_grouped(task: Sequences, K: int) -> Any:
-    watch = Watch()
-    trainer = Trainer("ddp", micro_batch_size=1, accumulate_grad_batches=K, max_epochs=3, callbacks=watch)
-    trainer.fit(task)
-    return parameters(trainer.model), watch.records

@@ -12,7 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 
 from engine import Accumulator
 from strategies import DDPStrategy, FSDPStrategy, PipelineStrategy, SingleDeviceStrategy, Strategy
-from tests.kit.processes import run
+from tests.kit.processes import on_processes, run
 
 ROWS = torch.randn(96, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 2
 NOISE = torch.randn(96, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -96,21 +96,21 @@ def test_one_strategy_for_two_models_is_refused(name: str, P: int) -> None:
         assert found.startswith(f"strategy '{name}' has prepared a model already: expected one model for each strategy")
 
 
-def prepare_twice(kind: type[Strategy]) -> list[str]:
-    strategy, texts = kind(), []
-    for _ in range(2):  # teardown lets go of the model
-        strategy.setup()
-        for _ in range(2):
-            try:
-                strategy.prepare(networks()[0])
-            except ValueError as error:
-                texts.append(str(error))
-        dist.barrier()  # or one would leave while the other still connects to it
-        strategy.teardown()
-    return texts
-
-
 @pytest.mark.parametrize("kind", [DDPStrategy, FSDPStrategy, PipelineStrategy])
 def test_every_strategy_takes_one_model_at_a_time(kind: type[Strategy]) -> None:
-    for texts in run(2, prepare_twice, kind):
+    @on_processes(2)
+    def results() -> list[str]:
+        strategy, texts = kind(), []
+        for _ in range(2):  # teardown lets go of the model
+            strategy.setup()
+            for _ in range(2):
+                try:
+                    strategy.prepare(networks()[0])
+                except ValueError as error:
+                    texts.append(str(error))
+            dist.barrier()  # or one would leave while the other still connects to it
+            strategy.teardown()
+        return texts
+
+    for texts in results:
         assert [text.split(":")[0] for text in texts] == [f"strategy '{kind.name}' has prepared a model already"] * 2

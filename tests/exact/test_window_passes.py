@@ -19,7 +19,7 @@ from engine import Accumulator, Trainer
 from engine.callbacks import EMA
 from engine.window_task import Added, Rows, Shared
 from strategies import DDPStrategy, FSDPStrategy, Strategy
-from tests.kit.processes import ChildError, run
+from tests.kit.processes import ChildError, on_processes, run
 from tests.kit.recorders import Count
 from tests.kit.reference import Regression, Watch
 from tests.kit.windows import Clip, ShardedClip, fit, reference
@@ -265,26 +265,27 @@ class LogsItsLoss(Clip):
         return loss
 
 
-def sizes(K: int) -> Any:
-    watch = Watch()
-    Trainer("ddp", 3, K, max_epochs=1, callbacks=watch).fit(Clip(24))
-    return [record["window_bytes"] for record in watch.records]
-
-
 def test_the_bytes_of_the_outputs_are_recorded() -> None:
     row, scale = 2 * 4 * 8, 16  # two outputs of four float64; one number, aligned
-    assert run(2, sizes, 2) == [[2 * 2 * (3 * row + scale)] * 2] * 2
 
+    @on_processes(2)
+    def results() -> Any:
+        watch = Watch()
+        Trainer("ddp", 3, 2, max_epochs=1, callbacks=watch).fit(Clip(24))
+        return [record["window_bytes"] for record in watch.records]
 
-def halves(K: int) -> Any:
-    watch = Watch()
-    Trainer("ddp", 3, K, max_epochs=2, callbacks=watch).fit(LogsItsLoss(22))
-    return [(record["half"], record["loss"] / 2) for record in watch.records]
+    assert results == [[2 * 2 * (3 * row + scale)] * 2] * 2
 
 
 @pytest.mark.parametrize("P", [1, 3])
 def test_what_the_loss_of_a_window_logs_is_recorded(P: int) -> None:
-    for found in run(P, halves, 2):
+    @on_processes(P)
+    def results() -> Any:
+        watch = Watch()
+        Trainer("ddp", 3, 2, max_epochs=2, callbacks=watch).fit(LogsItsLoss(22))
+        return [(record["half"], record["loss"] / 2) for record in watch.records]
+
+    for found in results:
         assert all(half == pytest.approx(expected, rel=1e-12) for half, expected in found)
 
 
@@ -300,22 +301,21 @@ def test_a_strategy_that_gathers_objects_joins_outputs() -> None:
         assert (found - expected[0]).abs().max() <= 1e-12 * expected[0].abs().max()
 
 
-def reused() -> Any:
-    """A loop of one's own, on a strategy that has run windows twice."""
-    strategy, task = FSDPStrategy(), Regression(24)
-    fit(ShardedClip(), lambda: strategy, 3)
-    strategy.setup()
-    model = strategy.prepare(task.model())
-    own = Accumulator(strategy, model, torch.optim.SGD(model.parameters(), lr=0.1), task.train_data(), 3, 4)
-    for window in own.windows(0):
-        for batch in window:
-            window.backward(task.loss(model, batch))
-        window.update()
-    return own.samples
-
-
 def test_a_strategy_forgets_that_windows_ran_twice() -> None:
-    assert run(2, reused, seconds=40, timeout=20) == [24, 24]
+    @on_processes(2, seconds=40, timeout=20)
+    def samples() -> Any:
+        strategy, task = FSDPStrategy(), Regression(24)
+        fit(ShardedClip(), lambda: strategy, 3)  # it runs windows twice; the loop below does not
+        strategy.setup()
+        model = strategy.prepare(task.model())
+        own = Accumulator(strategy, model, torch.optim.SGD(model.parameters(), lr=0.1), task.train_data(), 3, 4)
+        for window in own.windows(0):
+            for batch in window:
+                window.backward(task.loss(model, batch))
+            window.update()
+        return own.samples
+
+    assert samples == [24, 24]
 
 
 def test_a_loss_that_is_not_finite_skips_the_update() -> None:
@@ -370,16 +370,16 @@ def test_the_loss_of_a_window_is_in_float32_in_validation_too(precision: str) ->
     assert task.dtypes == {torch.float32}
 
 
-def count(K: int) -> Any:
-    watch = Count()
-    trainer = Trainer("ddp", micro_batch_size=3, accumulate_grad_batches=K, max_epochs=2, callbacks=watch)
-    trainer.fit(Clip(2 * 3 * K + 1))
-    return watch.counts
-
-
 @pytest.mark.parametrize("K", [1, 4])
 def test_collectives_of_a_window(K: int) -> None:
-    for counts, tree in zip(run(2, count, K), ("recv_", "send"), strict=True):
+    @on_processes(2)
+    def by_rank() -> Any:
+        watch = Count()
+        trainer = Trainer("ddp", micro_batch_size=3, accumulate_grad_batches=K, max_epochs=2, callbacks=watch)
+        trainer.fit(Clip(2 * 3 * K + 1))
+        return watch.counts
+
+    for counts, tree in zip(by_rank, ("recv_", "send"), strict=True):
         for update in counts:  # one reduction, the message and the outputs, and a gather of their shapes
             assert update == {"allreduce_": 1, "allgather_": 2, tree: 2, "broadcast_": 2}
 

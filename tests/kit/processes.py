@@ -12,13 +12,15 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
 import torch._dynamo  # by the first optimizer
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict  # by the first checkpoint
+
+Result = TypeVar("Result")
 
 # done once here, not for the first time in each process: kernels, and the source lines of torch's own tracebacks
 torch.manual_seed(torch.initial_seed())
@@ -83,6 +85,15 @@ def run(
     if failures:
         raise ChildError(failures)
     return results
+
+
+def on_processes(P: int, **options: Any) -> Callable[[Callable[[], Result]], list[Result]]:
+    """Call the decorated function at once, in P forked processes; its name becomes the list of what each returned.
+
+    The list is in rank order. The function may read the variables of the test around it. `options` are those of `run`,
+    except `fresh`.
+    """
+    return lambda function: run(P, function, **options)
 
 
 def _child(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from engine import GradientAccumulationScheduler, Trainer
-from tests.kit.processes import run
+from tests.kit.processes import on_processes, run
 from tests.kit.reference import Regression, Samples, Watch, big_batch_run, mlp, parameters
 
 LAYOUTS = [(1, 4), (2, 2), (4, 1)]
@@ -27,14 +27,10 @@ def fit(task: Any, K: int, **options: Any) -> tuple[torch.Tensor, list[list[int]
     return parameters(trainer.model), watch.samples, [r["loss"] for r in watch.records]
 
 
-def fit_regression(K: int) -> Any:
-    return fit(Regression(SAMPLES), K)
-
-
 def test_every_layout_sees_the_same_samples_at_every_update_and_ends_alike() -> None:
     outcomes = {}
     for P, K in LAYOUTS:
-        results = run(P, fit_regression, K)
+        results = run(P, fit, Regression(SAMPLES), K)
         updates = [sorted(sum(shares, [])) for shares in zip(*(samples for _, samples, _ in results), strict=True)]
         outcomes[P] = (results[0][0], updates, results[0][2])
         for found, _, _ in results:
@@ -147,17 +143,17 @@ def test_fetching_leaves_the_user_s_generators_alone() -> None:
     assert state() == expected
 
 
-def fit_scheduled_by(P: int, unit: str, scheduling: dict[int, int]) -> Any:
-    watch = Watch()
-    callbacks = [GradientAccumulationScheduler(scheduling, unit=unit), watch]  # type: ignore[arg-type]
-    trainer = Trainer("ddp", micro_batch_size=N, max_epochs=EPOCHS, callbacks=callbacks)
-    trainer.fit(Regression(SAMPLES))
-    assert trainer.total_updates == trainer.update
-    return [r["accumulate_grad_batches"] for r in watch.records], [r["samples"] for r in watch.records]
-
-
 @pytest.mark.parametrize(("unit", "scheduling"), [("update", {0: 1, 4: 2, 9: 5}), ("sample", {0: 4, 50: 1, 100: 2})])
 def test_windows_scheduled_by_update_and_by_sample(unit: str, scheduling: dict[int, int]) -> None:
-    Ks, samples = run(2, fit_scheduled_by, 2, unit, scheduling)[0]
+    @on_processes(2)
+    def results() -> Any:
+        watch = Watch()
+        callbacks = [GradientAccumulationScheduler(scheduling, unit=unit), watch]  # type: ignore[arg-type]
+        trainer = Trainer("ddp", micro_batch_size=N, max_epochs=EPOCHS, callbacks=callbacks)
+        trainer.fit(Regression(SAMPLES))
+        assert trainer.total_updates == trainer.update
+        return [r["accumulate_grad_batches"] for r in watch.records], [r["samples"] for r in watch.records]
+
+    Ks, samples = results[0]
     starts = list(range(len(Ks))) if unit == "update" else [0, *samples[:-1]]
     assert Ks == [scheduling[max(f for f in scheduling if f <= start)] for start in starts]

@@ -9,21 +9,13 @@ from torch import nn
 
 from engine import Loss, Trainer
 from strategies import DDPStrategy
-from tests.kit.processes import run
+from tests.kit.processes import on_processes
 from tests.kit.recorders import Count
 from tests.kit.reference import Regression
 
 
 def wide() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 300), nn.Tanh(), nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 1)).double()
-
-
-def count(samples: int, K: int, bucket_cap_mb: float | None, find_unused: bool) -> Any:
-    watch = Count()
-    strategy = DDPStrategy(bucket_cap_mb=bucket_cap_mb, find_unused_parameters=find_unused)
-    trainer = Trainer(strategy, micro_batch_size=2, accumulate_grad_batches=K, max_epochs=2, callbacks=watch)
-    trainer.fit(Regression(samples, model=wide))
-    return watch.counts, watch.reductions
 
 
 @pytest.mark.parametrize("find_unused", [False, True])
@@ -34,7 +26,16 @@ def test_one_all_reduce_per_bucket_and_one_message_per_update(
     P: int, K: int, bucket_cap_mb: float | None, find_unused: bool
 ) -> None:
     samples = 2 * (2 * P * K) + 1  # a last window in which one process alone has a sample
-    for counts, (buckets, size) in run(P, count, samples, K, bucket_cap_mb, find_unused):
+
+    @on_processes(P)
+    def results() -> Any:
+        watch = Count()
+        strategy = DDPStrategy(bucket_cap_mb=bucket_cap_mb, find_unused_parameters=find_unused)
+        trainer = Trainer(strategy, micro_batch_size=2, accumulate_grad_batches=K, max_epochs=2, callbacks=watch)
+        trainer.fit(Regression(samples, model=wide))
+        return watch.counts, watch.reductions
+
+    for counts, (buckets, size) in results:
         parameters = sum(p.numel() for p in wide().parameters())
         assert size == 8 * (parameters + find_unused)  # and one of the wrapper's own
         assert (buckets > 1) == (bucket_cap_mb is not None)

@@ -17,7 +17,7 @@ from engine import Callback, GradientAccumulationScheduler, Trainer
 from engine.update.timing import HIDDEN, ReductionCost
 from strategies import DDPStrategy
 from tests.benchmarks.scaling_model import Link, calibrated
-from tests.kit.processes import run
+from tests.kit.processes import on_processes, run
 from tests.kit.reference import Regression
 
 DATA, MICRO_BATCH, REDUCTION, STEP = 3.0, 10.0, 30.0, 5.0
@@ -146,15 +146,16 @@ class Uneven(Working):
         return Regression.collate(self, samples)
 
 
-def waited(folder: Path) -> float:
-    put_clock()
-    Trainer("single", N, accumulate_grad_batches=3, max_updates=84, run_dir=str(folder)).fit(Uneven(SAMPLES))
-    told = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    return sum(event["spent"]["waiting for data"] for event in told if event["event"] == "save")
-
-
 def test_the_wait_that_is_seen_is_that_of_another_micro_batch_each_time(tmp_path: Path) -> None:
-    assert run(1, waited, tmp_path / "run")[0] == pytest.approx(84 * (0 + 1 + 4) * DATA, rel=0.05)
+    @on_processes(1)
+    def waits() -> float:
+        folder = tmp_path / "run"
+        put_clock()
+        Trainer("single", N, accumulate_grad_batches=3, max_updates=84, run_dir=str(folder)).fit(Uneven(SAMPLES))
+        told = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+        return sum(event["spent"]["waiting for data"] for event in told if event["event"] == "save")
+
+    assert waits[0] == pytest.approx(84 * (0 + 1 + 4) * DATA, rel=0.05)
 
 
 def reads_per_update(K: int) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine import Callback, Trainer
 from engine.callbacks import EarlyStopping, Progress
-from tests.kit.processes import run
+from tests.kit.processes import on_processes
 from tests.kit.reference import Regression, Samples, big_batch_run, in_order, parameters
 from tests.kit.streams import Streamed
 
@@ -54,20 +54,20 @@ def reference_norms(windows: list[range]) -> list[dict[str, Tensor]]:
     return found
 
 
-def fit(strategy: str, folder: str) -> Any:
-    options = {"keep_best": "max:updates", "loggers": "csv", "run_dir": folder}
-    norms, stopping = Norms(), EarlyStopping("updates", 99, "max")
-    trainer = Trainer(
-        strategy, 2, accumulate_grad_batches=3, max_epochs=2, shuffle=False, callbacks=[norms, stopping], **options
-    )
-    trainer.fit(Validated(22))
-    return {name: float(value) for name, value in trainer.record.items()}, stopping.best
-
-
 @pytest.mark.parametrize(("strategy", "P"), [("single", 1), ("dp", 1), ("ddp", 2), ("fsdp", 2)])
 def test_a_norm_per_layer_and_what_a_callback_adds(strategy: str, P: int, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    results = run(P, fit, strategy, str(folder))
+
+    @on_processes(P)
+    def results() -> Any:
+        options = {"keep_best": "max:updates", "loggers": "csv", "run_dir": str(folder)}
+        norms, stopping = Norms(), EarlyStopping("updates", 99, "max")
+        trainer = Trainer(
+            strategy, 2, accumulate_grad_batches=3, max_epochs=2, shuffle=False, callbacks=[norms, stopping], **options
+        )
+        trainer.fit(Validated(22))
+        return {name: float(value) for name, value in trainer.record.items()}, stopping.best
+
     right = reference_norms(2 * in_order(22, 6 * P))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     updates = [line for line in lines if "loss" in line]
@@ -99,32 +99,24 @@ class Changes(Callback):
             torch._foreach_mul_([*trainer.model.parameters()], 0.5)
 
 
-def fit_changed(folder: str) -> Tensor:
-    changes = Changes()
-    Trainer("auto", 2, effective_batch_size=12, max_epochs=1, shuffle=False, callbacks=changes, run_dir=folder).fit(
-        Regression(22)
-    )
-    return changes.trained
-
-
 @pytest.mark.parametrize("P", [1, 2])
 def test_a_step_takes_the_gradients_and_the_file_the_weights_as_hooks_leave_them(P: int, tmp_path: Path) -> None:
     right = big_batch_run(Regression(22, lr=0.05), [in_order(22, 12)])
-    for trained in run(P, fit_changed, str(tmp_path / "run")):
+    settings: Any = {"effective_batch_size": 12, "shuffle": False, "run_dir": str(tmp_path / "run")}
+
+    @on_processes(P)
+    def by_rank() -> Tensor:
+        changes = Changes()
+        Trainer("auto", 2, max_epochs=1, callbacks=changes, **settings).fit(Regression(22))
+        return changes.trained
+
+    for trained in by_rank:
         torch.testing.assert_close(trained, right, rtol=1e-12, atol=1e-13)
     written = load_file(tmp_path / "run" / "model.safetensors")
     model = Regression(22).model()
     model.load_state_dict(written)
     torch.testing.assert_close(parameters(model), trained / 2, rtol=0, atol=0)
-    resumed = Trainer(
-        "single",
-        2,
-        effective_batch_size=12,
-        max_epochs=2,
-        shuffle=False,
-        callbacks=Changes(),
-        run_dir=str(tmp_path / "run"),
-    )
+    resumed = Trainer("single", 2, max_epochs=2, callbacks=Changes(), **settings)
     resumed.fit(Regression(22))  # from the checkpoint: not from the halved weights
     right = big_batch_run(Regression(22, lr=0.05), [in_order(22, 12)] * 2)
     torch.testing.assert_close(resumed.callbacks[0].trained, right, rtol=1e-12, atol=1e-13)

@@ -21,7 +21,7 @@ from torch import nn
 from engine import Callback, Loss, Trainer
 from engine.loggers import CSVLogger, GroupedLogger, Start, TensorBoardLogger, TrackerLogger
 from tests.kit import ROOT
-from tests.kit.processes import ChildError, run
+from tests.kit.processes import ChildError, on_processes, run
 from tests.kit.reference import Regression, Samples, data, parameters
 
 
@@ -208,16 +208,18 @@ class Pictures(Callback):
             self.board.writer.add_image("picture", torch.zeros(3, 4, 4), trainer.update)
 
 
-def fit_pictures(folder: str) -> bool:
-    board = TensorBoardLogger()
-    Trainer(micro_batch_size=2, max_updates=2, loggers=board, callbacks=Pictures(board), run_dir=folder).fit(Tokens(8))
-    return board.writer is not None
-
-
 def test_the_writer_of_tensorboard_takes_images_and_histograms(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert run(2, fit_pictures, str(tmp_path / "run")) == [True, False]
+    @on_processes(2)
+    def has_writer() -> bool:
+        board = TensorBoardLogger()
+        Trainer(
+            micro_batch_size=2, max_updates=2, loggers=board, callbacks=Pictures(board), run_dir=str(tmp_path / "run")
+        ).fit(Tokens(8))
+        return board.writer is not None
+
+    assert has_writer == [True, False]
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"histograms": 0, "images": 0})
     events.Reload()
     assert [event.step for event in events.Histograms("weights")] == [1, 2]

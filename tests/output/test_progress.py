@@ -187,14 +187,10 @@ def test_a_pipe_gets_no_more_lines_than_that() -> None:
 
 
 def test_the_slow_process_is_named_although_all_wait_for_it() -> None:
-    written = run(3, told_slow)[0]
+    written = run(3, lambda: told(slow=1, accumulate_grad_batches=2)[0])[0]
     last = [line for line in written.splitlines() if "grad norm" in line][-1]
     assert "process 1 is slow: " in last
     assert "ms of its own per update, the others " in last
-
-
-def told_slow() -> str:
-    return told(slow=1, accumulate_grad_batches=2)[0]
 
 
 def at(update: int, slowest: Slowest | None = None) -> Any:

@@ -22,7 +22,7 @@ from engine.preview.preview import Preview
 from engine.preview.table import print_plan, size
 from strategies.environment import as_if_started
 from tests.kit.planned import PlannedUpdate, planned_updates
-from tests.kit.processes import run
+from tests.kit.processes import on_processes
 from tests.kit.reference import Regression
 
 SAMPLES, N = 45, 4
@@ -67,12 +67,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def train(P: int, task: Any, case: dict[str, Any], folder: str) -> int:
-    """Return the micro-batches of this process."""
-    Trainer("single" if P == 1 else "ddp", micro_batch_size=N, run_dir=folder, **case).fit(task)
-    return len(task.seen)
-
-
 @pytest.mark.parametrize("P", [1, 2])
 @pytest.mark.parametrize(("task", "name"), [*((WithLR, name) for name in CASES), (Groups, "by epoch")])
 def test_the_plan_is_what_the_run_does(task: type[Regression], name: str, P: int, tmp_path: Path) -> None:
@@ -81,7 +75,13 @@ def test_the_plan_is_what_the_run_does(task: type[Regression], name: str, P: int
         plan = Preview(Trainer("single" if P == 1 else "ddp", micro_batch_size=N, **case), task(SAMPLES))
         updates, stretches = list(planned_updates(plan)), plan.stages
         sent = plan.strategy.bytes_to_reduce(plan.model)
-    seen = run(P, train, P, task(SAMPLES), case, str(tmp_path / "run"), group=P > 1)
+
+    @on_processes(P, group=P > 1)
+    def seen() -> int:
+        run_dir, own = str(tmp_path / "run"), task(SAMPLES)
+        Trainer("single" if P == 1 else "ddp", micro_batch_size=N, run_dir=run_dir, **case).fit(own)
+        return len(own.seen)
+
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [as_recorded(update) for update in updates] == [
         {name: record[name] for name in as_recorded(updates[0])} for record in records if "loss" in record

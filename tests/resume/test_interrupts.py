@@ -222,21 +222,21 @@ class Explodes(Regression):
         return loss * torch.inf if self.calls > 6 else loss
 
 
-def fit_exploding(folder: str) -> None:
-    Trainer(
-        "ddp",
-        micro_batch_size=2,
-        max_epochs=9,
-        run_dir=folder,
-        save_every_n_updates=2,
-        stop_after_n_skipped=5,
-    ).fit(Explodes(16))
-
-
 def test_updates_that_are_not_finite_end_the_run_and_leave_the_last_good_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "run"
+
+    def fit_exploding() -> None:
+        Trainer(
+            "ddp",
+            micro_batch_size=2,
+            max_epochs=9,
+            run_dir=str(folder),
+            save_every_n_updates=2,
+            stop_after_n_skipped=5,
+        ).fit(Explodes(16))
+
     with pytest.raises(ChildError, match=r"5 updates in a row were not finite, up to update 11") as raised:
-        run(2, fit_exploding, str(folder), seconds=30)
+        run(2, fit_exploding, seconds=30)
     assert "The last good checkpoint: " + str(folder / "checkpoints" / "update-00000006") in raised.value.errors[0]
     assert (folder / "checkpoints" / "latest").read_text().strip() == "update-00000006"
     assert [json.loads(line)["skipped"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [

@@ -34,12 +34,8 @@ def resumed(path: str, hosts: list[str]) -> int:
 
 @pytest.mark.parametrize(("hosts", "hashed"), [("aaa", [3, 0, 0]), ("aab", [3, 0, 3]), ("aba", [3, 3, 0])])
 def test_one_process_of_each_host_hashes_a_checkpoint(tmp_path: Path, hosts: str, hashed: list[int]) -> None:
-    run(3, fit_once, str(tmp_path / "run"))
+    run(3, lambda: Trainer("ddp", 4, max_epochs=1, run_dir=str(tmp_path / "run")).fit(Regression(24)))
     assert run(3, resumed, str(tmp_path / "run"), list(hosts)) == hashed
-
-
-def fit_once(path: str) -> None:
-    Trainer("ddp", 4, max_epochs=1, run_dir=path).fit(Regression(24))
 
 
 @pytest.mark.parametrize("linked", [False, True])

@@ -15,7 +15,7 @@ from engine import Callback, Trainer
 from engine.errors import UserError
 from tests.kit.hosts import until
 from tests.kit.killed import Full, N, history, same
-from tests.kit.processes import ChildError, run
+from tests.kit.processes import ChildError, on_processes, run
 from tests.kit.reference import Samples
 
 
@@ -207,24 +207,24 @@ class Waits(Callback):
         until((self.folder / "answered").exists, 30, "the other run's refusal")
 
 
-def fit_in_the_same_folder(folder: Path) -> str:
-    is_first = os.environ.pop("RANK") == "0"
-    os.environ.pop("WORLD_SIZE")  # each is a run of its own
-    if is_first:
-        fit_elsewhere(str(folder / "run"), {"callbacks": Waits(folder)})
-        return ""
-    until((folder / "begun").exists, 30, "the first run's begin")
-    try:
-        fit_elsewhere(str(folder / "run"), {})
-    except FileExistsError as error:
-        return str(error)
-    finally:
-        (folder / "answered").touch()
-    return "not refused"
-
-
 def test_a_folder_that_another_process_is_writing_is_refused(tmp_path: Path) -> None:
-    _, refusal = run(2, fit_in_the_same_folder, tmp_path, group=False)
+    @on_processes(2, group=False)
+    def results() -> str:
+        is_first = os.environ.pop("RANK") == "0"
+        os.environ.pop("WORLD_SIZE")  # each is a run of its own
+        if is_first:
+            fit_elsewhere(str(tmp_path / "run"), {"callbacks": Waits(tmp_path)})
+            return ""
+        until((tmp_path / "begun").exists, 30, "the first run's begin")
+        try:
+            fit_elsewhere(str(tmp_path / "run"), {})
+        except FileExistsError as error:
+            return str(error)
+        finally:
+            (tmp_path / "answered").touch()
+        return "not refused"
+
+    _, refusal = results
     assert "another run is writing it" in refusal
     fit_elsewhere(str(tmp_path / "alone"), {})
     assert history(tmp_path / "run") == history(tmp_path / "alone")

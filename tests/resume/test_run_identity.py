@@ -20,7 +20,7 @@ from engine.records import lock
 from engine.records.run_folder import MARK, RunFolder
 from tests.kit.hosts import until
 from tests.kit.killed import Full, history, same
-from tests.kit.processes import ChildError, run
+from tests.kit.processes import ChildError, on_processes, run
 from tests.kit.run_folders import fit
 
 
@@ -107,13 +107,10 @@ def test_a_second_loss_has_a_folder_of_its_own(tmp_path: Path) -> None:
     assert updates(tmp_path / "run-lost") == updates(tmp_path / "run-lost-2")
 
 
-def lose_together(folder: Path) -> None:
-    fit(folder, "ddp", callbacks=At(2, lambda: shutil.rmtree(folder)))
-
-
 def test_all_processes_hear_that_the_folder_is_lost(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
     with pytest.raises(ChildError) as ends:
-        run(2, lose_together, tmp_path / "run")
+        run(2, lambda: fit(folder, "ddp", callbacks=At(2, lambda: shutil.rmtree(folder))))
     assert len(ends.value.errors) == 2
     assert all("RunDirLostError" in error and "run-lost' to resume" in error for error in ends.value.errors.values())
 
@@ -142,26 +139,28 @@ class Waits(Full):
         return super().configure_model()
 
 
-def start_together(folder: Path, resume: str) -> str:
-    is_first = os.environ.pop("RANK") == "0"
-    os.environ.pop("WORLD_SIZE")  # each is a run of its own
-    if is_first:
-        until((folder / "building").exists, 30, "the other run's start")
-        fit(folder / "run", resume=resume, max_epochs=2)
-        (folder / "ended").touch()
-        return ""
-    try:
-        fit(folder / "run", resume=resume, seed=1, resume_with_changes=True, task=Waits(folder))
-    except FileExistsError as error:
-        return str(error)
-    return "not refused"
-
-
 @pytest.mark.parametrize("resume", ["auto", "never", "a finished run"])
 def test_of_two_starts_the_second_is_refused_even_after_the_first_has_ended(resume: str, tmp_path: Path) -> None:
     if resume == "a finished run":
         fit(tmp_path / "run")
-    _, refusal = run(2, start_together, tmp_path, "never" if resume == "never" else "auto", group=False)
+    how = "never" if resume == "never" else "auto"
+
+    @on_processes(2, group=False)
+    def results() -> str:
+        is_first = os.environ.pop("RANK") == "0"
+        os.environ.pop("WORLD_SIZE")  # each is a run of its own
+        if is_first:
+            until((tmp_path / "building").exists, 30, "the other run's start")
+            fit(tmp_path / "run", resume=how, max_epochs=2)
+            (tmp_path / "ended").touch()
+            return ""
+        try:
+            fit(tmp_path / "run", resume=how, seed=1, resume_with_changes=True, task=Waits(tmp_path))
+        except FileExistsError as error:
+            return str(error)
+        return "not refused"
+
+    _, refusal = results
     assert "Use a new folder" in refusal
     assert updates(tmp_path / "run") == list(range(1, 25))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0

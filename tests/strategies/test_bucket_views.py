@@ -9,7 +9,7 @@ import torch
 
 from engine import Trainer
 from strategies import DDPStrategy
-from tests.kit.processes import run
+from tests.kit.processes import on_processes, run
 from tests.kit.reference import Branches, Regression, Watch, parameters
 from tests.kit.table import EPOCHS, TAILS, N, expected
 
@@ -35,32 +35,23 @@ class Noting(DDPStrategy):
         self._watch.places.add(tuple(p.grad.data_ptr() for p in self._parameters))  # type: ignore[union-attr]
 
 
-def train_views(samples: int, K: int) -> Any:
-    strategy = Noting(gradient_as_bucket_view=True, bucket_cap_mb=1e-4)
-    strategy._watch = watch = Places()
-    trainer = Trainer(strategy, N, K, max_epochs=EPOCHS, shuffle=False, callbacks=watch)
-    trainer.fit(Regression(samples))
-    return parameters(trainer.model), len(watch.places), watch.zeros
-
-
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize(("P", "K"), [(1, 2), (2, 1), (3, 7)])
 def test_gradients_in_buckets_equal_one_big_batch_and_never_move(P: int, K: int, tail: str) -> None:
     samples = TAILS[tail](P * N * K)
-    for found, places, are_zero in run(P, train_views, samples, K):
+
+    @on_processes(P)
+    def results() -> Any:
+        strategy = Noting(gradient_as_bucket_view=True, bucket_cap_mb=1e-4)
+        strategy._watch = watch = Places()
+        trainer = Trainer(strategy, N, K, max_epochs=EPOCHS, shuffle=False, callbacks=watch)
+        trainer.fit(Regression(samples))
+        return parameters(trainer.model), len(watch.places), watch.zeros
+
+    for found, places, are_zero in results:
         torch.testing.assert_close(found, expected(samples, P * N * K), rtol=0, atol=1e-12)
         assert places == 1  # from the first micro-batch of the run on
         assert are_zero
-
-
-def fit_branches() -> Any:
-    strategy = DDPStrategy(gradient_as_bucket_view=True, find_unused_parameters=True)
-    trainer = Trainer(strategy, micro_batch_size=2, max_epochs=3, shuffle=False)
-    task = Regression(23, model=Branches)
-    task.configure_optimizer = lambda model: torch.optim.AdamW(model.parameters(), lr=0.01)  # type: ignore[method-assign]
-    trainer.fit(task)
-    assert not trainer.optimizer.state.keys() & set(trainer.model.never.parameters())  # type: ignore[union-attr, operator]
-    return parameters(trainer.model)
 
 
 def test_parameters_that_nobody_used_are_not_decayed() -> None:
@@ -69,7 +60,18 @@ def test_parameters_that_nobody_used_are_not_decayed() -> None:
     task = Regression(23, model=Branches)
     task.configure_optimizer = lambda model: torch.optim.AdamW(model.parameters(), lr=0.01)  # type: ignore[method-assign]
     alone.fit(task)
-    for found in run(2, fit_branches):
+
+    @on_processes(2)
+    def results() -> Any:
+        strategy = DDPStrategy(gradient_as_bucket_view=True, find_unused_parameters=True)
+        trainer = Trainer(strategy, micro_batch_size=2, max_epochs=3, shuffle=False)
+        task = Regression(23, model=Branches)
+        task.configure_optimizer = lambda model: torch.optim.AdamW(model.parameters(), lr=0.01)  # type: ignore[method-assign]
+        trainer.fit(task)
+        assert not trainer.optimizer.state.keys() & set(trainer.model.never.parameters())  # type: ignore[union-attr, operator]
+        return parameters(trainer.model)
+
+    for found in results:
         torch.testing.assert_close(found, parameters(alone.model), rtol=0, atol=1e-9)
 
 

@@ -15,7 +15,7 @@ from engine import Trainer
 from engine.cli.main import parse
 from strategies import DDPStrategy
 from tests.kit.killed import fit, history, same
-from tests.kit.processes import run
+from tests.kit.processes import on_processes, run
 from tests.kit.recorders import Collectives
 from tests.kit.reference import Regression, Watch, big_batch_run, in_order, parameters
 
@@ -48,15 +48,6 @@ def test_hooks_are_options_of_the_command_line() -> None:
         parse([chosen[0], "--trainer.strategy.communication_hook=fp8"])
 
 
-def one_update(hook: str, samples: int, K: int) -> Any:
-    torch.manual_seed(0)
-    before = parameters(wide())
-    trainer = Trainer(strategy(hook), micro_batch_size=N, accumulate_grad_batches=K, max_epochs=1, shuffle=False)
-    trainer.fit(Regression(samples, lr=1.0, model=wide))
-    assert trainer.update == 1
-    return before - parameters(trainer.model)
-
-
 @pytest.mark.parametrize("hook", OFF)
 @pytest.mark.parametrize(("P", "samples"), [(2, 16), (3, 17), (3, 5)])
 def test_a_gradient_is_as_far_off_as_is_said(P: int, samples: int, hook: str) -> None:
@@ -64,22 +55,33 @@ def test_a_gradient_is_as_far_off_as_is_said(P: int, samples: int, hook: str) ->
     task = Regression(samples, lr=1.0, model=wide)
     torch.manual_seed(0)
     exact = parameters(wide()) - big_batch_run(task, [in_order(samples, samples)])
-    for found in run(P, one_update, hook, samples, 2):
+
+    @on_processes(P)
+    def results() -> Any:
+        torch.manual_seed(0)
+        before = parameters(wide())
+        trainer = Trainer(strategy(hook), micro_batch_size=N, accumulate_grad_batches=2, max_epochs=1, shuffle=False)
+        trainer.fit(Regression(samples, lr=1.0, model=wide))
+        assert trainer.update == 1
+        return before - parameters(trainer.model)
+
+    for found in results:
         off = torch.linalg.vector_norm(found - exact) / torch.linalg.vector_norm(exact)
         assert 1e-6 < off < OFF[hook]
 
 
-def one_large_gradient() -> float:
-    chosen = DDPStrategy(communication_hook="fp16")
-    model = chosen.prepare(nn.Linear(1, 1, bias=False))
-    with chosen.accumulation_context(is_last_microbatch=True):
-        chosen.backward(model(torch.ones(1)).sum(), 50_000.0 if dist.get_rank() == 0 else 0.0)
-    return float(next(model.parameters()).grad)  # type: ignore[arg-type]
-
-
 def test_fp16_holds_its_largest_number_on_one_process_alone() -> None:
     """A cast before the division by P would overflow: DDP hands over P times the gradient."""
-    assert run(3, one_large_gradient) == [pytest.approx(50_000.0, rel=1e-3)] * 3
+
+    @on_processes(3)
+    def gradients() -> float:
+        chosen = DDPStrategy(communication_hook="fp16")
+        model = chosen.prepare(nn.Linear(1, 1, bias=False))
+        with chosen.accumulation_context(is_last_microbatch=True):
+            chosen.backward(model(torch.ones(1)).sum(), 50_000.0 if dist.get_rank() == 0 else 0.0)
+        return float(next(model.parameters()).grad)
+
+    assert gradients == [pytest.approx(50_000.0, rel=1e-3)] * 3
 
 
 class Bytes(Collectives):
@@ -120,19 +122,20 @@ class Single(Regression):
         self.x, self.y = self.x.float(), self.y.float()
 
 
-def count(hook: str | None, K: int) -> Any:
-    watch = CountBytes()
-    Trainer(strategy(hook), micro_batch_size=N, accumulate_grad_batches=K, max_epochs=2, callbacks=watch).fit(
-        Single(4 * N * K + 1)
-    )
-    return watch.bytes, watch.told
-
-
 @pytest.mark.parametrize("K", [1, 4])
 @pytest.mark.parametrize(("hook", "part"), [(None, 1.0), ("fp16", 0.5), ("bf16", 0.5)])
 def test_half_the_gradients_bytes_cross_the_wire(hook: str | None, part: float, K: int) -> None:
     gradients = 4 * sum(p.numel() for p in wide().parameters())
-    for counted, (buckets, told) in run(2, count, hook, K):
+
+    @on_processes(2)
+    def results() -> Any:
+        watch = CountBytes()
+        Trainer(strategy(hook), micro_batch_size=N, accumulate_grad_batches=K, max_epochs=2, callbacks=watch).fit(
+            Single(4 * N * K + 1)
+        )
+        return watch.bytes, watch.told
+
+    for counted, (buckets, told) in results:
         assert told == part * gradients
         assert buckets > 1
         for update in counted:

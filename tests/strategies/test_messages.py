@@ -17,7 +17,7 @@ from engine import Callback, Trainer
 from strategies import DDPStrategy, FSDPStrategy, UserError
 from strategies import process_group as module
 from strategies.process_group import ProcessGroupStrategy, _check_open_files
-from tests.kit.processes import ChildError, run
+from tests.kit.processes import ChildError, on_processes, run
 from tests.kit.reference import Regression, big_batch_run, in_order
 
 SIZES = [1, 2, 3, 5]
@@ -53,18 +53,19 @@ def counted(call: Callable[[], Any]) -> tuple[Any, Counter[str]]:
             setattr(dist, name, original)
 
 
-def rows() -> Any:
-    strategy = set_up()
-    own = (strategy.rank, "x" * strategy.rank)
-    found, sent = counted(lambda: strategy.gather(own))
-    collected = strategy.collect(own)
-    return found, collected, strategy.first(own), sent, strategy.gather([None] * strategy.rank)
-
-
 @pytest.mark.parametrize("P", SIZES)
 def test_rows_are_those_of_all_in_order(P: int) -> None:
     expected = [(rank, "x" * rank) for rank in range(P)]
-    for rank, (found, collected, first, sent, lists) in enumerate(run(P, rows)):
+
+    @on_processes(P)
+    def results() -> Any:
+        strategy = set_up()
+        own = (strategy.rank, "x" * strategy.rank)
+        found, sent = counted(lambda: strategy.gather(own))
+        collected = strategy.collect(own)
+        return found, collected, strategy.first(own), sent, strategy.gather([None] * strategy.rank)
+
+    for rank, (found, collected, first, sent, lists) in enumerate(results):
         assert found == expected
         assert first == expected[0]
         assert lists == [[None] * rank for rank in range(P)]

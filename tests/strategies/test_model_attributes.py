@@ -115,15 +115,14 @@ class Independent(Regression):
         return Loss(output.sum(), len(output))
 
 
-def fit_independent(find_unused: bool) -> None:
-    strategy = DDPStrategy(find_unused_parameters=find_unused)
-    Trainer(strategy, micro_batch_size=4, accumulate_grad_batches=2, max_epochs=1).fit(Independent(32))
-
-
 @pytest.mark.parametrize("find_unused", [False, True])
 def test_a_loss_that_does_not_depend_on_the_model_is_refused(find_unused: bool) -> None:
+    def fit_independent() -> None:
+        strategy = DDPStrategy(find_unused_parameters=find_unused)
+        Trainer(strategy, micro_batch_size=4, accumulate_grad_batches=2, max_epochs=1).fit(Independent(32))
+
     with pytest.raises(ChildError, match=r"return Loss\(0 \* output.sum\(\), 0\)") as raised:
-        run(2, fit_independent, find_unused, seconds=20)
+        run(2, fit_independent, seconds=20)
     assert "the loss was not computed with the `model`" in raised.value.errors[0]
 
 
@@ -132,10 +131,9 @@ class Layers(Regression):
         return nn.functional.mse_loss(model.encode(batch[0]), batch[1])
 
 
-def fit_pipeline() -> None:
-    Trainer("pipeline", micro_batch_size=4, accumulate_grad_batches=4, max_epochs=1).fit(Layers(32))
-
-
 def test_a_pipeline_says_how_its_model_is_called() -> None:
+    def fit_pipeline() -> None:
+        Trainer("pipeline", micro_batch_size=4, accumulate_grad_batches=4, max_epochs=1).fit(Layers(32))
+
     with pytest.raises(ChildError, match=r"model\.encode: the model of a pipeline is in parts.* Call it as model\(x\)"):
         run(2, fit_pipeline, seconds=30)

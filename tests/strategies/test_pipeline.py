@@ -18,7 +18,7 @@ from strategies import PipelineStrategy
 from strategies.pipeline.parts import balanced
 from strategies.torch_internals import IS_BEFORE_2_13
 from tests.kit.killed import Full, same
-from tests.kit.processes import ChildError, run
+from tests.kit.processes import ChildError, on_processes, run
 from tests.kit.recorders import Count
 from tests.kit.reference import Regression, Samples, Watch, big_batch_run, in_order, mlp
 from tests.kit.tokens import Sequences, big_batch
@@ -50,15 +50,6 @@ def close(found: Any, expected: Any) -> None:
         torch.testing.assert_close(found["optimizer"].get(part, found["model"]), values, rtol=0, atol=1e-12)
 
 
-def table(schedule: Any, stages: int, K: int, counts: list[int]) -> Any:
-    """Train on each number of samples in turn, in the same processes."""
-    results = []
-    for samples in counts:
-        keeps, records, _ = fit(Regression(samples), PipelineStrategy(stages, schedule, K), K)
-        results.append((keeps.parameters, [r["effective_batch"] for r in records], records[-1]["samples"]))
-    return results
-
-
 @pytest.mark.parametrize(
     ("P", "stages", "schedule", "K"),
     [
@@ -76,7 +67,16 @@ def table(schedule: Any, stages: int, K: int, counts: list[int]) -> Any:
 def test_a_pipeline_equals_one_big_batch(P: int, stages: int, schedule: str, K: int) -> None:
     window = P * N * K
     counts = [3 * window, 2 * window + window // 2 + 1, 2 * window + 1]  # divides; short and ragged; one sample
-    for process in run(P * stages, table, schedule, stages, K, counts):
+
+    @on_processes(P * stages)  # each number of samples in turn, in the same processes
+    def by_rank() -> Any:
+        results = []
+        for samples in counts:
+            keeps, records, _ = fit(Regression(samples), PipelineStrategy(stages, schedule, K), K)
+            results.append((keeps.parameters, [r["effective_batch"] for r in records], records[-1]["samples"]))
+        return results
+
+    for process in by_rank:
         for samples, (found, batches, total) in zip(counts, process, strict=True):
             reference = big_batch_run(Regression(samples), [in_order(samples, window)] * EPOCHS)
             torch.testing.assert_close(found, reference, rtol=0, atol=1e-12)
@@ -218,17 +218,18 @@ class Spikes(Regression):
         self.y[at] = math.inf
 
 
-def fit_spikes(samples: int, at: int) -> Any:
-    keeps, records, _ = fit(Spikes(samples, at), PipelineStrategy(micro_batches=2), 2, max_epochs=1)
-    return keeps.parameters, [r["skipped"] for r in records]
-
-
 @pytest.mark.parametrize("P", [1, 2])
 def test_an_update_that_is_not_finite_is_skipped_by_all(P: int) -> None:
     samples = 3 * P * N * 2
     windows = in_order(samples, P * N * 2)
     reference = big_batch_run(Regression(samples), [[windows[0], windows[2]]])
-    for found, skipped in run(2 * P, fit_spikes, samples, windows[1][-1]):
+
+    @on_processes(2 * P)
+    def results() -> Any:
+        keeps, records, _ = fit(Spikes(samples, windows[1][-1]), PipelineStrategy(micro_batches=2), 2, max_epochs=1)
+        return keeps.parameters, [r["skipped"] for r in records]
+
+    for found, skipped in results:
         torch.testing.assert_close(found, reference, rtol=0, atol=1e-12)
         assert skipped == [0, 1, 1]
 
@@ -245,22 +246,22 @@ class Validated(Regression):
         return {"loss": (errors**2).mean(), "bias": Loss(errors.sum(), len(x))}
 
 
-def fit_validated(samples: int) -> Any:
-    task = Validated(samples)
-    keeps, _, trainer = fit(task, PipelineStrategy(2, "1F1B", 2), 2)
-    return (
-        keeps.state["model"],
-        trainer.metrics,
-        trainer.validate(task),
-        Trainer(PipelineStrategy(), accumulate_grad_batches=4, max_epochs=1).validate(task),
-    )
-
-
 @pytest.mark.parametrize("P", [1, 2])
 def test_validation_goes_through_the_pipeline(P: int) -> None:
     task = Validated(20)
     untrained = Trainer("single", max_epochs=1).validate(task)
-    for state, metrics, again, fresh in run(2 * P, fit_validated, 20):
+
+    @on_processes(2 * P)
+    def results() -> Any:
+        keeps, _, trainer = fit(task, PipelineStrategy(2, "1F1B", 2), 2)
+        return (
+            keeps.state["model"],
+            trainer.metrics,
+            trainer.validate(task),
+            Trainer(PipelineStrategy(), accumulate_grad_batches=4, max_epochs=1).validate(task),
+        )
+
+    for state, metrics, again, fresh in results:
         model = mlp()
         model.load_state_dict(state)
         errors = (model(task.x[:7]) - task.y[:7]).detach()
@@ -369,14 +370,13 @@ def test_models_and_data_that_do_not_fit_are_refused_on_all_processes(task: Any,
     assert all("UserError" in text or "ValueError" in text for text in raised.value.errors.values())
 
 
-def own_loop() -> None:
-    strategy, task = PipelineStrategy(), Regression(64)
-    strategy.setup()
-    model = strategy.prepare(mlp())
-    Accumulator(strategy, model, task.configure_optimizer(model), task.train_data(), N, 4)
-
-
 def test_a_loop_of_one_s_own_is_refused() -> None:
+    def own_loop() -> None:
+        strategy, task = PipelineStrategy(), Regression(64)
+        strategy.setup()
+        model = strategy.prepare(mlp())
+        Accumulator(strategy, model, task.configure_optimizer(model), task.train_data(), N, 4)
+
     with pytest.raises(ChildError, match="runs whole windows"):
         run(2, own_loop, seconds=20)
 
@@ -568,17 +568,16 @@ class Told(Full):
         return super().evaluate(model, batch)
 
 
-def fit_told(folder: str, where: str, rank: int) -> Any:
-    options = {"validate_every_n_updates": 2, "run_dir": folder}
-    trainer = Trainer(PipelineStrategy(micro_batches=2), 2, 2, max_epochs=2, **options)
-    trainer.fit(Told(where, rank))
-    return bool(trainer.interrupted_by), trainer.update
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(("where", "update"), [("window", {0, 1}), ("validation", {2})])
 def test_a_signal_to_one_stage_stops_all_at_one_boundary(tmp_path: Path, where: str, update: Any, rank: int) -> None:
-    results = run(2, fit_told, str(tmp_path / "run"), where, rank, seconds=20, timeout=15)
+    @on_processes(2, seconds=20, timeout=15)
+    def results() -> Any:
+        options = {"validate_every_n_updates": 2, "run_dir": str(tmp_path / "run")}
+        trainer = Trainer(PipelineStrategy(micro_batches=2), 2, 2, max_epochs=2, **options)
+        trainer.fit(Told(where, rank))
+        return bool(trainer.interrupted_by), trainer.update
+
     assert len(set(results)) == 1
     assert results[0][0]
     assert results[0][1] in update

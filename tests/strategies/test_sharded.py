@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from engine import Accumulator, Callback, GradientAccumulationScheduler, Trainer
 from strategies import FSDPStrategy, resolve
 from tests.kit.killed import SCHEDULING, Full, Witness, check_samples, history, same
-from tests.kit.processes import ChildError, run
+from tests.kit.processes import ChildError, on_processes, run
 from tests.kit.recorders import Count
 from tests.kit.reference import Regression, big_batch_run, in_order
 from tests.kit.streams import Streamed, deal, windows_of
@@ -84,11 +84,6 @@ def check(found: Tensor, reference: Tensor) -> None:
     torch.testing.assert_close(found, reference, rtol=0, atol=1e-12)
 
 
-def train_table(mode: str, P: int, Ks: tuple[int, ...]) -> Any:
-    cases = [(K, TAILS[tail](P * N * K)) for K in Ks for tail in TAILS]
-    return [(K, samples, *train(MODES[mode], Regression(samples, model=Tower), K)) for K, samples in cases]
-
-
 EVERY_DAY = [(1, "window"), (2, "micro_batch"), (3, "window")]
 TABLE = [pytest.param(P, mode, (1, 2), id=f"{P}-{mode}") for P, mode in EVERY_DAY] + [
     pytest.param(P, mode, (1, 2, 7), id=f"{P}-{mode}, K to 7", marks=SLOW if P == 3 else LONG)
@@ -99,71 +94,68 @@ TABLE = [pytest.param(P, mode, (1, 2), id=f"{P}-{mode}") for P, mode in EVERY_DA
 
 @pytest.mark.parametrize(("P", "mode", "Ks"), TABLE)
 def test_fsdp_equals_one_big_batch(P: int, mode: str, Ks: tuple[int, ...]) -> None:
-    for K, samples, found, records in run(P, train_table, mode, P, Ks)[0]:
+    @on_processes(P)
+    def results() -> Any:
+        cases = [(K, TAILS[tail](P * N * K)) for K in Ks for tail in TAILS]
+        return [(K, samples, *train(MODES[mode], Regression(samples, model=Tower), K)) for K, samples in cases]
+
+    for K, samples, found, records in results[0]:
         check(found, expected(samples, P * N * K))
         assert records[-1]["samples"] == EPOCHS * samples
-
-
-def train_hybrid(reduce: Any, samples: int, K: int) -> Any:
-    strategy = FSDPStrategy(reduce, shard_size=2, timeout_seconds=20)
-    fingerprints: list[int] = []
-    keeps = Callback()
-    keeps.on_update_end = lambda trainer: fingerprints.append(strategy.fingerprint())  # type: ignore[method-assign]
-    found, records = train({}, Regression(samples, model=Tower), K, strategy, callbacks=[keeps])
-    return found, records, fingerprints
 
 
 @pytest.mark.parametrize("reduce", ["window", pytest.param("micro_batch", marks=SLOW)])
 @pytest.mark.parametrize("tail", ["short", pytest.param("divides", marks=LONG), pytest.param("one", marks=LONG)])
 def test_hybrid_shards_equal_one_big_batch(tail: str, reduce: str) -> None:
     samples = TAILS[tail](4 * N * 2)
-    results = run(4, train_hybrid, reduce, samples, 2)
+
+    @on_processes(4)
+    def results() -> Any:
+        strategy = FSDPStrategy(reduce, shard_size=2, timeout_seconds=20)
+        fingerprints: list[int] = []
+        keeps = Callback()
+        keeps.on_update_end = lambda trainer: fingerprints.append(strategy.fingerprint())  # type: ignore[method-assign]
+        found, records = train({}, Regression(samples, model=Tower), 2, strategy, callbacks=[keeps])
+        return found, records, fingerprints
+
     check(results[0][0], expected(samples, 4 * N * 2))
     assert len({tuple(fingerprints) for *_, fingerprints in results}) == 1
     assert len(set(results[0][2])) == len(results[0][2])  # each update changed something
 
 
-def train_small(B: int) -> Any:
-    return train({}, Regression(23, model=Tower), effective_batch_size=B)
-
-
 @pytest.mark.parametrize(("P", "B"), [(2, 1), pytest.param(4, 1, marks=SLOW), (4, 7)])
 def test_processes_that_never_had_a_micro_batch_learn_the_order_from_the_others(P: int, B: int) -> None:
-    check(run(P, train_small, B)[0][0], expected(23, B))
-
-
-def train_scheduled(mode: str, scheduling: dict[int, int]) -> Any:
-    callbacks = [GradientAccumulationScheduler(scheduling)]
-    return train(MODES[mode], Regression(45, model=Tower), max_epochs=4, callbacks=callbacks)
+    check(run(P, lambda: train({}, Regression(23, model=Tower), effective_batch_size=B))[0][0], expected(23, B))
 
 
 @pytest.mark.parametrize("mode", ["window", "kept"])
 def test_windows_that_vary(mode: str) -> None:
-    found, _ = run(2, train_scheduled, mode, {0: 3, 1: 1, 2: 8})[0]
+    @on_processes(2)
+    def results() -> Any:
+        callbacks = [GradientAccumulationScheduler({0: 3, 1: 1, 2: 8})]
+        return train(MODES[mode], Regression(45, model=Tower), max_epochs=4, callbacks=callbacks)
+
+    found, _ = results[0]
     reference = big_batch_run(Regression(45, model=Tower), [in_order(45, 2 * N * K) for K in (3, 1, 8, 8)])
     check(found, reference)
-
-
-def train_stream(mode: str, lengths: list[int], scheduling: dict[int, int]) -> Any:
-    pieces = deal(lengths, [3, 5, 1, 2])
-    samples = sum(len(piece) for own in pieces for piece in own)
-    task = Streamed(samples, pieces, model=Tower)
-    return train(MODES[mode], task, callbacks=[GradientAccumulationScheduler(scheduling)])
 
 
 @pytest.mark.parametrize("mode", ["window", "kept", "micro_batch"])
 @pytest.mark.parametrize("lengths", [[0, 1], [7, 2], pytest.param([5, 1, 0], marks=SLOW)], ids=str)
 def test_uneven_streams(lengths: list[int], mode: str) -> None:
     pieces, scheduling = deal(lengths, [3, 5, 1, 2]), {0: 3, 1: 2}
-    found, records = run(len(lengths), train_stream, mode, lengths, scheduling)[0]
+
+    @on_processes(len(lengths))
+    def results() -> Any:
+        samples = sum(len(piece) for own in pieces for piece in own)
+        task = Streamed(samples, pieces, model=Tower)
+        return train(MODES[mode], task, callbacks=[GradientAccumulationScheduler(scheduling)])
+
+    found, records = results[0]
     reference = big_batch_run(
         Regression(records[-1]["samples"] // EPOCHS, model=Tower), [windows_of(pieces, K) for K in scheduling.values()]
     )
     check(found, reference)
-
-
-def train_tokens(mode: str, max_norm: float | None) -> Any:
-    return train(MODES[mode], Sequences(33, masked=range(4)), 2, gradient_clip_norm=max_norm)
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.1])
@@ -171,7 +163,7 @@ def train_tokens(mode: str, max_norm: float | None) -> Any:
 def test_token_weights_and_clipping(mode: str, max_norm: float | None) -> None:
     task = Sequences(33, masked=range(4))
     reference, losses = big_batch(task, in_order(33, 2 * N * 2), EPOCHS, max_norm)
-    results = run(2, train_tokens, mode, max_norm)
+    results = run(2, lambda: train(MODES[mode], Sequences(33, masked=range(4)), 2, gradient_clip_norm=max_norm))
     check(results[0][0], reference)
     for _, records in results:
         assert [r["loss"] for r in records] == pytest.approx(losses, rel=1e-9)
@@ -186,21 +178,11 @@ class Spoilt(Regression):
         return loss * float("nan") if 17 in batch[2].tolist() else loss
 
 
-def train_spoilt() -> Any:
-    return train({}, Spoilt(45, model=Tower), 2)
-
-
 def test_an_update_that_is_not_finite_is_skipped_on_all_processes() -> None:
-    results = run(2, train_spoilt)
+    results = run(2, lambda: train({}, Spoilt(45, model=Tower), 2))
     windows = [rows for rows in in_order(45, 16) if 17 not in rows]
     check(results[0][0], big_batch_run(Regression(45, model=Tower), [windows] * EPOCHS))
     assert all([r["skipped"] for r in records] == [0, 1, 1, 1, 2, 2] for _, records in results)
-
-
-def count(mode: str, K: int, samples: int) -> Any:
-    watch = Count()
-    train({**MODES[mode], "shard_size": None}, Regression(samples, model=Tower), K, callbacks=[watch])
-    return watch.counts
 
 
 UNITS = 4
@@ -211,7 +193,14 @@ UNITS = 4
 def test_collectives_of_a_window(mode: str, K: int) -> None:
     """The last unit's backward finds it gathered where nothing came after it; the root keeps its parameters."""
     samples = 2 * (2 * N * K) + 1  # in the last window one process alone has a sample
-    for counts in run(2, count, mode, K, samples):
+
+    @on_processes(2)
+    def by_rank() -> Any:
+        watch = Count()
+        train({**MODES[mode], "shard_size": None}, Regression(samples, model=Tower), K, callbacks=[watch])
+        return watch.counts
+
+    for counts in by_rank:
         passes = [K, K, 1] * EPOCHS
         assert [update["_reduce_scatter_base_"] for update in counts] == [
             UNITS * (p if mode == "micro_batch" else 1) for p in passes
@@ -223,29 +212,30 @@ def test_collectives_of_a_window(mode: str, K: int) -> None:
         assert {update["allreduce_"] for update in counts} == {2 if mode == "freed" else 1}  # norm, and used parameters
 
 
-def train_own(K: int, samples: int) -> Any:
-    task = Regression(samples, model=Tower)
-    strategy = FSDPStrategy()
-    strategy.setup()
-    torch.manual_seed(0)
-    model = strategy.prepare(task.configure_model())
-    accumulator = Accumulator(
-        strategy, model, task.configure_optimizer(model), task.train_data(), N, {0: K, 1: K + 1}, shuffle=False
-    )
-    for epoch in range(2):
-        for window in accumulator.windows(epoch):
-            for batch in window:
-                window.backward(task.loss(model, batch))
-            window.update()
-    return whole(strategy)
-
-
 def test_a_loop_of_one_s_own() -> None:
     samples, K = 2 * 3 * N * 2 + 1, 2
     reference = big_batch_run(
         Regression(samples, model=Tower), [in_order(samples, 3 * N * K), in_order(samples, 3 * N * (K + 1))]
     )
-    check(run(3, train_own, K, samples)[0], reference)
+
+    @on_processes(3)
+    def results() -> Any:
+        task = Regression(samples, model=Tower)
+        strategy = FSDPStrategy()
+        strategy.setup()
+        torch.manual_seed(0)
+        model = strategy.prepare(task.configure_model())
+        accumulator = Accumulator(
+            strategy, model, task.configure_optimizer(model), task.train_data(), N, {0: K, 1: K + 1}, shuffle=False
+        )
+        for epoch in range(2):
+            for window in accumulator.windows(epoch):
+                for batch in window:
+                    window.backward(task.loss(model, batch))
+                window.update()
+        return whole(strategy)
+
+    check(results[0], reference)
 
 
 # Going on
@@ -423,20 +413,19 @@ class Fails(nn.Linear):
         return super().forward(x)
 
 
-def fail(ranks: tuple[int, ...], time: int) -> Any:
-    def model() -> nn.Module:
-        tower = Tower()
-        tower.blocks[1] = Fails(ranks, time)
-        return tower
-
-    train({}, Regression(45, model=model), 3)
-
-
 @pytest.mark.parametrize("time", [1, 4], ids=["first", "later"])
 @pytest.mark.parametrize("ranks", [(0, 1), (1,)], ids=str)
 def test_a_forward_that_fails_is_told_to_all(ranks: tuple[int, ...], time: int) -> None:
+    def fail() -> Any:
+        def model() -> nn.Module:
+            tower = Tower()
+            tower.blocks[1] = Fails(ranks, time)
+            return tower
+
+        train({}, Regression(45, model=model), 3)
+
     with pytest.raises(ChildError) as raised:
-        run(2, fail, ranks, time, seconds=15)
+        run(2, fail, seconds=15)
     assert raised.value.errors[1] == "KeyError: 'boom'"
     if ranks == (1,):
         assert "process 1 failed in update" in raised.value.errors[0]
@@ -471,16 +460,16 @@ def test_parameters_that_are_not_always_used() -> None:
         run(2, train_conditional, False, False)
 
 
-def train_conditional_in_bf16() -> Any:
-    task = Regression(23, model=lambda: Conditional(False).float())
-    task.x, task.y = task.x.float(), task.y.float()
-    return train({"find_unused_parameters": True, "param_dtype": "bfloat16"}, task, 2)[0]
-
-
 def test_parameters_that_are_not_always_used_in_low_precision() -> None:
     single = train({}, Regression(23, model=lambda: Conditional(False)), 4, resolve("single"))[0]
-    found = run(2, train_conditional_in_bf16)[0]
-    torch.testing.assert_close(found.double(), single, rtol=0, atol=0.02)
+
+    @on_processes(2)
+    def results() -> Any:
+        task = Regression(23, model=lambda: Conditional(False).float())
+        task.x, task.y = task.x.float(), task.y.float()
+        return train({"find_unused_parameters": True, "param_dtype": "bfloat16"}, task, 2)[0]
+
+    torch.testing.assert_close(results[0].double(), single, rtol=0, atol=0.02)
 
 
 def test_units_that_are_not_always_called_are_an_error() -> None:
@@ -542,16 +531,6 @@ class Tied(Tower):
         self.blocks[2].weight = self.blocks[1][0].weight
 
 
-def refuse(what: str) -> None:
-    options: dict[str, Any] = {"shard_size": {"shard_size": 3}, "wrap": {"wrap": ["Block"]}}.get(what, {})
-
-    def model() -> nn.Module:
-        tower = Tied() if what == "tied" else Tower()
-        return _mixed(tower) if what == "dtypes" else tower
-
-    train(options, Regression(45, model=model))
-
-
 def _mixed(tower: Tower) -> Tower:
     tower.last.bias = nn.Parameter(tower.last.bias.float())
     return tower
@@ -567,8 +546,17 @@ def _mixed(tower: Tower) -> Tower:
     ],
 )
 def test_models_and_groups_that_cannot_be_are_refused(what: str, message: str) -> None:
+    def refuse() -> None:
+        options: dict[str, Any] = {"shard_size": {"shard_size": 3}, "wrap": {"wrap": ["Block"]}}.get(what, {})
+
+        def model() -> nn.Module:
+            tower = Tied() if what == "tied" else Tower()
+            return _mixed(tower) if what == "dtypes" else tower
+
+        train(options, Regression(45, model=model))
+
     with pytest.raises(ChildError) as raised:
-        run(2, refuse, what, seconds=20)
+        run(2, refuse, seconds=20)
     assert all(message in error for error in raised.value.errors.values())
 
 

@@ -13,7 +13,7 @@ from engine import Accumulator, Trainer
 from strategies import DDPStrategy
 from strategies.optimizer_shards import divide
 from tests.kit.killed import Dies, Full, fit, history, same
-from tests.kit.processes import ChildError, run
+from tests.kit.processes import ChildError, on_processes, run
 from tests.kit.recorders import Count
 from tests.kit.reference import Regression, parameters
 
@@ -100,16 +100,16 @@ def test_shares_are_about_equal(P: int) -> None:
     assert max(sizes) - min(sizes) <= 24 * 24
 
 
-def count(P: int) -> Any:
-    watch = Count()
-    strategy = DDPStrategy(shard_optimizer=True)
-    Trainer(strategy, N, 3, max_epochs=2, callbacks=watch).fit(Regression(3 * N * P * 2))
-    return watch.counts
-
-
 @pytest.mark.parametrize("P", [2, 3])
 def test_an_update_adds_one_broadcast_from_each_process(P: int) -> None:
-    for counts in run(P, count, P):
+    @on_processes(P)
+    def by_rank() -> Any:
+        watch = Count()
+        strategy = DDPStrategy(shard_optimizer=True)
+        Trainer(strategy, N, 3, max_epochs=2, callbacks=watch).fit(Regression(3 * N * P * 2))
+        return watch.counts
+
+    for counts in by_rank:
         assert all(update == {"allreduce_": 1, "allgather_": 1, "broadcast_": P} for update in counts), counts
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from engine import GradientAccumulationScheduler, Trainer
 from strategies import DDPStrategy, DPStrategy, FSDPStrategy, PipelineStrategy, SingleDeviceStrategy, Strategy, resolve
 from strategies.dp import SplitOverCPU
-from tests.kit.processes import ChildError, run
+from tests.kit.processes import ChildError, on_processes, run
 from tests.kit.reference import Branches, Regression, data, mlp, parameters
 
 
@@ -87,13 +87,9 @@ class Static(DDPStrategy):
         return nn.parallel.DistributedDataParallel(model, static_graph=True)
 
 
-def fit_static() -> None:
-    Trainer(Static(), micro_batch_size=4, max_epochs=1).fit(Regression(40))
-
-
 def test_a_subclass_cannot_bring_in_a_static_graph() -> None:
     with pytest.raises(ChildError, match="does not take static_graph"):
-        run(2, fit_static)
+        run(2, lambda: Trainer(Static(), micro_batch_size=4, max_epochs=1).fit(Regression(40)))
 
 
 def test_dp_on_the_cpu_really_splits_the_batch() -> None:
@@ -196,24 +192,24 @@ def test_state_has_the_user_s_names_and_can_be_loaded(task_class: Any) -> None:
             )
 
 
-def use_group() -> bool:
-    for _ in range(2):
-        Trainer("ddp", micro_batch_size=4, max_epochs=1).fit(Regression(16))
-    return dist.is_initialized()
-
-
 def test_a_group_that_exists_is_used_and_left_in_place() -> None:
-    assert run(2, use_group) == [True, True]
+    @on_processes(2)
+    def is_initialized() -> bool:
+        for _ in range(2):
+            Trainer("ddp", micro_batch_size=4, max_epochs=1).fit(Regression(16))
+        return dist.is_initialized()
 
-
-def own_group() -> bool:
-    for _ in range(2):
-        Trainer("ddp", micro_batch_size=4, max_epochs=1).fit(Regression(16))
-    return dist.is_initialized()
+    assert is_initialized == [True, True]
 
 
 def test_a_group_that_tally_made_is_destroyed() -> None:
-    assert run(1, own_group, group=False) == [False]
+    @on_processes(1, group=False)
+    def is_initialized() -> bool:
+        for _ in range(2):
+            Trainer("ddp", micro_batch_size=4, max_epochs=1).fit(Regression(16))
+        return dist.is_initialized()
+
+    assert is_initialized == [False]
 
 
 def second_window_then_as_first(samples: int) -> bool:
@@ -303,12 +299,13 @@ class UsesAll(Branches):
         return everywhere if dist.get_rank() == 1 and x[0, 0] < 0 else everywhere + self.never(x)
 
 
-def fit_uses_all() -> None:
-    strategy = DDPStrategy(timeout_seconds=20, bucket_cap_mb=1e-4)
-    Trainer(strategy, micro_batch_size=2, accumulate_grad_batches=2, max_epochs=3).fit(Regression(23, model=UsesAll))
-
-
 def test_a_parameter_that_one_process_did_not_use_is_named_on_all() -> None:
+    def fit_uses_all() -> None:
+        strategy = DDPStrategy(timeout_seconds=20, bucket_cap_mb=1e-4)
+        Trainer(strategy, micro_batch_size=2, accumulate_grad_batches=2, max_epochs=3).fit(
+            Regression(23, model=UsesAll)
+        )
+
     with pytest.raises(ChildError) as raised:
         run(2, fit_uses_all, seconds=15)
     parameters_ = "did not use these parameters: never.weight, never.bias"

@@ -17,7 +17,7 @@ from engine import Callback, Trainer
 from strategies import DDPStrategy, FSDPStrategy
 from strategies.summed_message import from_limbs, to_limbs
 from tests.kit import hungry
-from tests.kit.processes import ChildError, run
+from tests.kit.processes import ChildError, on_processes, run
 from tests.kit.reference import Regression, Watch, big_batch_run, in_order
 
 
@@ -173,14 +173,17 @@ def test_what_goes_wrong_on_one_is_told_on_all(what: str, own: str, others: str)
     assert all(others in text for text in texts.values())
 
 
-def starved() -> Any:
-    strategy = hungry.DDP()
-    strategy.largest_rows = 1
-    return hungry.fit(hungry.HungryRegression(69, {2: ("middle", 1), 4: ("last", 2)}), strategy, 8, 24, shuffle=False)
-
-
 def test_memory_that_runs_out_on_one_costs_nothing() -> None:
     expected = big_batch_run(Regression(69), [in_order(69, 24)] * 2)
-    for found, records, _ in run(3, starved):
+
+    @on_processes(3)
+    def results() -> Any:
+        strategy = hungry.DDP()
+        strategy.largest_rows = 1
+        return hungry.fit(
+            hungry.HungryRegression(69, {2: ("middle", 1), 4: ("last", 2)}), strategy, 8, 24, shuffle=False
+        )
+
+    for found, records, _ in results:
         assert (found - expected).abs().max() < 1e-12
         assert len(records) == 6

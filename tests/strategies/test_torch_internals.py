@@ -10,24 +10,24 @@ from torch import nn
 from strategies import UserError, check_count, user_name
 from strategies.ddp import DDPStrategy
 from strategies.torch_internals import is_lost_contact, unused_parameters
-from tests.kit.processes import run
-
-
-def lose_contact() -> tuple[bool, bool]:
-    strategy = DDPStrategy(device="cpu", timeout_seconds=5)
-    strategy.setup()
-    if dist.get_rank() == 1:
-        dist.destroy_process_group()
-        return True, True
-    try:
-        dist.all_reduce(torch.ones(1))
-    except RuntimeError as error:
-        return is_lost_contact(error), is_lost_contact(RuntimeError("a layer failed"))
-    return False, False
+from tests.kit.processes import on_processes
 
 
 def test_a_process_that_is_gone_is_told_from_an_error_of_the_user() -> None:
-    assert run(2, lose_contact, seconds=30)[0] == (True, False)
+    @on_processes(2, seconds=30)
+    def results() -> tuple[bool, bool]:
+        strategy = DDPStrategy(device="cpu", timeout_seconds=5)
+        strategy.setup()
+        if dist.get_rank() == 1:
+            dist.destroy_process_group()
+            return True, True
+        try:
+            dist.all_reduce(torch.ones(1))
+        except RuntimeError as error:
+            return is_lost_contact(error), is_lost_contact(RuntimeError("a layer failed"))
+        return False, False
+
+    assert results[0] == (True, False)
 
 
 class Branch(nn.Module):
@@ -39,18 +39,18 @@ class Branch(nn.Module):
         return self.layer(x)  # type: ignore[no-any-return]
 
 
-def leave_out_parameters() -> list[int]:
-    wrapper = nn.parallel.DistributedDataParallel(Branch())
-    wrapper(torch.ones(1, 2)).sum().backward()
-    try:
-        wrapper._check_reducer_finalized()  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        return unused_parameters(error)
-    return []
-
-
 def test_ddp_names_the_parameters_that_a_forward_left_out() -> None:
-    assert run(2, leave_out_parameters) == [[0, 2]] * 2
+    @on_processes(2)
+    def results() -> list[int]:
+        wrapper = nn.parallel.DistributedDataParallel(Branch())
+        wrapper(torch.ones(1, 2)).sum().backward()
+        try:
+            wrapper._check_reducer_finalized()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            return unused_parameters(error)
+        return []
+
+    assert results == [[0, 2]] * 2
     assert unused_parameters(RuntimeError("another error")) == []
 
 

@@ -27,69 +27,39 @@ SECONDS = 60.0
 
 
 class Engine(NamedTuple):
-    """A row: its name, `file.function`, the package of its version, what it claims, and the user's extra line."""
+    """A row: its name, `file.function`, the package of its version, and the user's extra line."""
 
     name: str
     path: str
     package: str
-    says: str
     extra: str = ""
 
 
 ENGINES = [
-    Engine(
-        "textbook loop, `no_sync`",
-        "textbook.train",
-        "torch",
-        "gradients will be accumulated [and] later be synchronized",
-    ),
-    Engine(
-        "Accelerate",
-        "accelerate_loop.train",
-        "accelerate",
-        "number of steps that should pass before gradients are accumulated",
-    ),
+    Engine("textbook loop, `no_sync`", "textbook.train", "torch"),
+    Engine("Accelerate", "accelerate_loop.train", "accelerate"),
     Engine(
         "Accelerate, tokens counted",
         "accelerate_tokens.train",
         "accelerate",
-        "training samples of variable size",
         "loss = loss_sum * K * P / tokens; even_batches=False",
     ),
-    Engine(
-        "transformers.Trainer",
-        "hf_trainer.train",
-        "transformers",
-        "simulates larger batch sizes without additional memory",
-    ),
+    Engine("transformers.Trainer", "hf_trainer.train", "transformers"),
     Engine(
         "transformers.Trainer, `num_items_in_batch`",
         "hf_trainer.train_tokens",
         "transformers",
-        "for precise loss calculation",
         "loss = loss_sum / num_items_in_batch; even_batches=False",
     ),
-    Engine(
-        "Lightning",
-        "lightning_trainer.train",
-        "lightning",
-        "accumulates gradients over k batches before stepping the optimizer",
-    ),
-    Engine("Fabric", "fabric_loop.train", "lightning", "skip gradient synchronization during backward"),
-    Engine(
-        "Ignite", "ignite_trainer.train", "pytorch-ignite", "number of steps the gradients should be accumulated across"
-    ),
-    Engine("TorchTNT", "torchtnt_unit.train", "torchtnt", "how many batches to accumulate gradients over"),
-    Engine(
-        "DeepSpeed",
-        "deepspeed_engine.train",
-        "deepspeed",
-        "number of training steps to accumulate gradients before averaging and applying them",
-    ),
-    Engine("Tally, dataset", "tally_ways.dataset", "tally-engine", "the update of one big batch"),
-    Engine("Tally, stream", "tally_ways.stream", "tally-engine", "the update of one big batch"),
-    Engine("Tally, own loop", "tally_ways.own_loop", "tally-engine", "the update of one big batch"),
-    Engine("Tally, a bare mean over tokens", "tally_ways.bare_token_mean", "tally-engine", "weighs by samples"),
+    Engine("Lightning", "lightning_trainer.train", "lightning"),
+    Engine("Fabric", "fabric_loop.train", "lightning"),
+    Engine("Ignite", "ignite_trainer.train", "pytorch-ignite"),
+    Engine("TorchTNT", "torchtnt_unit.train", "torchtnt"),
+    Engine("DeepSpeed", "deepspeed_engine.train", "deepspeed"),
+    Engine("Tally, dataset", "tally_ways.dataset", "tally-engine"),
+    Engine("Tally, stream", "tally_ways.stream", "tally-engine"),
+    Engine("Tally, own loop", "tally_ways.own_loop", "tally-engine"),
+    Engine("Tally, a bare mean over tokens", "tally_ways.bare_token_mean", "tally-engine"),
 ]
 
 
@@ -103,15 +73,16 @@ def measure(engine: Engine) -> dict[str, Any]:
 
 
 def cell(row: dict[str, Any], details: bool) -> str:
-    """Return a verdict, and the relative error if it is known."""
+    """Return a verdict, and the relative error of one that is not exact if it is known."""
     if row["detail"] == "a gradient is not finite":
         return "NaN"
-    return f"{row['verdict']} ({row['error']:.0e})" if details and row["error"] is not None else str(row["verdict"])
+    is_sized = details and row["verdict"] != "exact" and row["error"] is not None
+    return f"{row['verdict']} ({row['error']:.0e})" if is_sized else str(row["verdict"])
 
 
 def table(figures: dict[str, Any], cases: tuple[str, ...], details: bool) -> str:
     """Return a row for each engine that has figures, and a column for each case."""
-    head = ["engine", *cases, *(["bytes reduced, of one gradient", "it says of accumulation"] if details else [])]
+    head = ["engine", *cases, *(["bytes reduced, of one gradient"] if details else [])]
     lines = [head, ["---"] * len(head)]
     for engine in ENGINES:
         if not (found := figures.get(engine.name)):
@@ -119,9 +90,7 @@ def table(figures: dict[str, Any], cases: tuple[str, ...], details: bool) -> str
         rows = {row["case"]: row for row in found["cases"]}
         name = f"{engine.name} ({found['version']})" if details else engine.name
         traffic = f"{rows['even']['reduced_bytes'] / rows['even']['gradient_bytes']:.1f}"
-        lines.append(
-            [name, *(cell(rows[case], details) for case in cases), *([traffic, engine.says] if details else [])]
-        )
+        lines.append([name, *(cell(rows[case], details) for case in cases), *([traffic] if details else [])])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

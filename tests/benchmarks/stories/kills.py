@@ -175,12 +175,9 @@ def distance(alone: Outcome, killed: Outcome) -> tuple[list[float], float]:
 
 
 def figures(alone: Outcome, outcomes: dict[str, Outcome]) -> str:
-    """Return what was killed when, and what is left of it."""
-    lines = ["| the run | killed | after update | resumed from |", "| --- | --- | --: | --: |"]
-    for name, outcome in outcomes.items():
-        lines += [f"| {name} | {what} | {update} | {resumed} |" for what, update, resumed in outcome.kills]
-    lines += ["", "| beside the run left alone | loss | parameters | metrics.jsonl | weights, as bytes | samples |"]
-    lines += ["| --- | --: | --: | --- | --- | --- |"]
+    """Return when each run was killed, and how far it is from the one left alone."""
+    lines = ["| the run | killed after updates | loss | parameters | metrics.jsonl | weights, as bytes | samples |"]
+    lines += ["| --- | --- | --: | --: | --- | --- | --- |"]
     for name, outcome in outcomes.items():
         losses, end = distance(alone, outcome)
         records, weights = (
@@ -189,8 +186,9 @@ def figures(alone: Outcome, outcomes: dict[str, Outcome]) -> str:
         )
         counts = outcome.times_seen()
         once = sum(count == 1 for epoch in counts for count in epoch.values())
+        after = ", ".join(str(update) for _, update, _ in outcome.kills)
         lines.append(
-            f"| {name} | {max(losses):.1e} | {end:.1e} | {records} | {weights} "
+            f"| {name} | {after} | {max(losses):.1e} | {end:.1e} | {records} | {weights} "
             f"| {once:,} of {len(counts) * SAMPLES:,} once in their epoch |"
         )
     return "\n".join(lines)
