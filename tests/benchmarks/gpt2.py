@@ -171,8 +171,8 @@ def main() -> None:
     sys.path.remove(str(Path(__file__).resolve().parent))  # transformers would take its datasets.py for a package
     torch.set_num_threads(1)
     names = ["plain loop", *options.only]
-    load = f"the machine's load was {os.getloadavg()[1]:.1f} before, on {os.cpu_count()} cores"
-    print(f"Medians of {options.repetitions * (options.updates - 3)} updates of each in turn; {load}.\n")
+    load = f"and the middle half; the machine's load was {os.getloadavg()[1]:.1f} before, on {os.cpu_count()} cores"
+    print(f"Medians of {options.repetitions * (options.updates - 3)} updates of each in turn, {load}.\n")
     print("| P | contender | CPU s an update | ratio | middle half | tokens/s | ratio |")
     print("| --: | --- | --: | --: | --: | --: | --: |")
     for P in (1, 2):
