@@ -19,7 +19,9 @@ from tests.benchmarks.plot import plot
 FOLDER = Path(__file__).resolve().parent
 DOCS = FOLDER.parents[1] / "docs"
 PAGES = {
-    **dict.fromkeys(("overhead", "datasets", "in_memory", "memory", "start", "wire", "checkpoints"), "benchmarks.md"),
+    **dict.fromkeys(
+        ("gpt2", "overhead", "datasets", "in_memory", "memory", "start", "wire", "checkpoints"), "benchmarks.md"
+    ),
     "scale": "scale.md",
     "strategies": "strategies.md",
     "faults": "reliability.md",

@@ -25,6 +25,16 @@ def test_the_least_that_an_update_can_give_is_what_the_best_give(name: str) -> N
     assert found.state >= 4 * LAYERS * width**2 / 2**20  # of AdamW, on one of at most two processes
 
 
+@pytest.mark.parametrize("P", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_small_gpt2_ends_alike_with_all_who_train_it(P: int) -> None:
+    gpt2 = pytest.importorskip("tests.benchmarks.gpt2", reason="it needs transformers")
+    names = list(gpt2.CONTENDERS)
+    tiny = gpt2.GPT2Config(vocab_size=64, n_positions=8, n_embd=16, n_layer=1, n_head=2, **gpt2.OFF)
+    found = gpt2.compare(names, tiny, P, updates=4)
+    assert list(found) == names
+    assert all((found[name] > 0).all() for name in names)
+
+
 def test_each_script_has_its_place_on_a_page() -> None:
     for name, page in PAGES.items():
         text = (DOCS / page).read_text()

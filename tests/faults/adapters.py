@@ -52,4 +52,11 @@ FAULTS = [
         '{"chosen": chosen.sum((0, 1))',
         "tests/adapters/test_moe.py -k window",
     ),
+    Fault(
+        "let a causal model predict the token that it reads",
+        "CausalLM._predict",
+        "labels[:, 1:], (0, 1)",
+        "labels, (0, 0)",
+        "'tests/docs/test_benchmarks.py::test_a_small_gpt2_ends_alike_with_all_who_train_it[1]'",
+    ),
 ]
