@@ -17,7 +17,7 @@ class NoiseScale(Callback):
     epoch if that changes, and advice at the end. Raises UserError unless n is a whole number of at least 1.
     """
 
-    def __init__(self, every_n_updates: int = 10) -> None:
+    def __init__(self, every_n_updates: int = 20) -> None:
         check_count("NoiseScale.every_n_updates", every_n_updates)
         self.every_n_updates = every_n_updates
         self.proposal: dict[int, int] = {}

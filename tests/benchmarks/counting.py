@@ -35,17 +35,11 @@ Run = Callable[[str, int, Event, Event], object]
 
 
 def compare(
-    script: str,
-    description: str,
-    names: Sequence[str],
-    run: Run,
-    check: Callable[[list[str]], list[str]],
-    bases: Sequence[str] = (),
+    script: str, description: str, names: Sequence[str], run: Run, check: Callable[[list[str]], list[str]]
 ) -> None:
-    """Print what a micro-batch costs each of `names`, beside the last of `bases` so far: the command line of `script`.
+    """Print what a micro-batch costs each of `names`, beside the first of them: the command line of `script`.
 
-    Without `bases` it is the first of `names`. `check` gets those that were chosen, and returns those that can be
-    measured.
+    `check` gets those that were chosen, and returns those that can be measured.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls-only", action="store_true", help="count calls, not instructions")
@@ -61,10 +55,10 @@ def compare(
     if not options.calls_only:
         count = _instructions_by_callgrind if options.valgrind or not _has_counter() else _instructions
         if count is _instructions or shutil.which("valgrind"):
-            _print_table(names, "Instructions", [count(script, name) for name in names], bases or names[:1])
+            _print_table(names, "Instructions", [count(script, name) for name in names])
             return
         print("This processor's counter cannot be read, and valgrind is not installed: calls only.\n")
-    _print_table(names, "Calls", [[calls(run, name, K) for K in WINDOWS] for name in names], bases or names[:1])
+    _print_table(names, "Calls", [[calls(run, name, K) for K in WINDOWS] for name in names])
 
 
 def calls(run: Run, name: str, K: int) -> float:
@@ -139,12 +133,9 @@ def _after_a_collection(start: Event) -> Event:
     return begin
 
 
-def _print_table(names: Sequence[str], what: str, found: list[list[float]], bases: Sequence[str]) -> None:
-    over = f"over that of *{'* or *'.join(bases)}*"
-    print(f"{what} per micro-batch, over {MEASURED} of them; in brackets: {over}.\n")
+def _print_table(names: Sequence[str], what: str, found: list[list[float]]) -> None:
+    print(f"{what} per micro-batch, over {MEASURED} of them; in brackets: over that of *{names[0]}*.\n")
     print(f"| contender | {' | '.join(f'K={K}' for K in WINDOWS)} |\n| --- |{' --: |' * len(WINDOWS)}")
-    base = found[0]
     for name, counts in zip(names, found, strict=True):
-        base = counts if name in bases else base
-        cells = [f"{count:,.0f} ({count / of_base:.3f})" for count, of_base in zip(counts, base, strict=True)]
+        cells = [f"{count:,.0f} ({count / first:.3f})" for count, first in zip(counts, found[0], strict=True)]
         print(f"| {name} | {' | '.join(cells)} |")
