@@ -18,7 +18,7 @@ STATE = 625 * 4  # bytes: the 624 words and the position of a Mersenne twister, 
 
 @contextmanager
 def generators_restored() -> Iterator[None]:
-    """Restore the three generators afterwards. Raises UserError if numpy's is another one than its own."""
+    """Restore the three generators afterwards. Raises UserError if numpy's default is not a Mersenne twister."""
     state, restore_python, restore_numpy = torch.default_generator.get_state(), _python(), _numpy()
     try:
         yield
@@ -44,7 +44,7 @@ def _python() -> Callable[[], None]:
 
 @cache
 def python_address() -> int:
-    """Return where Python keeps the numbers of its generator; 0 if this interpreter does it in an unknown way."""
+    """Return the address of the state of Python's generator; 0 if this interpreter keeps it in an unknown way."""
     if sys.implementation.name != "cpython" or random.Random.__basicsize__ < object.__basicsize__ + STATE:
         return 0
     address = id(random._inst) + object.__basicsize__
