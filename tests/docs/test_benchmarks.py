@@ -27,7 +27,10 @@ def test_the_least_that_an_update_can_give_is_what_the_best_give(name: str) -> N
 
 @pytest.mark.parametrize("P", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_small_gpt2_ends_alike_with_all_who_train_it(P: int) -> None:
-    gpt2 = pytest.importorskip("tests.benchmarks.gpt2", reason="it needs transformers")
+    for package in ("transformers", "accelerate", "lightning"):
+        pytest.importorskip(package)
+    from tests.benchmarks import gpt2
+
     names = [name for name in gpt2.CONTENDERS if name != "plain loop, again"]
     tiny = gpt2.GPT2Config(vocab_size=64, n_positions=8, n_embd=16, n_layer=1, n_head=2, **gpt2.OFF)
     found = gpt2.compare(names, tiny, P, updates=4)
