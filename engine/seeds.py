@@ -36,7 +36,10 @@ def seed_host(seed: int) -> None:
 
 def seed_everything(seed: int) -> None:
     """Seed torch's, Python's and numpy's generators, the same on all processes."""
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # that formats three tracebacks, for devices that may come later
+        torch.default_generator.manual_seed(seed)
     seed_host(seed)
 
 

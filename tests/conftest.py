@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -59,6 +60,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = selection.first_of_each_file(items)
     elif _is_the_whole_suite(config) and not config.option.all:
         items[:] = selection.some_cases_of_each_test(items)
+
+
+def pytest_collection_finish() -> None:
+    """Let no collection of garbage look at what is here already: that is much, and copied where a fork touches it."""
+    gc.freeze()
 
 
 MAY_BE_MISSING = ("GPU", "root", "Chromium")
