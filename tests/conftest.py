@@ -41,11 +41,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("costs"):
         config.pluginmanager.register(costs)
-    if config.getoption("changed") and not hasattr(config, "workerinput"):
+    if config.getoption("changed"):  # each worker chooses, too: it gets the words of the command line
         config.args = selection.select(changed := selection.changed_files())
         if not config.args:
             raise pytest.UsageError(f"no tests of {', '.join(changed)}: give them, or leave --changed out.")
-        print("changed:", *config.args, sep="\n    ")
+        if not hasattr(config, "workerinput"):
+            print("changed:", *config.args, sep="\n    ")
 
 
 def _is_the_whole_suite(config: pytest.Config) -> bool:

@@ -2,7 +2,8 @@
 
 - calls: of Python and of C functions, as `sys.setprofile` sees them;
 - instructions: as the processor counts them, or callgrind where it cannot be asked; the two differ by 0.5 % at most.
-  Unlike seconds they hardly differ from run to run, or on a busy machine.
+  Unlike seconds they hardly differ from run to run, or on a busy machine;
+- CPU time of the thread: all take turns, and each ratio is of one round.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import gc
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,9 +25,9 @@ from types import FrameType
 import torch
 
 from tests.benchmarks.problem import MEASURED, WINDOWS
-from tests.benchmarks.processor import InstructionCounter
+from tests.benchmarks.processor import InstructionCounter, ThreadClock
 
-REPETITIONS = 5
+REPETITIONS = ROUNDS = 5
 FIXED = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
 """The environment of those who are counted."""
 
@@ -43,22 +45,28 @@ def compare(
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls-only", action="store_true", help="count calls, not instructions")
+    parser.add_argument("--cpu", action="store_true", help="measure CPU time only")
     parser.add_argument("--valgrind", action="store_true", help="count instructions with callgrind in any case: slowly")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help="; ".join(names))
     parser.add_argument("--count", choices=names, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.count:
-        (_dump if options.valgrind else _print_counts)([partial(run, options.count, K) for K in WINDOWS])
+        runs = [partial(run, options.count, K) for K in WINDOWS]
+        _dump(runs) if options.valgrind else _print_counts(runs, ThreadClock if options.cpu else InstructionCounter)
         return
     names = check(list(dict.fromkeys([names[0], *options.only])))
-    if not options.calls_only:
-        count = _instructions_by_callgrind if options.valgrind or not _has_counter() else _instructions
-        if count is _instructions or shutil.which("valgrind"):
+    if options.calls_only:
+        _print_table(names, "Calls", [[calls(run, name, K) for K in WINDOWS] for name in names])
+        return
+    if not options.cpu:
+        count = _instructions_by_callgrind if options.valgrind or not _has_counter() else _counts
+        if count is _counts or shutil.which("valgrind"):
             _print_table(names, "Instructions", [count(script, name) for name in names])
-            return
-        print("This processor's counter cannot be read, and valgrind is not installed: calls only.\n")
-    _print_table(names, "Calls", [[calls(run, name, K) for K in WINDOWS] for name in names])
+            print()
+        else:
+            print("This processor's counter cannot be read, and valgrind is not installed: CPU time only.\n")
+    _print_table(names, "Nanoseconds of CPU time", _nanoseconds(script, names))
 
 
 def calls(run: Run, name: str, K: int) -> float:
@@ -81,23 +89,35 @@ def _has_counter() -> bool:
     return True
 
 
-def _instructions(script: str, name: str) -> list[float]:
-    """Count instructions per micro-batch, for each of WINDOWS.
+def _nanoseconds(script: str, names: Sequence[str]) -> list[list[float]]:
+    """Measure CPU time per micro-batch, for each of `names` and WINDOWS: the median ratio times the first's median."""
+    rounds = [[_counts(script, name, "--cpu") for name in names] for _ in range(ROUNDS)]
+    found = []
+    for number in range(len(names)):
+        ratios = [statistics.median(r[number][i] / r[0][i] for r in rounds) for i in range(len(WINDOWS))]
+        found.append([ratio * statistics.median(r[0][i] for r in rounds) for i, ratio in enumerate(ratios)])
+    return found
+
+
+def _counts(script: str, name: str, *options: str) -> list[float]:
+    """Count instructions, or nanoseconds with the option --cpu, per micro-batch, for each of WINDOWS.
 
     Each name has a process of its own: some of those who are measured change torch for all others.
     """
-    command = [sys.executable, script, "--count", name]
+    command = [sys.executable, script, "--count", name, *options]
     done = subprocess.run(command, env={**os.environ, **FIXED}, stdout=subprocess.PIPE, text=True, check=True)
     return [float(count) / MEASURED for count in done.stdout.splitlines()[-1].split()]
 
 
-def _print_counts(runs: Sequence[Callable[[Event, Event], object]]) -> None:
-    """Print the median of each run's counts: what `_instructions` starts."""
+def _print_counts(
+    runs: Sequence[Callable[[Event, Event], object]], meter: type[InstructionCounter | ThreadClock]
+) -> None:
+    """Print the median of each run's counts: what `_counts` starts."""
     medians = []
     for run in runs:
         counts = []
         for _ in range(REPETITIONS):
-            counter = InstructionCounter()
+            counter = meter()
             run(_after_a_collection(counter.start), counter.stop)
             counts.append(counter.count)
         medians.append(sorted(counts)[REPETITIONS // 2])

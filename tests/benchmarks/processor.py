@@ -1,4 +1,4 @@
-"""The processor's own count of the instructions of this thread outside the kernel (Linux: perf_event_open)."""
+"""What this thread costs: the processor's own count of its instructions (Linux: perf_event_open), and its time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import fcntl
 import os
 import struct
 import sys
+import time
 
 SYSTEM_CALL = {"x86_64": 298, "aarch64": 241}
 HARDWARE, INSTRUCTIONS = 0, 1
@@ -42,3 +43,15 @@ class InstructionCounter:
         if not found:
             raise OSError("others use all of this processor's counters: an instruction may have gone uncounted")
         self.count = int.from_bytes(found, sys.byteorder)
+
+
+class ThreadClock:
+    """Counts the nanoseconds of this thread on a processor, the kernel's for it included, from `start` to `stop`."""
+
+    count = 0
+
+    def start(self) -> None:
+        self._began = time.thread_time_ns()
+
+    def stop(self) -> None:
+        self.count = time.thread_time_ns() - self._began
