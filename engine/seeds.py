@@ -38,7 +38,7 @@ def seed_everything(seed: int) -> None:
     """Seed torch's, Python's and numpy's generators, the same on all processes."""
     if torch.accelerator.is_available():
         torch.manual_seed(seed)
-    else:  # that formats three tracebacks, for devices that may come later
+    else:  # torch.manual_seed would format a traceback for each kind of device that is not there
         torch.default_generator.manual_seed(seed)
     seed_host(seed)
 

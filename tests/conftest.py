@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Let no collection of garbage look at what is here already: that is much, and copied where a fork touches it."""
+    """Leave what is loaded by now out of garbage collections: it is much, and a fork copies what they touch."""
     gc.freeze()
 
 
