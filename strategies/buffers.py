@@ -1,12 +1,7 @@
 """A model's buffers over time: copies of them at one moment, and the tensors that they are now."""
 
-from itertools import chain
-from operator import attrgetter
-
 import torch
 from torch import Tensor, nn
-
-kind_of = attrgetter("shape", "dtype")
 
 
 class Buffers:
@@ -21,13 +16,13 @@ class Buffers:
 
     def tensors(self) -> list[Tensor]:
         """Return those that are not None, in the order of the modules."""
-        return [buffer for buffer in chain.from_iterable(map(dict.values, self._modules)) if buffer is not None]
+        return [buffer for buffers in self._modules for buffer in buffers.values() if buffer is not None]
 
     def keep(self) -> None:
         """Copy them, into the copies of the time before if no shape has changed: that is faster."""
-        self._kept = [*map(dict.copy, self._modules)]
+        self._kept = [buffers.copy() for buffers in self._modules]
         present = self.tensors()
-        kinds = [*map(kind_of, present)]
+        kinds = [(buffer.shape, buffer.dtype) for buffer in present]
         if kinds == self._kinds:
             try:
                 torch._foreach_copy_(self._copies, present)
@@ -46,7 +41,7 @@ class Buffers:
                         continue
                     copy, kind = next(copies)
                     is_expanded = 0 in buffer.stride() if buffer.layout is torch.strided else False
-                    if kind_of(buffer) == kind and not is_expanded:
+                    if (buffer.shape, buffer.dtype) == kind and not is_expanded:
                         buffer.copy_(copy)
                     else:
                         buffer.data = copy.clone()
