@@ -53,7 +53,10 @@ def compare(
     torch.set_num_threads(1)
     if options.count:
         runs = [partial(run, options.count, K) for K in WINDOWS]
-        _dump(runs) if options.valgrind else _print_counts(runs, ThreadClock if options.cpu else InstructionCounter)
+        if options.valgrind:
+            _dump(runs)
+        else:
+            _print_counts(runs, ThreadClock if options.cpu else InstructionCounter)
         return
     names = check(list(dict.fromkeys([names[0], *options.only])))
     if options.calls_only:

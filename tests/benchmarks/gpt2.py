@@ -44,7 +44,7 @@ SMALL = GPT2Config(vocab_size=16_000, n_positions=128, n_embd=128, n_layer=2, n_
 
 
 class Job(NamedTuple):
-    """What a contender is given: to train `model` on `data`, for one epoch in order, in each of P processes."""
+    """The job of a contender: to train `model` on `data`, for one epoch in order, in each of P processes."""
 
     model: Any
     data: Any  # samples of "input_ids" and "labels"

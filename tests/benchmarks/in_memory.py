@@ -1,6 +1,6 @@
 """A dataset that is in memory: Tally, which shuffles it, against the textbook's loop over torch's DataLoader.
 
-    python tests/benchmarks/in_memory.py [--calls-only] [--only NAME ...]
+    python tests/benchmarks/in_memory.py [--cpu] [--calls-only] [--only NAME ...]
 
 The model, the micro-batches' size and the way to measure are those of overhead.py, within one epoch.
 """

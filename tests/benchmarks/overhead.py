@@ -1,6 +1,6 @@
 """What one micro-batch costs beside the user's forward and backward: engines against the loop that everybody writes.
 
-    python tests/benchmarks/overhead.py [--calls-only] [--only NAME ...]
+    python tests/benchmarks/overhead.py [--cpu] [--calls-only] [--only NAME ...]
 
 Each contender trains on the same ready micro-batches in one process and one thread, and is measured over the same ones
 of them, at window boundaries after a warm-up, so that no start-up is counted.

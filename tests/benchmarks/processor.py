@@ -1,4 +1,4 @@
-"""What this thread costs: the processor's own count of its instructions (Linux: perf_event_open), and its time."""
+"""Meters of this thread: the processor's own count of its instructions (Linux: perf_event_open), and its CPU time."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class InstructionCounter:
 
 
 class ThreadClock:
-    """Counts the nanoseconds of this thread on a processor, the kernel's for it included, from `start` to `stop`."""
+    """Measures the CPU time of this thread from `start` to `stop`, in nanoseconds, system calls included."""
 
     count = 0
 
