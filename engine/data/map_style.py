@@ -1,7 +1,7 @@
 """Windows of a map-style dataset: a global order, cut by the plan; each process fetches its own pieces."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, chain
+from itertools import accumulate, chain, tee
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from engine.data.fetch import Fetch, Piece, TensorFetch
 from engine.data.window import Loading, Positions, Window
 from engine.errors import UserError
 from engine.order import KeyedPermutation, Order
-from engine.plan.windows import Plan, PlannedWindow
+from engine.plan.windows import Cut, Plan
 from engine.signals import shielded
 from strategies import MicroBatch
 
@@ -69,24 +69,24 @@ class MapSource:
         # the first sample of each micro-batch, counted in samples: a group holds several
         before = samples_before(order)
         offset = positions[0][1] if positions and positions[0][0] == epoch else 0
-        windows = self._plan.windows(epoch, update, offset)
-        self._pieces.current = self._fetches(epoch, windows, order, before)
+        windows, ahead = tee(self._plan.windows(epoch, update, offset))
+        cuts, pieces = tee(piece for window in ahead for piece in window.micro_batches(*self._cut))
+        self._pieces.current = self._fetches(epoch, pieces, order, before)
         with shielded():
             loader: Any = map(self._fetch.__getitems__, self._pieces) if self._loader is None else self._loader
             batches = iter(loader)
         if self._prefetch is not None:
             batches = self._prefetch.one_ahead(batches)
         N, rank, P, spread = self._cut
-        for window in self._plan.windows(epoch, update, offset):
-            count = before[window.stop] - before[window.start]
-            pieces = window.count(N, P, spread)
-            micros, has_more = self._micros(batches, window, before), window.stop < self._plan.samples
-            yield Window(window.stage, -(-pieces // P), pieces <= rank, (epoch, window.stop), count, has_more, micros)
+        for window in windows:
+            samples, count = before[window.stop] - before[window.start], window.count(N, P, spread)
+            is_empty, has_more = count <= rank, window.stop < self._plan.samples
+            micros = iter(()) if is_empty else self._micros(batches, cuts, before)
+            yield Window(window.stage, -(-count // P), is_empty, (epoch, window.stop), samples, has_more, micros)
 
     def _fetches(
-        self, epoch: int, windows: Iterable[PlannedWindow], order: Sequence[Any], before: Sequence[int]
+        self, epoch: int, pieces: Iterable[Cut], order: Sequence[Any], before: Sequence[int]
     ) -> Iterator[Piece]:
-        pieces = (piece for window in windows for piece in window.micro_batches(*self._cut))
         if isinstance(order, KeyedPermutation):
             yield from (Piece(epoch, start, indices) for start, indices in order.read(pieces))
             return
@@ -98,14 +98,17 @@ class MapSource:
             indices = chosen.tolist() if hasattr(chosen, "tolist") else list(chosen)
             yield Piece(epoch, before[start], indices)
 
-    def _micros(self, batches: Iterator[Any], window: PlannedWindow, before: Sequence[int]) -> Iterator[MicroBatch]:
+    def _micros(self, batches: Iterator[Any], cuts: Iterator[Cut], before: Sequence[int]) -> Iterator[MicroBatch]:
+        """Yield the micro-batches of one window, up to its last one of `cuts`."""
         to_device, batching = self._to_device, self._batching
-        for start, stop, is_last in window.micro_batches(*self._cut):
+        for start, stop, is_last in cuts:
             batch, size, problem = next(batches), before[stop] - before[start], ""
             if batching is not None:
                 problem = size_problem(batching, batch, size)
                 size = size if problem else self._batch_size(batch)
             yield MicroBatch(to_device(batch), size, before[start], is_last, problem)
+            if is_last:
+                return
 
 
 def samples_before(order: Sequence[Any]) -> Sequence[int]:

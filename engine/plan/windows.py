@@ -12,8 +12,11 @@ from typing import NamedTuple
 from engine.errors import UserError
 from engine.plan.schedule import Schedule, Stage
 
+Cut = tuple[int, int, bool]
+"""A micro-batch: the samples [start, stop) of an epoch's order, and whether it is its process's last of a window."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class PlannedWindow:
     """The samples [start, stop) of an epoch's order that one update sees, over all processes."""
 
@@ -31,8 +34,8 @@ class PlannedWindow:
         pieces = -(-self.samples // N)
         return min(self.samples, -(-pieces // P) * P) if spread else pieces
 
-    def micro_batches(self, N: int, rank: int = 0, P: int = 1, spread: bool = False) -> Iterator[tuple[int, int, bool]]:
-        """Yield (start, stop, is_last) for each micro-batch of process `rank` among P, if it has any.
+    def micro_batches(self, N: int, rank: int = 0, P: int = 1, spread: bool = False) -> Iterator[Cut]:
+        """Yield each micro-batch of process `rank` among P, if it has any.
 
         Each has N samples, the window's last one what is left. `spread` makes equally many on each process, of similar
         size and at most N samples; where a micro-batch begins then depends on P.
