@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
+from engine.collate import collated
 from engine.errors import UserError
 from engine.loss import Loss, Terms
 
@@ -22,7 +23,7 @@ class Batching:
 
     def collate(self, samples: list[Any]) -> Any:
         """Make one micro-batch of a list of samples: here torch's `default_collate`."""
-        return default_collate(samples)
+        return collated(samples)
 
     def collate_validation(self, samples: list[Any]) -> Any:
         """Make one micro-batch to validate, test or predict on: here as `collate` does."""

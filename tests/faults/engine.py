@@ -7,6 +7,20 @@ ORDER = "tests/plan/test_order.py"
 
 FAULTS = [
     Fault(
+        "collate as torch does before it was taught",
+        "engine.collate:collated",
+        "default_collate_fn_map == _TORCHS",
+        "True",
+        "tests/data/test_collate.py -k heeded",
+    ),
+    Fault(
+        "cut the columns of tuples at the shortest",
+        "engine.collate:collated",
+        "len({*map(len, samples)}) == 1",
+        "zip",
+        "tests/data/test_collate.py",
+    ),
+    Fault(
         "take a gradient of another loss",
         "OwnWindow._read",
         "check_no_gradients(self._updater.model)",
