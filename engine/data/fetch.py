@@ -1,14 +1,16 @@
 """Fetching the samples of one micro-batch, with random draws that depend on its place and nothing else."""
 
 from collections.abc import Callable
+from itertools import count, repeat
+from operator import getitem, length_hint
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset, TensorDataset, get_worker_info
 
-from engine.data.generators import generators_restored
-from engine.errors import UserError
-from engine.seeds import FETCH_STREAM, mix, seed_host
+from engine.data.generators import restore, saved, seed_all
+from engine.errors import UserError, describe
+from engine.seeds import FETCH_STREAM, mix
 from engine.task import Batching
 
 
@@ -23,9 +25,9 @@ class Piece(NamedTuple):
 class Fetch(Dataset[Any]):
     """Fetches pieces of any map-style dataset, each index once.
 
-    torch's, Python's and numpy's generators are seeded before each piece from (seed, epoch, position), and restored
-    after: random augmentation depends on N, but not on P, K, workers or what was fetched before, nor does what
-    `collate` draws. `seeds_each` seeds before each sample, for pieces that P cuts.
+    torch's, Python's and numpy's generators are seeded before each piece from (seed, epoch, position): random
+    augmentation depends on N, but not on P, K, workers or what was fetched before, nor does what `collate` draws. The
+    host's are restored after. `seeds_each` seeds before each sample, for pieces that P cuts.
     """
 
     def __init__(self, dataset: Any, seed: int, collate: Callable[[list[Any]], Any], seeds_each: bool = False) -> None:
@@ -38,8 +40,11 @@ class Fetch(Dataset[Any]):
     def __getitems__(self, piece: Piece) -> Any:
         if get_worker_info() is not None:  # a worker's generators serve nobody else
             return self._fetch(piece)
-        with generators_restored():
+        before = saved()
+        try:
             return self._fetch(piece)
+        finally:
+            restore(*before)
 
     def _fetch(self, piece: Piece) -> Any:
         self._seed_all(piece.epoch, piece.start)
@@ -51,27 +56,33 @@ class Fetch(Dataset[Any]):
                     "Return one for each; a task's own collate() may leave some out."
                 )
             return self._collate(samples)
-        dataset, samples = self._dataset, []
+        left = iter(piece.indices)
         try:
-            for place, index in enumerate(piece.indices, piece.start):
-                if self._seeds_each:
-                    self._seed_all(piece.epoch, place)
-                samples.append(dataset[index])
+            if self._seeds_each:
+                samples = [*map(self._seeded, repeat(piece.epoch), count(piece.start), left)]
+            else:
+                samples = [*map(getitem, repeat(self._dataset), left)]
         except (IndexError, KeyError) as error:
+            index = piece.indices[-1 - length_hint(left)]
             if isinstance(error, KeyError) and error.args != (index,):
                 raise  # not for want of this sample
-            raise UserError(
-                f"the dataset says that it has {len(dataset)} samples, but sample {index} raised "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            raise self._has_no(index, error) from error
+        if len(samples) < len(piece.indices):  # as far as `map` came
+            raise self._has_no(piece.indices[len(samples)], StopIteration("use another error"))
         return self._collate(samples)
+
+    def _has_no(self, index: int, error: Exception) -> UserError:
+        what = f"the dataset says that it has {len(self._dataset)} samples, but sample {index} raised"
+        return UserError(f"{what} {describe(error)}")
+
+    def _seeded(self, epoch: int, place: int, index: int) -> Any:
+        self._seed_all(epoch, place)
+        return self._dataset[index]
 
     def _seed_all(self, epoch: int, place: int) -> None:
         if epoch != self._epoch:
             self._epoch, self._epoch_seed = epoch, mix(self._seed, FETCH_STREAM, epoch)
-        seed = mix(place, start=self._epoch_seed)
-        torch.default_generator.manual_seed(seed)
-        seed_host(seed)
+        seed_all(mix(place, start=self._epoch_seed))
 
 
 class TensorFetch(Dataset[Any]):

@@ -1,11 +1,14 @@
-"""The default generators of torch, Python and numpy: put back after others have drawn, at the cost of a few draws."""
+"""Generators that datasets draw from: all three seeded; Python's and numpy's put back after a dataset has drawn.
+
+Both are Mersenne twisters, as torch's is, and are read and written in memory, where that looks as it should: `getstate`
+takes a hundred times as long, `get_state` more. Torch's is not put back, since each forward seeds it.
+"""
 
 import ctypes
 import random
+import struct
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy
@@ -13,63 +16,79 @@ import torch
 
 from engine.errors import UserError
 
-STATE = 625 * 4  # bytes: the 624 words and the position of a Mersenne twister, which numpy and Python both use
+WORDS = 624 * 4  # bytes of a generator's numbers; Python keeps its position in them before, numpy after them
+AT_END = struct.pack("i", 624)  # the position of a generator that makes new numbers at its next draw
+NO_NORMAL = bytes(16)
+
+_torch = torch.default_generator
+_python: Any = random._inst
+_numpy: Any = numpy.random.get_state.__self__  # type: ignore[attr-defined]
+_numbers = torch.empty(2 * WORDS // 8, dtype=torch.int64, device="cpu")
+_drawn = _numbers.numpy().data.cast("B")  # the same memory
 
 
-@contextmanager
-def generators_restored() -> Iterator[None]:
-    """Restore the three generators afterwards. Raises UserError if numpy's default is not a Mersenne twister."""
-    state, restore_python, restore_numpy = torch.default_generator.get_state(), _python(), _numpy()
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(state)
-        restore_python()
-        restore_numpy()
+Memory = tuple[memoryview, memoryview, memoryview]
+"""Of Python's generator, of numpy's, and of the second normal number that numpy keeps of a pair."""
 
 
-def _python() -> Callable[[], None]:
-    """Return what restores Python's generator. A copy of its memory takes a tenth of the time of `getstate`."""
-    if not (address := python_address()):
-        return partial(random.setstate, random.getstate())
-    generator: Any = random._inst
-    state, normal = ctypes.string_at(address, STATE), generator.gauss_next
+def saved() -> tuple[Any, ...]:
+    """Return what `restore` needs, which is equal until somebody draws.
 
-    def restore() -> None:
-        ctypes.memmove(address, state, STATE)
-        generator.gauss_next = normal
-
-    return restore
-
-
-@cache
-def python_address() -> int:
-    """Return the address of the state of Python's generator; 0 if this interpreter keeps it in an unknown way."""
-    if sys.implementation.name != "cpython" or random.Random.__basicsize__ < object.__basicsize__ + STATE:
-        return 0
-    address = id(random._inst) + object.__basicsize__
-    position, *words = (ctypes.c_uint32 * 625).from_address(address)
-    return address if (*words, position) == random.getstate()[1] else 0
-
-
-def _numpy() -> Callable[[], None]:
-    """Return what restores numpy's generator. A copy of its memory takes a hundredth of the time of `get_state`.
-
-    But numpy makes normal numbers in pairs, and keeps the second elsewhere. A draw that leaves the memory unchanged was
-    the second one: it is put back.
+    Raises UserError if numpy's default is not a Mersenne twister.
     """
-    generator: Any = numpy.random.get_bit_generator()  # type: ignore[attr-defined]
-    if type(generator) is not numpy.random.MT19937:
-        raise UserError(f"numpy's default generator is a {type(generator).__name__}: expected MT19937, its own.")
-    address = generator.ctypes.state_address
-    state = ctypes.string_at(address, STATE)
-    normal = numpy.random.standard_normal()
-    has_normal = ctypes.string_at(address, STATE) == state
+    bits = _numpy._bit_generator
+    if type(bits) is not numpy.random.MT19937:
+        raise UserError(f"numpy's default generator is a {type(bits).__name__}: expected MT19937, its own.")
+    if (memory := memory_with(bits)) is None:
+        name, words, *rest = _numpy.get_state()
+        return bits, random.getstate(), (name, words.tolist(), *rest)
+    python, words, normal = memory
+    return bits, _python.gauss_next, python.tobytes(), words.tobytes(), normal.tobytes()
 
-    def restore() -> None:
-        ctypes.memmove(address, state, STATE)
-        numpy.random.set_bit_generator(generator)  # type: ignore[attr-defined]  # forgets the second normal number
-        if has_normal:
-            numpy.random.set_state({**numpy.random.get_state(legacy=False), "has_gauss": 1, "gauss": normal})
 
-    return restore
+def restore(bits: Any, of_python: Any, *rest: Any) -> None:
+    """Put back what `saved` returned."""
+    if _numpy._bit_generator is not bits:
+        numpy.random.set_bit_generator(bits)  # type: ignore[attr-defined]
+    if (memory := memory_with(bits)) is None:
+        random.setstate(of_python)
+        numpy.random.set_state(*rest)
+        return
+    python, words, normal = memory
+    _python.gauss_next = of_python
+    python[:], words[:], normal[:] = rest
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch's generator, and let it draw the numbers of the others: their own seeding takes longer."""
+    _torch.manual_seed(seed)
+    _numbers.random_(-(1 << 63), None)  # 64 random bits each
+    if (memory := memory_with(_numpy._bit_generator)) is None:
+        own, other = (numpy.frombuffer(part, numpy.uint32) for part in (_drawn[:WORDS], _drawn[WORDS:]))
+        random.setstate((3, (*own.tolist(), 624), None))
+        numpy.random.set_state(("MT19937", other, 624, 0, 0.0))
+        return
+    python, words, normal = memory
+    python[:4], python[4:], words[:WORDS], words[WORDS:] = AT_END, _drawn[:WORDS], _drawn[WORDS:], AT_END
+    normal[:], _python.gauss_next = NO_NORMAL, None
+
+
+@lru_cache(1)
+def memory_with(bits: Any) -> Memory | None:
+    """Return the memory of the generators, numpy's with `bits`; None if it is not as expected."""
+    if sys.implementation.name != "cpython" or random.Random.__basicsize__ < object.__basicsize__ + 4 + WORDS:
+        return None
+    python = _view(id(_python) + object.__basicsize__, 4 + WORDS)
+    words = _view(bits.ctypes.state_address, WORDS + 4)
+    kind = numpy.random.RandomState
+    trial = kind(0)
+    trial.standard_normal()
+    normal = struct.pack("qd", 1, trial.get_state(legacy=False)["gauss"])
+    offset = _view(id(trial), kind.__basicsize__).tobytes().find(normal)
+    (position, *numbers), state = python.cast("I"), bits.state["state"]
+    is_known = (*numbers, position) == random.getstate()[1] and [*words.cast("I")] == [*state["key"], state["pos"]]
+    return (python, words, _view(id(_numpy) + offset, len(normal))) if is_known and offset >= 0 else None
+
+
+def _view(address: int, size: int) -> memoryview:
+    return memoryview((ctypes.c_char * size).from_address(address)).cast("B")

@@ -14,7 +14,7 @@ import engine.data.fetch as fetch
 import engine.data.generators as generators
 from engine import Trainer
 from engine.data.fetch import Fetch, Piece
-from engine.data.generators import generators_restored
+from engine.data.generators import restore, saved, seed_all
 from tests.kit.processes import run
 from tests.kit.reference import Regression, Samples, Watch
 
@@ -61,8 +61,7 @@ def test_draws_that_begin_late_do_not_know_P_K_or_workers(spread: bool) -> None:
 
 def test_generators_are_seeded_once_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
-    seed_host = fetch.seed_host
-    monkeypatch.setattr(fetch, "seed_host", lambda seed: (seeds.append(seed), seed_host(seed)))
+    monkeypatch.setattr(fetch, "seed_all", lambda seed: (seeds.append(seed), seed_all(seed)))
     Trainer("single", N, max_epochs=2).fit(Keeps())
     assert len(seeds) == len(set(seeds)) == 2 * SAMPLES // N
 
@@ -73,6 +72,13 @@ def test_a_piece_that_P_cuts_draws_as_any_other() -> None:
     whole = samples.__getitems__(Piece(0, 0, [24, 25, 26, 27]))
     halves = [samples.__getitems__(Piece(0, start, [24 + start, 25 + start])) for start in (0, 2)]
     assert [sample[3] for sample in whole] == [sample[3] for sample in sum(halves, [])]
+
+
+def look(by_state: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the generators be read by `getstate`, as in interpreters that keep the numbers otherwise, or in memory."""
+    assert generators.memory_with(numpy.random.get_bit_generator())
+    if by_state:
+        monkeypatch.setattr(generators, "memory_with", lambda bits: None)
 
 
 def by_numpy(seed: int) -> Any:
@@ -87,22 +93,21 @@ def by_python(seed: int) -> Any:
 
 @pytest.mark.parametrize("draws_before", [0, 1, 2, 3])
 @pytest.mark.parametrize("draws_within", [0, 1, 2])
-@pytest.mark.parametrize("seeded", [by_numpy, by_python, "by getstate"])
+@pytest.mark.parametrize("by_state", [False, True])
+@pytest.mark.parametrize("seeded", [by_numpy, by_python])
 def test_normal_numbers_which_are_made_in_pairs_stay_apart(
-    draws_before: int, draws_within: int, seeded: Any, monkeypatch: pytest.MonkeyPatch
+    draws_before: int, draws_within: int, seeded: Any, by_state: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert generators.python_address()
-    if seeded == "by getstate":  # for interpreters that keep the numbers otherwise
-        monkeypatch.setattr(generators, "python_address", lambda: 0)
-        seeded = by_python
+    look(by_state, monkeypatch)
 
     def outside(fetches: bool) -> tuple[list[float], list[float]]:
         normal, uniform = seeded(1)
         before, within = [normal() for _ in range(draws_before)], []
         if fetches:
-            with generators_restored():
-                seeded(2)
-                within = [normal() for _ in range(draws_within)]
+            state = saved()
+            seeded(2)
+            within = [normal() for _ in range(draws_within)]
+            restore(*state)
         return before + [normal() for _ in range(3)] + [uniform() for _ in range(700)], within
 
     normal, _ = seeded(2)
@@ -110,6 +115,40 @@ def test_normal_numbers_which_are_made_in_pairs_stay_apart(
     with_fetch, within = outside(True)
     assert with_fetch == outside(False)[0]
     assert within == expected_within
+
+
+@pytest.mark.parametrize("pairs", [0, 1])
+def test_seeding_forgets_what_was_drawn_before(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def draws() -> list[float]:
+        ours = [random.gauss(), numpy.random.standard_normal(), torch.randn(()).item()]
+        return ours + [f() for _ in range(700) for f in (random.random, numpy.random.random, torch.rand(()).item)]
+
+    found = []
+    for by_state in (False, False, True):
+        look(by_state, monkeypatch)
+        _ = [draw() for _ in range(pairs) for draw in (random.gauss, numpy.random.standard_normal)]
+        seed_all((5 << 40) + 1)
+        assert saved() == saved()
+        before = saved()
+        found.append(draws())
+        assert saved() != before
+        restore(*before)
+        assert saved() == before
+    assert found[0] == found[1] == found[2]
+    assert len({*found[0]}) == len(found[0])
+    seed_all((5 << 40) + 2)
+    assert not {*draws()} & {*found[0]}
+
+
+def test_a_dataset_that_replaces_numpy_s_generator_changes_nothing_outside() -> None:
+    bits = numpy.random.get_bit_generator()
+    numpy.random.seed(3)
+    numpy.random.standard_normal()
+    state, expected = saved(), numpy.random.get_state()
+    numpy.random.set_bit_generator(numpy.random.PCG64())
+    restore(*state)
+    assert numpy.random.get_bit_generator() is bits
+    assert str(numpy.random.get_state()) == str(expected)
 
 
 def test_another_default_generator_of_numpy_is_refused() -> None:

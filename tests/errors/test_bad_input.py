@@ -144,6 +144,29 @@ def test_a_task_that_cannot_be_trained(methods: dict[str, Any], message: str) ->
         fit(task_with(**methods), max_epochs=2)
 
 
+class EndsItself(Regression):
+    """Its dataset reads an iterator, which is exhausted before sample 5."""
+
+    def train_data(self) -> Any:
+        rows = iter([self.x[0]] * 5)
+
+        class Rows:
+            def __len__(self) -> int:
+                return 8
+
+            def __getitem__(self, index: int) -> Any:
+                return next(rows), self.y[0], index
+
+        Rows.y = self.y  # type: ignore[attr-defined]
+        return Rows()
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_a_dataset_that_ends_itself_loses_no_samples(spread: bool) -> None:
+    with pytest.raises(ValueError, match="has 8 samples, but sample 5 raised StopIteration: use another error"):
+        fit(EndsItself(8), micro_batch_size=4, shuffle=False, spread_windows=spread)
+
+
 class NeedsClosure(torch.optim.SGD):
     def step(self, closure: Any) -> Any:  # type: ignore[override]
         return super().step(closure)

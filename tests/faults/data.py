@@ -55,10 +55,31 @@ FAULTS = [
     ),
     Fault(
         "keep a normal number that Python made for a dataset",
-        "engine.data.generators:_python",
-        "generator.gauss_next = normal",
+        "engine.data.generators:restore",
+        "_python.gauss_next = of_python",
         "pass",
         "tests/data/test_dataset_draws.py -k pairs",
+    ),
+    Fault(
+        "keep a normal number that numpy made for a dataset",
+        "engine.data.generators:restore",
+        "python[:], words[:], normal[:] = rest",
+        "python[:], words[:] = rest[:2]",
+        "tests/data/test_dataset_draws.py -k pairs",
+    ),
+    Fault(
+        "seed Python's generator as numpy's",
+        "engine.data.generators:seed_all",
+        "AT_END, _drawn[:WORDS], _drawn[WORDS:]",
+        "AT_END, _drawn[WORDS:], _drawn[WORDS:]",
+        "tests/data/test_dataset_draws.py -k seeding",
+    ),
+    Fault(
+        "lose the samples after a StopIteration",
+        "Fetch._fetch",
+        "if len(samples) < len(piece.indices):",
+        "if False:",
+        "tests/errors/test_bad_input.py -k ends_itself",
     ),
     Fault(
         "overwrite a batch that is being read",
