@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from engine.loss import Loss
 from engine.order import sequential
 from engine.plan.schedule import Schedule, Stage
 from engine.plan.windows import Plan
-from engine.seeds import VALIDATION_STREAM, mix, seed_everything
+from engine.seeds import ODD, SEED_BITS, VALIDATION_STREAM, mix, seed_everything
 from engine.settings import Settings
 from engine.signals import Signals
 from engine.task import Logged, Task
@@ -37,7 +38,7 @@ class Validation:
         self._task, self._strategy = task, strategy
         self._metrics = MergedMetrics(task.validation_metrics, strategy)
         self._logged: list[Logged] = []
-        self._seed, self._precision = settings.seed, settings.precision
+        self._seed, self._precision = mix(settings.seed, VALIDATION_STREAM), settings.precision
         self._stream: Iterable[Any] | None = None
         self.samples: int | None = None  # the samples of map-style data
         if not is_map_style(data):
@@ -131,7 +132,7 @@ class Validation:
         """Yield a function of a batch: `compute` with the model in eval mode, {} if another process has the result."""
         strategy = self._strategy
         strategy.synchronize_buffers(model)
-        seed_everything(mix(self._seed, VALIDATION_STREAM))
+        seed_everything(self._seed)
         modes = {module: module.training for module in model.modules()}
         model.eval()
         with torch.no_grad(), strategy.evaluation_context(model):
@@ -140,10 +141,13 @@ class Validation:
             module.training = was_training
 
     def _micros(self) -> Iterator[MicroBatch]:
-        if self._stream is None:
-            for window in self._source.windows(0, 0, 0):
-                yield from window
-            return
+        """Yield each micro-batch when torch's generators are seeded by its place in the data."""
+        for micro in chain.from_iterable(self._source.windows(0, 0, 0)) if self._stream is None else self._read():
+            self._strategy.seed(self._seed + micro.seed_index * ODD & SEED_BITS)
+            yield micro
+
+    def _read(self) -> Iterator[MicroBatch]:
+        assert self._stream is not None
         for index, batch in enumerate(self._stream):
             problem = size_problem(self._task, batch)
             size = 0 if problem else self._task.batch_size(batch)

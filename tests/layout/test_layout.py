@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine import GradientAccumulationScheduler, Trainer
+from engine import Callback, GradientAccumulationScheduler, Loss, Trainer
 from tests.kit.processes import on_processes, run
 from tests.kit.reference import Regression, Samples, Watch, big_batch_run, mlp, parameters
 
@@ -129,18 +129,54 @@ def test_workers_change_nothing() -> None:
     assert torch.equal(with_workers[0], without[0])
 
 
-def test_fetching_leaves_the_user_s_generators_alone() -> None:
+def test_fetching_leaves_the_host_s_generators_alone() -> None:
     def state() -> list[Any]:
-        return [torch.rand(1).item(), random.random(), float(numpy.random.rand())]
+        return [random.random(), float(numpy.random.rand())]
 
     from engine.data.fetch import Fetch, Piece
 
-    random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
+    random.seed(1), numpy.random.seed(1)
     expected = state()
-    random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
+    random.seed(1), numpy.random.seed(1)
     task = Regression(8)
     Fetch(Noisy(task.x, task.y), 0, list).__getitems__(Piece(0, 0, [1, 2, 3]))
     assert state() == expected
+
+
+class DrawsAfterUpdates(Callback):
+    """Draws from each generator where user code runs between updates."""
+
+    def __init__(self) -> None:
+        self.drawn: list[float] = []
+
+    def _draw(self, context: Any) -> None:
+        self.drawn += [torch.rand(()).item(), random.random(), float(numpy.random.rand())]
+
+    on_gradients = on_update_end = on_epoch_end = on_validation_end = _draw
+
+
+class ValidatesByDraws(Regression):
+    def validation_data(self) -> Any:
+        return Noisy(self.x[:20], self.y[:20])
+
+    def evaluate(self, model: nn.Module, batch: Any) -> Any:
+        return {"drawn": Loss(torch.rand((), dtype=torch.float64) + batch[0].sum(), 1.0)}
+
+
+def fit_with_draws(K: int, workers: int) -> Any:
+    callback = DrawsAfterUpdates()
+    options: dict[str, Any] = {"num_workers": workers, "max_epochs": 2, "validate_every_n_epochs": 1}
+    trainer = Trainer("ddp", N, accumulate_grad_batches=K, callbacks=callback, **options)
+    trainer.fit(ValidatesByDraws(SAMPLES))
+    return callback.drawn, trainer.metrics["drawn"]
+
+
+def test_draws_of_callbacks_do_not_know_workers_nor_those_of_validation_P() -> None:
+    (drawn, metric), (drawn_with_workers, metric_with_workers) = (run(1, fit_with_draws, 4, w)[0] for w in (0, 2))
+    assert drawn == drawn_with_workers
+    assert metric == metric_with_workers
+    for _, other in run(2, fit_with_draws, 2, 0):
+        assert other == pytest.approx(metric, rel=1e-12)
 
 
 @pytest.mark.parametrize(("unit", "scheduling"), [("update", {0: 1, 4: 2, 9: 5}), ("sample", {0: 4, 50: 1, 100: 2})])
