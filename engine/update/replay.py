@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_map_only
 
+from engine.data.generators import restore, saved
 from engine.data.window import Window
 from engine.errors import UserError, describe
 from engine.memory import is_out_of_memory
@@ -196,7 +195,7 @@ class _ForwardState:
     def keep(self) -> None:
         if self._buffers.exist:
             self._buffers.keep()
-        self._python, self._numpy = random.getstate(), numpy.random.get_state()
+        self._host = saved()
 
     def restore(self) -> None:
         if self._buffers.exist:
@@ -204,5 +203,4 @@ class _ForwardState:
         self.restore_host()
 
     def restore_host(self) -> None:
-        random.setstate(self._python)
-        numpy.random.set_state(self._numpy)
+        restore(*self._host)

@@ -5,6 +5,27 @@ from tests.faults.selections import KILLED, LATE, LOGGED, NOISE, REDO, STREAMS, 
 
 FAULTS = [
     Fault(
+        "save before it is known that the last window drew",
+        "HostRng.state",
+        "self._draws or self._have_changed()",
+        "self._draws",
+        "tests/resume/test_variants.py -k from",
+    ),
+    Fault(
+        "forget the draws that a dropped window has found",
+        "HostRng.start_window",
+        "self._draws = self._draws or self._have_changed()",
+        "self._draws = self._have_changed()",
+        "tests/resume/test_interrupts.py -k is_dropped",
+    ),
+    Fault(
+        "never look whether the host's generators were drawn from",
+        "HostRng._have_changed",
+        "saved() != self._start",
+        "False",
+        "tests/resume/test_variants.py -k from",
+    ),
+    Fault(
         "many processes: leave gradient norms uncompared",
         "Exchange.receive",
         "-self._rows[0][-1]]",

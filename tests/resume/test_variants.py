@@ -77,6 +77,11 @@ def sometimes(x: torch.Tensor) -> torch.Tensor:
     return x + 0.1 * torch.randn_like(x) if x[0, 0] > 0 else x
 
 
+def sometimes_from_all(x: torch.Tensor) -> torch.Tensor:
+    """Draw one number of a pair, too, which the generators' states do not show."""
+    return sometimes(x) * random.gauss(1, 0.1) * numpy.random.standard_normal() if x[0, 0] > 1 else x
+
+
 def sequence(optimizer: Any) -> Any:
     parts = [lr_scheduler.LinearLR(optimizer, 0.1, total_iters=3), lr_scheduler.MultiStepLR(optimizer, [2, 5, 5], 0.5)]
     return lr_scheduler.SequentialLR(optimizer, parts, [4])
@@ -102,6 +107,7 @@ CASES: dict[str, dict[str, Any]] = {
     "from torch, in some batches": {"draw": sometimes},
     "from numpy": {"draw": lambda x: x * numpy.random.beta(0.3, 0.3)},
     "from random": {"draw": lambda x: x * random.random()},
+    "from all three, in some batches": {"draw": sometimes_from_all},
     "a collate that draws": {"mix": lambda x: x * random.random() + torch.rand(()) + numpy.random.rand()},
     "a validation that draws": {"evaluate": lambda: [torch.rand(()), random.random(), numpy.random.rand()]},
     "a loader that shuffles by itself": {"data": lambda x, y: DataLoader(Samples(x, y), batch_size=2, shuffle=True)},
