@@ -19,7 +19,7 @@ from strategies.optimizers import with_modes as with_modes
 from strategies.registry import find as find
 from strategies.registry import resolve as resolve
 from strategies.single import SingleDeviceStrategy as SingleDeviceStrategy
-from strategies.summed_message import MAXIMA as MAXIMA
+from strategies.summed_message import MESSAGE_MAXIMA as MESSAGE_MAXIMA
 
 if TYPE_CHECKING:
     from strategies.fsdp import FSDPStrategy as FSDPStrategy

@@ -10,7 +10,7 @@ from torch import Tensor
 # Numbers are sent as limbs of 32 bits each, from 2^-192 up to 2^64, which processes can add in any order: no addition
 # rounds, since a double holds the sum of 2^21 limbs exactly
 LIMBS, LIMB, FRACTION = 8, 32, 192
-MAXIMA = 3  # the last numbers of a message, of which the maximum is taken, not the sum
+MESSAGE_MAXIMA = 3  # the last numbers of a message, of which the maximum is taken, not the sum
 TAG = 1  # apart from the other messages of the group, some of which may be under way
 
 
@@ -92,20 +92,20 @@ def _to_words(values: Sequence[float]) -> Tensor:
     """Return whether the values do not fit into limbs, the limbs of those to sum, and those for the maxima."""
     try:
         limbs = [limb for value in values for limb in to_limbs(value)]
-        words = [0.0, *limbs[: -MAXIMA * LIMBS], *values[-MAXIMA:]]
+        words = [0.0, *limbs[: -MESSAGE_MAXIMA * LIMBS], *values[-MESSAGE_MAXIMA:]]
     except (OverflowError, ValueError):
-        words = [1.0] + [0.0] * (LIMBS * (len(values) - MAXIMA) + MAXIMA)
+        words = [1.0] + [0.0] * (LIMBS * (len(values) - MESSAGE_MAXIMA) + MESSAGE_MAXIMA)
     return torch.tensor(words, dtype=torch.float64)
 
 
 def _from_words(words: Sequence[float]) -> list[float]:
-    limbs = [words[i : i + LIMBS] for i in range(0, len(words) - MAXIMA, LIMBS)]
-    return [*map(from_limbs, limbs), *words[-MAXIMA:]]
+    limbs = [words[i : i + LIMBS] for i in range(0, len(words) - MESSAGE_MAXIMA, LIMBS)]
+    return [*map(from_limbs, limbs), *words[-MESSAGE_MAXIMA:]]
 
 
 def _added(words: Tensor, others: Tensor) -> Tensor:
-    maxima = torch.maximum(words[-MAXIMA:], others[-MAXIMA:])
-    return torch.cat([words[:-MAXIMA] + others[:-MAXIMA], maxima])
+    maxima = torch.maximum(words[-MESSAGE_MAXIMA:], others[-MESSAGE_MAXIMA:])
+    return torch.cat([words[:-MESSAGE_MAXIMA] + others[:-MESSAGE_MAXIMA], maxima])
 
 
 def to_limbs(value: float) -> list[float]:

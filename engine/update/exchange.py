@@ -26,7 +26,7 @@ from engine.update.message import (
     slowness,
     total,
 )
-from strategies import MAXIMA, PendingRows, Strategy
+from strategies import MESSAGE_MAXIMA, PendingRows, Strategy
 
 ACTIVITY_TOPIC = "activity"
 RESERVED = {"update", *GROUPED, *GROUPED.values(), "data/weight", "speed/weight_per_second"}
@@ -136,13 +136,14 @@ class Exchange:
         if differ([*(row[-2] for row in self._rows), -self._rows[0][-1]]):  # of the one row of sums: most and least
             check_norms(self._strategy.gather(self.grad_norm), update)
         if (self.names or agreed.has_new_names) and not (agreed.abort or agreed.out_of_memory):
-            self._add_up([] if agreed.has_new_names else [row[HEADER:-MAXIMA] for row in self._rows], update, is_start)
+            rows = [] if agreed.has_new_names else [row[HEADER:-MESSAGE_MAXIMA] for row in self._rows]
+            self._add_up(rows, update, is_start)
         return agreed
 
     def agree_on(self, names: Iterable[str]) -> None:
         """From now on let each message have the sums of `names`, the same on all processes."""
         self.names = [*names]
-        self._strategy.message_length = HEADER + 2 * len(self.names) + MAXIMA
+        self._strategy.message_length = HEADER + 2 * len(self.names) + MESSAGE_MAXIMA
 
     def _add_up(self, rows: list[list[float]], update: int, is_start: bool) -> None:
         """Make the means of all processes' sums; without `rows`, agree on the names first, in a slow exchange."""
@@ -167,7 +168,7 @@ class Exchange:
         if not self._rows:
             return None
         seconds = total([row[HEADER - 1] for row in self._rows])
-        return slowest(max(row[-MAXIMA] for row in self._rows), seconds, self._strategy.processes)
+        return slowest(max(row[-MESSAGE_MAXIMA] for row in self._rows), seconds, self._strategy.processes)
 
     def check_replicas(self, update: int) -> None:
         """Compare the parameters of all processes, to the bit. Raises ReplicaError on all of them.

@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine import Task, Trainer
 from engine.order import SLICE, KeyedPermutation
 from engine.update.message import HEADER
-from strategies import MAXIMA, DDPStrategy
+from strategies import MESSAGE_MAXIMA, DDPStrategy
 from strategies.process_group import LARGEST_MESH
 from strategies.summed_message import LIMBS
 from tests.benchmarks.problem import at_updates, loss_fn, make_model, make_optimizer
@@ -135,7 +135,7 @@ def alone(port: int) -> list[tuple[float, ...]]:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     strategy = DDPStrategy(device="cpu")
     strategy.setup()
-    message = [0.0] * (HEADER + MAXIMA)
+    message = [0.0] * (HEADER + MESSAGE_MAXIMA)
     for _ in range(WARM_UP):
         strategy.exchange(message)()
     see = See()
@@ -221,7 +221,7 @@ def print_projected(results: dict[int, dict[str, dict[str, float]]], latency: fl
     print(f"| P | {columns} | sockets |\n" + "| --: " * 8 + "|")
     for P in LARGE:
         steps, start = steps_of(P), math.ceil(math.log2(P))
-        kB = 8 * (1 + LIMBS * HEADER + MAXIMA) * steps / 1e3
+        kB = 8 * (1 + LIMBS * HEADER + MESSAGE_MAXIMA) * steps / 1e3
         connections = 2 * (P - 1) if P <= LARGEST_MESH else 2 * (2 * start + 2)
         cells = [f"{steps}", f"{1e3 * latency * steps:.2f}", f"{1e3 * a_step * steps:.1f}", f"{kB:.1f}", f"{start}"]
         print(f"| {P:,} | " + " | ".join([*cells, f"{1e3 * latency * start:.2f}", f"{connections}"]) + " |")

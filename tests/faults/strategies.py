@@ -170,8 +170,8 @@ FAULTS = [
     Fault(
         "many processes: add up maxima",
         "_added",
-        "torch.maximum(words[-MAXIMA:], others[-MAXIMA:])",
-        "words[-MAXIMA:] + others[-MAXIMA:]",
+        "torch.maximum(words[-MESSAGE_MAXIMA:], others[-MESSAGE_MAXIMA:])",
+        "words[-MESSAGE_MAXIMA:] + others[-MESSAGE_MAXIMA:]",
         "tests/strategies/test_summed_messages.py::test_all_get_the_same_sums_and_maxima",
     ),
     Fault(

@@ -20,6 +20,7 @@ CONCRETE = {
 OFFERED = {
     "Strategy",
     "Buffers",
+    "MESSAGE_MAXIMA",
     "MicroBatch",
     "Optimizers",
     "PendingRows",
