@@ -98,7 +98,7 @@ CASES: dict[str, tuple[Any, str, int]] = {
     "stream": (lambda: task(train_data=lambda: Stream(object())), "position", 1),
     "no parameter's": (
         lambda: task(configure_optimizer=lambda model: Counts(model.parameters(), lr=0.1)),
-        "the optimizer's state has the key 'steps'",
+        "the optimizer's state has key 'steps'",
         1,
     ),
     "optimizer": (
