@@ -13,13 +13,12 @@ ODD = 0x9E3779B97F4A7C15
 SEED_BITS = 0xFFFFFFFFFFFFFFFF
 
 
-def mix(*numbers: int, start: int = 0) -> int:
+def mix(*numbers: int) -> int:
     """Return a 64-bit hash of whole numbers, for seeds: each bit depends on all of them (the CPU generator uses 32).
 
-    `start` is the hash of the numbers before them. The finaliser is SplitMix64's (Steele, Lea, Flood, "Fast splittable
-    pseudorandom number generators", 2014).
+    The finaliser is SplitMix64's (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014).
     """
-    state = start
+    state = 0
     for number in numbers:
         state = (state + number + ODD) & SEED_BITS
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & SEED_BITS

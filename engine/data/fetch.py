@@ -3,23 +3,18 @@
 from collections.abc import Callable
 from itertools import count, repeat
 from operator import getitem, length_hint
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset, TensorDataset, get_worker_info
 
 from engine.data.generators import restore, saved, seed_all
 from engine.errors import UserError, describe
-from engine.seeds import FETCH_STREAM, mix
+from engine.seeds import FETCH_STREAM, ODD, SEED_BITS, mix
 from engine.task import Batching
 
-
-class Piece(NamedTuple):
-    """One micro-batch to fetch: the samples `indices`, which stand in the order of `epoch` from position `start` on."""
-
-    epoch: int
-    start: int
-    indices: list[int]
+Piece = tuple[int, int, list[int]]
+"""One micro-batch to fetch: its epoch, the position of its first sample in that epoch's order, and its indices."""
 
 
 class Fetch(Dataset[Any]):
@@ -47,28 +42,29 @@ class Fetch(Dataset[Any]):
             restore(*before)
 
     def _fetch(self, piece: Piece) -> Any:
-        self._seed_all(piece.epoch, piece.start)
+        epoch, start, indices = piece
+        self._seed_all(epoch, start)
         if self._fetches_pieces:
-            samples = self._dataset.__getitems__(piece.indices)
-            if self._collates_all and len(samples) != len(piece.indices):
+            samples = self._dataset.__getitems__(indices)
+            if self._collates_all and len(samples) != len(indices):
                 raise UserError(
-                    f"the dataset's __getitems__ returned {len(samples)} samples for {len(piece.indices)} indices. "
+                    f"the dataset's __getitems__ returned {len(samples)} samples for {len(indices)} indices. "
                     "Return one for each; a task's own collate() may leave some out."
                 )
             return self._collate(samples)
-        left = iter(piece.indices)
+        left = iter(indices)
         try:
             if self._seeds_each:
-                samples = [*map(self._seeded, repeat(piece.epoch), count(piece.start), left)]
+                samples = [*map(self._seeded, repeat(epoch), count(start), left)]
             else:
                 samples = [*map(getitem, repeat(self._dataset), left)]
         except (IndexError, KeyError) as error:
-            index = piece.indices[-1 - length_hint(left)]
+            index = indices[-1 - length_hint(left)]
             if isinstance(error, KeyError) and error.args != (index,):
                 raise  # not for want of this sample
             raise self._has_no(index, error) from error
-        if len(samples) < len(piece.indices):  # as far as `map` came
-            raise self._has_no(piece.indices[len(samples)], StopIteration("use another error"))
+        if len(samples) < len(indices):  # as far as `map` came
+            raise self._has_no(indices[len(samples)], StopIteration("use another error"))
         return self._collate(samples)
 
     def _has_no(self, index: int, error: Exception) -> UserError:
@@ -82,7 +78,7 @@ class Fetch(Dataset[Any]):
     def _seed_all(self, epoch: int, place: int) -> None:
         if epoch != self._epoch:
             self._epoch, self._epoch_seed = epoch, mix(self._seed, FETCH_STREAM, epoch)
-        seed_all(mix(place, start=self._epoch_seed))
+        seed_all(self._epoch_seed + place * ODD & SEED_BITS)
 
 
 class TensorFetch(Dataset[Any]):
@@ -92,5 +88,5 @@ class TensorFetch(Dataset[Any]):
         self._tensors = dataset.tensors
 
     def __getitems__(self, piece: Piece) -> list[torch.Tensor]:
-        indices = torch.tensor(piece.indices)
+        indices = torch.tensor(piece[2])
         return [tensor[indices] for tensor in self._tensors]

@@ -16,16 +16,15 @@ import torch
 
 from engine.errors import UserError
 
-WORDS = 624 * 4  # bytes of a generator's numbers; Python keeps its position in them before, numpy after them
-AT_END = struct.pack("i", 624)  # the position of a generator that makes new numbers at its next draw
+WORDS = 624  # of 4 bytes each: the numbers of a generator; Python keeps its position before, numpy after them
+STATE = 4 * (WORDS + 1)
 NO_NORMAL = bytes(16)
 
-_torch = torch.default_generator
 _python: Any = random._inst
 _numpy: Any = numpy.random.get_state.__self__  # type: ignore[attr-defined]
-_numbers = torch.empty(2 * WORDS // 8, dtype=torch.int64, device="cpu")
-_drawn = _numbers.numpy().data.cast("B")  # the same memory
-
+_torch, _numbers = torch.default_generator, torch.empty(2 * STATE // 8, dtype=torch.int64, device="cpu")
+_states = _numbers.numpy().data.cast("B")  # the same memory, as a state of Python's and one of numpy's
+_words, _for_python, _for_numpy = _states.cast("I"), _states[:STATE], _states[STATE:]
 
 Memory = tuple[memoryview, memoryview, memoryview]
 """Of Python's generator, of numpy's, and of the second normal number that numpy keeps of a pair."""
@@ -52,7 +51,7 @@ def restore(bits: Any, of_python: Any, *rest: Any) -> None:
         numpy.random.set_bit_generator(bits)  # type: ignore[attr-defined]
     if (memory := memory_with(bits)) is None:
         random.setstate(of_python)
-        numpy.random.set_state(*rest)
+        _numpy.set_state(*rest)
         return
     python, words, normal = memory
     _python.gauss_next = of_python
@@ -63,23 +62,22 @@ def seed_all(seed: int) -> None:
     """Seed torch's generator, and let it draw the numbers of the others: their own seeding takes longer."""
     _torch.manual_seed(seed)
     _numbers.random_(-(1 << 63), None)  # 64 random bits each
+    _words[0] = _words[-1] = WORDS  # the positions: at the end of the numbers
     if (memory := memory_with(_numpy._bit_generator)) is None:
-        own, other = (numpy.frombuffer(part, numpy.uint32) for part in (_drawn[:WORDS], _drawn[WORDS:]))
-        random.setstate((3, (*own.tolist(), 624), None))
-        numpy.random.set_state(("MT19937", other, 624, 0, 0.0))
+        random.setstate((3, (*_words[1 : WORDS + 1], WORDS), None))
+        _numpy.set_state(("MT19937", [*_words[WORDS + 1 : -1]], WORDS, 0, 0.0))
         return
     python, words, normal = memory
-    python[:4], python[4:], words[:WORDS], words[WORDS:] = AT_END, _drawn[:WORDS], _drawn[WORDS:], AT_END
-    normal[:], _python.gauss_next = NO_NORMAL, None
+    python[:], words[:], normal[:], _python.gauss_next = _for_python, _for_numpy, NO_NORMAL, None
 
 
 @lru_cache(1)
 def memory_with(bits: Any) -> Memory | None:
     """Return the memory of the generators, numpy's with `bits`; None if it is not as expected."""
-    if sys.implementation.name != "cpython" or random.Random.__basicsize__ < object.__basicsize__ + 4 + WORDS:
+    if sys.implementation.name != "cpython" or random.Random.__basicsize__ < object.__basicsize__ + STATE:
         return None
-    python = _view(id(_python) + object.__basicsize__, 4 + WORDS)
-    words = _view(bits.ctypes.state_address, WORDS + 4)
+    python = _view(id(_python) + object.__basicsize__, STATE)
+    words = _view(bits.ctypes.state_address, STATE)
     kind = numpy.random.RandomState
     trial = kind(0)
     trial.standard_normal()

@@ -88,7 +88,7 @@ class MapSource:
         self, epoch: int, pieces: Iterable[Cut], order: Sequence[Any], before: Sequence[int]
     ) -> Iterator[Piece]:
         if isinstance(order, KeyedPermutation):
-            yield from (Piece(epoch, start, indices) for start, indices in order.read(pieces))
+            yield from ((epoch, start, indices) for start, indices in order.read(pieces))
             return
         is_grouped = not isinstance(before, range)
         for start, stop, _ in pieces:
@@ -96,7 +96,7 @@ class MapSource:
             if is_grouped:
                 chosen = list(chain.from_iterable(chosen))
             indices = chosen.tolist() if hasattr(chosen, "tolist") else list(chosen)
-            yield Piece(epoch, before[start], indices)
+            yield epoch, before[start], indices
 
     def _micros(self, batches: Iterator[Any], cuts: Iterator[Cut], before: Sequence[int]) -> Iterator[MicroBatch]:
         """Yield the micro-batches of one window, up to its last one of `cuts`."""

@@ -13,7 +13,7 @@ import torch
 import engine.data.fetch as fetch
 import engine.data.generators as generators
 from engine import Trainer
-from engine.data.fetch import Fetch, Piece
+from engine.data.fetch import Fetch
 from engine.data.generators import restore, saved, seed_all
 from tests.kit.processes import run
 from tests.kit.reference import Regression, Samples, Watch
@@ -69,8 +69,8 @@ def test_generators_are_seeded_once_a_piece(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_piece_that_P_cuts_draws_as_any_other() -> None:
     task = Keeps()
     samples = Fetch(task.train_data(), 0, list, seeds_each=True)
-    whole = samples.__getitems__(Piece(0, 0, [24, 25, 26, 27]))
-    halves = [samples.__getitems__(Piece(0, start, [24 + start, 25 + start])) for start in (0, 2)]
+    whole = samples.__getitems__((0, 0, [24, 25, 26, 27]))
+    halves = [samples.__getitems__((0, start, [24 + start, 25 + start])) for start in (0, 2)]
     assert [sample[3] for sample in whole] == [sample[3] for sample in sum(halves, [])]
 
 
@@ -156,6 +156,6 @@ def test_another_default_generator_of_numpy_is_refused() -> None:
     numpy.random.set_bit_generator(numpy.random.PCG64())
     try:
         with pytest.raises(ValueError, match="numpy's default generator is a PCG64: expected MT19937"):
-            Fetch(Regression(4).train_data(), 0, list).__getitems__(Piece(0, 0, [1]))
+            Fetch(Regression(4).train_data(), 0, list).__getitems__((0, 0, [1]))
     finally:
         numpy.random.set_bit_generator(own)

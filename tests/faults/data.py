@@ -70,14 +70,14 @@ FAULTS = [
     Fault(
         "seed Python's generator as numpy's",
         "engine.data.generators:seed_all",
-        "AT_END, _drawn[:WORDS], _drawn[WORDS:]",
-        "AT_END, _drawn[WORDS:], _drawn[WORDS:]",
+        "_for_python, _for_numpy, NO_NORMAL, None",
+        "_for_python, bytes(_for_python[4:]) + bytes(_for_python[:4]), NO_NORMAL, None",
         "tests/data/test_dataset_draws.py -k seeding",
     ),
     Fault(
         "lose the samples after a StopIteration",
         "Fetch._fetch",
-        "if len(samples) < len(piece.indices):",
+        "if len(samples) < len(indices):",
         "if False:",
         "tests/errors/test_bad_input.py -k ends_itself",
     ),
@@ -119,7 +119,7 @@ FAULTS = [
     Fault(
         "draw from where the piece before ended",
         "Fetch._fetch",
-        "        self._seed_all(piece.epoch, piece.start)\n",
+        "        self._seed_all(epoch, start)\n",
         "",
         "tests/data/test_dataset_draws.py::test_generators_are_seeded_once_a_piece",
     ),
@@ -133,7 +133,7 @@ FAULTS = [
     Fault(
         "a dataset that leaves samples out",
         "Fetch._fetch",
-        "len(samples) != len(piece.indices)",
+        "len(samples) != len(indices)",
         "False",
         "tests/data/test_sample_counts.py::test_a_dataset_that_returns_fewer_samples_is_refused",
     ),

@@ -133,13 +133,13 @@ def test_fetching_leaves_the_host_s_generators_alone() -> None:
     def state() -> list[Any]:
         return [random.random(), float(numpy.random.rand())]
 
-    from engine.data.fetch import Fetch, Piece
+    from engine.data.fetch import Fetch
 
     random.seed(1), numpy.random.seed(1)
     expected = state()
     random.seed(1), numpy.random.seed(1)
     task = Regression(8)
-    Fetch(Noisy(task.x, task.y), 0, list).__getitems__(Piece(0, 0, [1, 2, 3]))
+    Fetch(Noisy(task.x, task.y), 0, list).__getitems__((0, 0, [1, 2, 3]))
     assert state() == expected
 
 
