@@ -63,8 +63,8 @@ class Fetch(Dataset[Any]):
             if isinstance(error, KeyError) and error.args != (index,):
                 raise  # not for want of this sample
             raise self._has_no(index, error) from error
-        if len(samples) < len(indices):  # as far as `map` came
-            raise self._has_no(indices[len(samples)], StopIteration("use another error"))
+        if len(samples) < len(indices):  # StopIteration ended `map`
+            raise self._has_no(indices[len(samples)], StopIteration("raise another error"))
         return self._collate(samples)
 
     def _has_no(self, index: int, error: Exception) -> UserError:

@@ -13,7 +13,7 @@ from engine.data.fetch import Fetch, Piece, TensorFetch
 from engine.data.window import Loading, Positions, Window
 from engine.errors import UserError
 from engine.order import KeyedPermutation, Order
-from engine.plan.windows import Cut, Plan
+from engine.plan.windows import Plan, PlannedMicroBatch
 from engine.signals import shielded
 from strategies import MicroBatch
 
@@ -70,7 +70,7 @@ class MapSource:
         before = samples_before(order)
         offset = positions[0][1] if positions and positions[0][0] == epoch else 0
         windows, ahead = tee(self._plan.windows(epoch, update, offset))
-        cuts, pieces = tee(piece for window in ahead for piece in window.micro_batches(*self._cut))
+        planned, pieces = tee(piece for window in ahead for piece in window.micro_batches(*self._cut))
         self._pieces.current = self._fetches(epoch, pieces, order, before)
         with shielded():
             loader: Any = map(self._fetch.__getitems__, self._pieces) if self._loader is None else self._loader
@@ -81,11 +81,11 @@ class MapSource:
         for window in windows:
             samples, count = before[window.stop] - before[window.start], window.count(N, P, spread)
             is_empty, has_more = count <= rank, window.stop < self._plan.samples
-            micros = iter(()) if is_empty else self._micros(batches, cuts, before)
+            micros = iter(()) if is_empty else self._micros(batches, planned, before)
             yield Window(window.stage, -(-count // P), is_empty, (epoch, window.stop), samples, has_more, micros)
 
     def _fetches(
-        self, epoch: int, pieces: Iterable[Cut], order: Sequence[Any], before: Sequence[int]
+        self, epoch: int, pieces: Iterable[PlannedMicroBatch], order: Sequence[Any], before: Sequence[int]
     ) -> Iterator[Piece]:
         if isinstance(order, KeyedPermutation):
             yield from ((epoch, start, indices) for start, indices in order.read(pieces))
@@ -98,10 +98,12 @@ class MapSource:
             indices = chosen.tolist() if hasattr(chosen, "tolist") else list(chosen)
             yield epoch, before[start], indices
 
-    def _micros(self, batches: Iterator[Any], cuts: Iterator[Cut], before: Sequence[int]) -> Iterator[MicroBatch]:
-        """Yield the micro-batches of one window, up to its last one of `cuts`."""
+    def _micros(
+        self, batches: Iterator[Any], planned: Iterator[PlannedMicroBatch], before: Sequence[int]
+    ) -> Iterator[MicroBatch]:
+        """Yield the micro-batches of one window, up to its last one of `planned`."""
         to_device, batching = self._to_device, self._batching
-        for start, stop, is_last in cuts:
+        for start, stop, is_last in planned:
             batch, size, problem = next(batches), before[stop] - before[start], ""
             if batching is not None:
                 problem = size_problem(batching, batch, size)

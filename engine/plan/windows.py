@@ -12,8 +12,8 @@ from typing import NamedTuple
 from engine.errors import UserError
 from engine.plan.schedule import Schedule, Stage
 
-Cut = tuple[int, int, bool]
-"""A micro-batch: the samples [start, stop) of an epoch's order, and whether it is its process's last of a window."""
+PlannedMicroBatch = tuple[int, int, bool]
+"""The samples [start, stop) of an epoch's order, and whether it is its process's last of a window."""
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class PlannedWindow:
         pieces = -(-self.samples // N)
         return min(self.samples, -(-pieces // P) * P) if spread else pieces
 
-    def micro_batches(self, N: int, rank: int = 0, P: int = 1, spread: bool = False) -> Iterator[Cut]:
+    def micro_batches(self, N: int, rank: int = 0, P: int = 1, spread: bool = False) -> Iterator[PlannedMicroBatch]:
         """Yield each micro-batch of process `rank` among P, if it has any.
 
         Each has N samples, the window's last one what is left. `spread` makes equally many on each process, of similar

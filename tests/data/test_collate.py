@@ -1,4 +1,4 @@
-"""Collating samples: what torch's `default_collate` returns, for every kind of sample and whatever it was taught."""
+"""Samples are collated as by torch's `default_collate`: every kind of sample, also of types that it was taught."""
 
 from __future__ import annotations
 

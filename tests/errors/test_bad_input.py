@@ -163,7 +163,7 @@ class EndsItself(Regression):
 
 @pytest.mark.parametrize("spread", [False, True])
 def test_a_dataset_that_ends_itself_loses_no_samples(spread: bool) -> None:
-    with pytest.raises(ValueError, match="has 8 samples, but sample 5 raised StopIteration: use another error"):
+    with pytest.raises(ValueError, match="has 8 samples, but sample 5 raised StopIteration: raise another error"):
         fit(EndsItself(8), micro_batch_size=4, shuffle=False, spread_windows=spread)
 
 

@@ -9,7 +9,7 @@ FAULTS = [
     Fault(
         "collate as torch does before it was taught",
         "engine.collate:collated",
-        "default_collate_fn_map == _TORCHS",
+        "default_collate_fn_map == _BUILT_IN",
         "True",
         "tests/data/test_collate.py -k heeded",
     ),
