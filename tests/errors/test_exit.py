@@ -101,6 +101,7 @@ def command(folder: Path, *words: str, task: str = "Told", P: int = 1) -> tuple[
             status = 1
             try:
                 os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+                signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` leaves it ignored, and so would the run
                 error = os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(error, 2)
                 sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - pytest has put another in its place
@@ -427,7 +428,7 @@ def test_an_odd_error_is_told_to_all_and_kept(odd: str, tmp_path: Path) -> None:
 
     def fit_odd() -> None:
         Trainer(
-            DDPStrategy(timeout_seconds=8, device="cpu"),
+            DDPStrategy(device="cpu"),
             micro_batch_size=4,
             callbacks=Raises(odd),
             run_dir=str(tmp_path / "run"),

@@ -85,7 +85,7 @@ def test_a_loss_of_another_model_is_an_error(unused: bool) -> None:
         trainer(strategy=DDPStrategy(find_unused_parameters=unused)).fit(task)
 
     with pytest.raises(ChildError) as raised:
-        run(2, go_around, seconds=30, timeout=10)
+        run(2, go_around, seconds=30)
     assert all("not computed with the `model` that loss" in error for error in raised.value.errors.values())
 
 

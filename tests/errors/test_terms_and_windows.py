@@ -91,7 +91,7 @@ TERMS = {
 @pytest.mark.parametrize("mistake", TERMS)
 def test_terms(mistake: str) -> None:
     with pytest.raises(ChildError) as raised:
-        run(2, fit, Wrong(mistake, rank=0), "ddp", 2, seconds=30, timeout=10)
+        run(2, fit, Wrong(mistake, rank=0), "ddp", 2, seconds=30)
     assert len(raised.value.errors) == 2
     for at, error in raised.value.errors.items():
         assert re.search(TERMS[mistake], error), error
@@ -201,7 +201,7 @@ def test_windows(mistake: str) -> None:
 @pytest.mark.parametrize("mistake", ["open twice", "update twice", "a mean", "a gradient of before", *SYMMETRICAL])
 def test_windows_of_two_processes(mistake: str) -> None:
     with pytest.raises(ChildError) as raised:
-        run(2, drive, "ddp", mistake, 1, seconds=30, timeout=10)
+        run(2, drive, "ddp", mistake, 1, seconds=30)
     assert len(raised.value.errors) == 2
     for at, error in raised.value.errors.items():
         assert WINDOWS[mistake] in error
@@ -234,7 +234,7 @@ def test_a_window_that_is_left_open_is_reported() -> None:
             function()
 
     with pytest.raises(ChildError) as raised:
-        run(2, leave_open, seconds=20, timeout=5)
+        run(2, leave_open, seconds=20)
     problem = "a window was left open: 1 calls of backward() count for nothing. Call update() or drop()."
     assert f"process 1 failed: {problem}" in raised.value.errors[0]
 

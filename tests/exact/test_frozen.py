@@ -142,7 +142,7 @@ def test_parameters_that_come_or_go_are_refused(place: str, how: str, update: in
             assert grows.ended_at == update, "it was found later than before the next update"
 
     with pytest.raises(ChildError, match="the parameters changed during training") as raised:
-        run(P, fit_growing, group=P > 1, timeout=5)
+        run(P, fit_growing, group=P > 1)
     assert ["the parameters changed" in text for text in raised.value.errors.values()] == [True] * P
 
 
@@ -150,7 +150,7 @@ def test_fsdp_refuses_to_freeze_during_training() -> None:
     with pytest.raises(
         ChildError, match=r"requires_grad of 0.weight, .* changed during training.*Use DDPStrategy"
     ) as raised:
-        run(2, fit, "fsdp", {}, timeout=5)
+        run(2, fit, "fsdp", {})
     assert len(raised.value.errors) == 2
 
 

@@ -69,7 +69,7 @@ def loop(name: str, mistake: str, rank: int | None) -> int:
 def test_a_mistake_is_an_error_on_all_processes(name: str, P: int, rank: int | None, mistake: str) -> None:
     assert run(P, loop, name, "", rank) == [4] * P
     with pytest.raises(ChildError) as raised:
-        run(P, loop, name, mistake, rank, seconds=30, timeout=10)
+        run(P, loop, name, mistake, rank, seconds=30)
     assert len(raised.value.errors) == P
     for at, error in raised.value.errors.items():
         if name == "fsdp" and mistake == "update twice" and at != rank:

@@ -199,7 +199,7 @@ def test_what_cannot_be_predicted_is_an_error_on_all_processes(case: str, tmp_pa
         trainer("ddp").predict(task, samples(task), folder and str(tmp_path / folder))
 
     with pytest.raises(ChildError) as raised:
-        run(2, refused, timeout=10)
+        run(2, refused)
     assert len(raised.value.errors) == 2
     for error in raised.value.errors.values():
         assert re.search(message, error), error

@@ -60,6 +60,9 @@ class OneProcessOnly(DDPStrategy):
 
 
 class NeverJoins(DDPStrategy):
+    def __init__(self) -> None:
+        super().__init__(timeout_seconds=10)  # which the others wait
+
     def join(self, window: Any) -> None:
         pass
 

@@ -76,7 +76,7 @@ def test_another_base_is_refused(strategy: str, P: int, tmp_path: Path) -> None:
     run(P, fit, strategy, str(tmp_path / "run"), 2, 1.0)
     message = r"trained on another base: 1 of its 2 frozen parameters differ \(0.weight, ...\). Load the same base"
     with pytest.raises(ChildError, match=message) as raised:
-        run(P, fit, strategy, str(tmp_path / "run"), None, 1.01, timeout=10)
+        run(P, fit, strategy, str(tmp_path / "run"), None, 1.01)
     assert all("another base" in error for error in raised.value.errors.values())
     for source in ({"run_dir": str(tmp_path / "run")}, {"weights": str(tmp_path / "run/model.safetensors")}):
         with pytest.raises(ValueError, match=message):

@@ -205,7 +205,7 @@ def test_a_stream_within_an_epoch_needs_as_many_processes(tmp_path: Path) -> Non
 
     run(2, part, 1)
     with pytest.raises(ChildError, match="where 2 processes read streams of their own, and now there are 3"):
-        run(3, part, None, timeout=10)
+        run(3, part, None)
 
 
 @pytest.mark.parametrize("name", ["effective_batch_size", "max_epochs", "max_updates"])

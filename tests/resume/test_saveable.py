@@ -132,7 +132,7 @@ def test_what_cannot_be_saved_is_refused_at_once(case: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(("case", "only_rank"), [("callback", None), ("stream", 0), ("stream", 1)])
 def test_all_processes_learn_of_it(case: str, only_rank: int | None, tmp_path: Path) -> None:
     with pytest.raises(ChildError, match=CASES[case][1]) as raised:
-        run(2, fit_case, case, str(tmp_path / "run"), only_rank, timeout=10)
+        run(2, fit_case, case, str(tmp_path / "run"), only_rank)
     assert all(CASES[case][1] in text for text in raised.value.errors.values())
     assert len(raised.value.errors) == 2
 

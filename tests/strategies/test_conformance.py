@@ -59,7 +59,7 @@ def red(subject: Backend) -> list[str]:
 
 
 def with_defect(defect: Defect) -> Backend:
-    return Backend(defect.strategy, {"timeout_seconds": 5}, seconds=30)
+    return Backend(defect.strategy)
 
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.strategy.__name__)

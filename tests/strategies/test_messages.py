@@ -24,7 +24,7 @@ SIZES = [1, 2, 3, 5]
 
 
 def set_up() -> ProcessGroupStrategy:
-    strategy = DDPStrategy(timeout_seconds=10, device="cpu")
+    strategy = DDPStrategy(device="cpu")
     strategy.setup()
     return strategy
 
@@ -180,7 +180,7 @@ def trains(strategy: str, dies_at: int) -> torch.Tensor:
             if trainer.update == dies_at and trainer.strategy.rank == 1:
                 os._exit(1)
 
-    chosen = (FSDPStrategy if strategy == "fsdp" else DDPStrategy)(timeout_seconds=8, device="cpu")
+    chosen = (FSDPStrategy if strategy == "fsdp" else DDPStrategy)(device="cpu")
     dies = Dies()
     Trainer(chosen, micro_batch_size=2, max_epochs=2, shuffle=False, callbacks=dies).fit(Regression(21))
     return torch.cat([value.flatten() for value in dies.model.values()]) if dies.model else torch.empty(0)

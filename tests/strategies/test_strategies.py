@@ -243,7 +243,7 @@ def test_a_rerun_sums_in_the_same_order_to_the_bit(P: int) -> None:
 
 
 def fit_branches(find_unused: bool, K: int) -> Any:
-    strategy = DDPStrategy(find_unused_parameters=find_unused, timeout_seconds=5)
+    strategy = DDPStrategy(find_unused_parameters=find_unused)
     trainer = Trainer(strategy, micro_batch_size=2, accumulate_grad_batches=K, max_epochs=3, shuffle=False)
     task = Regression(23, model=Branches)
     task.configure_optimizer = lambda model: torch.optim.AdamW(model.parameters(), lr=0.01)  # type: ignore[method-assign]

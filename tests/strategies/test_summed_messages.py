@@ -22,7 +22,7 @@ from tests.kit.reference import Regression, Watch, big_batch_run, in_order
 
 
 def summing(kind: Any, **options: Any) -> Any:
-    strategy = kind(timeout_seconds=10, device="cpu", **options)
+    strategy = kind(device="cpu", **options)
     strategy.largest_rows = 1
     return strategy
 
@@ -94,7 +94,7 @@ class Keeps(Watch):
 
 def trained(strategy: str, largest_rows: int) -> Any:
     keeps = Keeps()
-    chosen: Any = (FSDPStrategy if strategy == "fsdp" else DDPStrategy)(timeout_seconds=10, device="cpu")
+    chosen: Any = (FSDPStrategy if strategy == "fsdp" else DDPStrategy)(device="cpu")
     chosen.largest_rows = largest_rows
     settings: dict[str, Any] = {"accumulate_grad_batches": 2, "max_epochs": 2, "shuffle": False}
     Trainer(chosen, 3, callbacks=keeps, **settings).fit(Logs(27))

@@ -16,7 +16,7 @@ from tests.kit.processes import on_processes
 def test_a_process_that_is_gone_is_told_from_an_error_of_the_user() -> None:
     @on_processes(2, seconds=30)
     def results() -> tuple[bool, bool]:
-        strategy = DDPStrategy(device="cpu", timeout_seconds=5)
+        strategy = DDPStrategy(device="cpu")
         strategy.setup()
         if dist.get_rank() == 1:
             dist.destroy_process_group()
