@@ -18,7 +18,7 @@ def named_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Return {"state": {name: ...}, "param_groups": [...]}; parameters without state (unused ones) are left out."""
     names = parameter_names(model)
     return {
-        "state": {names[p]: dict(state) for p, state in optimizer.state.items()},
+        "state": {names[p]: dict(state) for p, state in optimizer.state.items() if not p.is_meta},
         "param_groups": [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups],
     }
 

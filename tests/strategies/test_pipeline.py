@@ -581,3 +581,19 @@ def test_a_signal_to_one_stage_stops_all_at_one_boundary(tmp_path: Path, where: 
     assert len(set(results)) == 1
     assert results[0][0]
     assert results[0][1] in update
+
+
+class Adagrad(Regression):
+    """Its optimizer has state from the start, for each parameter that it is given."""
+
+    def configure_optimizer(self, model: nn.Module) -> Any:
+        return torch.optim.Adagrad(model.parameters(), lr=0.05)
+
+
+def test_an_optimizer_with_state_from_the_start_is_saved_and_resumed(tmp_path: Path) -> None:
+    def part(folder: str, updates: int) -> Any:
+        return fit(Adagrad(31), PipelineStrategy(2, "1F1B", 2), 2, run_dir=folder, max_updates=updates)[0].state
+
+    expected = fit(Adagrad(31), "single", 2, max_updates=9)[0].state
+    run(2, part, str(tmp_path), 5)
+    close(run(2, part, str(tmp_path), 9)[0], expected)
