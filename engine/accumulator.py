@@ -84,6 +84,7 @@ class Accumulator:
         self._positions: Any = None  # those of all processes that were loaded, until an epoch resumes from them
         options = UpdateOptions(gradient_clip_norm, seed=seed, noise_scale_every_n_updates=noise_scale_every_n_updates)
         self._updater = Updater(strategy, model, optimizer, lr_scheduler, options)
+        self._updater.exchange.sends_at_start = False  # `start_window` in the loop's body comes first
         self._state = RunState()
 
     def _lay_out(self, schedule: Schedule) -> None:
@@ -148,8 +149,7 @@ class Accumulator:
             self._check_done()
             self._updater.begin(window, state)
             self._updater.terms = terms
-            own = OwnWindow(self._updater, window, state)
-            yield own
+            yield (own := OwnWindow(self._updater, window, state))
             own.check_done()
             if state.update == limit:
                 return
@@ -215,8 +215,7 @@ class OwnWindow(CallWindow):
     def __init__(self, updater: Updater, window: Window, state: RunState) -> None:
         super().__init__(updater, window, state)
         self._micro: MicroBatch | None = None  # the micro-batch that waits for its backward
-        self._batches = self._read()
-        self._was_read = False
+        self._batches, self._was_read = self._read(), False
         self._is_complete = window.is_empty  # whether the last backward was called
 
     def __iter__(self) -> Iterator[Any]:
@@ -226,6 +225,7 @@ class OwnWindow(CallWindow):
         return self._batches
 
     def _read(self) -> Generator[Any]:
+        self._updater.strategy.start_window(self._window.most_micro_batches)  # again: the loop may have frozen layers
         try:
             check_no_gradients(self._updater.model)
             micros: Iterable[MicroBatch] = self._window
@@ -264,15 +264,16 @@ class OwnWindow(CallWindow):
 
     def update(self) -> Outcome:
         """Reduce, correct, clip, step and clear the gradients; return the update's outcome over all processes."""
+        if self._window.is_empty:
+            next(self._batches, None)  # a loop may skip it, and terms are counted there
         try:
-            if self._window.is_empty:
-                next(self._batches, None)  # a loop may skip it, and terms are counted there
             self._batches.close()  # the loop may have ended early
             if self.is_done:
                 raise UserError("window.update() was called twice. Call it once, after the last backward.")
             if not self._is_complete:
                 raise UserError("backward was not called for the window's last micro-batch. Call it for each.")
             if self._window.is_empty:
+                self._updater.exchange.send()
                 self._updater.strategy.join(self._window)
             outcome = self._finish()
         except Exception as error:

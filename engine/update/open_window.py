@@ -61,6 +61,7 @@ class OpenWindow(CallWindow):
         super().__init__(updater, Window(stage, 0, is_empty=False), state)
         self._loss_of, updater.terms = loss_of, None
         updater.begin(self._window, state)
+        self._trained = {p: p.requires_grad for p in updater.model.parameters()}
         atexit.register(self._report)
         try:
             check_no_gradients(updater.model)
@@ -102,6 +103,10 @@ class OpenWindow(CallWindow):
         updater = self._updater
         try:
             self._check(call)
+            if changed := [p for p, is_trained in self._trained.items() if p.requires_grad != is_trained]:
+                for parameter in changed:  # so that this process can still take part
+                    parameter.requires_grad_(not parameter.requires_grad)
+                raise UserError("requires_grad changed in an open window. Change it before accumulator.open().")
             updater.signals.stop_requested = call == "drop"  # the message says so, as after a signal
             updater.exchange.send()
             updater.strategy.join(self._window)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine import Callback, Trainer
+from engine import Accumulator, Callback, Trainer
 from engine.callbacks import EMA
 from strategies.registry import find
 from tests.kit.processes import ChildError, on_processes, run
@@ -171,3 +171,67 @@ def test_a_resumed_run_trains_what_the_run_trained(place: str, at: int, tmp_path
         assert found[2] == expected[2] == 16
         assert torch.equal(found[0], expected[0])
         assert {n: a.tolist() for n, a in found[1].items()} == {n: a.tolist() for n, a in expected[1].items()}
+
+
+def own_loop(kind: str, options: dict[str, Any], late: bool, own: tuple[int, ...] = (0, 1)) -> torch.Tensor:
+    """Train two epochs; the middle layer is frozen for one window, before that begins or in the loop's body."""
+    strategy = find("ddp")(timeout_seconds=20, **options)
+    strategy.setup()
+    task = Body(13)
+    torch.manual_seed(0)
+    inner = mlp()
+    model = strategy.prepare(inner)
+    data = None if kind == "open" else task.train_data()
+    accumulator = Accumulator(strategy, model, task.configure_optimizer(inner), data, 1, 2, shuffle=False)
+
+    def freeze() -> None:
+        if strategy.rank in own:
+            inner[2].requires_grad_(accumulator.update != 3)  # the last window of epoch 0: one sample
+
+    for epoch in range(2):
+        for window in accumulator.windows(epoch) if data else (accumulator.open() for _ in range(4)):
+            if late:
+                freeze()
+            rows = range(strategy.rank, min(4, 13 - 4 * (accumulator.update % 4)), 2)
+            for batch in window if data else (task.train_data()[i : i + 1] for i in rows):  # type: ignore[misc]
+                window.backward(nn.functional.mse_loss(model(batch[0]), batch[1]), **({} if data else {"samples": 1}))
+            window.update()
+            if not late:
+                freeze()
+    return parameters(inner)
+
+
+def own_loop_by_hand() -> torch.Tensor:
+    task = Body(13)
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = task.configure_optimizer(model)
+    for update in range(8):
+        model[2].requires_grad_(update != 3)
+        start = 4 * (update % 4)
+        nn.functional.mse_loss(model(task.x[start : start + 4]), task.y[start : start + 4]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return parameters(model)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("place", ["ddp", "ddp, unused", "ddp, bucket views"])
+def test_a_loop_of_one_s_own_may_freeze_where_it_wants(place: str, late: bool) -> None:
+    """Also before a window in which a process has no micro-batch."""
+    for found in run(2, own_loop, "windows", PLACES[place][2], late):
+        torch.testing.assert_close(found, own_loop_by_hand(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("own", [(0, 1), (0,), (1,)])
+def test_freezing_in_an_open_window_is_an_error_on_all(own: tuple[int, ...]) -> None:
+    with pytest.raises(ChildError, match="requires_grad changed in an open window") as raised:
+        run(2, own_loop, "open", {}, True, own)
+    assert ["requires_grad changed in an open" in text for text in raised.value.errors.values()] == [True, True]
+
+
+@pytest.mark.parametrize("own", [(0,), (1,)])
+def test_freezing_on_one_process_in_the_body_is_an_error_on_all(own: tuple[int, ...]) -> None:
+    with pytest.raises(ChildError, match="expected the same on all processes") as raised:
+        run(2, own_loop, "windows", {}, True, own)
+    assert ["expected the same on all" in text for text in raised.value.errors.values()] == [True, True]

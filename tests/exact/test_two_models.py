@@ -12,7 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 
 from engine import Accumulator
 from strategies import DDPStrategy, FSDPStrategy, PipelineStrategy, SingleDeviceStrategy, Strategy
-from tests.kit.processes import on_processes, run
+from tests.kit.processes import ChildError, on_processes, run
 
 ROWS = torch.randn(96, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 2
 NOISE = torch.randn(96, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -114,3 +114,24 @@ def test_every_strategy_takes_one_model_at_a_time(kind: type[Strategy]) -> None:
 
     for texts in results:
         assert [text.split(":")[0] for text in texts] == [f"strategy '{kind.name}' has prepared a model already"] * 2
+
+
+@pytest.mark.parametrize("on", [(0,), (1,), (0, 1)])
+def test_a_gradient_that_stays_is_an_error_on_all_where_one_has_no_micro_batch(on: tuple[int, ...]) -> None:
+    def train() -> None:
+        strategy = DDPStrategy(timeout_seconds=20)
+        strategy.setup()
+        inner = nn.Linear(1, 1)
+        model = strategy.prepare(inner)
+        optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
+        accumulator = Accumulator(strategy, model, optimizer, torch.zeros(3, 1), 1)
+        for window in accumulator.windows(0):
+            if accumulator.update == 1 and strategy.rank in on:  # the window of the third sample
+                inner.weight.grad = torch.ones(1, 1)
+            for x in window:
+                window.backward(model(x).mean())
+            window.update()
+
+    with pytest.raises(ChildError, match="has a gradient before the window's first backward") as raised:
+        run(2, train)
+    assert ["has a gradient before" in text for text in raised.value.errors.values()] == [True, True]
