@@ -92,10 +92,10 @@ class Session:
             self._validate()
         if control.interrupted_by or has_more:  # the run ends within the epoch
             return
+        self._forget_draws()
         if state.finished_epoch != state.epoch:
             state.finished_epoch = state.epoch
             self._call("on_epoch_end")
-        self._forget_draws()
         if not is_over:
             state.epoch += 1
 
@@ -186,6 +186,7 @@ class Session:
         if validation is None or state.validated_update == state.update:
             return
         self._record_unheard()
+        self._forget_draws()
         started = time.perf_counter()
         with evaluated(self._run.parts.optimizer), self._around_validation():
             metrics = validation.run(self._run.parts.model, self._signals)
@@ -197,12 +198,11 @@ class Session:
         self._call("on_validation_end")
         self._recorder.log_validation(state.update, state.epoch, metrics)  # with what callbacks have added
         self._checkpointer.log_event("validation", took=took)
-        self._forget_draws()
         self._checkpointer.save_if_best()
         self._recorder.restart_clock()
 
     def _forget_draws(self) -> None:
-        """Ignore what callbacks and validation drew from the host's generators."""
+        """Ignore what callbacks and validation draw from the host's generators, up to the next window."""
         if self._updater.host_rng is not None:
             self._updater.host_rng.forget()
 

@@ -34,8 +34,8 @@ class HostRng:
             self._seed(self._seeded)
 
     def forget(self) -> None:
-        """Seed before the next window: others may have drawn since the last one."""
-        self._seeded, self._start = -1, None
+        """Undo, before the next window, what others draw until then."""
+        self._draws, self._start = self.state()[0], None
 
     def drop(self) -> None:
         """Undo `start_window`, but for draws of windows before that it has found: the window was dropped."""

@@ -19,6 +19,20 @@ FAULTS = [
         "tests/resume/test_interrupts.py -k is_dropped",
     ),
     Fault(
+        "forget the draws before a validation",
+        "HostRng.forget",
+        "self.state()[0]",
+        "self._draws",
+        "tests/resume/test_interrupts.py -k validation_that_ends",
+    ),
+    Fault(
+        "seed the host's generators after a validation as for another window",
+        "HostRng.forget",
+        "self._draws, self._start = self.state()[0], None",
+        "self._draws, self._start, self._seeded = self.state()[0], None, -1",
+        "tests/resume/test_interrupts.py -k validation_that_ends",
+    ),
+    Fault(
         "never look whether the host's generators were drawn from",
         "HostRng._have_changed",
         "saved() != self._start",

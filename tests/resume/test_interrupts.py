@@ -172,6 +172,44 @@ def test_a_window_that_is_dropped_keeps_the_draws_that_it_found(tmp_path: Path) 
     assert same(found[1], found[2])
 
 
+class DrawsRarely(Regression):
+    """Its loss draws from the host at some updates; it is told to stop in the validation after the second."""
+
+    told: bool
+    draws_at: Any
+    run: Any
+
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        draws = model.training and self.run.update in self.draws_at
+        return super().loss(model, batch) * (random.random() if draws else 1.0)
+
+    def evaluate(self, model: nn.Module, batch: Any) -> Any:
+        if self.told and self.run.update == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().evaluate(model, batch)
+
+    def validation_data(self) -> Any:
+        return self.train_data()
+
+
+@pytest.mark.parametrize("draws_at", [(3,), (1, 3), range(9)])
+@pytest.mark.parametrize("end", ["signal", "max_updates"])
+def test_a_validation_that_ends_a_run_changes_no_draw_after_it(end: str, draws_at: Any, tmp_path: Path) -> None:
+    found = []
+    for folder, ends in (("run", True), ("run", False), ("whole", False)):
+        task = DrawsRarely(16)
+        task.told, task.draws_at = ends and end == "signal", draws_at
+        options: dict[str, Any] = {"validate_every_n_updates": 2} if end == "signal" else {"max_epochs": None}
+        if end == "max_updates":
+            options["max_updates"] = 2 if ends else 8
+        task.run = trainer(tmp_path / folder, **options)
+        task.run.fit(task)
+        assert bool(task.run.interrupted_by) == task.told
+        assert (task.run.update == 2) == ends
+        found.append(task.run.model.state_dict())
+    assert same(found[1], found[2])
+
+
 def test_without_a_folder_signals_are_the_user_s() -> None:
     seen = []
     original = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
