@@ -6,12 +6,12 @@ from operator import getitem, length_hint
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, TensorDataset, get_worker_info
+from torch.utils.data import Dataset, TensorDataset
 
+from engine.collate import collated
 from engine.data.generators import restore, saved, seed_all
 from engine.errors import UserError, describe
 from engine.seeds import FETCH_STREAM, ODD, SEED_BITS, mix
-from engine.task import Batching
 
 Piece = tuple[int, int, list[int]]
 """One micro-batch to fetch: its epoch, the position of its first sample in that epoch's order, and its indices."""
@@ -29,12 +29,10 @@ class Fetch(Dataset[Any]):
         self._dataset, self._collate = dataset, collate
         self._seed, self._seeds_each = seed, seeds_each
         self._epoch, self._epoch_seed = -1, 0
-        self._collates_all = getattr(collate, "__func__", None) is Batching.collate
+        self._collates_all = collate is collated
         self._fetches_pieces = callable(getattr(dataset, "__getitems__", None))
 
     def __getitems__(self, piece: Piece) -> Any:
-        if get_worker_info() is not None:  # a worker's generators serve nobody else
-            return self._fetch(piece)
         before = saved()
         try:
             return self._fetch(piece)

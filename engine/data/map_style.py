@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from engine.collate import collated, only_stacks
 from engine.data.checks import check_order
 from engine.data.counting import overrides, size_problem
 from engine.data.fetch import Fetch, Piece, TensorFetch
@@ -29,12 +30,11 @@ class MapSource:
         self._cut = N, strategy.data_parallel_rank, strategy.data_parallel_size, loading.spread
         self._to_device, self._batch_size = (prefetch or strategy).to_device, (prefetch or batching).batch_size
         self._pieces, self._loader = _PieceSampler(), None
-        if not overrides(batching, collate):
-            collate = "collate"
+        collate = collate if overrides(batching, collate) else "collate"
         collates = overrides(batching, collate)
         self._batching = batching if collates or overrides(batching, "batch_size") else None
-        in_memory = type(data) is TensorDataset and not collates
-        own = getattr(batching, collate)
+        in_memory = type(data) is TensorDataset and not collates and only_stacks(data.tensors)
+        own = getattr(batching, collate) if collates else collated  # a worker need not be sent the task for that
         self._fetch = TensorFetch(data) if in_memory else Fetch(data, loading.seed, own, seeds_each=loading.spread)
         pins = strategy.device.type == "cuda" if loading.pin_memory is None else loading.pin_memory
         workers = loading.num_workers

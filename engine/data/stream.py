@@ -137,12 +137,11 @@ class StreamSource:
     def _compare_length(self, epoch: int, length: int) -> None:
         """Warn if a stream that was restored by its own state gives other numbers of micro-batches in two epochs."""
         if self._was_restored and has_state(self._data) and self._length not in (0, length):
-            facts = self._strategy.rank, length, epoch, self._length
             log.warning(
                 "process %d read %d micro-batches in epoch %d and %d in the epoch before, since the stream was "
                 "restored by its load_state_dict: some may be lost or repeated. If they should be as many, use a "
                 "map-style dataset, or a loader without state_dict, which is read again up to its position.",
-                *facts,
+                *(self._strategy.rank, length, epoch, self._length),
             )
         self._length = length
 

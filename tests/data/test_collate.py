@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import OrderedDict, namedtuple
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +11,17 @@ import numpy
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from engine.collate import collated
+from engine.data.map_style import MapSource
+from engine.data.window import Loading
+from engine.order import sequential
+from engine.plan.schedule import Schedule, Stage
+from engine.plan.windows import Plan
+from engine.task import Batching
+from strategies import SingleDeviceStrategy
 
 Row = namedtuple("Row", "x y")
 X = torch.arange(12.0).reshape(3, 4)
@@ -45,6 +53,9 @@ KINDS: dict[str, Any] = {
     "a tensor and a number": [(X[0],), (1,)],
     "a pair and a tensor": [(X[0], X[1]), X[2]],
     "no samples": [],
+    "an array": numpy.ones((3, 2)),
+    "an array of numbers": numpy.ones(3),
+    "a tensor": X,
     "objects": [(object(), X[0])],
 }
 
@@ -80,6 +91,38 @@ def test_what_torch_was_taught_is_heeded(kind: str, taught: Any, monkeypatch: py
     assert outcome(collated, KINDS[kind]) == outcome(default_collate, KINDS[kind])
     others = {"pairs": (dict, Mapping), "dictionaries": (tuple,)}[kind]
     assert (outcome(collated, KINDS[kind]) == before) == (taught in others)
+
+
+COLUMNS: dict[str, Tensor] = {
+    "tensors": X,
+    "subclasses": X.as_subclass(Marked),
+    "sparse": X.to_sparse(),
+    "nested": torch.nested.nested_tensor([*X], layout=torch.jagged),
+}
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+@pytest.mark.parametrize("is_taught", [False, True])
+def test_a_tensor_dataset_is_collated_as_by_torch(kind: str, is_taught: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if is_taught:
+        monkeypatch.setitem(default_collate_fn_map, Tensor, lambda samples, collate_fn_map: torch.ones(len(samples)))
+    data = TensorDataset(COLUMNS[kind])
+
+    def ours(samples: Any) -> Any:
+        plan = Plan(len(data), Schedule((Stage(0, 1, len(data)),)))
+        source = MapSource(data, sequential(len(data)), plan, 2, Loading(Batching(), SingleDeviceStrategy()))
+        return [micro.batch for window in source.windows(0, 0, 0) for micro in window]
+
+    assert outcome(ours, data) == outcome(lambda samples: [*DataLoader(samples, 2)], data)
+
+
+def test_a_worker_is_sent_a_task_for_its_own_collate_only() -> None:
+    batching, data = Batching(), [*X]
+    batching.cannot_be_sent = lambda: None  # type: ignore[attr-defined]
+    plan = Plan(len(data), Schedule((Stage(0, 1, len(data)),)))
+    source = MapSource(data, sequential(len(data)), plan, 2, Loading(batching, SingleDeviceStrategy(), num_workers=1))
+    sent = pickle.loads(pickle.dumps(source._fetch))
+    assert described(sent.__getitems__((0, 0, [0, 2]))) == described(X[[0, 2]])
 
 
 def test_a_worker_s_batch_is_in_shared_memory() -> None:
