@@ -31,18 +31,14 @@ Memory = tuple[memoryview, memoryview, memoryview]
 
 
 def saved() -> tuple[Any, ...]:
-    """Return what `restore` needs, which is equal until somebody draws.
-
-    Raises UserError if numpy's default is not a Mersenne twister.
-    """
+    """Return what `restore` needs, which is equal until somebody draws."""
     bits = _numpy._bit_generator
-    if type(bits) is not numpy.random.MT19937:
-        raise UserError(f"numpy's default generator is a {type(bits).__name__}: expected MT19937, its own.")
     if (memory := memory_with(bits)) is None:
         name, words, *rest = _numpy.get_state()
         return bits, random.getstate(), (name, words.tolist(), *rest)
     python, words, normal = memory
-    return bits, _python.gauss_next, python.tobytes(), words.tobytes(), normal.tobytes()
+    with bits.lock:
+        return bits, _python.gauss_next, python.tobytes(), words.tobytes(), normal.tobytes()
 
 
 def restore(bits: Any, of_python: Any, *rest: Any) -> None:
@@ -54,8 +50,8 @@ def restore(bits: Any, of_python: Any, *rest: Any) -> None:
         _numpy.set_state(*rest)
         return
     python, words, normal = memory
-    _python.gauss_next = of_python
-    python[:], words[:], normal[:] = rest
+    with bits.lock:
+        _python.gauss_next, python[:], words[:], normal[:] = of_python, *rest
 
 
 def seed_all(seed: int) -> None:
@@ -63,17 +59,23 @@ def seed_all(seed: int) -> None:
     _torch.manual_seed(seed)
     _numbers.random_(-(1 << 63), None)  # 64 random bits each
     _words[0] = _words[-1] = WORDS  # the positions: at the end of the numbers
-    if (memory := memory_with(_numpy._bit_generator)) is None:
+    if (memory := memory_with(bits := _numpy._bit_generator)) is None:
         random.setstate((3, (*_words[1 : WORDS + 1], WORDS), None))
         _numpy.set_state(("MT19937", [*_words[WORDS + 1 : -1]], WORDS, 0, 0.0))
         return
     python, words, normal = memory
-    python[:], words[:], normal[:], _python.gauss_next = _for_python, _for_numpy, NO_NORMAL, None
+    with bits.lock:
+        python[:], words[:], normal[:], _python.gauss_next = _for_python, _for_numpy, NO_NORMAL, None
 
 
 @lru_cache(1)
 def memory_with(bits: Any) -> Memory | None:
-    """Return the memory of the generators, numpy's with `bits`; None if it is not as expected."""
+    """Return the memory of the generators, numpy's with `bits`; None if it is not as expected.
+
+    Copy it under `bits.lock`: other threads run while numpy draws. Raises UserError for `bits` of another kind.
+    """
+    if type(bits) is not numpy.random.MT19937:
+        raise UserError(f"numpy's default generator is a {type(bits).__name__}: expected MT19937, its own.")
     if sys.implementation.name != "cpython" or random.Random.__basicsize__ < object.__basicsize__ + STATE:
         return None
     python = _view(id(_python) + object.__basicsize__, STATE)

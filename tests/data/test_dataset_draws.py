@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections import Counter
 from typing import Any
 
@@ -149,6 +150,60 @@ def test_a_dataset_that_replaces_numpy_s_generator_changes_nothing_outside() -> 
     restore(*state)
     assert numpy.random.get_bit_generator() is bits
     assert str(numpy.random.get_state()) == str(expected)
+
+
+class Replaces(DrawsLate):
+    """Replaces numpy's generator by one of another kind, or of its own, in some samples."""
+
+    kind: Any
+
+    def __getitem__(self, index: int) -> Any:
+        if index % 7 == 0:
+            numpy.random.set_bit_generator(self.kind(index))
+        return super().__getitem__(index)
+
+
+class KeepsReplacing(Keeps):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def train_data(self) -> Any:
+        data = Replaces(self.x, self.y)
+        data.kind = self.kind
+        return data
+
+
+def drawn_replacing(kind: Any, workers: int) -> list[tuple[int, float]]:
+    task = KeepsReplacing(kind)
+    Trainer("single", N, num_workers=workers, max_epochs=1).fit(task)
+    return task.drawn
+
+
+@pytest.mark.parametrize("kind", [numpy.random.PCG64, numpy.random.MT19937])
+def test_a_worker_draws_as_the_main_process_where_a_dataset_replaces_numpy_s_generator(kind: Any) -> None:
+    assert drawn_replacing(kind, 1) == drawn_replacing(kind, 0)
+
+
+def test_a_generator_of_another_kind_between_two_samples_is_refused() -> None:
+    task = KeepsReplacing(numpy.random.PCG64)
+    with pytest.raises(ValueError, match="numpy's default generator is a PCG64: expected MT19937"):
+        Fetch(task.train_data(), 0, list, seeds_each=True).__getitems__((0, 0, [7, 8]))
+    assert type(numpy.random.get_bit_generator()) is numpy.random.MT19937
+
+
+@pytest.mark.parametrize("step", ["saved", "restore", "seed_all"])
+def test_memory_is_not_touched_while_a_thread_draws(step: str) -> None:
+    before = saved()
+    works = {"saved": saved, "restore": lambda: restore(*before), "seed_all": lambda: seed_all(1)}
+    thread = threading.Thread(target=works[step])
+    with numpy.random.get_bit_generator().lock:  # as numpy holds it
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+    thread.join(10)
+    assert not thread.is_alive()
+    restore(*before)
 
 
 def test_another_default_generator_of_numpy_is_refused() -> None:
