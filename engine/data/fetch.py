@@ -6,7 +6,7 @@ from operator import getitem, length_hint
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset, get_worker_info
 
 from engine.collate import collated
 from engine.data.generators import restore, saved, seed_all
@@ -33,6 +33,8 @@ class Fetch(Dataset[Any]):
         self._fetches_pieces = callable(getattr(dataset, "__getitems__", None))
 
     def __getitems__(self, piece: Piece) -> Any:
+        if get_worker_info() is not None:  # a worker's generators serve nobody else
+            return self._fetch(piece)
         before = saved()
         try:
             return self._fetch(piece)
