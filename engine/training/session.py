@@ -97,6 +97,7 @@ class Session:
             state.finished_epoch = state.epoch
             self._call("on_epoch_end")
         if not is_over:
+            self._record_unheard()
             state.epoch += 1
 
     def _run_window(self, window: Window) -> bool:

@@ -75,6 +75,17 @@ def test_set_epoch_is_called() -> None:
     assert Epochs.epochs == [0, 1, 2]
 
 
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_the_last_record_has_its_own_epoch_if_nobody_listens(is_stream: bool) -> None:
+    task = Regression(20)
+    if is_stream:
+        loader = DataLoader(task.train_data(), 4)
+        task.train_data = lambda: loader  # type: ignore[method-assign]
+    trainer = Trainer(micro_batch_size=4, max_epochs=2)
+    trainer.fit(task)
+    assert (trainer.record["update"], trainer.record["epoch"]) == (10, 1)
+
+
 def test_a_stream_is_bounded_by_updates_too() -> None:
     trainer = Trainer("single", max_updates=7)
     trainer.fit(Streamed(12, deal([3], [4])))
