@@ -230,7 +230,9 @@ class Trainer:
 
     @contextmanager
     def _alone(self, method: str, task: Task) -> Iterator[None]:
-        """Set torch's switches, and add the callbacks that `task` brings. Raises UserError if this trainer runs."""
+        """Set torch's switches, and add the callbacks of `task`. Raises UserError for another object, or in a run."""
+        if not isinstance(task, Task):
+            raise UserError(f"task={task!r}: expected an object of a class that derives from Task.")
         if self._is_running:
             raise UserError(f"{method}() was called while this trainer runs. Use another Trainer, after it.")
         given = self.callbacks
@@ -339,7 +341,5 @@ class Trainer:
 def _check_class(task: Task, trained: type[Task] | None) -> None:
     """Raise UserError for a task of another class than the one `trained`, if there was one."""
     if trained is not None and not (isinstance(task, trained) or issubclass(trained, type(task))):
-        raise UserError(
-            f"task={type(task).__name__}: this trainer has trained {trained.__name__}. Give a task of that class, or "
-            "use another Trainer."
-        )
+        what = f"task={type(task).__name__}: this trainer has trained {trained.__name__}"
+        raise UserError(f"{what}. Give a task of that class, or use another Trainer.")

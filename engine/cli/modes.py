@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from engine.callbacks import Callback
 from engine.callbacks.banner import banner
 from engine.errors import UserError, check_count
+from engine.records.metric import MetricRule
 from engine.trainer import Trainer
 
 
@@ -15,9 +16,7 @@ def options() -> ArgumentParser:
     parser.add_argument("--plan", action="store_true", help="Print what the run would do, and end")
     parser.add_argument("--plan.processes", type=int, metavar="P", help="Plan for P processes")
     parser.add_argument("--check", action="store_true", help="Build everything, run one window, write nothing, and end")
-    parser.add_argument(
-        "-h", "--help", action="store_true", help="Print the options; --task.help=CLASS those of a task"
-    )
+    parser.add_argument("-h", "--help", action="store_true", help="Print the options; --task.help=CLASS: those of one")
     return parser
 
 
@@ -34,10 +33,10 @@ def split(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
 
 
 class OneWindow(Callback):
-    """Ends the run after its first window, and tells how that went, on process 0."""
+    """Ends the run after its first window, and tells how that went, on process 0. `keep_best` needs its metric."""
 
-    def __init__(self) -> None:
-        self._has_run = False
+    def __init__(self, keep_best: str | None = None) -> None:
+        self._has_run, self._rule = False, MetricRule("keep_best", keep_best) if keep_best else None
 
     def on_fit_start(self, trainer: Trainer) -> None:
         if trainer.strategy.rank == 0:
@@ -50,6 +49,8 @@ class OneWindow(Callback):
         trainer.stop()
 
     def on_fit_end(self, trainer: Trainer) -> None:
+        if self._rule is not None and self._has_run:
+            self._rule.value(trainer.metrics)
         if trainer.strategy.rank == 0:
             print(self._report(trainer), flush=True)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 NOISE = re.compile(
-    r"Does not validate|Subtypes:|Errors:|Given value type|Expected a (path|<class '(NoneType|str|coll))|^$"
+    r"Does not validate|Subtypes:|Errors:|Given value type|Expected a (path|typing|<class '(NoneType|str|coll))|^$"
 )
 """The parser lists every type that it tried."""
 
@@ -17,10 +17,8 @@ WORDING = (
     (r"Expected an? (\w+)(?:\. Got value:|(?=.* Given value:)) ?(.*)", r"expected \1, got \2"),
     (r"Given value: ", ""),
     (r"Problem with given class_path '([^']+)':", r"\1:"),
-    (
-        r"(No module named .*)",
-        r"\1. Name a class as module.Class; its module is looked for in this folder and on PYTHONPATH",
-    ),
+    (r"(No module named .*)", r"\1. Name a class as module.Class; modules are looked for here and on PYTHONPATH"),
+    (r"Expected a dot import path string: (\w+)", r"expected a class for its options, got \1. Use module.Class"),
     (r"Import path does not correspond to a subclass of (\w+) (.*)", r"\2 is not a subclass of \1"),
     (r"--(\S+): (\S+): Option '(\w+)' is not accepted", r"--\1: \2 has no option '\3'. --\1.help=\2 lists them"),
     (r"ignored explicit argument (.*)", r"takes no value, but was given \1"),

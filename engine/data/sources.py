@@ -34,8 +34,8 @@ def is_map_style(data: object) -> bool:
     if hasattr(data, "__iter__"):
         return False
     raise UserError(
-        f"train_data() or validation_data() returned {type(data).__name__}: return a map-style dataset, or an iterable "
-        "of micro-batches."
+        f"train_data() or validation_data() returned {type(data).__name__}: return a map-style dataset, which has "
+        "__getitem__ and __len__, or an iterable of micro-batches."
     )
 
 

@@ -25,7 +25,6 @@ from strategies.environment import started_processes
 
 JUMP = 1.5  # an effective batch that changes by this factor needs another learning rate
 
-
 MOST_STEPS = 1_000_000
 """The most steps that an LR scheduler makes for a plan. The rates of more updates are unknown without a formula."""
 
@@ -129,7 +128,7 @@ class Preview:
             yield f"max_time={self.settings.max_time} may end the run before."
         run_dir = self.settings.run_dir
         if run_dir is not None and files.candidates(Path(run_dir) / "checkpoints"):
-            yield f"{run_dir} has checkpoints: the run would resume there, and this plan starts from the beginning."
+            yield f"{run_dir} has checkpoints: the run resumes there, or is refused; this plan is that of a new run."
 
     def describe(self) -> str:
         """Return what is planned, in one line."""

@@ -91,6 +91,10 @@ def build(
     loading = Loading(task, strategy, settings.seed, held, settings.shuffle, settings.spread_windows, *workers)
     source = make_source(layout.data, layout.schedule, layout.plan, N, loading)
     validation = make_validation(task, settings, strategy, N=N)
+    if settings.keep_best and validation is None:
+        raise UserError(f"keep_best={settings.keep_best!r}: expected validation data. Return it in validation_data().")
+    if validation is not None and validation.samples == 0:
+        raise UserError("validation_data() has no samples: expected at least one. Return None to validate on nothing.")
     model = make_model(task, settings.seed)
     _load_weights(model, settings, checkpoint)
     if checkpoint is not None:
@@ -101,6 +105,8 @@ def build(
         compile_in_place(model)
     is_recorded = bool(callbacks or settings.loggers or settings.run_dir is not None)
     more = {"the names of task.validation_metrics": [*task.validation_metrics], "whether anything listens": is_recorded}
+    if layout.plan is not None and (order := task.order(0)) is not None:
+        more["the beginning of order(0)"] = [*order[:8]]
     _check_agreement(strategy, {**configuration, **more}, layout, model)
     strategy.runs_twice = isinstance(task, WindowTask)
     prepared = strategy.prepare(model)
@@ -235,10 +241,8 @@ def first_model(task: Task, settings: Settings, strategy: Strategy, callbacks: S
     """Return the model that a run would start from, and restore callbacks. Raises UserError without a checkpoint."""
     checkpoint = Checkpointer(settings, strategy, Signals()).find()
     if checkpoint is None and settings.weights is None and settings.run_dir is not None and settings.resume == "auto":
-        raise UserError(
-            f"run_dir={settings.run_dir!r}: expected a run with a checkpoint. Use weights=FILE, or resume='never' "
-            "for a new model."
-        )
+        way_out = "Use weights=FILE, or resume='never' for a new model."
+        raise UserError(f"run_dir={settings.run_dir!r}: expected a run with a checkpoint. {way_out}")
     seed_everything(settings.seed)
     model = task.configure_model().to(strategy.device)
     _load_weights(model, settings, checkpoint)

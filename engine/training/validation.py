@@ -111,7 +111,9 @@ class Validation:
         self._logged.clear()
         found = self._task.evaluate(model, batch)
         self._is_measured |= found is not None  # perhaps elsewhere: in a callback
-        returned = found or {}
+        returned = {} if found is None else found
+        if not isinstance(returned, Mapping):
+            raise UserError(f"evaluate() returned a {type(found).__name__}: expected a dictionary of metrics by name.")
         if twice := [name for name, _, _ in self._logged if name in returned]:
             raise UserError(f"evaluate() has both returned and logged {twice[0]!r}. Do one of them.")
         for name, metric in returned.items():

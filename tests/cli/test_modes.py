@@ -79,6 +79,12 @@ def test_a_check_of_what_cannot_be_is_one_line_and_2(capsys: Any) -> None:
     assert "micro_batch_size=2000: expected at most the 1437 samples of an epoch" in error
 
 
+def test_a_check_finds_a_metric_that_no_validation_has(capsys: Any) -> None:
+    assert main(["--check", "--trainer.keep_best=max:accurracy"]) == 2
+    error = capsys.readouterr().err
+    assert error == "engine/run.py: keep_best=max:accurracy: evaluate() returns loss, accuracy. Use one.\n"
+
+
 @pytest.mark.parametrize("P", [1, 2, 3])
 def test_a_check_is_one_window_on_all_processes(P: int) -> None:
     @on_processes(P, group=P > 1)

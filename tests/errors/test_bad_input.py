@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from engine import Callback, GradientAccumulationScheduler, Loss, Trainer
+from engine.cli.main import main
 from tests.kit.commands import RUN, python
 from tests.kit.processes import ChildError, run
 from tests.kit.reference import Regression
@@ -133,6 +134,7 @@ def task_with(**methods: Any) -> Regression:
         ({"configure_optimizer": lambda model: NeedsClosure(model.parameters())}, "NeedsClosure needs a closure"),
         ({"configure_optimizer": lambda model: TwoSteps(model.parameters())}, "TwoSteps needs a closure, and so"),
         ({"train_data": lambda: 3}, r"train_data\(\) or .* returned int: return a map-style dataset"),
+        ({"validation_data": list}, r"validation_data\(\) has no samples: expected at least one\. Return None to"),
         (
             {"train_data": lambda: Lies(*Regression(8).train_data().tensors)},
             "says that it has 9 samples, but sample 8 raised IndexError",
@@ -142,6 +144,32 @@ def task_with(**methods: Any) -> Regression:
 def test_a_task_that_cannot_be_trained(methods: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit(task_with(**methods), max_epochs=2)
+
+
+@pytest.mark.parametrize("found", [torch.tensor(0.0), torch.tensor(1.0), [], [1.0]])
+def test_an_evaluation_that_names_no_metrics(found: Any) -> None:
+    task = task_with(validation_data=lambda: Regression(8).train_data(), evaluate=lambda model, batch: found)
+    with pytest.raises(ValueError, match=rf"evaluate\(\) returned a {type(found).__name__}: expected a dictionary"):
+        fit(task)
+
+
+def test_keeping_the_best_without_validation_data(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"keep_best='min:loss': expected validation data\."):
+        fit(Regression(8), keep_best="min:loss", run_dir=str(tmp_path / "run"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_first_recipe_without_scikit_learn(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert main(["--plan"]) == 2
+    assert "the digits recipe needs scikit-learn: pip install 'tally-engine[recipes]'." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", [Regression, 3])
+@pytest.mark.parametrize("method", ["fit", "validate", "test"])
+def test_what_is_not_a_task(method: str, task: Any) -> None:
+    with pytest.raises(ValueError, match=r"task=.*: expected an object of a class that derives from Task\."):
+        getattr(Trainer(max_epochs=1), method)(task)
 
 
 class EndsItself(Regression):
@@ -252,6 +280,7 @@ def test_a_run_folder_that_is_taken(tmp_path: Path) -> None:
         ("seed", "seed is 0 on process 0, 1 on process 1"),
         ("K", "accumulate_grad_batches is 1 on process 0, 2 on process 1"),
         ("data", "the number of training samples is 8 on process 0, 9 on process 1"),
+        ("order", r"the beginning of order\(0\) is \[0, 0, 0, 0\] on process 0, \[1, 1, 1, 1\] on process 1"),
         ("model", r"the shape of weight is \(1, 5\) on process 0, \(2, 5\) on process 1; .*Give all of them the same"),
     ],
 )
@@ -263,6 +292,8 @@ def test_processes_with_different_configurations(name: str, message: str) -> Non
         task = Regression(8 + rank if name == "data" else 8)
         if name == "model":
             task.model = model
+        if name == "order":
+            task.order = lambda epoch: [rank] * 4  # type: ignore[method-assign]
         fit(task, strategy="ddp", **options)
 
     with pytest.raises(ChildError, match=message) as raised:

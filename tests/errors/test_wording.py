@@ -18,6 +18,11 @@ DIGITS = ("--task=launch.recipes.digits.Digits", "--trainer.max_epochs=1")
     [
         (["--trainer.accumulate_grad_batches=2.5"], "--trainer.accumulate_grad_batches: expected int, got 2.5"),
         (["--trainer.gradient_clip_norm=x"], "--trainer.gradient_clip_norm: expected float, got x"),
+        (["--trainer.micro_batch_size=x"], "--trainer.micro_batch_size: expected int, got x"),
+        (
+            ["--trainer.strategy.timeout_seconds=3"],
+            "--trainer.strategy: expected a class for its options, got auto. Use module.Class",
+        ),
         (["--trainer.max_epoch=3"], "there is no option trainer.max_epoch. Did you mean --trainer.max_epochs? --help"),
         (
             ["--trainer.max_epoch", "3"],
@@ -52,5 +57,5 @@ def test_a_message_says_what_to_do(
     assert error.startswith("engine/run.py: ")
     assert message in error
     assert len(error.splitlines()) == 1
-    for noise in ("Parser key", "<class", "Given value", "Union", "Namespace", "NestedArg"):
+    for noise in ("Parser key", "<class", "Given value", "Union", "Namespace", "NestedArg", "typing"):
         assert noise not in error

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import TensorDataset
 
 from engine import Loss, Task
+from engine.errors import UserError
 
 
 class Digits(Task):
@@ -82,7 +83,10 @@ class Digits(Task):
 
 def digits(held_out: bool) -> TensorDataset:
     """Return the images of scikit-learn, and their digits: every fifth, or the others."""
-    from sklearn.datasets import load_digits
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise UserError("the digits recipe needs scikit-learn: pip install 'tally-engine[recipes]'.") from error
 
     found = load_digits()
     images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16
