@@ -237,9 +237,7 @@ class OwnWindow(CallWindow):
                     self._updater.before_forward(micro)
                     yield micro.batch
                 if self._micro is not None:
-                    raise UserError(
-                        "backward was not called for a micro-batch. Call it, with Loss(0 * loss, 0) to leave it out."
-                    )
+                    raise UserError("backward was not called for a micro-batch. Loss(0 * loss, 0) leaves one out.")
         except Exception as error:
             self.fail(error)
 

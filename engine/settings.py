@@ -144,9 +144,7 @@ class Settings:
     run_dir: str | None = option(
         None, "The folder to write, seen by all hosts; None writes nothing.", KEEPING, _folder, is_recorded=False
     )
-    resume: str = option(
-        "auto", '"auto" resumes from `run_dir`, "never" wants a new folder; or a checkpoint path.', KEEPING, _resume
-    )
+    resume: str = option("auto", '"auto": from `run_dir`; "never": a new run; or a checkpoint path.', KEEPING, _resume)
     resume_with_changes: bool = option(False, "Resume even if data, seed, windows or optimizer have changed.", KEEPING)
     weights: str | None = option(None, "A .safetensors file of weights that a new run starts from.", KEEPING, _weights)
     save_frozen: bool = option(True, "Save frozen parameters too; False notes their digests instead.", KEEPING)

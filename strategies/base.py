@@ -67,6 +67,9 @@ class Strategy(HostMessages, ABC):
     supports_open_windows = True
     """Whether processes can call forward and backward differently often, before a pass without data reduces."""
 
+    holds_model = True
+    """Whether each process holds the whole model, whatever it holds of the optimizer's state."""
+
     runs_twice = False
     """Whether each window runs twice; the engine sets it before `prepare`."""
 
@@ -298,7 +301,7 @@ class Strategy(HostMessages, ABC):
     @property
     def holds_all(self) -> bool:
         """Whether each process holds the whole of `state_dict`, so that process 0 can save it alone."""
-        return True
+        return self.holds_model
 
     def reductions(self) -> tuple[int, int]:
         """Return (collectives, bytes) of the reduction of one window's gradients, on each process."""

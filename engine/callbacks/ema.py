@@ -33,7 +33,7 @@ class EMA(Callback):
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Begin with the trained parameters, or with what a checkpoint had."""
-        if not trainer.strategy.holds_all:
+        if not trainer.strategy.holds_model:
             raise UserError(f"EMA needs whole parameters on each process, which {trainer.strategy.name} does not have.")
         self.averages, self._parameters, self._skipped = {}, [], trainer.skipped
         self._model = trainer.model

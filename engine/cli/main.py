@@ -137,8 +137,9 @@ def _make(parser: ArgumentParser, config: Namespace) -> tuple[Trainer, Task]:
 def _check(parser: ArgumentParser, config: Namespace) -> None:
     """Run one window of all that was asked for, but keep nothing: no folder, no loggers, a little validation."""
     settings, best = config.trainer, config.trainer.keep_best
-    for name in ("run_dir", "loggers", "save_every_n_updates", "keep_best", "progress"):
-        settings[name] = False if name == "progress" else None
+    for name in ("run_dir", "loggers", "save_every_n_updates", "keep_best"):
+        settings[name] = None
+    settings.progress = False
     N = settings.micro_batch_size
     few = (32 if N == AUTO else N) * started_processes()
     settings.max_validation_samples = min(few, settings.max_validation_samples or few)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from engine.data.counting import check_shares, digest, size_problem
 from engine.data.lookahead import Lookahead, has_state
-from engine.data.window import Loading, Window
+from engine.data.window import Loading, Positions, Window
 from engine.errors import UserError
 from engine.plan.schedule import Schedule
 from engine.plan.windows import Plan
@@ -50,9 +50,7 @@ class StreamSource:
         """From the next call of `windows` on, let micro-batches have at most N samples: larger ones are cut."""
         self._most = self._largest = N
 
-    def windows(
-        self, epoch: int, update: int, samples: int, positions: Sequence[Any] | None = None
-    ) -> Iterator[Window]:
+    def windows(self, epoch: int, update: int, samples: int, positions: Positions = None) -> Iterator[Window]:
         """Yield windows until all processes have run out. Raises UserError without data, or if they cannot resume."""
         rank, P = self._strategy.data_parallel_rank, self._strategy.data_parallel_size
         if positions is not None and all(position["has_ended"] for position in positions):

@@ -201,13 +201,11 @@ def make_validation(
     return None if data is None else Validation(data, task, strategy, settings, limit, N)
 
 
-def means(
-    task: Task, source: str, model: nn.Module, settings: Settings, strategy: Strategy, N: int
-) -> dict[str, float]:
-    """Return the means of `task.evaluate` over what its method `source` returns. Raises UserError for None."""
-    validation = make_validation(task, settings, strategy, source, N)
+def means(task: Task, hook: str, model: nn.Module, settings: Settings, strategy: Strategy, N: int) -> dict[str, float]:
+    """Return the means of `task.evaluate` over what its method `hook` returns. Raises UserError for None."""
+    validation = make_validation(task, settings, strategy, hook, N)
     if validation is None:
-        raise UserError(f"{type(task).__name__}.{source}() returned None. Return data to evaluate on.")
+        raise UserError(f"{type(task).__name__}.{hook}() returned None. Return data to evaluate on.")
     return validation.run(model) or {}
 
 

@@ -129,10 +129,9 @@ class Exchange:
         if agreed.failed:
             if is_start:
                 self._strategy.join(self._window)
-            failures = [(rank, text) for rank, text in enumerate(self._strategy.gather(None)) if text]
-            raise ProcessFailureError(
-                "; ".join(f"process {rank} failed in update {update}: {text}" for rank, text in failures)
-            )
+            texts = enumerate(self._strategy.gather(None))
+            failures = (f"process {rank} failed in update {update}: {text}" for rank, text in texts if text)
+            raise ProcessFailureError("; ".join(failures))
         if differ([*(row[-2] for row in self._rows), -self._rows[0][-1]]):  # of the one row of sums: most and least
             check_norms(self._strategy.gather(self.grad_norm), update)
         if (self.names or agreed.has_new_names) and not (agreed.abort or agreed.out_of_memory):
@@ -272,6 +271,5 @@ def lost_contact(strategy: Strategy, where: str, error: BaseException) -> Proces
             at, _, activity = text.partition(" ")
             if rank != strategy.rank:
                 reports.append(f"process {rank} last reported {time.time() - float(at):.0f} s ago: {activity}")
-    return ProcessFailureError(
-        f"lost contact with another process {where}. {'; '.join(filter(None, reports))} ({error})".strip()
-    )
+    known = "; ".join(filter(None, reports))
+    return ProcessFailureError(f"lost contact with another process {where}. {known} ({error})".strip())

@@ -153,7 +153,7 @@ class ReplayUpdater(Updater):
         if not any(flags):
             return
         index, where = flags.index(True), "a module"
-        if self.strategy.holds_all:  # its forward communicates otherwise
+        if self.strategy.holds_model:  # its forward communicates otherwise
             where = self._first_to_differ(micros[index], index) or "outputs()"
         raise UserError(
             f"the second forward of a micro-batch differs from the first: {where} draws from a generator of its own, "

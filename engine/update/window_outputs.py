@@ -35,9 +35,7 @@ def check_outputs(outputs: Any, micro: MicroBatch) -> Outputs:
             raise UserError(f"outputs()[{name!r}] is complex: expected real numbers. Use torch.view_as_real.")
         shape = tuple(output.tensor.shape)
         if type(output) is Rows and shape[:1] != (micro.size,):
-            raise UserError(
-                f"outputs()[{name!r}] has shape {shape}: expected {micro.size} rows, one a sample. Use Added for a sum."
-            )
+            raise UserError(f"outputs()[{name!r}] has shape {shape}: expected {micro.size} rows (samples), or Added.")
     if torch.is_grad_enabled() and not any(output.tensor.requires_grad for output in outputs.values()):
         raise UserError("no output requires grad. Compute them from the model, without detach() or no_grad().")
     return {name: outputs[name] for name in sorted(outputs)}  # in any order

@@ -60,7 +60,7 @@ class FSDPStrategy(ProcessGroupStrategy):
     name = "fsdp"
     supports_variable_windows = True
     compiles_in_place = False
-    holds_all = False
+    holds_model = False
     supports_open_windows = False
     _torch_parts = FSDP
     _mesh: DeviceMesh

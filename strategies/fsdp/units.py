@@ -23,9 +23,7 @@ def of_classes(model: nn.Module, wrap: Sequence[str]) -> list[nn.Module]:
     units = [m for m in model.modules() if m is not model and type(m).__name__ in wrap]
     if missing := set(wrap) - {type(m).__name__ for m in units}:
         names = ", ".join(sorted({type(m).__name__ for m in model.modules() if m is not model}))
-        raise UserError(
-            f"wrap={wrap!r}: expected classes of submodules; {', '.join(missing)} is not one. The model has {names}."
-        )
+        raise UserError(f"wrap={wrap!r}: expected classes of submodules ({names}); {', '.join(missing)} is not one.")
     return units[::-1]
 
 

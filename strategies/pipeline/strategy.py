@@ -47,7 +47,7 @@ class PipelineStrategy(ProcessGroupStrategy):
     supports_variable_windows = False
     compiles_in_place = False
     evaluates_alone = False
-    holds_all = False
+    holds_model = False
 
     def __init__(
         self,

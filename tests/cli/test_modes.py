@@ -80,9 +80,9 @@ def test_a_check_of_what_cannot_be_is_one_line_and_2(capsys: Any) -> None:
 
 
 def test_a_check_finds_a_metric_that_no_validation_has(capsys: Any) -> None:
-    assert main(["--check", "--trainer.keep_best=max:accurracy"]) == 2
+    assert main(["--check", "--trainer.keep_best=max:recall"]) == 2
     error = capsys.readouterr().err
-    assert error == "engine/run.py: keep_best=max:accurracy: evaluate() returns loss, accuracy. Use one.\n"
+    assert error == "engine/run.py: keep_best=max:recall: evaluate() returns loss, accuracy. Use one.\n"
 
 
 @pytest.mark.parametrize("P", [1, 2, 3])

@@ -73,7 +73,7 @@ class Unchanged(Callback):
 def fit(strategy: Strategy, model: Any) -> list[int]:
     ema = EMA(0.9)
     unchanged = Unchanged(ema)
-    callbacks = [ema, unchanged] if strategy.holds_all else unchanged
+    callbacks = [ema, unchanged] if strategy.holds_model else unchanged
     K = strategy.micro_batches or 1
     N = 4 // strategy.data_parallel_size // K
     Trainer(

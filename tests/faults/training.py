@@ -121,7 +121,7 @@ FAULTS = [
     Fault(
         "test on validation data",
         "means",
-        "strategy, source, N)",
+        "strategy, hook, N)",
         "strategy, 'validation_data', N)",
         "tests/exact/test_predict.py -k each_sample_once",
     ),

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
 from engine import Callback, Loss, Trainer
 from engine.callbacks import EMA, EarlyStopping, EpochLR, PlateauLR, Profiler
+from strategies import DDPStrategy
 from tests.kit.killed import same
 from tests.kit.processes import ChildError, run
 from tests.kit.reference import Regression, Samples, data, parameters
@@ -182,21 +183,21 @@ class FirstParameter(Regression):
         return {"first": parameters(model)[0]}
 
 
-def fit_ema(run_dir: str | None = None, decay: float | None = 0.75) -> Any:
+def fit_ema(run_dir: str | None = None, decay: float | None = 0.75, shards: bool = False) -> Any:
     trajectory, ema = Trajectory(), EMA(decay or 0.5)
     callbacks = [trajectory, ema] if decay else [trajectory]
-    trainer = Trainer(
-        micro_batch_size=4, max_epochs=3, validate_every_n_updates=2, callbacks=callbacks, run_dir=run_dir
-    )
+    settings: dict[str, Any] = {"micro_batch_size": 4, "max_epochs": 3, "validate_every_n_updates": 2}
+    strategy = DDPStrategy(shard_optimizer=True) if shards else "auto"
+    trainer = Trainer(strategy, callbacks=callbacks, run_dir=run_dir, **settings)
     trainer.fit(FirstParameter(13))
     found = torch.cat([average.flatten() for average in ema.averages.values()]) if decay else None
     return trajectory.parameters, trajectory.validated, found, trainer.validate(trainer.task)["first"]
 
 
-@pytest.mark.parametrize("P", [1, 2])
-def test_an_average_is_that_of_its_definition_and_is_what_is_validated(P: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("P", "shards"), [(1, False), (2, False), (2, True)])
+def test_an_average_is_that_of_its_definition_and_is_what_is_validated(P: int, shards: bool, tmp_path: Path) -> None:
     without = run(P, fit_ema, None, None)[0][0]
-    for path, validated, found, after in run(P, fit_ema, str(tmp_path / "run")):
+    for path, validated, found, after in run(P, fit_ema, str(tmp_path / "run"), 0.75, shards):
         assert all(map(torch.equal, path, without))  # training does not know
         average, averages = path[0], {}
         for update, values in enumerate(path[1:], 1):

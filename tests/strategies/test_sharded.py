@@ -540,7 +540,7 @@ def _mixed(tower: Tower) -> Tower:
     ("what", "message"),
     [
         ("shard_size", "shard_size=3: expected a divisor of the 2 processes"),
-        ("wrap", "Block is not one. The model has Linear, ModuleList, Sequential, Tanh"),
+        ("wrap", "expected classes of submodules (Linear, ModuleList, Sequential, Tanh); Block is not one"),
         ("tied", "is shared between units of FSDP"),
         ("dtypes", "trainable parameters of dtypes torch.float32, torch.float64"),
     ],
