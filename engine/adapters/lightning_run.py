@@ -21,9 +21,7 @@ WAYS_OUT = {
     "optimizer_zero_grad": "the engine clears gradients after each update. Leave it out",
     "transfer_batch_to_device": "give the batch a method to(device)",
     **dict.fromkeys(("on_before_zero_grad", "on_load_checkpoint", "on_save_checkpoint"), "use a callback of engine"),
-    **dict.fromkeys(
-        (f"on_validation_model_{what}" for what in ("eval", "train", "zero_grad")), "use a callback of engine"
-    ),
+    **{f"on_validation_model_{what}": "use a callback of engine" for what in ("eval", "train", "zero_grad")},
 }
 """Hooks that are not called, with what to do instead. Lightning's other hooks are called at the same places."""
 BASES = ("torch.", "builtins.", "lightning.pytorch.core.", "lightning.fabric.", "pytorch_lightning.core.")

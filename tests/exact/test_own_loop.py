@@ -77,3 +77,10 @@ def test_a_mistake_is_an_error_on_all_processes(name: str, P: int, rank: int | N
         else:
             assert MISTAKES[mistake] in error
             assert f"process {rank} failed" in error or rank in (None, at)
+
+
+def test_a_model_that_was_never_prepared_is_named() -> None:
+    model = mlp()
+    for name in ("single", "dp", "ddp"):
+        with pytest.raises(ValueError, match=r"no model yet. Call strategy.setup\(\), then strategy.prepare"):
+            Accumulator(find(name)(), model, torch.optim.SGD(model.parameters(), lr=0.1), [*range(4)], 2)
