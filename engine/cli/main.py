@@ -201,7 +201,8 @@ def _load(text: str) -> Any:
     """A file of options is TOML or YAML; a value on the command line is YAML, as in {0: 8, 4: 4}."""
     try:
         try:
-            loaded: Any = tomllib.loads(text)
+            is_list = re.fullmatch(r"\s*\[[^=\n]*\]\s*", text)  # [csv] is also TOML: the name of an empty table
+            loaded: Any = yaml.safe_load(text) if is_list else tomllib.loads(text)
         except tomllib.TOMLDecodeError as no_toml:
             try:
                 loaded = yaml.safe_load(text)

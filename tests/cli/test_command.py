@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from engine.cli.main import parse
 from launch.recipes.digits import Digits
 from tests.kit import ROOT
 from tests.kit.commands import RUN, python
@@ -130,6 +131,13 @@ def test_options_may_stand_beside_a_class_path(name: str, tmp_path: Path) -> Non
     words = ("-m", "engine.run", f"--config={name}", "--task.lr=0.5", *SHORT)
     assert "hidden 8 lr 0.5" in finished(python(*words, folder=tmp_path))
     assert ("decay: 0.5" in (tmp_path / "runs/latest/config.yaml").read_text()) == name.endswith("yaml")
+
+
+def test_a_list_of_one_is_a_list() -> None:
+    """TOML alone would take it for the name of an empty table: a Callback that does nothing."""
+    trainer = parse(["--trainer.callbacks=[engine.callbacks.EMA]", "--trainer.loggers= [csv]"])[1].trainer
+    assert [callback.class_path for callback in trainer.callbacks] == ["engine.callbacks.EMA"]
+    assert trainer.loggers == ["csv"]
 
 
 def test_dp_on_the_cpu(tmp_path: Path) -> None:
