@@ -156,12 +156,14 @@ def _claim_fresh_folder(config: Namespace) -> None:
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and link.is_symlink():
         config.trainer.run_dir = f"runs/{link.readlink()}"
         return
-    link.unlink(missing_ok=True)  # of an earlier start by the same name
-    for free in numbered(datetime.now().strftime(FRESH)):
-        with suppress(FileExistsError):  # another run may start in the same second
-            free.mkdir(parents=True)
-            config.trainer.run_dir = str(free)
-            return
+    with writing("run_dir='runs'"):
+        os.makedirs(os.path.realpath(link.parent), exist_ok=True)  # it may be a link to what is not there yet
+        link.unlink(missing_ok=True)  # of an earlier start by the same name
+        for free in numbered(datetime.now().strftime(FRESH)):
+            with suppress(FileExistsError):  # another run may start in the same second
+                free.mkdir(parents=True)
+                config.trainer.run_dir = str(free)
+                return
 
 
 def _link_of_this_start() -> Path:
@@ -189,12 +191,11 @@ class _KeepCommand(Callback):
             replace_text(folder / "config.yaml", self._config)
             if folder.parent.name == "runs":
                 for link in (folder.parent / "latest", folder.parent / _link_of_this_start().name):
-                    if link.is_dir() and not link.is_symlink():
-                        continue  # a run's folder by that name
-                    new = folder.parent / f".latest-{folder.name}"
-                    new.unlink(missing_ok=True)
-                    new.symlink_to(folder.name)
-                    new.replace(link)
+                    if link.is_symlink() or not link.is_dir():  # no run's folder has that name
+                        new = folder.parent / f".latest-{folder.name}"
+                        new.unlink(missing_ok=True)
+                        new.symlink_to(folder.name)
+                        new.replace(link)
 
 
 def _load(text: str) -> Any:

@@ -15,7 +15,7 @@ from torch import nn
 
 from engine import Callback
 from engine.cli import main as command
-from engine.errors import RunDirLostError, RunDirTakenError
+from engine.errors import RunDirLostError, RunDirTakenError, StorageError
 from engine.records import lock
 from engine.records.run_folder import MARK, RunFolder
 from tests.kit.hosts import until
@@ -244,6 +244,18 @@ def test_two_commands_of_one_second_have_a_folder_each(tmp_path: Path, monkeypat
     for config in configs:
         command._claim_fresh_folder(config)
     assert [config.trainer.run_dir for config in configs] == ["runs/now", "runs/now-2", "runs/now-3"]
+
+
+def test_a_command_whose_runs_are_elsewhere_or_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.symlink("storage/runs", "runs")  # to a folder that is not there yet
+    config = command.parse([])[1]
+    command._claim_fresh_folder(config)
+    assert (tmp_path / "storage" / config.trainer.run_dir).is_dir()
+    os.remove("runs")
+    Path("runs").touch()
+    with pytest.raises(StorageError, match=r"run_dir='runs' could not be written"):
+        command._claim_fresh_folder(command.parse([])[1])
 
 
 def test_a_checkpoint_of_another_run_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
