@@ -197,7 +197,8 @@ class Session:
         state.metrics, state.validated_update = metrics, state.update
         took = round(time.perf_counter() - started, 3)
         self._call("on_validation_end")
-        self._recorder.log_validation(state.update, state.epoch, metrics)  # with what callbacks have added
+        state.metrics = metrics = {name: float(value) for name, value in metrics.items()}  # callbacks may add tensors
+        self._recorder.log_validation(state.update, state.epoch, metrics)
         self._checkpointer.log_event("validation", took=took)
         self._checkpointer.save_if_best()
         self._recorder.restart_clock()

@@ -36,7 +36,7 @@ class Norms(Callback):
         trainer.record.update(whole)  # tensors: numbers in the files
 
     def on_validation_end(self, trainer: Trainer) -> None:
-        trainer.metrics["updates"] = trainer.update
+        trainer.metrics["updates"] = torch.tensor(trainer.update)  # as in the record
 
 
 def reference_norms(windows: list[range]) -> list[dict[str, Tensor]]:
@@ -85,6 +85,27 @@ def test_a_norm_per_layer_and_what_a_callback_adds(strategy: str, P: int, tmp_pa
     for record, best in results:
         assert {name: record[name] for name in right[-1]} == pytest.approx({n: v.item() for n, v in right[-1].items()})
         assert best == len(right)
+
+
+class Gap(Callback):
+    """A metric that is a number, but no float."""
+
+    def __init__(self, gap: Any) -> None:
+        self.gap = gap
+
+    def on_validation_end(self, trainer: Trainer) -> None:
+        trainer.metrics["gap"] = self.gap
+
+
+@pytest.mark.parametrize("gap", [torch.tensor(1.0), True])
+def test_a_run_resumes_with_any_number_that_a_callback_has_added(gap: Any, tmp_path: Path) -> None:
+    for epochs in (1, 2):
+        trainer = Trainer(micro_batch_size=4, max_epochs=epochs, callbacks=Gap(gap), run_dir=str(tmp_path / "run"))
+        trainer.fit(Validated(22))
+    assert trainer.update == 12
+    assert trainer.metrics["gap"] == 1.0
+    with pytest.raises(ValueError, match="could not convert string to float: 'wide'"):
+        Trainer(micro_batch_size=4, max_epochs=1, callbacks=Gap("wide")).fit(Validated(22))
 
 
 class Changes(Callback):
