@@ -134,7 +134,7 @@ def _rows(found: Any, micro: MicroBatch) -> dict[str, Any]:
                 f"predict() returned a {what} for {micro.size} samples: expected a row for each, in a tensor, a list, "
                 "or a dictionary of them."
             )
-    return {name: rows.cpu() if isinstance(rows, Tensor) else rows for name, rows in named.items()}
+    return {name: rows.cpu().contiguous() if isinstance(rows, Tensor) else rows for name, rows in named.items()}
 
 
 def _kind(rows: Any) -> str:

@@ -147,6 +147,19 @@ def test_files_are_parts_in_order(tmp_path: Path) -> None:
     assert [row for path in parts for row in load_file(path)["first"].tolist()] == [*range(SAMPLES)]
 
 
+class Images(Predicted):
+    def predict(self, model: nn.Module, batch: Any) -> Any:
+        images = batch[2].double()[:, None, None, None] + torch.arange(12).view(3, 2, 2)
+        return images.to(memory_format=torch.channels_last)
+
+
+def test_files_of_images_whose_channels_are_last(tmp_path: Path) -> None:
+    task = Images(20)
+    trainer("single").predict(task, data(task), str(tmp_path / "files"))
+    images = load_file(tmp_path / "files" / "part-00000.safetensors")["output"]
+    assert torch.equal(images[:, 2, 1, 1], torch.arange(SAMPLES) + 11.0)
+
+
 class Many(Samples):
     def __len__(self) -> int:
         return 10**11
