@@ -13,7 +13,7 @@ import torch
 from engine.checkpoint import files
 from engine.checkpoint.find import Checkpoint, find_checkpoint
 from engine.checkpoint.snapshot import RunParts, check_snapshot, snapshot
-from engine.checkpoint.writer import CheckpointWriter
+from engine.checkpoint.writer import BEST, CheckpointWriter
 from engine.disk import shown
 from engine.errors import CheckpointError, RunDirLostError, RunDirTakenError, StorageError, UserError, describe, writing
 from engine.records.metric import MetricRule
@@ -82,16 +82,14 @@ class Checkpointer:
                 f"run_dir={str(folder)!r}: another run has written it since this one was started. Use a new folder, or "
                 "start again to resume that run."
             )
-        checkpoints, run = folder / "checkpoints", None
+        checkpoints = folder / "checkpoints"
         own = checkpoint if checkpoint is not None and checkpoint.path.parent.resolve() == checkpoints else None
-        if own is not None:
-            run = (read_mark(folder) or {}).get("run") or files.run_id(own.path)
-        run = run or uuid.uuid4().hex
+        run = (own and ((read_mark(folder) or {}).get("run") or files.run_id(own.path))) or uuid.uuid4().hex
         run_folder.configure({"format": files.FORMAT, "run": run}, configuration)
         undone = run_folder.rewind(state.update, state.validated_update)
         self._writer = CheckpointWriter(checkpoints, keep_last, run, run_folder.force_to_disk)
         if own is not None:
-            self._writer.resume_from(own.path, own["best"])
+            self._writer.resume_from(own.path, own["best"], self._settings.keep_best)
         place = {"processes": self._strategy.data_parallel_size, "strategy": self._strategy.describe()}
         versions = {"torch": torch.__version__, "python": platform.python_version()}
         self.log_event("start" if checkpoint is None else "resume", undone=undone, **place, **versions)
@@ -151,8 +149,7 @@ class Checkpointer:
             self.check()  # optimizer and stream have a state by now
             self._is_checked = True
         every = self._settings.save_every_n_updates
-        is_due = is_requested or (every is not None and self._state.update % every == 0)
-        if is_due:
+        if is_due := is_requested or (every is not None and self._state.update % every == 0):
             self.save()
         return is_due
 
@@ -162,8 +159,7 @@ class Checkpointer:
             return
         value = self._rule.value(self._state.metrics)
         writer = self._idle_writer()
-        best = self._strategy.first(writer and writer.best)
-        if self._rule.improves(value, best):
+        if self._rule.improves(value, self._strategy.first(writer and writer.best)):
             self.save(best=value)
 
     def save(self, best: float | None = None, is_last: bool = False) -> None:
@@ -181,7 +177,9 @@ class Checkpointer:
             self._rescue(model, topics)
         if (writer := self._idle_writer()) is not None and self.run_folder is not None:
             known = best if best is not None else writer.best
-            topics["best"] = None if known is None else {"value": known, "is_this": best is not None}
+            name, rule = files.pointed(self._folder / "checkpoints", BEST), self._settings.keep_best
+            of_best = {"value": known, "is_this": best is not None, "name": name, "rule": rule}
+            topics["best"] = None if known is None else of_best
             try:
                 self.run_folder.flush()
             except OSError as error:  # a checkpoint never counts a record that is not on disk

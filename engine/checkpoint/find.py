@@ -61,8 +61,7 @@ class Checkpoint:
             place = dict(zip(DATASET_POSITION, position, strict=True)) if isinstance(position, tuple) else position
             kinds = {name: type(part) for name, part in place.items() if name != "state"}
             _expect(kinds in (DATASET_POSITION, STREAM_POSITION), "positions")
-            counts = [value for value in place.values() if type(value) is int]
-            _expect(all(0 <= count < LARGEST_COUNT for count in counts), "positions")
+            _expect(all(0 <= value < LARGEST_COUNT for value in place.values() if type(value) is int), "positions")
             _expect(place["epoch"] <= run["epoch"] and place.get("taken", 0) <= place.get("seed_index", 0), "positions")
             is_within = not samples.isdecimal() or place.get("offset", 0) <= int(samples)
             _expect(is_within or place["epoch"] < run["epoch"], "positions")
@@ -105,8 +104,7 @@ def find_checkpoint(resume: str, run_dir: Path | None, strategy: Strategy) -> Ch
     host = platform.node()
     is_first_of_host = strategy.compare(host).index(host) == strategy.rank
     problem = "" if strategy.rank == 0 else _difference(Path(path), digest, is_first_of_host)
-    problems = [f"process {rank}: {text}" for rank, text in enumerate(strategy.compare(problem)) if text]
-    if problems:
+    if problems := [f"process {rank}: {text}" for rank, text in enumerate(strategy.compare(problem)) if text]:
         raise CheckpointError(
             f"not all processes see the checkpoint {path} of process 0 ({'; '.join(problems)}). Use a run_dir on "
             "storage shared by all hosts."
@@ -120,8 +118,7 @@ def _choose(resume: str, run_dir: Path | None) -> tuple[str, str] | None:
     own = files.candidates(run_dir / "checkpoints") if run_dir else []
     if resume != "auto" and not (run_dir and own and not Path(resume).resolve().is_relative_to(run_dir.resolve())):
         path = Path(resume)
-        within = files.candidates(path) or files.candidates(path / "checkpoints")
-        path = within[0] if within else path
+        path = next(iter(files.candidates(path) or files.candidates(path / "checkpoints")), path)
         return str(path), files.verify(path)
     run = (read_mark(run_dir) or {}).get("run") if run_dir else None
     for path in own:

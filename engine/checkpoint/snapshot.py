@@ -157,8 +157,7 @@ def restore(checkpoint: Checkpoint, parts: RunParts, allows_changes: bool) -> Ru
             parts.updater.host_rng.load_state(checkpoint["host_rng"], strategy.rank, strategy.processes)
         restore_callbacks(parts.callbacks, checkpoint["callbacks"])
         positions = checkpoint["positions"]
-        position = positions and positions[strategy.data_parallel_rank % len(positions)]
-        return RunState.of(checkpoint["run"], position)
+        return RunState.of(checkpoint["run"], positions and positions[strategy.data_parallel_rank % len(positions)])
     except CheckpointError:
         raise
     except Exception as error:

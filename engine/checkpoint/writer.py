@@ -25,7 +25,7 @@ class CheckpointWriter:
         self._folder, self._keep_last, self.run, self._first = folder, keep_last, run, first
         self._writing: threading.Thread | None = None
         self.error: Exception | None = None  # that of the last save
-        self.best: float | None = None  # the metric of the best checkpoint, once that is there
+        self.best: float | None = None  # the metric of the best checkpoint, while that is there
         self.newest: Path | None = next(iter(files.candidates(folder)), None)
         self.saves = 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -46,8 +46,8 @@ class CheckpointWriter:
             self._writing.join()
             self._writing = None
 
-    def resume_from(self, resumed: Path, best: Mapping[str, Any] | None) -> None:
-        """Resume from a checkpoint in this folder, with the best that it knew.
+    def resume_from(self, resumed: Path, best: Mapping[str, Any] | None, rule: str | None = None) -> None:
+        """Resume from a checkpoint in this folder, with the best that it knew if that is still there.
 
         Newer ones are renamed: they are damaged, or of an abandoned branch.
         """
@@ -58,10 +58,14 @@ class CheckpointWriter:
                 log.warning("resuming from %s: the newer %s is set aside as %s.", resumed.name, path.name, aside.name)
         replace_text(self._folder / files.POINTER, f"{resumed.name}\n")
         self.newest = resumed
+        name = files.pointed(self._folder, BEST)
         if best is not None:
-            self.best = best["value"]
-            if best["is_this"]:
-                replace_text(self._folder / BEST, f"{resumed.name}\n")
+            name = resumed.name if best["is_this"] else best.get("name", name)
+        if name not in [path.name for path in files.candidates(self._folder)]:
+            (self._folder / BEST).unlink(missing_ok=True)
+        elif best is not None:
+            replace_text(self._folder / BEST, f"{name}\n")
+            self.best = best["value"] if rule in (None, best.get("rule") or rule) else None  # that of another metric
 
     def _write(self, update: int, model: Mapping[str, Any], state: Mapping[str, Any], best: float | None) -> None:
         try:

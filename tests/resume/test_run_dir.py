@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from engine import Callback, Trainer
+from engine.checkpoint.files import pointed
 from engine.errors import UserError
 from tests.kit.hosts import until
 from tests.kit.killed import Full, N, history, same
@@ -131,6 +132,36 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
     assert len(list((folder / "checkpoints").glob("update-*"))) <= 2
     resumed = fit_elsewhere(str(tmp_path / "on"), {"resume": str(folder / "checkpoints" / best), **options})
     assert resumed.epoch == 3
+
+
+class Score(Callback):
+    """Validations whose score is given by update; the run stops after the last of these."""
+
+    def __init__(self, scores: dict[int, float]) -> None:
+        self.scores = scores
+
+    def on_update_end(self, trainer: Trainer) -> None:
+        if trainer.update == max(self.scores):
+            trainer.stop(is_collective=True)
+
+    def on_validation_end(self, trainer: Trainer) -> None:
+        trainer.metrics["score"] = self.scores[trainer.update]
+
+
+def test_best_never_names_a_checkpoint_that_is_not_the_best(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+
+    def best(scores: dict[int, float], keep_last: int = 2, resume: str = "auto", rule: str = "max:score") -> str | None:
+        options = {"validate_every_n_updates": 2, "save_every_n_updates": 2, "keep_last_checkpoints": keep_last}
+        how = {"run_dir": str(tmp_path / "run"), "resume": resume, "keep_best": rule, "callbacks": Score(scores)}
+        Trainer(micro_batch_size=4, max_epochs=9, validate_every_n_epochs=None, **options, **how).fit(Full(False))
+        return pointed(folder, "best")
+
+    assert best({2: 5.0, 4: 3.0, 6: 9.0}, keep_last=3) == "update-00000006"
+    assert best({6: 1.0}, 3, str(folder / "update-00000004")) == "update-00000002"  # 6 is another one now
+    assert best({8: 9.0}) == "update-00000008"
+    assert best({8: 1.0, 10: 0.0}, 2, str(folder / "update-00000006")) == "update-00000008"  # 2 is gone
+    assert best({12: 0.5}, rule="min:score") == "update-00000012"  # though more than 0.0, it is the first by this rule
 
 
 def fit_blind(parent: Path, resume: str) -> int:
