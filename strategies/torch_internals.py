@@ -115,11 +115,12 @@ IS_BEFORE_2_13 = VERSION < (2, 13)
 def check_activations(dtypes: Sequence[torch.dtype]) -> None:
     """Raise UserError if a pipeline cannot pass on tensors of these dtypes."""
     for part, dtype in enumerate(dtypes):
+        seen = f"part {part} of the pipeline returned {dtype}: expected"
+        if dtype.is_complex:  # torch sends back no gradient of it
+            raise UserError(f"{seen} real numbers. Set other boundaries, or pass on torch.view_as_real of it.")
         if IS_BEFORE_2_13 and not dtype.is_floating_point:
-            raise UserError(
-                f"part {part} of the pipeline returned {dtype}: expected floating-point numbers with torch "
-                f"{torch.__version__}. Set other boundaries, or use torch 2.13."
-            )
+            way_out = "Set other boundaries, or use torch 2.13."
+            raise UserError(f"{seen} floating-point numbers with torch {torch.__version__}. {way_out}")
 
 
 def make_schedule(kind: Any, stage: Any, count: int) -> Any:

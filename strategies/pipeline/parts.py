@@ -12,6 +12,7 @@ from strategies.errors import MODEL_NOT_CALLED, UserError
 
 Child = tuple[str, nn.Module]
 T = TypeVar("T")
+OWN = ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class TensorSpec(NamedTuple):
@@ -35,10 +36,10 @@ class PeerFailedError(Exception):
 
 def cut(model: nn.Module, count: int, boundaries: Sequence[int] | None) -> list[list[Child]]:
     """Return `model`'s children in `count` parts, balanced by default. Raises UserError if it cannot be cut so."""
-    if type(model).forward is not nn.Sequential.forward or model._parameters or model._buffers:
+    if type(model).forward is not nn.Sequential.forward or any(vars(model)[kind] for kind in OWN):
         raise UserError(
-            f"model={type(model).__name__}: expected a plain nn.Sequential. Return nn.Sequential(*layers), between "
-            "which one tensor passes, or use another strategy."
+            f"model={type(model).__name__}: expected a plain nn.Sequential, without hooks of its own. Return "
+            "nn.Sequential(*layers), between which one tensor passes, or use another strategy."
         )
     children: list[Child] = [(name, child) for name, child in model._modules.items() if child is not None]
     if len(children) < count:

@@ -349,6 +349,26 @@ class Tied(nn.Sequential):
         self[2].weight = self[0].weight
 
 
+def hooked() -> nn.Module:
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 1)).double()
+    model.register_forward_hook(lambda module, arguments, output: 3 * output)
+    return model
+
+
+class Spectrum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.fft(x)
+
+
+class Real(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.real)
+
+
+def complex_inside() -> nn.Module:
+    return nn.Sequential(Spectrum(), Real(5, 1)).double()
+
+
 def fit_refused(task: Any, strategy: Any) -> None:
     Trainer(strategy, N, 4, max_epochs=1).fit(task)
 
@@ -360,6 +380,8 @@ def fit_refused(task: Any, strategy: Any) -> None:
         (Regression(64, model=lambda: nn.Linear(5, 1)), None, "model=Linear: expected a plain nn.Sequential"),
         (Regression(64, model=lambda: nn.Sequential(nn.Linear(5, 1))), None, "stages=2: expected at most"),
         (Regression(64, model=Tied), None, "2.weight is also in another part"),
+        (Regression(64, model=hooked), None, "model=Sequential: expected a plain nn.Sequential, without hooks"),
+        (Regression(64, model=complex_inside), [1], "part 0 of the pipeline returned torch.complex128: expected real"),
         (Regression(64), [5], "ascending numbers from 1 to 4"),
     ],
 )
