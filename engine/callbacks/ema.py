@@ -25,7 +25,7 @@ class EMA(Callback):
             raise UserError(f"EMA(decay={decay!r}): give a number between 0 and 1.")
         self._move = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         self.averages: dict[str, Tensor] = {}
-        """The averaged parameters, by name, on their device."""
+        """The averaged parameters, by name, on their device, in float32 or wider."""
         self._model: nn.Module | None = None
         self._parameters: list[nn.Parameter] = []
         self._saved: dict[str, Tensor] = {}
@@ -45,36 +45,33 @@ class EMA(Callback):
         for name, p in ((user_name(n), p) for n, p in trainer.model.named_parameters()):
             if name in self._saved or (p.requires_grad and not self._saved and name not in self.averages):
                 self._parameters.append(p)
-                self.averages[name] = self._saved.get(name, p).detach().to(p.device, copy=True)
+                wide = torch.promote_types(p.dtype, torch.float32)  # the small steps of an average are lost in bfloat16
+                self.averages[name] = self._saved.get(name, p).detach().to(p.device, wide, copy=True)
 
     def on_update_end(self, trainer: Trainer) -> None:
         """Move the average, unless the update was skipped."""
         if trainer.skipped > self._skipped:
             self._skipped = trainer.skipped
             return
-        self._move(list(self.averages.values()), self._parameters, None)
+        averages = list(self.averages.values())
+        self._move(averages, [p.to(a.dtype) for p, a in zip(self._parameters, averages, strict=True)], None)
 
     @contextmanager
     def around_validation(self, trainer: Trainer) -> Iterator[None]:
         if self._model is not trainer.model:  # without a fit
             self.on_fit_start(trainer)
-        self._swap()
+        values = [parameter.detach() for parameter in self._parameters]
+        kept = [value.clone() for value in values]
+        torch._foreach_copy_(values, list(self.averages.values()))
         try:
             yield
         finally:
-            self._swap()
+            torch._foreach_copy_(values, kept)
 
     def on_fit_end(self, trainer: Trainer) -> None:
         if trainer.run_folder is not None:
             with self.around_validation(trainer):
                 trainer.run_folder.save_weights(trainer.strategy.state_dict()["model"], "model-ema.safetensors")
-
-    def _swap(self) -> None:
-        with torch.no_grad():
-            for parameter, average in zip(self._parameters, self.averages.values(), strict=True):
-                kept = parameter.clone()
-                parameter.copy_(average)
-                average.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.averages)

@@ -211,6 +211,28 @@ def test_an_average_is_that_of_its_definition_and_is_what_is_validated(P: int, s
         torch.testing.assert_close(flat, average, rtol=0, atol=1e-14)
 
 
+def test_an_average_of_a_narrow_model_moves_by_less_than_its_parameters_can() -> None:
+    start, ema = torch.full((1, 5), 1.0), EMA(0.999)
+
+    class Narrow(Regression):
+        def configure_model(self) -> nn.Module:
+            model = nn.Linear(5, 1, bias=False, dtype=torch.bfloat16)
+            nn.init.ones_(model.weight)
+            return model
+
+        def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+            mean: torch.Tensor = model(batch[0].bfloat16()).float().square().mean()
+            return mean
+
+    trajectory = Trajectory()
+    trainer = Trainer(micro_batch_size=4, max_epochs=3, callbacks=[trajectory, ema], validate_every_n_updates=2)
+    trainer.fit(Narrow(13))
+    for values in trajectory.parameters[1:]:
+        start = 0.999 * start + 0.001 * values.float()
+    torch.testing.assert_close(ema.averages["weight"], start, rtol=0, atol=1e-6)
+    assert trainer.model.weight.dtype is torch.bfloat16
+
+
 def spans(path: Path) -> list[str]:
     events = json.loads(path.read_text())["traceEvents"]
     return sorted({event["name"] for event in events if event["name"].startswith("update ")})
