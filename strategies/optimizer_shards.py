@@ -53,7 +53,7 @@ class OptimizerShards:
                 self._broadcast(share, owner)
 
     def _broadcast(self, share: list[nn.Parameter], owner: int) -> None:
-        tensors = [p.detach() for p in share]
+        tensors = [p.detach().squeeze() for p in share]  # strides of dimensions of 1 fail in torch, if it is one tensor
         dist._broadcast_coalesced(self._group, tensors, CHUNK, owner)  # type: ignore[attr-defined]
 
     def remove(self) -> None:

@@ -195,3 +195,19 @@ def test_shards_with_a_hook_and_with_gradients_in_the_buckets() -> None:
     for options in ({"communication_hook": "fp16"}, {"gradient_as_bucket_view": True}):
         whole, divided = (run(3, train_both, {**options, "shard_optimizer": shards}) for shards in (False, True))
         assert all(map(torch.equal, divided, whole))
+
+
+def pointwise() -> nn.Module:
+    layers = [nn.Unflatten(1, (5, 1, 1)), nn.Conv2d(5, 4, 1, bias=False), nn.Flatten(), nn.Linear(4, 1)]
+    return nn.Sequential(*layers).double().to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def fit_pointwise(shards: bool) -> Tensor:
+    trainer = Trainer(DDPStrategy(shard_optimizer=shards), N, 2, max_epochs=1)
+    trainer.fit(Regression(29, model=pointwise))
+    return parameters(trainer.model)
+
+
+def test_a_share_of_one_convolution_in_channels_last() -> None:
+    whole, divided = (run(2, fit_pointwise, shards) for shards in (False, True))
+    assert all(map(torch.equal, divided, whole))
