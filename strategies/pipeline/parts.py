@@ -71,15 +71,15 @@ def balanced(sizes: Sequence[int], parts: int) -> list[int]:
         raise UserError(f"stages={parts}: expected at most as many stages as layers, {len(sizes)}.")
     before = list(accumulate(sizes, initial=0))
 
-    @cache
-    def best(stop: int, count: int) -> tuple[int, tuple[int, ...]]:
-        """Return the largest size of `count` parts of the layers before `stop`, and the starts of all but the first."""
+    @cache  # few parts begin without parameters: torch refuses a part that begins with an in-place layer
+    def best(stop: int, count: int) -> tuple[int, int, tuple[int, ...]]:
+        """Of `count` parts of the layers before `stop`, return the largest size, the starts of size 0, all starts."""
         if count == 1:
-            return before[stop], ()
-        options = ((best(start, count - 1), start) for start in range(count - 1, stop))
-        return min((max(size, before[stop] - before[start]), (*starts, start)) for (size, starts), start in options)
+            return before[stop], 0, ()
+        found = ((*best(at, count - 1), at) for at in range(count - 1, stop))
+        return min((max(n, before[stop] - before[at]), bare + (not sizes[at]), (*s, at)) for n, bare, s, at in found)
 
-    return list(best(len(sizes), parts)[1])
+    return list(best(len(sizes), parts)[2])
 
 
 class ModelCalled(BaseException):  # not an Exception: a task that catches those must not catch it

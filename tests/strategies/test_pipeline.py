@@ -407,6 +407,8 @@ def test_parts_are_balanced() -> None:
     assert balanced([5, 1, 1, 1, 5], 2) in ([2], [3])
     assert balanced([1, 1, 1, 9], 2) == [3]
     assert balanced([9, 1, 1, 1], 3) == [1, 2]
+    assert balanced([7, 0, 7, 0, 0, 7], 3) == [2, 5]  # no part begins with a layer without parameters
+    assert balanced([7, 0], 2) == [1]
     with pytest.raises(ValueError, match="expected at most as many stages as layers"):
         balanced([1], 2)
 
