@@ -62,11 +62,11 @@ class EMA(Callback):
             self.on_fit_start(trainer)
         values = [parameter.detach() for parameter in self._parameters]
         kept = [value.clone() for value in values]
-        torch._foreach_copy_(values, list(self.averages.values()))
+        list(map(Tensor.copy_, values, self.averages.values()))
         try:
             yield
         finally:
-            torch._foreach_copy_(values, kept)
+            list(map(Tensor.copy_, values, kept))
 
     def on_fit_end(self, trainer: Trainer) -> None:
         if trainer.run_folder is not None:

@@ -13,8 +13,8 @@ FAULTS = [
     Fault(
         "train on with the average",
         "EMA.around_validation",
-        "finally:\n            self._swap()",
-        "finally:\n            pass",
+        "list(map(Tensor.copy_, values, kept))",
+        "pass",
         "tests/output/test_callbacks.py -k average",
     ),
     Fault(
