@@ -36,7 +36,7 @@ class _Table:
         lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
         self._columns = next(csv.reader(lines[:1]), [])
         if lines:
-            self._rewrite([line for line in lines[1:] if _is_before(line, update)])
+            self._rewrite(self._columns, [line for line in lines[1:] if _is_before(line, update)])
 
     def append(self, row: Mapping[str, float]) -> None:
         if missing := [name for name in row if name not in self._columns]:
@@ -54,15 +54,15 @@ class _Table:
         """Add columns: empty in the rows that are there."""
         self.close()
         rows = self._path.read_text().splitlines()[1:] if self._columns else []
-        self._columns += names
-        self._rewrite([f"{row}{',' * len(names)}\n" for row in rows])
+        self._rewrite([*self._columns, *names], [f"{row}{',' * len(names)}\n" for row in rows])
 
-    def _rewrite(self, rows: list[str]) -> None:
+    def _rewrite(self, columns: list[str], rows: list[str]) -> None:
         part = self._path.with_suffix(".part")
         with part.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow(self._columns)
+            csv.writer(file, lineterminator="\n").writerow(columns)
             file.writelines(rows)
         part.replace(self._path)
+        self._columns = columns  # once the file has them: a disk may be full
 
 
 def _is_before(line: str, update: int) -> bool:

@@ -116,6 +116,21 @@ def test_a_column_that_comes_later_is_empty_before(tmp_path: Path) -> None:
     assert rows == [("1", "0.5", ""), ("2", "0.25", "")]
 
 
+def test_a_column_that_could_not_be_added_leaves_the_table_as_it_was(tmp_path: Path) -> None:
+    logger = CSVLogger()
+    logger.open(Start(tmp_path, 0, 0, {}, 0.0, {}))
+    logger.log({"update": 1, "validation/a": 0.5})
+    (part := tmp_path / "validation.part").mkdir()  # where the table with the new column is written
+    with pytest.raises(OSError, match=r"validation\.part"):
+        logger.log({"update": 2, "validation/a": 1.5, "validation/b": 2.0})
+    logger.log({"update": 3, "validation/a": 2.5})
+    part.rmdir()
+    logger.log({"update": 4, "validation/b": 3.0})
+    logger.close()
+    rows = [(row["update"], row["validation/a"], row["validation/b"]) for row in table(tmp_path / "validation.csv")]
+    assert rows == [("1", "0.5", ""), ("3", "2.5", ""), ("4", "", "3.0")]
+
+
 def test_a_tracker_is_imported_when_used_and_told_of_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "some_tracker.py").write_text(
         "told = []\n"
