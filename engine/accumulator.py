@@ -69,7 +69,7 @@ class Accumulator:
             raise UserError(f"accumulate_grad_batches={K} and effective_batch_size={B} both set the window length.")
         if strategy.micro_batches is not None:
             raise UserError(f"strategy {strategy.name!r} runs whole windows, which your own loop cannot. Use Trainer.")
-        if not strategy._has_model:
+        if not strategy.has_model:
             raise UserError("the strategy has no model yet. Call strategy.setup(), then strategy.prepare(model).")
         given = optimizer if lr_scheduler is None else (optimizer, lr_scheduler)
         optimizer, lr_scheduler = check_optimizer(given, model)

@@ -68,7 +68,10 @@ class Strategy(HostMessages, ABC):
     """Whether processes can call forward and backward differently often, before a pass without data reduces."""
 
     holds_model = True
-    """Whether each process holds the whole model, whatever it holds of the optimizer's state."""
+    """Whether each process holds the whole model. `holds_all` asks for the optimizer's state too."""
+
+    has_model = False
+    """Whether `prepare` has a model, until `release_model`."""
 
     runs_twice = False
     """Whether each window runs twice; the engine sets it before `prepare`."""
@@ -84,7 +87,6 @@ class Strategy(HostMessages, ABC):
 
     _model: nn.Module
     _parameters: list[nn.Parameter]
-    _has_model = False
     _scale = math.nan
     _gradient = torch.empty(())
 
@@ -148,7 +150,7 @@ class Strategy(HostMessages, ABC):
 
     def release_model(self) -> None:
         """Undo `prepare` and `prepare_optimizer`: another model can be prepared."""
-        self._has_model, self.left_out, self.runs_twice = False, (), False
+        self.has_model, self.left_out, self.runs_twice = False, (), False
 
     # The model
 
@@ -334,12 +336,12 @@ class Strategy(HostMessages, ABC):
 
     def _take_model(self) -> None:
         """Raise UserError if the strategy has a model already: it would clear and clip the gradients of the last."""
-        if self._has_model:
+        if self.has_model:
             raise UserError(
                 f"strategy {self.name!r} has prepared a model already: expected one model for each strategy. Use "
                 "another strategy object for the second, or call teardown() first."
             )
-        self._has_model = True
+        self.has_model = True
 
     @cached_property
     def _is_on_cpu(self) -> bool:

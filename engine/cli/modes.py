@@ -16,7 +16,7 @@ def options() -> ArgumentParser:
     parser.add_argument("--plan", action="store_true", help="Print what the run would do, and end")
     parser.add_argument("--plan.processes", type=int, metavar="P", help="Plan for P processes")
     parser.add_argument("--check", action="store_true", help="Build everything, run one window, write nothing, and end")
-    parser.add_argument("-h", "--help", action="store_true", help="Print the options; --task.help=CLASS: those of one")
+    parser.add_argument("-h", "--help", action="store_true", help="Print options; --task.help=CLASS: those of a task")
     return parser
 
 

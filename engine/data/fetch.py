@@ -68,8 +68,7 @@ class Fetch(Dataset[Any]):
         return self._collate(samples)
 
     def _has_no(self, index: int, error: Exception) -> UserError:
-        what = f"the dataset says that it has {len(self._dataset)} samples, but sample {index} raised"
-        return UserError(f"{what} {describe(error)}")
+        return UserError(f"len(dataset) is {len(self._dataset)}, but its sample {index} raised {describe(error)}")
 
     def _seeded(self, epoch: int, place: int, index: int) -> Any:
         self._seed_all(epoch, place)

@@ -34,7 +34,7 @@ class HostRng:
             self._seed(self._seeded)
 
     def forget(self) -> None:
-        """Undo, before the next window, what others draw until then."""
+        """Before the next window, seed as the last time: others may draw until then."""
         self._draws, self._start = self.state()[0], None
 
     def drop(self) -> None:

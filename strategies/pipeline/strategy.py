@@ -229,7 +229,7 @@ class PipelineStrategy(ProcessGroupStrategy):
             self._share_buffers()
 
     def _is_prepared(self, model: nn.Module) -> bool:
-        return self._has_model and self._model is model
+        return self.has_model and self._model is model
 
     # Checkpoints and costs
 

@@ -120,7 +120,7 @@ def task_with(**methods: Any) -> Regression:
             r"returned a dict with 'train', 'test': expected a dataset of samples\. Return one of its datasets, or",
         ),
         ({"validation_data": lambda: {"x": torch.zeros(8)}}, "returned a dict with 'x': expected a dataset"),
-        ({"train_data": lambda: Frame()}, "says that it has 8 samples, but sample [0-7] raised KeyError: [0-7]"),
+        ({"train_data": lambda: Frame()}, r"len\(dataset\) is 8, but its sample [0-7] raised KeyError: [0-7]"),
         ({"order": lambda epoch: {0, 1, 2, 3}}, r"order\(\) returned a set: expected a sequence of indices\. Use list"),
         ({"order": lambda epoch: iter(range(8))}, r"order\(\) returned a range_iterator: expected a sequence"),
         (
@@ -137,7 +137,7 @@ def task_with(**methods: Any) -> Regression:
         ({"validation_data": list}, r"validation_data\(\) has no samples: expected at least one\. Return None to"),
         (
             {"train_data": lambda: Lies(*Regression(8).train_data().tensors)},
-            "says that it has 9 samples, but sample 8 raised IndexError",
+            r"len\(dataset\) is 9, but its sample 8 raised IndexError",
         ),
     ],
 )
@@ -191,7 +191,7 @@ class EndsItself(Regression):
 
 @pytest.mark.parametrize("spread", [False, True])
 def test_a_dataset_that_ends_itself_loses_no_samples(spread: bool) -> None:
-    with pytest.raises(ValueError, match="has 8 samples, but sample 5 raised StopIteration: raise another error"):
+    with pytest.raises(ValueError, match=r"len\(dataset\) is 8, but its sample 5 raised StopIteration: raise another"):
         fit(EndsItself(8), micro_batch_size=4, shuffle=False, spread_windows=spread)
 
 

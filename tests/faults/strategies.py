@@ -32,7 +32,7 @@ FAULTS = [
         "        return value\n",
         "tests/resume/test_named_state.py::test_a_state_is_a_copy_under_the_user_s_names",
     ),
-    Fault("let a strategy have two models", "Strategy._take_model", "if self._has_model", "if False", TWO_MODELS),
+    Fault("let a strategy have two models", "Strategy._take_model", "if self.has_model", "if False", TWO_MODELS),
     Fault(
         "clip each micro-batch",
         "Strategy.run_window",
